@@ -1,0 +1,59 @@
+"""Checks of arguments: dtype, shape and device only, so that nothing waits for a GPU."""
+
+import math
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("class", "mean", "none")
+
+
+def tensor(
+    operation: str,
+    name: str,
+    value: object,
+    shape: tuple[int | str, ...],
+    dtype: torch.dtype | None,
+    device: torch.device | None = None,
+) -> None:
+    """`shape` holds sizes, or a letter for a size that is free; `dtype` None asks for floating point.
+
+    Raises:
+        TypeError: not a tensor, or of another dtype.
+        ValueError: of another shape or on another device.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{operation}: {name} must be a tensor, got {type(value).__name__}")
+    if dtype is None:
+        if not value.is_floating_point():
+            raise TypeError(f"{operation}: {name} must be floating point, got {value.dtype}")
+    elif value.dtype != dtype:
+        raise TypeError(f"{operation}: {name} must be {dtype}, got {value.dtype}")
+    if value.dim() != len(shape) or any(
+        isinstance(want, int) and want != have
+        for want, have in zip(shape, value.shape, strict=True)
+    ):
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(
+            f"{operation}: {name} must have shape ({wanted}), got {tuple(value.shape)}"
+        )
+    if device is not None and value.device != device:
+        raise ValueError(f"{operation}: {name} must be on {device}, got {value.device}")
+
+
+def temperature(operation: str, value: float) -> None:
+    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{operation}: temperature must be a finite number above 0, got {value!r}")
+
+
+def reduction(operation: str, value: str) -> None:
+    if value not in REDUCTIONS:
+        raise ValueError(f"{operation}: reduction must be one of {REDUCTIONS}, got {value!r}")
+
+
+def positive_int(operation: str, name: str, value: int) -> None:
+    # under torch.compile with dynamic shapes a size may be a symbolic integer
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{operation}: {name} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{operation}: {name} must be at least 1, got {value}")

@@ -1,0 +1,79 @@
+"""Which backend runs an operation, and why another cannot."""
+
+import importlib
+import importlib.util
+import warnings
+from functools import cache
+from types import ModuleType
+
+import torch
+
+OPERATIONS = ("ema_update_", "class_topk", "queue_push_", "info_nce", "pair_info_nce")
+BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
+
+# What "auto" tries, first to last, by the type of the device; the reference runs everywhere.
+_PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
+_OTHER_DEVICE = ("torch",)
+
+
+@cache
+def _module(backend: str) -> ModuleType:
+    return importlib.import_module(f"ctt.ops.backends.{backend}")
+
+
+@cache
+def why_not(operation: str, backend: str, device: torch.device) -> str | None:
+    """None where `backend` can run `operation` on `device`, else the reason and what would work."""
+    if importlib.util.find_spec(f"ctt.ops.backends.{backend}") is None:
+        return f"this installation has no {backend} backend"
+    module = _module(backend)
+    if not hasattr(module, operation):
+        return f"the {backend} backend does not implement {operation}"
+    reason: str | None = module.why_not(operation, device)
+    return reason
+
+
+def available_backends(device: str | torch.device = "cpu") -> dict[str, list[str]]:
+    """The backends that can run each operation on tensors of `device`.
+
+    Returns:
+        {operation: [backend, ...]}, for instance {"info_nce": ["reference"], ...}.
+    """
+    device = torch.device(device)
+    return {
+        operation: [b for b in BACKENDS if why_not(operation, b, device) is None]
+        for operation in OPERATIONS
+    }
+
+
+@cache
+def _auto(operation: str, device: torch.device) -> ModuleType:
+    for backend in _PREFERENCE.get(device.type, _OTHER_DEVICE):
+        try:
+            if why_not(operation, backend, device) is None:
+                return _module(backend)
+        except Exception as error:  # a broken fast path must not take the operation with it
+            warnings.warn(f"ctt.ops: the {backend} backend failed to load ({error})", stacklevel=2)
+    return _module("reference")
+
+
+def select(operation: str, backend: str, device: torch.device) -> ModuleType:
+    """The module that runs `operation`.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the backend that was asked for by name cannot run here.
+    """
+    if backend == "auto":
+        return _auto(operation, device)
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"{operation}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}"
+        )
+    reason = why_not(operation, backend, device)
+    if reason is not None:
+        works = ", ".join(available_backends(device)[operation])
+        raise RuntimeError(
+            f"{operation}: backend {backend!r} cannot run on {device}: {reason} (these can: {works})"
+        )
+    return _module(backend)

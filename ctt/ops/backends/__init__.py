@@ -1,0 +1,18 @@
+"""Implementations of the operations.
+
+A backend is a module of this package with one function per operation that it implements, named as
+the operation, and `why_not(operation, device)`, which gives None where the operation can run on
+that device and otherwise the reason and what would work. The arguments have been checked by the
+public function before a backend sees them:
+
+    ema_update_(teacher, student, decay) -> None
+    class_topk(confidence, label, k, num_classes, valid) -> (index, count)
+    queue_push_(keys, count, cursor, features, index) -> None
+    info_nce(query, label, keys, count, mask, temperature, reduction, need_grad) -> (loss, grad)
+    pair_info_nce(query, positive, label, keys, counts, mask, temperature, reduction, need_grad)
+        -> (loss, grad)
+
+`grad` is the gradient of the loss with respect to `query`, in its dtype (for reduction "none" the
+gradient of the sum, because the loss of a pixel depends on that pixel's query alone), or None where
+`need_grad` is false.
+"""

@@ -1,0 +1,130 @@
+"""The memory bank: one first-in first-out queue of pixel features per class."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ctt.ops import _checks
+from ctt.ops.queue import queue_push_
+from ctt.ops.topk import class_topk
+
+
+class MemoryBank(nn.Module):
+    """Queues Q_c of at most `capacity` L2-normalised keys for each of `num_classes` classes.
+
+    Buffers (saved in the state dict): `keys` (C, V, D) float32, `count` (C,) int64 keys held,
+    `cursor` (C,) int64 next place to write. Pass `keys` and `count` to `info_nce` and
+    `pair_info_nce`.
+
+    Args:
+        num_classes: C, at least 1. capacity: V, at least 1. dim: D, at least 1.
+
+    Raises:
+        TypeError, ValueError: one of them is no integer or below 1.
+    """
+
+    keys: Tensor
+    count: Tensor
+    cursor: Tensor
+
+    def __init__(self, num_classes: int, capacity: int, dim: int) -> None:
+        super().__init__()
+        for name, value in (("num_classes", num_classes), ("capacity", capacity), ("dim", dim)):
+            _checks.positive_int("MemoryBank", name, value)
+        self.num_classes, self.capacity, self.dim = num_classes, capacity, dim
+        self.register_buffer("keys", torch.zeros(num_classes, capacity, dim))
+        self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("cursor", torch.zeros(num_classes, dtype=torch.int64))
+
+    @torch.no_grad()
+    def push(
+        self,
+        features: Tensor,
+        label: Tensor,
+        confidence: Tensor,
+        *,
+        valid: Tensor | None = None,
+        top_k: int,
+        per_class: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Store some of the most confident pixels of each class.
+
+        Candidates of class c are the valid pixels with label c; of these the `top_k` most confident
+        are kept, and of these at most `per_class` are pushed, drawn at random when there are more
+        (none is drawn when top_k <= per_class). Under torch.distributed the candidates of all ranks
+        are pooled first, in the order of the ranks, so that every rank ends with the bank that one
+        process with the joined batch would have.
+
+        Args:
+            features: (N, D) floating point. label: (N,) int64. confidence: (N,) floating point.
+            valid: (N,) bool, None: all.
+            top_k, per_class: at least 1.
+            generator: source of the draw; None: torch's default generator of the device. Ranks use
+                the draw of rank 0.
+
+        Raises:
+            TypeError, ValueError: an argument of another dtype, shape or range.
+        """
+        _checks.tensor("MemoryBank.push", "features", features, ("N", self.dim), None)
+        _checks.tensor("MemoryBank.push", "label", label, (features.shape[0],), torch.int64)
+        _checks.positive_int("MemoryBank.push", "per_class", per_class)
+        index, _ = class_topk(confidence, label, top_k, self.num_classes, valid=valid)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            features, index = self._pool_ranks(features, confidence, index)
+        if top_k > per_class:
+            index = _draw(index, per_class, generator)
+        queue_push_(self.keys, self.count, self.cursor, features, index)
+
+    def _pool_ranks(
+        self, features: Tensor, confidence: Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Every rank's candidates as features (W * C * k, D), and the top k of them all (C, k)."""
+        num_classes, k = index.shape
+        world = dist.get_world_size()
+        taken = index.clamp(min=0).flatten()
+        mine = features.new_zeros(num_classes * k, self.dim)
+        score = confidence.new_zeros(num_classes * k)
+        if features.shape[0]:
+            mine, score = features[taken].contiguous(), confidence[taken].contiguous()
+        present = (index >= 0).flatten()
+        owner = torch.arange(num_classes, device=index.device).repeat_interleave(k)
+        owner = torch.where(present, owner, -1)
+        pooled = [
+            torch.empty((world, *x.shape), dtype=x.dtype, device=x.device)
+            for x in (mine, score, owner)
+        ]
+        for target, source in zip(pooled, (mine, score, owner), strict=True):
+            dist.all_gather(list(target.unbind()), source)
+        all_features, all_scores, all_owners = (x.flatten(0, 1) for x in pooled)
+        # a rank lists its candidates by falling confidence and, among equals, by position, so the
+        # order of the pool decides ties as the joined batch would
+        chosen, _ = class_topk(all_scores, all_owners, k, num_classes)
+        return all_features, chosen
+
+    @property
+    def full(self) -> Tensor:
+        """(C,) bool: the queues that hold V keys."""
+        return self.count >= self.capacity
+
+    def queue(self, c: int) -> Tensor:
+        """The keys (count[c], D) of class c, oldest first."""
+        if not 0 <= c < self.num_classes:
+            raise ValueError(f"MemoryBank.queue: c must be in 0..{self.num_classes - 1}, got {c}")
+        held = int(self.count[c])
+        oldest = int(self.cursor[c]) - held
+        places = (oldest + torch.arange(held, device=self.keys.device)) % self.capacity
+        return self.keys[c, places]
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, capacity={self.capacity}, dim={self.dim}"
+
+
+def _draw(index: Tensor, per_class: int, generator: torch.Generator | None) -> Tensor:
+    """At most `per_class` entries of each row of index (C, k) at random, in their order."""
+    ticket = torch.rand(index.shape, generator=generator, device=index.device)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast(ticket, 0)
+    ticket = ticket.masked_fill(index < 0, -1)  # padding is drawn last
+    place = ticket.topk(min(per_class, index.shape[1]), dim=1).indices.sort(dim=1).values
+    return index.gather(1, place)

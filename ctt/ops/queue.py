@@ -1,0 +1,50 @@
+"""First-in first-out rings of keys, one for each class."""
+
+import torch
+from torch import Tensor
+
+from ctt.ops import _checks, _library  # noqa: F401  (_library defines the operators)
+from ctt.ops._registry import select
+
+
+def queue_push_(
+    keys: Tensor,
+    count: Tensor,
+    cursor: Tensor,
+    features: Tensor,
+    index: Tensor,
+    *,
+    backend: str = "auto",
+) -> None:
+    """Append chosen features, L2-normalised, to the queue of each class, in place.
+
+    For each class c the features index[c, 0], index[c, 1], ... are written one after the other at
+    cursor[c] modulo V; the oldest key leaves first. Afterwards cursor[c] is the place of the next
+    write (in 0..V-1) and count[c] the number of keys held (at most V).
+
+    Args:
+        keys: (C, V, D) floating point, the rings.
+        count: (C,) int64, keys held. cursor: (C,) int64, next place to write.
+        features: (N, D) floating point, not normalised; no gradient flows. A feature of norm 0
+            becomes a key of zeros.
+        index: (C, k) int64 into features; entries outside 0..N-1 (-1) are skipped.
+        backend: "auto" or a name from `ctt.ops.available_backends()`.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, shape or device.
+        RuntimeError: the backend that was asked for cannot run here.
+    """
+    _checks.tensor("queue_push_", "keys", keys, ("C", "V", "D"), None)
+    num_classes, _, dim = keys.shape
+    device = keys.device
+    _checks.tensor("queue_push_", "count", count, (num_classes,), torch.int64, device)
+    _checks.tensor("queue_push_", "cursor", cursor, (num_classes,), torch.int64, device)
+    _checks.tensor("queue_push_", "features", features, ("N", dim), None, device)
+    _checks.tensor("queue_push_", "index", index, (num_classes, "k"), torch.int64, device)
+    features = features.detach()
+    if torch.compiler.is_compiling():
+        torch.ops.ctt.queue_push_(keys, count, cursor, features, index, backend)
+        return
+    with torch.no_grad():
+        run = select("queue_push_", backend, device).queue_push_
+        run(keys, count, cursor, features, index)

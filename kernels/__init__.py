@@ -1,0 +1,1 @@
+"""Triton kernels of the operations, one file an operation; installed as `ctt_kernels`."""

@@ -1,0 +1,5 @@
+"""Compiled parts are optional: without a compiler the PyTorch paths of `ctt.ops` serve."""
+
+from setuptools import setup
+
+setup()
