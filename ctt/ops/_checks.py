@@ -16,7 +16,7 @@ def tensor(
     dtype: torch.dtype | None,
     device: torch.device | None = None,
 ) -> None:
-    """`shape` holds sizes, or a letter for a size that is free; `dtype` None asks for floating point.
+    """`shape` holds sizes, or a letter for a free size; `dtype` None asks for floating point.
 
     Raises:
         TypeError: not a tensor, or of another dtype.

@@ -74,6 +74,6 @@ def select(operation: str, backend: str, device: torch.device) -> ModuleType:
     if reason is not None:
         works = ", ".join(available_backends(device)[operation])
         raise RuntimeError(
-            f"{operation}: backend {backend!r} cannot run on {device}: {reason} (these can: {works})"
+            f"{operation}: backend {backend!r} cannot run on {device}: {reason}; these can: {works}"
         )
     return _module(backend)

@@ -46,14 +46,14 @@ def info_nce(
     Returns:
         () or (N,), in float32 (float64 for float64 queries). 0 with zero gradient where no pixel
         counts. Half-precision inputs are accumulated in float32, under autocast too. The gradient
-        is made together with the loss, so a second derivative is not offered: asking for one raises.
+        is made together with the loss: a second derivative is not offered, asking for one raises.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, device or range.
         RuntimeError: the backend that was asked for cannot run here.
     """
     _checks.tensor("info_nce", "query", query, ("N", "D"), None)
-    pixels, dim = query.shape
+    dim = query.shape[1]
     _checks.tensor("info_nce", "keys", keys, ("C", "V", dim), None, query.device)
     if count is not None:
         _checks.tensor("info_nce", "count", count, (keys.shape[0],), torch.int64, query.device)

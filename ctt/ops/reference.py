@@ -47,7 +47,7 @@ def class_topk(
 def queue_push_(
     keys: Tensor, count: Tensor, cursor: Tensor, features: Tensor, index: Tensor
 ) -> None:
-    """Append features[index[c]], L2-normalised, to the ring of each class; the oldest key leaves first."""
+    """Append features[index[c]], L2-normalised, to the ring of each class; the oldest leaves."""
     num_classes, capacity, _ = keys.shape
     for c in range(num_classes):
         for i in index[c].tolist():
@@ -68,7 +68,7 @@ def info_nce(
     mask: Tensor | None = None,
     reduction: str = "class",
 ) -> Tensor:
-    """Equation (6): every key of the own queue is a positive, every key of the others a negative."""
+    """Equation (6): the keys of the own queue are positives, those of the others negatives."""
     num_classes, capacity, _ = keys.shape
     filled = _filled(keys, count)  # (C, V)
     holds = filled.any(dim=1)  # (C,)
@@ -118,7 +118,7 @@ def pair_info_nce(
 
 
 def normalize(x: Tensor) -> Tensor:
-    """x / |x| along the last dimension; a vector without direction gives 0 and takes no gradient."""
+    """x / |x| along the last dimension; a vector without direction gives 0, gradient 0."""
     squared = x.square().sum(dim=-1, keepdim=True)
     has_direction = squared > NORM_EPS**2
     norm = torch.where(has_direction, squared, 1).sqrt()
@@ -146,7 +146,7 @@ def _filled(keys: Tensor, count: Tensor | None) -> Tensor:
 def _reduce(
     loss: Tensor, counts: Tensor, label: Tensor, num_classes: int, reduction: str
 ) -> Tensor:
-    """Loss (n,) of the pixels that count, whose classes are label (n,) -> what the caller asked for."""
+    """Loss (n,) of the pixels that count, of classes label (n,) -> what the caller asked for."""
     if reduction == "none":
         return loss.new_zeros(len(counts)).masked_scatter(counts, loss)
     if reduction == "mean":
