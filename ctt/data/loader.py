@@ -1,0 +1,98 @@
+"""Batches in an order that is a function of the seed and the step alone."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ctt.data.random import derive_seed, generator
+from ctt.data.source import Source
+from ctt.data.views import GeometricView
+
+
+class DrawSampler(Sampler[list[tuple[int, int]]]):
+    """Endless shuffled epochs, cut into batches; every batch is a list of (index, draw).
+
+    `draw` numbers the images of the whole run and seeds their views. Rank r of W takes the r-th
+    share of a batch of W times `batch_size`, so W processes see what one would with that batch.
+
+    Args:
+        length: images to choose from. start, stop: steps, first included and last excluded.
+        purpose: tells this stream of random numbers from others.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        start: int,
+        stop: int,
+        seed: int,
+        purpose: str,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.length, self.batch_size, self.start, self.stop = length, batch_size, start, stop
+        self.seed, self.purpose, self.rank, self.world = seed, purpose, rank, world
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, torch.empty(0)
+        for step in range(self.start, self.stop):
+            first = (step * self.world + self.rank) * self.batch_size
+            batch = []
+            for draw in range(first, first + self.batch_size):
+                if draw // self.length != epoch:
+                    epoch = draw // self.length
+                    rng = generator("order", self.purpose, self.seed, epoch)
+                    order = torch.randperm(self.length, generator=rng)
+                batch.append((int(order[draw % self.length]), draw))
+            yield batch
+
+
+class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Weak views: (image (3, h, w) uint8, label (h, w) uint8).
+
+    Without labels the second tensor is 0 where there is image and 255 where there is padding; no
+    label is ever asked for.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        ids: list[str],
+        view: GeometricView,
+        labeled: bool,
+        seed: int,
+        purpose: str,
+    ) -> None:
+        self.source, self.ids, self.view, self.labeled = source, ids, view, labeled
+        self.seed, self.purpose = seed, purpose
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        index, draw = key
+        name = self.ids[index]
+        image = self.source.image(name)
+        label = self.source.label(name) if self.labeled else torch.zeros_like(image[0])
+        return self.view(image, label, derive_seed("view", self.purpose, self.seed, draw))
+
+
+def make_loader(
+    dataset: ViewDataset, sampler: DrawSampler, workers: int, pin_memory: bool
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=False,
+        prefetch_factor=4 if workers else None,
+    )
+
+

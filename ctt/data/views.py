@@ -1,0 +1,151 @@
+"""Views of an image: geometry for each image in the loader, colours for a batch on the device.
+
+Geometry belongs to the weak view and is shared by everything that looks at an image; the strong
+view changes colours only, so a pixel shows the same content to every network.
+"""
+
+import math
+import random
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class GeometricView:
+    """Random resize, flip, rotation, shift and crop in one resampling.
+
+    Outside of the image the mean colour and label 255 are found. One resampling onto the crop is
+    sharper than a chain of resize, rotation and crop, and costs by the crop, not by the image.
+
+    Args:
+        crop: height and width of the result. scale: range of the resize factor.
+        rotation: largest angle in degrees. translation: largest shift, as a share of the sides.
+        mean: of the channels in 0..1.
+    """
+
+    def __init__(
+        self,
+        crop: tuple[int, int],
+        scale: tuple[float, float],
+        flip: bool,
+        rotation: float,
+        translation: float,
+        mean: tuple[float, float, float],
+    ) -> None:
+        self.crop, self.scale, self.flip = crop, scale, flip
+        self.rotation, self.translation = rotation, translation
+        self.mean = 255 * torch.tensor(mean)[:, None, None]
+
+    def __call__(self, image: Tensor, label: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Image (3, H, W) uint8, label (H, W) uint8 -> the same of the crop's size."""
+        theta = self.matrix((label.shape[0], label.shape[1]), random.Random(seed))
+        grid = F.affine_grid(theta[None], [1, 1, *self.crop], align_corners=False)
+        # what lies outside is sampled as 0: shift so that 0 stands for the mean and for 255
+        picture = F.grid_sample((image - self.mean)[None], grid, align_corners=False)[0]
+        mask = F.grid_sample((label.float() + 1)[None, None], grid, "nearest", align_corners=False)
+        picture = (picture + self.mean).round().clamp(0, 255).to(torch.uint8)
+        return picture, (mask[0, 0].to(torch.int16) - 1).to(torch.uint8)
+
+    def matrix(self, size: tuple[int, int], rng: random.Random) -> Tensor:
+        """Affine map (2, 3) from the crop to an image of that size, both in -1..1."""
+        factor = rng.uniform(*self.scale)
+        angle = math.radians(rng.uniform(-self.rotation, self.rotation))
+        mirror = -1 if self.flip and rng.random() < 0.5 else 1
+        centre, extent = [], []  # y and x, as shares of the resized image
+        for side, length in zip(size, self.crop, strict=True):
+            resized = side * factor
+            room = resized - length  # below 0 the crop is larger and the image wanders within it
+            start = rng.uniform(min(0.0, room), max(0.0, room))
+            start += resized * rng.uniform(-self.translation, self.translation)
+            centre.append((start + length / 2) / resized)
+            extent.append(resized)
+        (height, width), (full_height, full_width) = self.crop, extent
+        cos, sin = math.cos(angle), math.sin(angle)
+        x = [mirror * cos * width / full_width, -sin * height / full_width, 2 * centre[1] - 1]
+        y = [mirror * sin * width / full_height, cos * height / full_height, 2 * centre[0] - 1]
+        return torch.tensor([x, y])
+
+
+class PhotometricView:
+    """Colour jitter and blur of a batch, drawn for each image from a generator.
+
+    Args:
+        strength: brightness, contrast and saturation change by a factor in 1 - s .. 1 + s, hue by
+            an angle of up to s / 4 of the colour circle.
+        jitter_probability, blur_probability: share of the images that each is applied to.
+        blur_sigma: range of the blur, in pixels.
+    """
+
+    def __init__(
+        self,
+        strength: float,
+        jitter_probability: float,
+        blur_probability: float,
+        blur_sigma: tuple[float, float],
+    ) -> None:
+        self.strength, self.jitter_probability = strength, jitter_probability
+        self.blur_probability, self.blur_sigma = blur_probability, blur_sigma
+
+    def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """Images (B, 3, H, W) in 0..1 -> the same, changed."""
+        if self.strength and self.jitter_probability:
+            images = self._jitter(images, rng)
+        if self.blur_probability:
+            images = self._blur(images, rng)
+        return images
+
+    def _jitter(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        draw = torch.rand(5, len(images), 1, 1, 1, generator=rng, device=images.device)
+        chosen = draw[4] < self.jitter_probability
+        change = torch.where(chosen, 2 * draw[:4] - 1, 0)  # (4, B, 1, 1, 1) in -1..1
+        brightness, contrast, saturation = 1 + self.strength * change[:3]
+        images = (images * brightness).clamp(0, 1)
+        images = blend(images, grey(images).mean(dim=(2, 3), keepdim=True), contrast)
+        images = blend(images, grey(images), saturation)
+        return rotate_hue(images, change[3] * self.strength / 4 * 2 * math.pi)
+
+    def _blur(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        low, high = self.blur_sigma
+        draw = torch.rand(2, len(images), generator=rng, device=images.device)
+        sigma = low + (high - low) * draw[0]
+        radius = max(1, math.ceil(3 * high))
+        blurred = gaussian_blur(images, sigma, radius)
+        chosen = (draw[1] < self.blur_probability)[:, None, None, None]
+        return torch.where(chosen, blurred, images)
+
+
+def grey(images: Tensor) -> Tensor:
+    """Luma (B, 1, H, W) of images (B, 3, H, W), with the weights of ITU-R BT.601."""
+    weight = images.new_tensor([0.299, 0.587, 0.114])[:, None, None]
+    return (images * weight).sum(dim=1, keepdim=True)
+
+
+def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    """`factor` parts of the images and 1 - factor of the other, kept in 0..1."""
+    return (other + factor * (images - other)).clamp(0, 1)
+
+
+def rotate_hue(images: Tensor, angle: Tensor) -> Tensor:
+    """Turn the chroma plane of YIQ by `angle` (B, 1, 1, 1) radians; the luma stays."""
+    to_yiq = images.new_tensor(
+        [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]
+    )
+    y, i, q = torch.einsum("ij,bjhw->ibhw", to_yiq, images)
+    cos, sin = angle[:, 0].cos(), angle[:, 0].sin()
+    turned = torch.stack([y, cos * i - sin * q, sin * i + cos * q])  # (3, B, H, W)
+    return torch.einsum("ij,jbhw->bihw", torch.linalg.inv(to_yiq), turned).clamp(0, 1)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Blur each image (C, H, W) of a batch with its own sigma (B,), in pixels."""
+    batch, channels, height, width = images.shape
+    radius = min(radius, height - 1, width - 1)  # reflection needs that much image
+    offset = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.exp(-0.5 * (offset / sigma[:, None]).square())  # (B, 2r + 1)
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)
+    flat = images.reshape(1, batch * channels, height, width)
+    flat = F.pad(flat, (radius, radius, radius, radius), mode="reflect")
+    flat = F.conv2d(flat, kernel[:, None, :, None], groups=batch * channels)
+    flat = F.conv2d(flat, kernel[:, None, None, :], groups=batch * channels)
+    return flat.reshape(images.shape)

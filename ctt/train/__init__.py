@@ -1,0 +1,1 @@
+"""The training loop: settings, state, step, checkpoint, evaluation, logging."""

@@ -1,0 +1,361 @@
+"""Every setting of a run, in one typed place. Imports nothing heavy: `--help` must be quick.
+
+Defaults are those of the paper (Xiao et al., Neurocomputing 2022) where it prints one; the recipes
+in `ctt/recipes` set what differs for a data set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ctt.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    crop: tuple[int, int] = (321, 321)
+    """Height and width of the training crop, in pixels."""
+    batch_size: int = 10
+    """Labelled images a step; as many unlabelled ones come with them."""
+    workers: int = 2
+    """Processes that load images; 0 loads in the main process."""
+    scale: tuple[float, float] = (0.5, 1.6)
+    """Range of the random resize before the crop."""
+    flip: bool = True
+    """Mirror half of the images left to right."""
+    rotation: float = 10.0
+    """Largest random rotation, in degrees."""
+    translation: float = 0.1
+    """Largest random shift, as a share of the image's sides."""
+    labeled_pool: int = 1000
+    """digits: images made for training, labelled and unlabelled together."""
+    eval_images: int = 300
+    """digits: images made for evaluation."""
+    eval_split: Literal["val", "tune"] = "val"
+    """Which images to evaluate on. digits: `tune` holds a part of the training digits out, so that
+    settings can be chosen without looking at the validation digits."""
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    jitter: float = 0.25
+    """Strength of the colour jitter of the strong view: brightness, contrast and saturation change
+    by up to this share, hue by up to a quarter of it (as a share of the colour circle)."""
+    jitter_probability: float = 0.8
+    blur_probability: float = 0.5
+    """Share of the images blurred in the strong view."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur, in pixels."""
+    mix: Literal["none", "classmix", "cutmix"] = "none"
+    """How unlabelled images are mixed; every student sees the same mix."""
+    strong_labeled: bool = False
+    """Also give the labelled images the colour jitter and blur."""
+    per_student: bool = True
+    """Draw colour jitter and blur anew for each student; geometry and mix are always shared."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    name: str = "small"
+    """Architecture: one of `ctt.models.names()`."""
+    backbone: str = ""
+    """Encoder, where the architecture leaves the choice."""
+    weights: str = "none"
+    """`none`, or a file of weights (.safetensors, or .pth that holds tensors only) to start from."""
+    features: int = 256
+    """D, channels of the features that the last 1x1 classifier reads and that contrast compares."""
+    width: int = 32
+    """small: channels of the first stage."""
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    lr: float = 2.5e-4
+    head_lr_factor: float = 1.0
+    """Learning rate of the classifier head relative to the rest (DeepLabV2: 10)."""
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    power: float = 0.9
+    """Polynomial decay: lr * (1 - t / iterations) ** power."""
+    warmup: int = 0
+    """Iterations of linear warm-up of the learning rate."""
+    clip_norm: float = 0.0
+    """Largest norm of the gradient of a student; 0 does not clip."""
+
+
+@dataclass(frozen=True)
+class EmaSettings:
+    decay: float = 0.99
+    """a in theta' <- a theta' + (1 - a) theta; the first steps use min(1 - 1/(t+1), a)."""
+    buffers: Literal["copy", "average"] = "copy"
+    """Batch-norm statistics of the teacher; integer buffers are always copied."""
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    sup: float = 1.0
+    """Weight of the supervised cross-entropy, equations (1)(2)."""
+    ct: float = 1.0
+    """Weight of the cross-entropy against the teachers' labels, equations (3)-(5)."""
+    ct_ramp: int = 0
+    """Iterations over which the weight of that term rises from 0."""
+    hc: float = 0.1
+    """Weight of the high-level contrast, equation (6)."""
+    lc: float = 0.1
+    """Weight of the low-level contrast, equation (8)."""
+    tau_hc: float = 0.5
+    tau_lc: float = 0.5
+    gamma: float = 0.75
+    """Confidence from which a pixel belongs to the high-level contrast, equation (7)."""
+    hc_confidence: Literal["student", "teacher"] = "student"
+    """Whose confidence decides: the student's own (paper), or, as in the authors' program, that of
+    the teacher which labels the unlabelled pixels, with every labelled pixel kept."""
+    directional: bool = True
+    """Low-level contrast only where the peer is more confident, equation (9)."""
+    contrast_reduction: Literal["class", "mean"] = "class"
+    """Mean over the pixels of each class and then over classes, or over all pixels at once."""
+    confidence_weight: Literal["none", "uniform", "threshold"] = "none"
+    """How teachers' confidence weighs the cross-teacher term: not at all (paper), all pixels by the
+    share of confident ones (authors' program), or only confident pixels."""
+    confidence_threshold: float = 0.968
+
+
+@dataclass(frozen=True)
+class BankSettings:
+    capacity: int = 128
+    """V, keys of each class."""
+    top_k: int = 256
+    """Most confident pixels of a class and batch that may be pushed."""
+    per_class: int = 0
+    """K_push, pixels of a class pushed a step, drawn from the top k; 0: max(1, V // labelled)."""
+    per_image: bool = False
+    """Read per_class as a number for each labelled image of the batch."""
+    random_choice: bool = True
+    """Draw the pushed pixels from the top k at random, else take the most confident."""
+    min_confidence: float = 0.0
+    """Teacher's confidence that a pixel needs to be pushed."""
+    start: Literal["class", "all"] = "class"
+    """When contrast begins: for each class when its own queue is full, or when every one is."""
+    start_after: int = 0
+    """Iterations before any contrast."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    iterations: int = 80_000
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    threads: int = 0
+    """CPU threads; 0: one for each core."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Automatic mixed precision."""
+    deterministic: bool = False
+    """Only deterministic algorithms; a resumed run then ends bit-equal to one never stopped."""
+    log_every: int = 20
+    """Iterations between rows of metrics.csv."""
+    eval_every: int = 0
+    """Iterations between evaluations; 0: ten in a run."""
+    checkpoint_every: int = 0
+    """Iterations between checkpoints; 0: at every evaluation."""
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class Settings:
+    dataset: str = "digits"
+    """One of `ctt.data.names()`."""
+    data_root: Path | None = None
+    """Folder of the images, for data sets that are not embedded."""
+    ratio: str = "1/20"
+    """Labelled share of the training images: a fraction `1/20`, a share `0.05` or a count `50`."""
+    split_labeled: Path | None = None
+    """List of labelled images, instead of --ratio: one name a line."""
+    split_unlabeled: Path | None = None
+    """List of unlabelled images; without it all training images that are not labelled."""
+    method: str = "cross-teacher"
+    """One of `ctt.methods.names()`."""
+    pairs: int = 0
+    """K, pairs of student and teacher; 0: what the method uses by default."""
+    seed: int = 0
+    data: DataSettings = field(default_factory=DataSettings)
+    views: ViewSettings = field(default_factory=ViewSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    ema: EmaSettings = field(default_factory=EmaSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    bank: BankSettings = field(default_factory=BankSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+    def hash(self) -> str:
+        """Twelve hex digits that name these settings."""
+        text = json.dumps(to_dict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Plain numbers, strings and lists, as YAML and JSON take them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    result: dict[str, Any] = plain(dataclasses.asdict(settings))
+    return result
+
+
+def update(settings: Settings, values: dict[str, Any], source: str) -> Settings:
+    """`settings` with the nested `values` of a YAML file put over them.
+
+    Args:
+        source: where the values come from, for the message.
+
+    Raises:
+        UserError: a name that is no setting, or a value of another type.
+    """
+    result: Settings = _update(settings, values, source, "")
+    return result
+
+
+def _update(settings: Any, values: dict[str, Any], source: str, prefix: str) -> Any:
+    known = {f.name: f for f in dataclasses.fields(settings)}
+    types_of = typing.get_type_hints(type(settings))
+    changes = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UserError(
+                f"{source}: there is no setting {prefix}{key}. "
+                f"Settings at this place: {', '.join(sorted(known))}."
+            )
+        current = getattr(settings, name)
+        if dataclasses.is_dataclass(current):
+            if not isinstance(value, dict):
+                raise UserError(f"{source}: {prefix}{name} must hold settings, got {value!r}.")
+            changes[name] = _update(current, value, source, f"{prefix}{name}.")
+        else:
+            changes[name] = _coerce(value, types_of[name], f"{source}: {prefix}{name}")
+    return dataclasses.replace(settings, **changes)
+
+
+def _coerce(value: Any, kind: Any, where: str) -> Any:
+    """YAML knows neither paths nor tuples, and reads 5e-4 as a string and 1 as an integer."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _coerce(value, next(o for o in options if o is not type(None)), where)
+    if origin is Literal:
+        # YAML 1.1 reads the word off as false
+        value = "off" if value is False and "off" in options else value
+        if value not in options:
+            raise UserError(f"{where} must be one of {', '.join(options)}, got {value!r}.")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(options):
+            raise UserError(f"{where} must be a list of {len(options)} numbers, got {value!r}.")
+        return tuple(_coerce(v, o, where) for v, o in zip(value, options, strict=True))
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise UserError(f"{where} must be true or false, got {value!r}.")
+        return value
+    try:
+        if kind is int and (isinstance(value, bool) or float(value) != int(value)):
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where} must be of type {kind.__name__}, got {value!r}.") from None
+
+
+def validate(settings: Settings) -> None:
+    """Refuse values that cannot work, before anything is loaded or written.
+
+    Raises:
+        UserError: names the option, the value and the range.
+    """
+    s = settings
+    share = "must be in 0..1"
+    positive, at_least_0, at_least_1 = "must be above 0", "must be at least 0", "must be at least 1"
+    checks: list[tuple[str, Any, bool, str]] = [
+        ("--pairs", s.pairs, 0 <= s.pairs <= 8, "must be in 1..8"),
+        ("--seed", s.seed, 0 <= s.seed < 2**31, f"must be in 0..{2**31 - 1}"),
+        ("--data.crop", s.data.crop, min(s.data.crop) >= 8, "must be at least 8 8"),
+        ("--data.batch-size", s.data.batch_size, s.data.batch_size >= 1, at_least_1),
+        ("--data.workers", s.data.workers, s.data.workers >= 0, at_least_0),
+        (
+            "--data.scale",
+            s.data.scale,
+            0 < s.data.scale[0] <= s.data.scale[1],
+            "must be two numbers above 0, the lower first",
+        ),
+        ("--data.rotation", s.data.rotation, 0 <= s.data.rotation <= 180, "must be in 0..180"),
+        ("--data.translation", s.data.translation, 0 <= s.data.translation <= 1, share),
+        ("--data.labeled-pool", s.data.labeled_pool, s.data.labeled_pool >= 2, "must be at least 2"),
+        ("--data.eval-images", s.data.eval_images, s.data.eval_images >= 1, at_least_1),
+        ("--views.jitter", s.views.jitter, 0 <= s.views.jitter <= 1, share),
+        (
+            "--views.jitter-probability",
+            s.views.jitter_probability,
+            0 <= s.views.jitter_probability <= 1,
+            share,
+        ),
+        (
+            "--views.blur-probability",
+            s.views.blur_probability,
+            0 <= s.views.blur_probability <= 1,
+            share,
+        ),
+        ("--model.features", s.model.features, s.model.features >= 1, at_least_1),
+        ("--model.width", s.model.width, s.model.width >= 1, at_least_1),
+        ("--optim.lr", s.optim.lr, s.optim.lr > 0, positive),
+        ("--optim.head-lr-factor", s.optim.head_lr_factor, s.optim.head_lr_factor > 0, positive),
+        ("--optim.momentum", s.optim.momentum, 0 <= s.optim.momentum < 1, "must be in 0..1"),
+        ("--optim.weight-decay", s.optim.weight_decay, s.optim.weight_decay >= 0, at_least_0),
+        ("--optim.power", s.optim.power, s.optim.power >= 0, at_least_0),
+        ("--optim.warmup", s.optim.warmup, s.optim.warmup >= 0, at_least_0),
+        ("--optim.clip-norm", s.optim.clip_norm, s.optim.clip_norm >= 0, at_least_0),
+        ("--ema.decay", s.ema.decay, 0 <= s.ema.decay <= 1, share),
+        ("--loss.sup", s.loss.sup, s.loss.sup >= 0, at_least_0),
+        ("--loss.ct", s.loss.ct, s.loss.ct >= 0, at_least_0),
+        ("--loss.ct-ramp", s.loss.ct_ramp, s.loss.ct_ramp >= 0, at_least_0),
+        ("--loss.hc", s.loss.hc, s.loss.hc >= 0, at_least_0),
+        ("--loss.lc", s.loss.lc, s.loss.lc >= 0, at_least_0),
+        ("--loss.tau-hc", s.loss.tau_hc, s.loss.tau_hc > 0, positive),
+        ("--loss.tau-lc", s.loss.tau_lc, s.loss.tau_lc > 0, positive),
+        ("--loss.gamma", s.loss.gamma, 0 <= s.loss.gamma <= 1, share),
+        (
+            "--loss.confidence-threshold",
+            s.loss.confidence_threshold,
+            0 <= s.loss.confidence_threshold <= 1,
+            share,
+        ),
+        ("--bank.capacity", s.bank.capacity, s.bank.capacity >= 1, at_least_1),
+        ("--bank.top-k", s.bank.top_k, s.bank.top_k >= 1, at_least_1),
+        ("--bank.per-class", s.bank.per_class, s.bank.per_class >= 0, at_least_0),
+        ("--bank.min-confidence", s.bank.min_confidence, 0 <= s.bank.min_confidence <= 1, share),
+        ("--bank.start-after", s.bank.start_after, s.bank.start_after >= 0, at_least_0),
+        ("--train.iterations", s.train.iterations, s.train.iterations >= 1, at_least_1),
+        ("--train.threads", s.train.threads, s.train.threads >= 0, at_least_0),
+        ("--train.log-every", s.train.log_every, s.train.log_every >= 1, at_least_1),
+        ("--train.eval-every", s.train.eval_every, s.train.eval_every >= 0, at_least_0),
+        (
+            "--train.checkpoint-every",
+            s.train.checkpoint_every,
+            s.train.checkpoint_every >= 0,
+            at_least_0,
+        ),
+    ]
+    for option, value, good, rule in checks:
+        if not good or (isinstance(value, float) and not math.isfinite(value)):
+            raise UserError(f"{option} {rule}, got {value}.")

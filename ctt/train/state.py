@@ -1,0 +1,139 @@
+"""Everything that changes while training: networks, optimiser, banks, iteration."""
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ctt import models
+from ctt.data.random import derive_seed
+from ctt.models.base import SegmentationModel
+from ctt.ops import MemoryBank, ema_update_
+from ctt.train.settings import EmaSettings, Settings
+
+
+class TrainState:
+    """K students, their teachers and banks, one optimiser over all students.
+
+    Students start from different random weights; a teacher starts as a copy of its student.
+    """
+
+    def __init__(
+        self, settings: Settings, pairs: int, num_classes: int, device: torch.device
+    ) -> None:
+        model = settings.model
+        self.students: list[SegmentationModel] = []
+        for k in range(pairs):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed("weights", settings.seed, k))
+                student = models.build(model.name, num_classes, model.features, model.width)
+            # channels last: quarter less time on the CPU, tensor cores on GPUs, pixels without a copy
+            self.students.append(student.to(device, memory_format=torch.channels_last))
+        self.teachers = [copy.deepcopy(s).requires_grad_(False).eval() for s in self.students]
+        self.banks = [
+            MemoryBank(num_classes, settings.bank.capacity, model.features).to(device)
+            for _ in range(pairs)
+        ]
+        self.optimizer = make_optimizer(self.students, settings)
+        self.scaler = torch.amp.GradScaler(
+            device.type, enabled=settings.train.amp == "fp16" and device.type == "cuda"
+        )
+        self.ema = EmaUpdate(self.teachers, self.students, settings.ema)
+        self.iteration = 0
+
+    @property
+    def pairs(self) -> int:
+        return len(self.students)
+
+    def networks(self) -> dict[str, SegmentationModel]:
+        """student_1 .. student_K, teacher_1 .. teacher_K."""
+        named = {f"student_{k + 1}": net for k, net in enumerate(self.students)}
+        return named | {f"teacher_{k + 1}": net for k, net in enumerate(self.teachers)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, in tensors, numbers and strings."""
+        return {
+            "iteration": self.iteration,
+            "students": [net.state_dict() for net in self.students],
+            "teachers": [net.state_dict() for net in self.teachers],
+            "banks": [bank.state_dict() for bank in self.banks],
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for key, own in (
+            ("students", self.students),
+            ("teachers", self.teachers),
+            ("banks", self.banks),
+        ):
+            for module, saved in zip(cast("list[nn.Module]", own), state[key], strict=True):
+                module.load_state_dict(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.iteration = int(state["iteration"])
+        torch.set_rng_state(state["torch_rng"])
+        if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+
+def make_optimizer(students: list[SegmentationModel], settings: Settings) -> torch.optim.SGD:
+    """SGD over two groups of every student: the body, and the head with its own learning rate."""
+    optim = settings.optim
+    groups = []
+    for student in students:
+        head = list(student.head_parameters())
+        in_head = {id(p) for p in head}
+        body = [p for p in student.parameters() if id(p) not in in_head]
+        groups.append({"params": body, "lr_factor": 1.0})
+        groups.append({"params": head, "lr_factor": optim.head_lr_factor})
+    return torch.optim.SGD(
+        groups,
+        lr=optim.lr,
+        momentum=optim.momentum,
+        nesterov=optim.nesterov,
+        weight_decay=optim.weight_decay,
+    )
+
+
+def learning_rate(settings: Settings, iteration: int) -> float:
+    """Linear warm-up, then polynomial decay: lr (1 - t / T) ** power."""
+    optim = settings.optim
+    if iteration < optim.warmup:
+        return optim.lr * (iteration + 1) / optim.warmup
+    return float(optim.lr * (1 - iteration / settings.train.iterations) ** optim.power)
+
+
+class EmaUpdate:
+    """The teachers' update; the lists of tensors are made once, for all pairs together."""
+
+    def __init__(
+        self,
+        teachers: list[SegmentationModel],
+        students: list[SegmentationModel],
+        settings: EmaSettings,
+    ) -> None:
+        self.settings = settings
+        self.averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self.copied: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for teacher, student in zip(teachers, students, strict=True):
+            for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
+                self._add(self.averaged, t.data, s.data)
+            for t, s in zip(teacher.buffers(), student.buffers(), strict=True):
+                average = settings.buffers == "average" and t.is_floating_point()
+                self._add(self.averaged if average else self.copied, t, s)
+
+    @staticmethod
+    def _add(lists: tuple[list[Tensor], list[Tensor]], teacher: Tensor, student: Tensor) -> None:
+        lists[0].append(teacher)
+        lists[1].append(student)
+
+    def step(self, iteration: int) -> None:
+        """Update after optimiser step number `iteration`, counted from 1."""
+        decay = min(1 - 1 / (iteration + 1), self.settings.decay)
+        ema_update_(*self.averaged, decay)
+        if self.copied[0]:
+            torch._foreach_copy_(*self.copied)
