@@ -31,7 +31,9 @@ def open_source(
     """
     if name == "digits":
         if root is not None:
-            raise UserError("--data-root: the embedded data set digits has no folder; leave it out.")
+            raise UserError(
+                "--data-root: the embedded data set digits has no folder; leave it out."
+            )
         from ctt.data.digits import Digits
 
         return Digits(train_images, eval_images, eval_split)

@@ -94,5 +94,3 @@ def make_loader(
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
     )
-
-

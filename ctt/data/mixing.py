@@ -21,9 +21,7 @@ def classmix_mask(label: Tensor, num_classes: int, rng: torch.Generator) -> Tens
     return (member & kept[:, :, None, None]).any(dim=1)
 
 
-def cutmix_mask(
-    shape: tuple[int, int, int], rng: torch.Generator, device: torch.device
-) -> Tensor:
+def cutmix_mask(shape: tuple[int, int, int], rng: torch.Generator, device: torch.device) -> Tensor:
     """Keep all but a random box of a quarter to a half of the area (French et al., 2020).
 
     Returns:
@@ -32,14 +30,15 @@ def cutmix_mask(
     batch, height, width = shape
     share, aspect, top, left = torch.rand(4, batch, generator=rng, device=device)
     area = 0.25 + 0.25 * share
-    box_height = (area * 2 ** (2 * aspect - 1)).sqrt().clamp(max=1)  # of 1
+    box_height = (area * torch.exp2(2 * aspect - 1)).sqrt().clamp(max=1)  # of 1
     box_width = (area / box_height).clamp(max=1)
     y = ((torch.arange(height, device=device) + 0.5) / height)[:, None]
     x = (torch.arange(width, device=device) + 0.5) / width
     top, left = top * (1 - box_height), left * (1 - box_width)
     in_rows = (y >= top[:, None, None]) & (y < (top + box_height)[:, None, None])
     in_columns = (x >= left[:, None, None]) & (x < (left + box_width)[:, None, None])
-    return ~(in_rows & in_columns)
+    keep: Tensor = ~(in_rows & in_columns)
+    return keep
 
 
 def mix(values: Tensor, keep: Tensor) -> Tensor:

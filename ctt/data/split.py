@@ -60,7 +60,9 @@ def read_list(path: Path) -> list[str]:
     names = [line.strip() for line in text.splitlines() if line.strip()]
     if not names:
         raise UserError(f"{path}: the split list is empty. It must hold one image name a line.")
-    repeated = sorted({n for n in names if names.count(n) > 1}) if len(set(names)) < len(names) else []
+    repeated = (
+        sorted({n for n in names if names.count(n) > 1}) if len(set(names)) < len(names) else []
+    )
     if repeated:
         raise UserError(f"{path}: {repeated[0]} stands in the list more than once.")
     return names

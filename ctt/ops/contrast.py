@@ -61,9 +61,10 @@ def info_nce(
     keys = keys.detach()
     need_grad = query.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
-        return torch.ops.ctt.info_nce(
+        traced: Tensor = torch.ops.ctt.info_nce(
             query, label, keys, count, mask, temperature, reduction, need_grad, backend
         )[0]
+        return traced
     run = select("info_nce", backend, query.device).info_nce
     with torch.no_grad():
         loss, grad = run(query, label, keys, count, mask, temperature, reduction, need_grad)
@@ -126,9 +127,10 @@ def pair_info_nce(
     need_grad = query.requires_grad and torch.is_grad_enabled()
     options = (temperature, reduction, need_grad)
     if torch.compiler.is_compiling():
-        return torch.ops.ctt.pair_info_nce(
+        traced: Tensor = torch.ops.ctt.pair_info_nce(
             query, positive.detach(), label, all_keys, all_counts, mask, *options, backend
         )[0]
+        return traced
     run = select(name, backend, device).pair_info_nce
     with torch.no_grad():
         loss, grad = run(query, positive, label, all_keys, all_counts, mask, *options)
@@ -154,5 +156,5 @@ def _attach(query: Tensor, loss: Tensor, grad: Tensor | None) -> Tensor:
     """Hang the gradient that was made with the loss onto the graph."""
     if grad is None:
         return loss
-    attached: Tensor = StoredGradient.apply(query, loss, grad)  # type: ignore[no-untyped-call]
+    attached: Tensor = StoredGradient.apply(query, loss, grad)
     return attached

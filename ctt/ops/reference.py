@@ -79,7 +79,7 @@ def info_nce(
 
     v, c = normalize(_widen(query[counts])), label[counts]  # (n, D), (n,)
     score = v @ keys.to(v.dtype).flatten(0, 1).T / temperature  # (n, C * V), cos / tau
-    score = score.unflatten(1, (num_classes, capacity))  # (n, C, V)
+    score = score.view(-1, num_classes, capacity)  # (n, C, V)
     is_negative = (~own[counts])[:, :, None] & filled  # (n, C, V)
     log_z = score.masked_fill(~is_negative, -torch.inf).flatten(1).logsumexp(dim=1)  # (n,)
     positive = score[torch.arange(len(c), device=c.device), c]  # (n, V)

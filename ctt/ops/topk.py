@@ -1,5 +1,7 @@
 """Selection of the bank's candidates: the most confident pixels of each class."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,8 @@ def class_topk(
     _checks.positive_int("class_topk", "num_classes", num_classes)
     confidence = confidence.detach()
     if torch.compiler.is_compiling():
-        return torch.ops.ctt.class_topk(confidence, label, k, num_classes, valid, backend)
-    run = select("class_topk", backend, device).class_topk
+        run = partial(torch.ops.ctt.class_topk, backend=backend)
+    else:
+        run = select("class_topk", backend, device).class_topk
     result: tuple[Tensor, Tensor] = run(confidence, label, k, num_classes, valid)
     return result

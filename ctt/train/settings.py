@@ -14,7 +14,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ctt.errors import UserError
 
@@ -66,10 +66,8 @@ class ViewSettings:
 class ModelSettings:
     name: str = "small"
     """Architecture: one of `ctt.models.names()`."""
-    backbone: str = ""
-    """Encoder, where the architecture leaves the choice."""
     weights: str = "none"
-    """`none`, or a file of weights (.safetensors, or .pth that holds tensors only) to start from."""
+    """`none`, or a file to start all students from: .safetensors, or .pth that holds tensors."""
     features: int = 256
     """D, channels of the features that the last 1x1 classifier reads and that contrast compares."""
     width: int = 32
@@ -201,6 +199,9 @@ class Settings:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+S = TypeVar("S", bound=Settings)
+
+
 def to_dict(settings: Any) -> dict[str, Any]:
     """Plain numbers, strings and lists, as YAML and JSON take them."""
 
@@ -215,7 +216,7 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return result
 
 
-def update(settings: Settings, values: dict[str, Any], source: str) -> Settings:
+def update(settings: S, values: dict[str, Any], source: str) -> S:
     """`settings` with the nested `values` of a YAML file put over them.
 
     Args:
@@ -224,7 +225,7 @@ def update(settings: Settings, values: dict[str, Any], source: str) -> Settings:
     Raises:
         UserError: a name that is no setting, or a value of another type.
     """
-    result: Settings = _update(settings, values, source, "")
+    result: S = _update(settings, values, source, "")
     return result
 
 
@@ -301,7 +302,12 @@ def validate(settings: Settings) -> None:
         ),
         ("--data.rotation", s.data.rotation, 0 <= s.data.rotation <= 180, "must be in 0..180"),
         ("--data.translation", s.data.translation, 0 <= s.data.translation <= 1, share),
-        ("--data.labeled-pool", s.data.labeled_pool, s.data.labeled_pool >= 2, "must be at least 2"),
+        (
+            "--data.labeled-pool",
+            s.data.labeled_pool,
+            s.data.labeled_pool >= 2,
+            "must be at least 2",
+        ),
         ("--data.eval-images", s.data.eval_images, s.data.eval_images >= 1, at_least_1),
         ("--views.jitter", s.views.jitter, 0 <= s.views.jitter <= 1, share),
         (

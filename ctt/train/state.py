@@ -1,6 +1,7 @@
 """Everything that changes while training: networks, optimiser, banks, iteration."""
 
 import copy
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from ctt import models
 from ctt.data.random import derive_seed
 from ctt.models.base import SegmentationModel
 from ctt.ops import MemoryBank, ema_update_
+from ctt.train.checkpoint import initialize
 from ctt.train.settings import EmaSettings, Settings
 
 
@@ -28,8 +30,10 @@ class TrainState:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed("weights", settings.seed, k))
                 student = models.build(model.name, num_classes, model.features, model.width)
-            # channels last: quarter less time on the CPU, tensor cores on GPUs, pixels without a copy
-            self.students.append(student.to(device, memory_format=torch.channels_last))
+            if model.weights != "none":
+                initialize(student, Path(model.weights))
+            # a quarter less time on the CPU, tensor cores on GPUs, pixels as rows without a copy
+            self.students.append(student.to(memory_format=torch.channels_last).to(device))
         self.teachers = [copy.deepcopy(s).requires_grad_(False).eval() for s in self.students]
         self.banks = [
             MemoryBank(num_classes, settings.bank.capacity, model.features).to(device)
@@ -122,9 +126,9 @@ class EmaUpdate:
         for teacher, student in zip(teachers, students, strict=True):
             for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
                 self._add(self.averaged, t.data, s.data)
-            for t, s in zip(teacher.buffers(), student.buffers(), strict=True):
-                average = settings.buffers == "average" and t.is_floating_point()
-                self._add(self.averaged if average else self.copied, t, s)
+            for mean, own in zip(teacher.buffers(), student.buffers(), strict=True):
+                average = settings.buffers == "average" and mean.is_floating_point()
+                self._add(self.averaged if average else self.copied, mean, own)
 
     @staticmethod
     def _add(lists: tuple[list[Tensor], list[Tensor]], teacher: Tensor, student: Tensor) -> None:

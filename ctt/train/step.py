@@ -36,9 +36,7 @@ class Step:
         labeled: size of the labelled set, for the number of keys pushed a step.
     """
 
-    def __init__(
-        self, settings: Settings, method: Method, info: DatasetInfo, labeled: int
-    ) -> None:
+    def __init__(self, settings: Settings, method: Method, info: DatasetInfo, labeled: int) -> None:
         self.settings, self.method, self.info = settings, method, info
         views = settings.views
         self.photometric = PhotometricView(
@@ -83,7 +81,7 @@ class Step:
 
     def _optimize(self, state: TrainState, total: Tensor) -> None:
         state.optimizer.zero_grad(set_to_none=True)
-        state.scaler.scale(total).backward()
+        state.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         if self.settings.optim.clip_norm:
             state.scaler.unscale_(state.optimizer)
             for student in state.students:
@@ -99,7 +97,8 @@ class Step:
         unlabeled: tuple[Tensor, Tensor] | None,
     ) -> dict[str, Tensor]:
         rng = self._generator("mix", state.iteration, images.device)
-        weak, targets = images.new_empty(0, *images.shape[1:]), []
+        weak = images.new_empty(0, *images.shape[1:])
+        targets: list[Target] = []
         if unlabeled is not None:
             weak = to_unit(unlabeled[0])
             targets, keep = self._targets(state, weak, unlabeled[1] == IGNORE, rng)

@@ -1,0 +1,1 @@
+"""Command-line programs. Thin: nothing here imports torch before the arguments are read."""

@@ -1,0 +1,33 @@
+"""What the programs share: one paragraph for a mistake, exit code 2, no traceback."""
+
+import sys
+import textwrap
+from collections.abc import Callable
+
+from ctt.errors import UserError
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def run_program(name: str, body: Callable[[], int]) -> None:
+    """Exit with what `body` returns; mistakes of the user become one paragraph on stderr."""
+    try:
+        code = body()
+    except UserError as error:
+        fail(name, str(error))
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing == "ctt" or missing.startswith("ctt."):
+            raise
+        fail(name, f"needs the package {missing}. Install it with: pip install 'ctt[train]'")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    sys.exit(code)
+
+
+def fail(name: str, text: str) -> None:
+    # a path stays in one piece, so that it can be copied
+    lines = textwrap.fill(f"{name}: {text}", 100, break_long_words=False, break_on_hyphens=False)
+    print(lines, file=sys.stderr)
+    sys.exit(BAD_INPUT)

@@ -1,0 +1,162 @@
+"""Checkpoints of a run and weights of one network; both written atomically."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ctt import models
+from ctt.data.source import DatasetInfo
+from ctt.errors import UserError
+from ctt.models.base import SegmentationModel
+from ctt.train.settings import ModelSettings
+
+FORMAT = "ctt-checkpoint-1"
+WEIGHTS_FORMAT = "ctt-weights-1"
+
+# what torch.load raises on files that are no checkpoints
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    KeyError,
+    AttributeError,
+)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint; whoever reads `path` sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; only tensors, numbers and strings are ever unpickled.
+
+    Raises:
+        UserError: there is no such file, or it is no checkpoint of this program.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such checkpoint.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise UserError(
+            f"{path} is no checkpoint that can be read ({_reason(error)}). Give the folder of a "
+            f"run, or the checkpoints/last.pt in it."
+        ) from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is a file of tensors, but no checkpoint of ctt-train.")
+    return state
+
+
+def initialize(network: SegmentationModel, path: Path) -> tuple[int, int]:
+    """Copy what a file of weights holds for this network: tensors of the same name and shape.
+
+    Args:
+        path: .safetensors, or a .pth that holds a dictionary of tensors.
+
+    Returns:
+        how many of the network's tensors were found, and how many it has.
+
+    Raises:
+        UserError: the file cannot be read, or nothing in it fits.
+    """
+    if not path.is_file():
+        raise UserError(f"--model.weights {path}: there is no such file.")
+    try:
+        if path.suffix == ".safetensors":
+            tensors: Any = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, *UNREADABLE) as error:
+        raise UserError(f"--model.weights {path} cannot be read ({_reason(error)}).") from None
+    own = network.state_dict()
+    found = {
+        name: value
+        for name, value in (tensors.items() if isinstance(tensors, dict) else ())
+        if name in own and isinstance(value, Tensor) and value.shape == own[name].shape
+    }
+    if not found:
+        raise UserError(
+            f"--model.weights {path}: no tensor in the file has a name and shape of this network."
+        )
+    network.load_state_dict(found, strict=False)
+    return len(found), len(own)
+
+
+def save_network(
+    path: Path, network: SegmentationModel, model: ModelSettings, info: DatasetInfo, note: str
+) -> None:
+    """Write one network, ready for inference: weights, and how to build it and read its output."""
+    meta = {
+        "format": WEIGHTS_FORMAT,
+        "model": {"name": model.name, "features": model.features, "width": model.width},
+        "dataset": info.name,
+        "classes": info.classes,
+        "palette": info.palette,
+        "mean": info.mean,
+        "std": info.std,
+        "note": note,
+    }
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata={"ctt": json.dumps(meta)})
+    part.replace(path)
+
+
+def load_network(path: Path) -> tuple[SegmentationModel, DatasetInfo, str]:
+    """The network in a file that `save_network` wrote, in evaluation mode, on the CPU.
+
+    Returns:
+        the network, the facts of the data set it was trained on, and the note on its origin.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file of weights.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get("ctt", "{}"))
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path} is no safetensors file that can be read ({error}). Give the best.safetensors "
+            f"of a run."
+        ) from None
+    if meta.get("format") != WEIGHTS_FORMAT:
+        raise UserError(
+            f"{path} holds tensors but does not say which network they belong to. Give the "
+            f"best.safetensors that ctt-train writes."
+        )
+    info = DatasetInfo(
+        name=meta["dataset"],
+        classes=tuple(meta["classes"]),
+        palette=tuple((r, g, b) for r, g, b in meta["palette"]),
+        mean=tuple(meta["mean"]),
+        std=tuple(meta["std"]),
+    )
+    network = models.build(num_classes=len(info.classes), **meta["model"])
+    network.load_state_dict(tensors)
+    return network.eval(), info, meta["note"]
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,412 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from torch import Tensor
+
+from ctt import __version__, data, methods
+from ctt.data.loader import DrawSampler, ViewDataset, make_loader
+from ctt.data.source import DatasetInfo, Source
+from ctt.data.split import make_split, read_list, write_list
+from ctt.data.views import GeometricView
+from ctt.errors import UserError
+from ctt.train import checkpoint, run
+from ctt.train.evaluate import Score, as_json, evaluate, write_json
+from ctt.train.record import Recorder, draw_curves, draw_samples
+from ctt.train.settings import Settings, to_dict
+from ctt.train.state import TrainState
+from ctt.train.step import Step
+
+SAMPLES = 8  # images on the picture sheet
+
+
+class Stopped(Exception):  # noqa: N818  (not an error)
+    """The user asked to stop; a checkpoint has been written.
+
+    Attributes:
+        folder: of the run. iteration: after which it stopped.
+    """
+
+    def __init__(self, folder: Path, iteration: int) -> None:
+        super().__init__(folder, iteration)
+        self.folder, self.iteration = folder, iteration
+
+
+def train(
+    settings: Settings, *, out: Path | None = None, resume: Path | None = None
+) -> dict[str, Any]:
+    """Train as `settings` say, in a new folder `out` or going on in the run folder `resume`.
+
+    Returns:
+        what summary.json holds.
+
+    Raises:
+        UserError: settings or data that cannot work. Stopped: interrupted, checkpoint written.
+    """
+    return Trainer(settings, out, resume).train()
+
+
+class Trainer:
+    """One run, from its data to its summary."""
+
+    def __init__(self, settings: Settings, out: Path | None, resume: Path | None) -> None:
+        self.settings = settings
+        self.console = Console()
+        self.device = pick_device(settings.train.device)
+        set_up_torch(settings)
+        self.method = methods.get(settings.method)
+        self.pairs = settings.pairs or self.method.default_pairs
+        self.source = open_source(settings)
+        self.uses_unlabeled = bool(self.method.teachers_of(0, self.pairs))
+        if resume is None:
+            self.labeled, self.unlabeled = self._new_split()
+        classes = len(self.source.info.classes)
+        self.state = TrainState(settings, self.pairs, classes, self.device)
+        self.seconds = 0.0
+        self.best: dict[str, Any] | None = None
+        if resume is None:
+            self.folder = run.create(out, settings)
+            (self.folder / run.LABELED_LIST).parent.mkdir(exist_ok=True)
+            write_list(self.folder / run.LABELED_LIST, self.labeled)
+            write_list(self.folder / run.UNLABELED_LIST, self.unlabeled)
+        else:
+            self.folder = run.find(resume)
+            self.labeled = read_list(self.folder / run.LABELED_LIST)
+            unlabeled = self.folder / run.UNLABELED_LIST
+            self.unlabeled = read_list(unlabeled) if unlabeled.stat().st_size else []
+            self._load(checkpoint.load(self.folder / run.CHECKPOINT))
+        self.step = Step(settings, self.method, self.source.info, len(self.labeled))
+
+    def _new_split(self) -> tuple[list[str], list[str]]:
+        s = self.settings
+        labeled, unlabeled = make_split(
+            self.source.train_ids(), s.ratio, s.seed, s.split_labeled, s.split_unlabeled
+        )
+        if self.uses_unlabeled and not unlabeled:
+            raise UserError(
+                f"--method {s.method} learns from unlabelled images, but all {len(labeled)} "
+                f"training images are labelled. Lower --ratio, or use --method supervised."
+            )
+        return labeled, unlabeled
+
+    def train(self) -> dict[str, Any]:
+        """Run to the last iteration, evaluate, and write everything the run folder holds."""
+        settings, state = self.settings, self.state
+        total = settings.train.iterations
+        networks = [*state.networks(), "ensemble"]
+        recorder = Recorder(
+            self.folder, networks, state.iteration, tensorboard=settings.train.tensorboard
+        )
+        self._announce()
+        scores: dict[str, Score] = {}
+        try:
+            with interrupt_flag() as interrupted, self._progress() as progress:
+                bar = progress.add_task("", total=total, completed=state.iteration, losses="")
+                for _ in self._steps(recorder, progress, bar):
+                    due = state.iteration % self._every("eval_every") == 0
+                    if due and state.iteration < total:
+                        self._evaluate(recorder)
+                    if state.iteration % self._every("checkpoint_every") == 0:
+                        self._save()
+                    if interrupted and state.iteration < total:
+                        self._save()
+                        raise Stopped(self.folder, state.iteration)
+                self._save()
+                scores = self._evaluate(recorder)
+        finally:
+            recorder.close()
+        return self._finish(scores)
+
+    def _every(self, name: str) -> int:
+        settings = self.settings.train
+        evaluation = settings.eval_every or max(1, math.ceil(settings.iterations / 10))
+        return evaluation if name == "eval_every" else settings.checkpoint_every or evaluation
+
+    def _steps(self, recorder: Recorder, progress: Progress, bar: Any) -> Iterator[None]:
+        """Do the steps that are left; yields after each one."""
+        settings, state = self.settings, self.state
+        labeled = self._batches(self.labeled, labeled=True)
+        unlabeled = self._batches(self.unlabeled, labeled=False) if self.uses_unlabeled else None
+        sums: dict[str, Tensor] = {}
+        taken, start = 0, time.perf_counter()
+        clock = start
+        while state.iteration < settings.train.iterations:
+            batch = next(labeled)
+            more = next(unlabeled) if unlabeled is not None else None
+            rate = state.optimizer.param_groups[0]["lr"]
+            for name, value in self.step(state, batch, more).items():
+                sums[name] = sums[name] + value if name in sums else value
+            taken += 1
+            now = time.perf_counter()
+            self.seconds += now - clock
+            if taken == settings.train.log_every or state.iteration == settings.train.iterations:
+                rate = state.optimizer.param_groups[0]["lr"]
+                means = {name: float(value) / taken for name, value in sums.items()}
+                self._check_finite(means)
+                speed = taken * self._images_a_step() / (now - start)
+                self._log(recorder, progress, bar, rate, means, speed)
+                sums, taken, start = {}, 0, now
+            progress.update(bar, completed=state.iteration)
+            yield
+            # evaluation and checkpoints are not training time
+            pause = time.perf_counter() - now
+            start, clock = start + pause, now + pause
+
+    def _images_a_step(self) -> int:
+        return self.settings.data.batch_size * (2 if self.uses_unlabeled else 1)
+
+    def _check_finite(self, means: dict[str, float]) -> None:
+        if not math.isfinite(means["total"]):
+            bad = ", ".join(f"{name} {value}" for name, value in means.items())
+            raise UserError(
+                f"Training diverged: by iteration {self.state.iteration} the objective is no "
+                f"number any more ({bad}). Lower --optim.lr or set --optim.clip-norm; the last "
+                f"checkpoint in {self.folder} is from before."
+            )
+
+    def _log(
+        self,
+        recorder: Recorder,
+        progress: Progress,
+        bar: Any,
+        rate: float,
+        means: dict[str, float],
+        speed: float,
+    ) -> None:
+        values = {f"loss_{name}": value for name, value in means.items()}
+        full = [bank.full.float().mean() for bank in self.state.banks] if self.step.contrast else []
+        if full:
+            values["queues_full"] = float(torch.stack(full).mean())
+        recorder.write(self.state.iteration, {"lr": rate, **values, "images_per_second": speed})
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items() if name != "total")
+        progress.update(bar, losses=f"{shown}  {speed:.0f} images/s")
+
+    def _batches(self, ids: list[str], *, labeled: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        s, d = self.settings, self.settings.data
+        purpose = "labeled" if labeled else "unlabeled"
+        view = GeometricView(
+            d.crop, d.scale, d.flip, d.rotation, d.translation, self.source.info.mean
+        )
+        dataset = ViewDataset(self.source, ids, view, labeled, s.seed, purpose)
+        sampler = DrawSampler(
+            len(ids), d.batch_size, self.state.iteration, s.train.iterations, s.seed, purpose
+        )
+        on_gpu = self.device.type == "cuda"
+        for image, label in make_loader(dataset, sampler, d.workers, pin_memory=on_gpu):
+            yield (
+                image.to(self.device, non_blocking=on_gpu),
+                label.to(self.device, non_blocking=on_gpu),
+            )
+
+    def _evaluate(self, recorder: Recorder) -> dict[str, Score]:
+        state = self.state
+        scores = evaluate(state.networks(), self.source, self.source.eval_ids(), self.device)
+        recorder.write(
+            state.iteration, {f"miou_{name}": score.miou for name, score in scores.items()}
+        )
+        shown = "  ".join(f"{name} {score.miou:.1f}" for name, score in scores.items())
+        self.console.print(
+            f"iteration {state.iteration:>6}  mIoU  {shown}", highlight=False, soft_wrap=True
+        )
+        single = {name: score.miou for name, score in scores.items() if name != "ensemble"}
+        name = max(single, key=lambda key: single[key])
+        if self.best is None or single[name] > self.best["miou"]:
+            self.best = {
+                "network": name,
+                "iteration": state.iteration,
+                "miou": round(single[name], 2),
+                "chosen_on": self.settings.data.eval_split,
+            }
+            note = f"{name} after {state.iteration} iterations, {self.settings.hash()}"
+            checkpoint.save_network(
+                self.folder / run.WEIGHTS,
+                state.networks()[name],
+                self.settings.model,
+                self.source.info,
+                note,
+            )
+        return scores
+
+    def _save(self) -> None:
+        checkpoint.save(
+            self.folder / run.CHECKPOINT,
+            {
+                **self.state.state_dict(),
+                "settings": to_dict(self.settings),
+                "seconds": self.seconds,
+                "best": self.best,
+            },
+        )
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        try:
+            self.state.load_state_dict(saved)
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{self.folder / run.CHECKPOINT} does not fit the settings of its run ({reason})."
+            ) from None
+        self.seconds = float(saved["seconds"])
+        self.best = saved["best"]
+
+    def _finish(self, scores: dict[str, Score]) -> dict[str, Any]:
+        s, info = self.settings, self.source.info
+        images = s.train.iterations * self._images_a_step()
+        summary = {
+            **as_json(scores, info),
+            "dataset": s.dataset,
+            "eval_split": s.data.eval_split,
+            "method": s.method,
+            "pairs": self.pairs,
+            "seed": s.seed,
+            "labeled": len(self.labeled),
+            "unlabeled": len(self.unlabeled) if self.uses_unlabeled else 0,
+            "best": self.best,
+            "iterations": s.train.iterations,
+            "seconds": round(self.seconds, 1),
+            "images_per_second": round(images / self.seconds, 1) if self.seconds else None,
+            "settings_hash": s.hash(),
+            "versions": versions(),
+        }
+        write_json(self.folder / "summary.json", summary)
+        draw_curves(self.folder)
+        best = self.state.teachers[0]
+        ids = self.source.eval_ids()[:SAMPLES]
+        draw_samples(
+            self.folder / "samples.png",
+            best,
+            self.source,
+            ids,
+            self.device,
+            f"teacher 1 after {s.train.iterations} iterations",
+        )
+        self.console.print(score_table(scores, info))
+        self.console.print(
+            f"{s.train.iterations} iterations in {self.seconds:.0f} s of training. "
+            f"Everything is in {self.folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return summary
+
+    def _announce(self) -> None:
+        s = self.settings
+        start = f", going on after iteration {self.state.iteration}" if self.state.iteration else ""
+        unlabeled = len(self.unlabeled) if self.uses_unlabeled else 0
+        self.console.print(
+            f"{s.method} with {self.pairs} pair{'s' * (self.pairs > 1)} on {s.dataset}: "
+            f"{len(self.labeled)} labelled and {unlabeled} unlabelled images, "
+            f"{s.train.iterations} iterations on {self.device}{start}. Run folder: {self.folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _progress(self) -> Progress:
+        return Progress(
+            BarColumn(),
+            TaskProgressColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[losses]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+
+
+def score_table(scores: dict[str, Score], info: DatasetInfo) -> Table:
+    """IoU by class (rows) and network (columns), with the mean first."""
+    table = Table(title="IoU, %")
+    table.add_column("class")
+    for name in scores:
+        table.add_column(name, justify="right")
+    table.add_row("mean", *(f"{score.miou:.2f}" for score in scores.values()), style="bold")
+    for c, name in enumerate(info.classes):
+        values = [score.class_iou[c] for score in scores.values()]
+        table.add_row(name, *("absent" if v != v else f"{v:.2f}" for v in values))
+    return table
+
+
+def open_source(settings: Settings) -> Source:
+    d = settings.data
+    return data.open_source(
+        settings.dataset, settings.data_root, d.labeled_pool, d.eval_images, d.eval_split
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: a GPU where there is one.
+
+    Raises:
+        UserError: not a device, or one that is not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--train.device {name} cannot be used here ({reason}).") from None
+    return device
+
+
+def set_up_torch(settings: Settings) -> None:
+    if settings.train.threads:
+        torch.set_num_threads(settings.train.threads)
+    if settings.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+@contextlib.contextmanager
+def interrupt_flag() -> Iterator[list[int]]:
+    """A list that stops being empty on Ctrl-C or SIGTERM; a second Ctrl-C ends the program."""
+    caught: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        previous = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # signals reach the main thread only
+        previous = {}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def versions() -> dict[str, str]:
+    return {
+        "ctt": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

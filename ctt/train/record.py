@@ -1,0 +1,149 @@
+"""What a run leaves behind: metrics.csv, TensorBoard events, curves.png, samples.png."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctt.data.source import DatasetInfo, Source
+from ctt.models.base import SegmentationModel
+from ctt.train.evaluate import predict_probability
+from ctt.train.step import TERMS
+
+
+class Recorder:
+    """Appends rows to metrics.csv and, if wanted, TensorBoard events in the run folder.
+
+    Going on from a checkpoint drops the rows after `iteration`: they will be written again.
+    """
+
+    def __init__(
+        self, folder: Path, networks: list[str], iteration: int, tensorboard: bool
+    ) -> None:
+        self.path = folder / "metrics.csv"
+        self.columns = [
+            "iteration",
+            "lr",
+            *(f"loss_{term}" for term in (*TERMS, "total")),
+            "queues_full",
+            "images_per_second",
+            *(f"miou_{name}" for name in networks),
+        ]
+        kept = [row for row in read_rows(self.path) if int(row["iteration"]) <= iteration]
+        part = self.path.with_suffix(".part")
+        with part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(kept)
+        part.replace(self.path)
+        self.writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder), purge_step=iteration or None)
+
+    def write(self, iteration: int, values: dict[str, float]) -> None:
+        """One row; columns that `values` does not name stay empty."""
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            row = {name: f"{value:.6g}" for name, value in values.items()}
+            csv.DictWriter(file, self.columns).writerow({"iteration": iteration, **row})
+        if self.writer is not None:
+            for name, value in values.items():
+                group, _, rest = name.partition("_")
+                tag = f"{group}/{rest}" if group in ("loss", "miou") else f"train/{name}"
+                self.writer.add_scalar(tag, value, iteration)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a metrics.csv; none where there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def draw_curves(folder: Path) -> None:
+    """curves.png: the terms of the objective and the mIoU of every network over the iterations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = read_rows(folder / "metrics.csv")
+    if not rows:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, prefix, title in (
+        (axes[0], "loss_", "loss, summed over the students"),
+        (axes[1], "miou_", "mIoU on the evaluation images, %"),
+    ):
+        for column in (name for name in rows[0] if name.startswith(prefix)):
+            points = [(int(r["iteration"]), float(r[column])) for r in rows if r[column]]
+            if points:
+                x, y = zip(*points, strict=True)
+                dashed = "--" if "student" in column else "-"
+                axis.plot(x, y, dashed, label=column.removeprefix(prefix), linewidth=1.2)
+        axis.set(title=title, xlabel="iteration")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize="small")
+    axes[0].set_yscale("symlog", linthresh=0.01)
+    figure.savefig(folder / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def colorize(label: Tensor, info: DatasetInfo) -> Tensor:
+    """Labels (..., H, W) -> colours (..., H, W, 3) uint8; 255 is white."""
+    table = torch.full((256, 3), 255, dtype=torch.uint8)
+    table[: len(info.palette)] = torch.tensor(info.palette, dtype=torch.uint8)
+    return table[label.long().cpu()]
+
+
+@torch.no_grad()
+def draw_samples(
+    path: Path,
+    network: SegmentationModel,
+    source: Source,
+    ids: list[str],
+    device: torch.device,
+    title: str,
+) -> None:
+    """A sheet of image, label, prediction and confidence of some evaluation images."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = ("image", "label", "prediction", "confidence")
+    figure, axes = plt.subplots(
+        len(rows), len(ids), figsize=(1.1 * len(ids) + 0.8, 1.1 * len(rows) + 0.5), squeeze=False
+    )
+    training = network.training
+    network.eval()
+    for column, name in enumerate(ids):
+        image, label = source.image(name), source.label(name)
+        probability = predict_probability(network, image[None].to(device), source.info)[0]
+        confidence, predicted = probability.cpu().max(dim=0)
+        shown = (
+            image.permute(1, 2, 0),
+            colorize(label, source.info),
+            colorize(predicted, source.info),
+        )
+        for row, picture in enumerate(shown):
+            axes[row, column].imshow(picture.numpy(), interpolation="nearest")
+        axes[3, column].imshow(confidence.numpy(), vmin=0, vmax=1, cmap="viridis")
+    network.train(training)
+    for row, text in enumerate(rows):
+        axes[row, 0].set_ylabel(text)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
