@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from ctt.cli.common import run_program
 from ctt.errors import UserError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Arguments:
     """Evaluate every network of a run, or one file of weights, and print IoU by class."""
 
-    path: Annotated[Path, "positional"]
+    path: Path
     """Folder of a run (all students, teachers and their ensemble), or a best.safetensors."""
     eval_split: str = ""
     """Images to evaluate on; by default those of the run, or `val`."""
@@ -36,7 +36,9 @@ def main() -> None:
 def _main(arguments: list[str]) -> int:
     import tyro
 
-    parsed = tyro.cli(Arguments, prog="ctt-eval", args=arguments, config=())
+    parsed = tyro.cli(
+        Arguments, prog="ctt-eval", args=arguments, config=(tyro.conf.PositionalRequiredArgs,)
+    )
     from rich.console import Console
 
     from ctt.train.evaluate import as_json, evaluate, write_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from ctt.cli.common import run_program
 from ctt.errors import UserError
@@ -23,9 +23,9 @@ OVERLAY = 0.55  # opacity of the mask's colours over the image
 class Arguments:
     """Segment images: for each NAME.jpg, NAME_mask.png (palette PNG) and NAME_overlay.png."""
 
-    weights: Annotated[Path, "positional"]
+    weights: Path
     """A best.safetensors, or the folder of a run that holds one."""
-    images: Annotated[tuple[Path, ...], "positional"]
+    images: tuple[Path, ...]
     """Images, or folders of images."""
     out: Path = Path("predictions")
     """Folder for the results."""
@@ -42,7 +42,9 @@ def main() -> None:
 def _main(arguments: list[str]) -> int:
     import tyro
 
-    parsed = tyro.cli(Arguments, prog="ctt-predict", args=arguments, config=())
+    parsed = tyro.cli(
+        Arguments, prog="ctt-predict", args=arguments, config=(tyro.conf.PositionalRequiredArgs,)
+    )
     files = find_images(parsed.images)
     check_targets(files, parsed.out, parsed.overwrite)
     from rich.progress import track

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def _main(arguments: list[str]) -> int:
     except Stopped as stopped:
         print(
             f"Stopped after iteration {stopped.iteration}; a checkpoint is written. "
-            f"Go on with: ctt-train --resume {stopped.folder}"
+            f"Go on with: ctt-train --resume {shlex.quote(str(stopped.folder))}"
         )
         return INTERRUPTED
     return 0

@@ -93,4 +93,6 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
+        # the loader would otherwise draw from the global generator, which checkpoints keep
+        generator=generator("loader", dataset.purpose),
     )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,6 @@ from ctt.train.settings import ModelSettings
 
 FORMAT = "ctt-checkpoint-1"
 WEIGHTS_FORMAT = "ctt-weights-1"
-
-# what torch.load raises on files that are no checkpoints
-UNREADABLE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    KeyError,
-    AttributeError,
-)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -53,7 +41,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: there is no such checkpoint.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
+    except Exception as error:  # bytes that are no checkpoint can raise anything
         raise UserError(
             f"{path} is no checkpoint that can be read ({_reason(error)}). Give the folder of a "
             f"run, or the checkpoints/last.pt in it."
@@ -82,7 +70,7 @@ def initialize(network: SegmentationModel, path: Path) -> tuple[int, int]:
             tensors: Any = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, *UNREADABLE) as error:
+    except Exception as error:  # bytes that are no weights can raise anything
         raise UserError(f"--model.weights {path} cannot be read ({_reason(error)}).") from None
     own = network.state_dict()
     found = {

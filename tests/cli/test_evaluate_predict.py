@@ -1,0 +1,120 @@
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ctt.cli import evaluate, predict, train
+from ctt.data.digits import Digits
+
+Run = Callable[[str], int]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    quick = (
+        "--ratio 6 --data.labeled-pool 24 --data.eval-images 6 --data.batch-size 2 "
+        "--model.width 4 --model.features 8 --train.threads 1 --train.iterations 3"
+    )
+    assert train._main([*shlex.split(quick), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "my pictures"
+    folder.mkdir()
+    source = Digits(2, 3)
+    for name in source.eval_ids():
+        Image.fromarray(source.image(name).permute(1, 2, 0).numpy()).save(folder / f"{name} ü.png")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (33, 57), np.uint8)).save(folder / "grey.jpg")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def call(program: Callable[[], None], arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["ctt", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        program()
+    return int(stop.value.code or 0)
+
+
+def test_evaluation_of_a_run_repeats_its_summary(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "scores.json"
+    assert call(evaluate.main, [str(folder), "--json", str(target)], monkeypatch) == 0
+    scores = json.loads(target.read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert scores["miou"] == summary["miou"]
+    assert scores["class_iou"] == summary["class_iou"]
+    assert (scores["protocol"], scores["images"]) == ("whole", 6)
+    assert call(evaluate.main, [str(folder), "--json", str(target)], monkeypatch) == 2
+
+
+def test_evaluation_of_weights_names_their_origin(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(evaluate.main, [str(folder / "best.safetensors")], monkeypatch) == 0
+    assert "after 3 iterations" in capsys.readouterr().out
+
+
+def test_masks_and_overlays(
+    folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert call(predict.main, [str(folder), str(images), "--out", str(out)], monkeypatch) == 0
+    assert len(list(out.iterdir())) == 8
+    with Image.open(out / "grey_mask.png") as mask:
+        assert mask.mode == "P"
+        assert mask.size == (57, 33)
+        assert np.array(mask).max() <= 10
+        assert mask.getpalette()[3:6] == [230, 25, 75]
+    with Image.open(out / "grey_overlay.png") as overlay:
+        assert (overlay.mode, overlay.size) == ("RGB", (57, 33))
+    again = [str(folder / "best.safetensors"), str(images), "--out", str(out)]
+    assert call(predict.main, again, monkeypatch) == 2
+    assert call(predict.main, [*again, "--overwrite"], monkeypatch) == 0
+
+
+@pytest.mark.parametrize("kind", ["missing", "broken", "empty", "twice", "weights"])
+def test_bad_input(
+    kind: str,
+    folder: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    weights, paths = folder, [images]
+    if kind == "missing":
+        paths = [tmp_path / "nobody.png"]
+    elif kind == "broken":
+        whole = (images / "grey.jpg").read_bytes()
+        (images / "grey.jpg").write_bytes(whole[: len(whole) // 2])
+    elif kind == "empty":
+        paths = [tmp_path / "no images"]
+        paths[0].mkdir()
+    elif kind == "twice":
+        paths = [images, images / "grey.jpg"]
+    else:
+        weights = images / "notes.txt"
+    arguments = [str(weights), *map(str, paths), "--out", str(tmp_path / "out")]
+    assert call(predict.main, arguments, monkeypatch) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    expected = {
+        "missing": "no such image",
+        "broken": "grey.jpg cannot be read as an image",
+        "empty": "No image found",
+        "twice": "would both be written",
+        "weights": "notes.txt is no safetensors file",
+    }[kind]
+    assert expected in " ".join(shown.split())

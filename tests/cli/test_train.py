@@ -1,0 +1,143 @@
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ctt.cli import train as program
+from ctt.errors import UserError
+
+QUICK = (
+    "--ratio 6 --data.labeled-pool 24 --data.eval-images 6 --data.batch-size 2 --model.width 4 "
+    "--model.features 8 --train.threads 1 --train.log-every 1"
+)
+
+
+def run(arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["ctt-train", *shlex.split(arguments)])
+    with pytest.raises(SystemExit) as stop:
+        program.main()
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("--dataset nope", "--dataset nope: no such data set. Data sets: digits"),
+        ("--ratio 1/0", "--ratio 1/0 is no ratio"),
+        ("--ratio 5000", "--ratio 5000: the number of labelled images must be in 1..1000"),
+        ("--loss.tau-hc -1", "--loss.tau-hc must be above 0, got -1"),
+        ("--loss.tau-hc warm", "--loss.tau-hc"),
+        ("--out {file}/run", "cannot be written"),
+        ("--out {file}", "this is a file"),
+        ("--resume {file}", "no checkpoint of a run"),
+        ("--resume {empty}", "config.yaml is missing"),
+        ("--resume {nowhere}", "there is no such folder"),
+        ("--resume {broken}", "no checkpoint that can be read"),
+        ("--config {nowhere}", "cannot be read"),
+        ("--config {yaml}", "there is no setting losses"),
+        ("--recipe nope", "no such recipe. Recipes: digits"),
+        ("--method nope", "no such method"),
+        ("--model.name nope", "no such architecture"),
+        ("--model.weights {nowhere}", "there is no such file"),
+        ("--train.device cuda:99", "--train.device cuda:99 cannot be used here"),
+        ("--data-root {empty}", "has no folder"),
+        ("--split-labeled {nowhere}", "cannot be read"),
+    ],
+)
+def test_bad_input_is_one_paragraph(
+    arguments: str,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = {name: tmp_path / name for name in ("file", "empty", "nowhere", "broken", "yaml")}
+    paths["file"].write_text("text")
+    paths["empty"].mkdir()
+    paths["yaml"].write_text("losses: {tau_hc: 1}\n")
+    (paths["broken"] / "checkpoints").mkdir(parents=True)
+    (paths["broken"] / "config.yaml").write_text("dataset: digits\n")
+    (paths["broken"] / "split").mkdir()
+    for name in ("labeled", "unlabeled"):
+        (paths["broken"] / "split" / f"{name}.txt").write_text("train-000\n")
+    (paths["broken"] / "checkpoints" / "last.pt").write_text("text")
+    before = sorted(tmp_path.rglob("*"))
+    code = run(arguments.format(**paths), monkeypatch)
+    shown = capsys.readouterr()
+    flat = re.sub(r"[\s│]+", " ", shown.err)
+    assert code == 2
+    assert text in flat
+    assert "Traceback" not in shown.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_command_line_wins_over_file_over_recipe_in_any_order(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("loss: {tau_hc: 0.2, tau_lc: 0.3}\nseed: 5\n")
+    one = program.parse(["--config", str(file), "--loss.tau-hc", "0.4"])
+    other = program.parse(["--loss.tau-hc", "0.4", f"--config={file}"])
+    assert one == other
+    assert (one.loss.tau_hc, one.loss.tau_lc, one.seed) == (0.4, 0.3, 5)
+    assert one.model.width == program.parse(["--recipe", "digits"]).model.width
+    with pytest.raises(UserError, match="no such recipe"):
+        program.parse(["--recipe", "none"])
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    code = (
+        "import sys; from ctt.cli.train import main\n"
+        "try: main()\n"
+        "finally: print('torch loaded' if 'torch' in sys.modules else 'light')"
+    )
+    command = [sys.executable, "-c", code, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--loss.tau-hc" in done.stdout
+    assert done.stdout.rstrip().endswith("light")
+
+
+def test_a_missing_library_is_told_in_one_line() -> None:
+    code = "import sys; sys.modules['tyro'] = None; from ctt.cli.train import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "pip install 'ctt[train]'" in done.stderr
+
+
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "a run"
+    base = [sys.executable, "-c", "from ctt.cli.train import main; main()"]
+    command = [*base, *shlex.split(QUICK), "--train.iterations", "100000", "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    metrics = out / "metrics.csv"
+    while not metrics.exists() or metrics.read_text().count("\n") < 4:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    found = re.search(r"Stopped after iteration (\d+)", shown)
+    assert found is not None
+    assert f"ctt-train --resume {shlex.quote(str(out))}" in shown
+    last = int(found[1]) + 3
+    command = [*base, "--resume", str(out), "--train.iterations", str(last)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"going on after iteration {found[1]}" in done.stdout
+    assert (out / "summary.json").is_file()
+
+
+def test_resume_refuses_what_the_checkpoint_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run(f"{QUICK} --train.iterations 2 --out {out}", monkeypatch) == 0
+    for change in ("--model.width 5", "--method supervised", "--pairs 3", "--bank.capacity 9"):
+        assert run(f"--resume {out} {change}", monkeypatch) == 2
+        assert change.split()[0] in capsys.readouterr().err

@@ -1,0 +1,70 @@
+import pytest
+import torch
+from torch import Tensor
+
+from ctt.data.digits import INFO
+from ctt.data.loader import DrawSampler, ViewDataset, make_loader
+from ctt.data.source import Source
+from ctt.data.views import GeometricView
+
+VIEW = GeometricView((8, 8), (0.8, 1.2), True, 10, 0.1, (0.5, 0.5, 0.5))
+
+
+class Images(Source):
+    """Eleven random images without labels."""
+
+    info = INFO
+
+    def train_ids(self) -> list[str]:
+        return [f"{i:02}" for i in range(11)]
+
+    def eval_ids(self) -> list[str]:
+        return []
+
+    def image(self, name: str) -> Tensor:
+        seed = torch.Generator().manual_seed(int(name))
+        return torch.randint(0, 256, (3, 8, 8), generator=seed, dtype=torch.uint8)
+
+    def label(self, name: str) -> Tensor:
+        raise AssertionError("nobody may ask for the label of an unlabelled image")
+
+
+def sampler(start: int, stop: int, batch: int = 4, rank: int = 0, world: int = 1) -> DrawSampler:
+    return DrawSampler(11, batch, start, stop, 7, "test", rank, world)
+
+
+def test_each_epoch_shows_every_image_once() -> None:
+    draws = [pair for batch in sampler(0, 11) for pair in batch]
+    assert [draw for _, draw in draws] == list(range(44))
+    epochs = [tuple(index for index, _ in draws[i : i + 11]) for i in range(0, 44, 11)]
+    assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
+    assert len(set(epochs)) == 4
+
+
+def test_going_on_gives_the_batches_that_would_have_come() -> None:
+    assert list(sampler(0, 20))[13:] == list(sampler(13, 20))
+
+
+def test_ranks_share_the_batch_of_one_process() -> None:
+    whole = list(sampler(0, 9, batch=6))
+    parts = [list(sampler(0, 9, batch=3, rank=r, world=2)) for r in (0, 1)]
+    assert whole == [a + b for a, b in zip(*parts, strict=True)]
+
+
+def test_unlabelled_images_need_no_label_and_tell_their_padding() -> None:
+    source = Images()
+    dataset = ViewDataset(source, source.train_ids(), VIEW, False, 0, "test")
+    image, valid = dataset[(3, 17)]
+    assert image.shape == (3, 8, 8)
+    assert set(valid.unique().tolist()) <= {0, 255}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(workers: int) -> None:
+    source = Images()
+    dataset = ViewDataset(source, source.train_ids(), VIEW, False, 0, "test")
+    alone = list(make_loader(dataset, sampler(2, 6), 0, False))
+    shared = list(make_loader(dataset, sampler(2, 6), workers, False))
+    for (a, b), (c, d) in zip(alone, shared, strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b, d)

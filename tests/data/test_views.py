@@ -1,0 +1,122 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctt.data.random import generator
+from ctt.data.views import GeometricView, PhotometricView, gaussian_blur, rotate_hue
+
+MEAN = (0.5, 0.25, 0.75)
+
+
+def view(
+    crop: tuple[int, int] = (20, 24),
+    scale: tuple[float, float] = (1, 1),
+    flip: bool = False,
+    rotation: float = 0,
+    translation: float = 0,
+) -> GeometricView:
+    return GeometricView(crop, scale, flip, rotation, translation, MEAN)
+
+
+def picture(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks of labels 0..10 and an image whose first channel is 20 times the label."""
+    blocks = torch.arange(11 * 2).reshape(2, 11) % 11
+    label = blocks.repeat_interleave(-(-height // 2), 0).repeat_interleave(-(-width // 11), 1)
+    label = label[:height, :width].to(torch.uint8)
+    return torch.stack([20 * label, label, 255 - label]), label
+
+
+def test_without_any_change_the_image_stays() -> None:
+    image, label = picture(20, 24)
+    seen, mask = view()(image, label, 0)
+    assert torch.equal(seen, image)
+    assert torch.equal(mask, label)
+
+
+def test_crop_is_a_window_of_the_image() -> None:
+    image, label = picture(40, 50)
+    seen, mask = view()(image, label, 3)
+    windows = image.unfold(1, 20, 1).unfold(2, 24, 1)  # (3, 21, 27, 20, 24)
+    # the window starts at a fraction of a pixel, so colours are those of a neighbouring window
+    distance = (windows.float() - seen[:, None, None].float()).abs().amax(dim=(0, 3, 4))
+    assert distance.min() <= 200
+    assert mask.max() <= 10
+
+
+def test_flip_mirrors_image_and_label_alike() -> None:
+    image, label = picture(20, 24)
+    results = [view(flip=True)(image, label, seed) for seed in range(20)]
+    mirrored = [torch.equal(seen, image.flip(2)) for seen, _ in results]
+    assert 0 < sum(mirrored) < 20
+    for (seen, mask), is_mirrored in zip(results, mirrored, strict=True):
+        assert torch.equal(seen, image.flip(2) if is_mirrored else image)
+        assert torch.equal(mask, label.flip(1) if is_mirrored else label)
+
+
+@given(st.integers(0, 10_000))
+def test_image_and_label_move_together(seed: int) -> None:
+    image, label = picture(60, 66)
+    rich = view((33, 31), (0.7, 1.5), True, 25, 0.1)
+    seen, mask = rich(image, label, seed)
+    inside = mask != 255
+    # away from the borders of the blocks the colour tells the label
+    flat = (
+        torch.nn.functional.max_pool2d(mask[None].float(), 5, 1, 2)[0]
+        == -(torch.nn.functional.max_pool2d(-mask[None].float(), 5, 1, 2)[0])
+    )
+    chosen = (inside & flat)[2:-2, 2:-2]
+    assert ((seen[0].float() / 20 - mask.float()).abs() < 0.2)[2:-2, 2:-2][chosen].all()
+
+
+def test_padding_has_the_mean_colour_and_no_label() -> None:
+    image, label = picture(10, 10)
+    seen, mask = view((30, 30))(image, label, 1)
+    outside = mask == 255
+    assert outside.sum() >= 30 * 30 - 11 * 11
+    corner = torch.nn.functional.max_pool2d((~outside)[None].float(), 3, 1, 1)[0] == 0
+    for channel, mean in enumerate(MEAN):
+        assert (seen[channel][corner] == round(255 * mean)).all()
+
+
+def test_view_depends_on_its_seed_alone() -> None:
+    image, label = picture(40, 50)
+    rich = view((20, 20), (0.5, 1.6), True, 20, 0.2)
+    first = rich(image, label, 5)
+    torch.manual_seed(1)
+    again, other = rich(image, label, 5), rich(image, label, 6)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+
+
+def test_photometric_view_is_seeded_and_stays_in_range() -> None:
+    images = torch.rand(6, 3, 17, 19)
+    strong = PhotometricView(0.5, 0.8, 0.5, (0.1, 2.0))
+    first = strong(images, generator("a"))
+    assert torch.equal(first, strong(images, generator("a")))
+    assert not torch.equal(first, strong(images, generator("b")))
+    assert first.min() >= 0
+    assert first.max() <= 1
+
+
+def test_probability_0_changes_nothing() -> None:
+    images = torch.rand(4, 3, 9, 9)
+    assert torch.equal(PhotometricView(0.5, 0, 0, (1, 2))(images, generator("a")), images)
+
+
+def test_hue_keeps_grey_and_turns_around() -> None:
+    images = torch.rand(2, 3, 5, 5) * 0.4 + 0.3
+    whole_turn = torch.full((2, 1, 1, 1), 2 * torch.pi)
+    assert torch.allclose(rotate_hue(images, whole_turn), images, atol=1e-4)
+    grey = images[:, :1].expand(-1, 3, -1, -1)
+    assert torch.allclose(rotate_hue(grey, whole_turn / 3), grey, atol=1e-3)
+
+
+def test_blur_of_each_image_has_its_own_sigma() -> None:
+    images = torch.zeros(2, 3, 21, 21)
+    images[:, :, 10, 10] = 1
+    blurred = gaussian_blur(images, torch.tensor([0.1, 2.0]), 6)
+    assert torch.allclose(blurred[0], images[0], atol=1e-6)
+    expected = torch.exp(-0.5 * (torch.arange(-6, 7) / 2.0) ** 2)
+    expected = expected / expected.sum()
+    assert torch.allclose(blurred[1, 0, 10, 4:17], expected * expected[6], atol=1e-6)

@@ -1,0 +1,113 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ctt.methods import losses
+from ctt.ops import MemoryBank
+
+
+def test_cross_entropy_is_the_mean_over_valid_pixels() -> None:
+    logits = torch.zeros(1, 2, 1, 3)
+    logits[0, 0] = torch.tensor([[math.log(3), 0.0, 5.0]])
+    label = torch.tensor([[[0, 1, 255]]])
+    expected = (-math.log(3 / 4) - math.log(1 / 2)) / 2
+    assert losses.pixel_cross_entropy(logits, label).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_ignored_crops_give_0_not_nan(dtype: torch.dtype) -> None:
+    logits = torch.randn(2, 3, 4, 4, dtype=dtype, requires_grad=True)
+    loss = losses.pixel_cross_entropy(logits, torch.full((2, 8, 8), 255))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert (logits.grad == 0).all()
+
+
+def test_grid_takes_labels_by_nearest_neighbour() -> None:
+    label = torch.tensor([[[0, 1, 2, 255], [4, 5, 6, 7]]])
+    assert losses.to_grid(label, (1, 2)).tolist() == [[[0, 2]]]
+    assert losses.to_grid(label.float(), (1, 2)).tolist() == [[[0, 2]]]
+
+
+def test_pixels_keep_their_features() -> None:
+    maps = torch.randn(2, 5, 3, 4)
+    pixels = losses.as_pixels(maps)
+    assert torch.equal(pixels[1 * 12 + 2 * 4 + 3], maps[1, :, 2, 3])
+    nhwc = maps.to(memory_format=torch.channels_last)
+    assert losses.as_pixels(nhwc).data_ptr() == nhwc.data_ptr()
+
+
+def test_confidence_weights() -> None:
+    label = torch.tensor([[[0, 1], [255, 1]]])
+    confidence = torch.tensor([[[0.9, 0.5], [0.99, 0.8]]])
+    kept, weight = losses.weigh_pseudo_label(label, confidence, "none", 0.8)
+    assert kept is label
+    assert weight is None
+    kept, weight = losses.weigh_pseudo_label(label, confidence, "threshold", 0.8)
+    assert kept.tolist() == [[[0, 255], [255, 1]]]
+    assert weight is None
+    kept, weight = losses.weigh_pseudo_label(label, confidence, "uniform", 0.8)
+    assert kept is label
+    assert weight is not None
+    assert weight.item() == pytest.approx(2 / 3)  # padding does not count
+
+
+def test_masks_of_high_and_low_contrast() -> None:
+    own = torch.tensor([0.9, 0.75, 0.5, 0.5])
+    peer = torch.tensor([0.95, 0.99, 0.6, 0.4])
+    high = losses.high_level_mask(own, 0.75)
+    assert high.tolist() == [True, True, False, False]
+    assert losses.low_level_mask(high, own, peer, True).tolist() == [False, False, True, False]
+    assert losses.low_level_mask(high, own, peer, False).tolist() == [False, False, True, True]
+
+
+def bank_with(counts: list[int], capacity: int = 3) -> MemoryBank:
+    bank = MemoryBank(len(counts), capacity, 4)
+    bank.keys.copy_(F.normalize(torch.randn(bank.keys.shape), dim=-1))
+    bank.count.copy_(torch.tensor(counts))
+    return bank
+
+
+def test_a_class_that_never_appears_blocks_no_other() -> None:
+    bank = bank_with([3, 0, 3, 2])
+    assert losses.usable_count(bank, "class").tolist() == [3, 0, 3, 0]
+    assert losses.usable_count(bank, "all").tolist() == [0, 0, 0, 0]
+    assert losses.usable_count(bank_with([3, 3]), "all").tolist() == [3, 3]
+    features = torch.randn(1, 4, 2, 2, requires_grad=True)
+    label = torch.tensor([[[0, 1], [2, 3]]])
+    on = torch.ones(1, 2, 2, dtype=torch.bool)
+    for start, is_on in (("class", True), ("all", False)):
+        count = losses.usable_count(bank, start)
+        loss = losses.high_level_contrast(features, label, on, bank, count, 0.5, "class")
+        (grad,) = torch.autograd.grad(loss, features)
+        assert (loss.item() > 0) == is_on
+        # pixels of classes 1 and 3 wait for their queues
+        moved = grad.abs().sum(dim=1) > 0
+        assert moved.tolist() == [[[is_on, False], [is_on, False]]]
+
+
+def low(features: Tensor, peer: Tensor, bank: MemoryBank) -> Tensor:
+    label = torch.zeros(1, 1, 1, dtype=torch.int64)
+    on = torch.ones(1, 1, 1, dtype=torch.bool)
+    banks: list[tuple[Tensor, Tensor | None]] = [(bank.keys, bank.count), (bank.keys, bank.count)]
+    return losses.low_level_contrast(features, peer, label, on, banks, 0.5, "class")
+
+
+def test_low_contrast_by_hand_and_without_gradient_to_the_peer() -> None:
+    bank = MemoryBank(2, 1, 2)
+    bank.keys.copy_(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
+    bank.count.fill_(1)
+    features = torch.tensor([2.0, 0.0]).reshape(1, 2, 1, 1).requires_grad_()
+    peer = torch.tensor([3.0, 3.0]).reshape(1, 2, 1, 1).requires_grad_()
+    loss = low(features, peer, bank)
+    positive = math.exp(math.sqrt(0.5) / 0.5)
+    negative = 2 * math.exp(0 / 0.5)  # the key of class 1, once in each bank
+    assert loss.item() == pytest.approx(-math.log(positive / (positive + negative)), rel=1e-6)
+    loss.backward()
+    assert features.grad is not None
+    assert features.grad.abs().sum() > 0
+    assert peer.grad is None

@@ -1,0 +1,30 @@
+import pytest
+import torch
+
+from ctt import models
+from ctt.errors import UserError
+
+
+@pytest.mark.parametrize("size", [(40, 40), (33, 47), (9, 8)])
+def test_features_are_what_the_classifier_reads(size: tuple[int, int]) -> None:
+    network = models.build("small", 5, 12, 4).eval()
+    images = torch.randn(2, 3, *size)
+    out = network(images)
+    grid = tuple(-(-side // network.stride) for side in size)
+    assert out.features.shape == (2, 12, *grid)
+    assert out.logits.shape == (2, 5, *grid)
+    assert torch.equal(out.logits, network.classifier(out.features))
+
+
+def test_head_has_its_own_parameters() -> None:
+    network = models.build("small", 5, 12, 4)
+    head = {id(p) for p in network.head_parameters()}
+    assert {n for n, p in network.named_parameters() if id(p) in head} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+
+
+def test_unknown_architecture() -> None:
+    with pytest.raises(UserError, match=r"--model\.name vgg: no such architecture"):
+        models.build("vgg", 5, 12, 4)

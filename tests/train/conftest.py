@@ -1,0 +1,26 @@
+from pathlib import Path
+
+import pytest
+
+from ctt import recipes
+from ctt.train.settings import Settings, update
+
+TINY = {
+    "ratio": "6",
+    "data": {"labeled_pool": 24, "eval_images": 6, "batch_size": 3, "crop": [24, 24]},
+    "model": {"width": 4, "features": 8},
+    "bank": {"capacity": 4, "per_class": 4},
+    "train": {"iterations": 6, "threads": 1, "deterministic": True, "log_every": 2},
+}
+
+
+@pytest.fixture
+def tiny() -> Settings:
+    """Cross-teacher training that takes a second, with contrast from the first steps."""
+    settings = update(Settings(), recipes.load("digits"), "recipe")
+    return update(settings, TINY, "tests")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "run"

@@ -1,0 +1,174 @@
+import csv
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from ctt.data.split import read_list
+from ctt.errors import UserError
+from ctt.train import checkpoint, run
+from ctt.train.loop import Stopped, train
+from ctt.train.settings import Settings, update
+from ctt.train.step import Step
+
+
+def stop_after(
+    monkeypatch: pytest.MonkeyPatch, iteration: int, number: int = signal.SIGINT
+) -> None:
+    """Send the signal to this process during the step after which the run has to stop."""
+    original = Step.__call__
+
+    def call(self: Step, state: Any, *batches: Any) -> dict[str, torch.Tensor]:
+        result = original(self, state, *batches)
+        if state.iteration == iteration:
+            os.kill(os.getpid(), number)
+        return result
+
+    monkeypatch.setattr(Step, "__call__", call)
+
+
+def assert_equal_states(a: Any, b: Any, place: str = "") -> None:
+    assert type(a) is type(b), place
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), place
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), place
+        for key in a:
+            assert_equal_states(a[key], b[key], f"{place}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), place
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal_states(x, y, f"{place}.{i}")
+    else:
+        assert a == b, place
+
+
+@pytest.mark.parametrize("method", ["cross-teacher", "mean-teacher", "supervised"])
+def test_a_resumed_run_ends_bit_equal(
+    tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    settings = dataclasses.replace(tiny, method=method)
+    whole = train(settings, out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Stopped) as stopped:
+            train(settings, out=tmp_path / "parts")
+    assert stopped.value.iteration == 3
+    torch.rand(7)  # the random state of another process
+    parts = train(settings, resume=stopped.value.folder)
+    states = [checkpoint.load(tmp_path / name / run.CHECKPOINT) for name in ("whole", "parts")]
+    for state in states:
+        del state["seconds"]
+    assert_equal_states(*states)
+    assert whole["miou"] == parts["miou"]
+    rows = []
+    for name in ("whole", "parts"):
+        with (tmp_path / name / "metrics.csv").open() as file:
+            rows.append([{**row, "images_per_second": ""} for row in csv.DictReader(file)])
+    # a row of losses is a mean since the last row or the start, so rows at the stop may differ
+    evaluations = [[r for r in table if r["miou_teacher_1"]] for table in rows]
+    assert evaluations[0] == evaluations[1]
+    for table in rows:
+        order = [int(r["iteration"]) for r in table]
+        assert order == sorted(order)
+
+
+def test_sigterm_stops_like_ctrl_c(
+    tiny: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(monkeypatch, 2, signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped):
+        train(tiny, out=out)
+    assert checkpoint.load(out / run.CHECKPOINT)["iteration"] == 2
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_run_folder_holds_everything(tiny: Settings, out: Path) -> None:
+    summary = train(tiny, out=out)
+    assert run.read_settings(out) == tiny
+    labeled, unlabeled = read_list(out / run.LABELED_LIST), read_list(out / run.UNLABELED_LIST)
+    assert (len(labeled), len(unlabeled)) == (6, 18)
+    assert not set(labeled) & set(unlabeled)
+    written = json.loads((out / "summary.json").read_text())
+    assert written == summary
+    networks = ["student_1", "student_2", "teacher_1", "teacher_2", "ensemble"]
+    assert list(written["miou"]) == networks
+    assert list(written["class_iou"]["ensemble"])[:2] == ["background", "0"]
+    for key in ("protocol", "iterations", "seconds", "images_per_second", "settings_hash"):
+        assert written[key], key
+    assert written["versions"]["torch"] == torch.__version__
+    for picture in ("curves.png", "samples.png"):
+        with Image.open(out / picture) as image:
+            assert image.width > 400
+    assert any(out.glob("events.out.tfevents.*"))
+    with (out / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {int(r["iteration"]) for r in rows if r["loss_total"]} == {2, 4, 6}
+    network, info, note = checkpoint.load_network(out / run.WEIGHTS)
+    assert note.startswith(written["best"]["network"])
+    assert len(info.classes) == network.classifier.out_channels
+    assert torch.load(out / run.CHECKPOINT, weights_only=True)["iteration"] == 6
+
+
+def test_a_finished_run_is_not_trained_again(tiny: Settings, out: Path) -> None:
+    first = train(tiny, out=out)
+    again = train(tiny, resume=out)
+    assert again["miou"] == first["miou"]
+
+
+def test_nothing_is_overwritten(tiny: Settings, out: Path) -> None:
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="the folder is not empty"):
+        train(tiny, out=out)
+    assert [p.name for p in out.iterdir()] == ["precious.txt"]
+
+
+def test_divergence_is_told_and_the_checkpoint_stays(tiny: Settings, out: Path) -> None:
+    settings = update(tiny, {"optim": {"lr": 1e30}, "train": {"checkpoint_every": 1}}, "test")
+    with pytest.raises(UserError, match=r"Training diverged: by iteration [24]"):
+        train(settings, out=out)
+    assert (out / run.CHECKPOINT).is_file()
+
+
+def test_all_labelled_leaves_nothing_to_teach(tiny: Settings, out: Path) -> None:
+    with pytest.raises(UserError, match="all 24 training images are labelled"):
+        train(dataclasses.replace(tiny, ratio="1/1"), out=out)
+    assert not out.exists()
+    settings = dataclasses.replace(tiny, ratio="1/1", method="supervised")
+    assert train(settings, out=out)["unlabeled"] == 0
+    assert train(settings, resume=out)["labeled"] == 24
+
+
+def test_every_option_of_the_objective_trains(tiny: Settings, tmp_path: Path) -> None:
+    changes: list[dict[str, Any]] = [
+        {
+            "loss": {
+                "confidence_weight": "uniform",
+                "hc_confidence": "teacher",
+                "directional": False,
+            }
+        },
+        {"loss": {"contrast_reduction": "mean", "ct_ramp": 3}, "views": {"mix": "classmix"}},
+        {
+            "bank": {
+                "start": "all",
+                "random_choice": False,
+                "per_image": True,
+                "min_confidence": 0.5,
+            }
+        },
+        {"optim": {"clip_norm": 1.0, "nesterov": True, "warmup": 2, "head_lr_factor": 10}},
+        {"train": {"amp": "bf16", "tensorboard": False}, "data": {"workers": 1, "flip": True}},
+    ]
+    for i, change in enumerate(changes):
+        settings = update(tiny, {**change}, "test")
+        settings = update(settings, {"train": {"iterations": 2}}, "test")
+        assert train(settings, out=tmp_path / str(i))["iterations"] == 2

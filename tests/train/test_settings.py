@@ -1,0 +1,72 @@
+import dataclasses
+import math
+
+import pytest
+import yaml
+
+from ctt import recipes
+from ctt.errors import UserError
+from ctt.train.settings import Settings, to_dict, update, validate
+
+
+def test_settings_survive_yaml() -> None:
+    settings = update(Settings(), recipes.load("digits"), "recipe")
+    text = yaml.safe_dump(to_dict(settings))
+    again = update(Settings(), yaml.safe_load(text), "file")
+    assert again == settings
+    assert again.hash() == settings.hash()
+    assert again.hash() != Settings().hash()
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_is_valid(name: str) -> None:
+    validate(update(Settings(), recipes.load(name), name))
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"loss": {"tau": 1}}, "there is no setting loss.tau"),
+        ({"loss": 3}, "must hold settings"),
+        ({"loss": {"tau_hc": "warm"}}, "must be of type float"),
+        ({"train": {"iterations": 1.5}}, "must be of type int"),
+        ({"train": {"deterministic": 1}}, "must be true or false"),
+        ({"data": {"crop": [3]}}, "list of 2 numbers"),
+        ({"views": {"mix": "mixup"}}, "must be one of none, classmix, cutmix"),
+    ],
+)
+def test_bad_values_are_named(values: dict[str, object], text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        update(Settings(), values, "file.yaml")
+
+
+def test_yaml_numbers_become_what_the_setting_wants() -> None:
+    values = yaml.safe_load(
+        "{optim: {lr: 1, weight-decay: 5e-4}, data: {crop: [8, 9]}, train: {amp: off}}"
+    )
+    settings = update(Settings(), values, "file")
+    assert settings.optim.lr == 1.0
+    assert settings.optim.weight_decay == 5e-4
+    assert settings.data.crop == (8, 9)
+    assert settings.train.amp == "off"
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("loss", "tau_hc", -1.0),
+        ("loss", "tau_lc", 0.0),
+        ("loss", "gamma", 1.5),
+        ("optim", "lr", math.nan),
+        ("optim", "lr", math.inf),
+        ("bank", "capacity", 0),
+        ("train", "iterations", 0),
+        ("data", "scale", (2.0, 1.0)),
+        ("ema", "decay", 1.1),
+    ],
+)
+def test_values_out_of_range_name_their_option(group: str, name: str, value: object) -> None:
+    settings = Settings()
+    part = dataclasses.replace(getattr(settings, group), **{name: value})
+    with pytest.raises(UserError, match=f"--{group}.{name.replace('_', '-')}"):
+        validate(dataclasses.replace(settings, **{group: part}))

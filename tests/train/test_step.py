@@ -1,0 +1,255 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ctt import methods
+from ctt.data.digits import INFO
+from ctt.data.source import IGNORE
+from ctt.methods.losses import usable_count
+from ctt.models.base import Output, SegmentationModel
+from ctt.train.settings import Settings, update
+from ctt.train.state import EmaUpdate, TrainState, learning_rate
+from ctt.train.step import Step, Target, normalize, to_unit
+
+Batch = tuple[Tensor, Tensor]
+CPU = torch.device("cpu")
+
+
+def batch(size: int = 3, seed: int = 0, classes: int = 11) -> Batch:
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (size, 3, 24, 24), generator=rng, dtype=torch.uint8)
+    blocks = torch.randint(0, classes, (size, 3, 3), generator=rng, dtype=torch.uint8)
+    return images, blocks.repeat_interleave(8, 1).repeat_interleave(8, 2)
+
+
+def unlabelled(size: int = 3, seed: int = 1) -> Batch:
+    images, _ = batch(size, seed)
+    padding = torch.zeros(size, 24, 24, dtype=torch.uint8)
+    padding[:, :2] = IGNORE
+    return images, padding
+
+
+def make(settings: Settings, pairs: int) -> tuple[TrainState, Step]:
+    state = TrainState(settings, pairs, 11, CPU)
+    return state, Step(settings, methods.get(settings.method), INFO, labeled=6)
+
+
+class ByColour(SegmentationModel):
+    """Says class c, surely, where the first channel is 20 c."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Conv2d(1, 1, 1)
+
+    def forward(self, images: Tensor) -> Output:
+        colour = (images[:, :1] * INFO.std[0] + INFO.mean[0]) * 255 / 20  # (B, 1, H, W)
+        logits = -50 * (colour - torch.arange(11)[:, None, None]).abs()
+        return Output(logits, logits)
+
+
+@pytest.mark.parametrize("mix", ["none", "cutmix", "classmix"])
+@pytest.mark.parametrize("pairs", [2, 3])
+def test_both_students_and_the_labels_show_the_same_pixels(
+    tiny: Settings, monkeypatch: pytest.MonkeyPatch, mix: str, pairs: int
+) -> None:
+    views = {"mix": mix, "jitter": 0, "blur_probability": 0}
+    settings = update(tiny, {"views": views, "loss": {"confidence_weight": "none"}}, "test")
+    state, step = make(settings, pairs)
+    state.teachers = [ByColour().eval() for _ in range(pairs)]
+    seen: list[Tensor] = []
+    for student in state.students:
+        student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    targets: list[Target] = []
+    monkeypatch.setattr(
+        Step, "_cross_teacher", lambda _, logits, target: targets.append(target) or logits.sum()
+    )
+    monkeypatch.setattr(Step, "_fill_banks", lambda *_: None)
+    monkeypatch.setattr(EmaUpdate, "step", lambda *_: None)
+    classes = batch(4, seed=3)[1]
+    images = torch.stack([20 * classes, classes, classes], dim=1)
+    step(state, batch(), (images, torch.zeros_like(classes)))
+    for strong, target in zip(seen, targets, strict=True):
+        assert torch.equal(strong, seen[0])
+        shown = ((strong[3:, 0] * INFO.std[0] + INFO.mean[0]) * 255 / 20).round().long()
+        assert torch.equal(target.label, shown)
+    changed = not torch.equal(targets[0].label, classes.long())
+    assert changed == (mix != "none")
+
+
+@pytest.mark.parametrize("per_student", [True, False])
+def test_colours_may_differ_between_students(tiny: Settings, per_student: bool) -> None:
+    settings = update(
+        tiny, {"views": {"per_student": per_student, "jitter_probability": 1}}, "test"
+    )
+    state, step = make(settings, 2)
+    seen: list[Tensor] = []
+    for student in state.students:
+        student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    step(state, batch(), unlabelled())
+    assert torch.equal(seen[0], seen[1]) != per_student
+
+
+def test_padding_of_unlabelled_images_is_never_a_label(tiny: Settings) -> None:
+    state, step = make(update(tiny, {"views": {"mix": "none"}}, "test"), 2)
+    images, padding = unlabelled()
+    rng = torch.Generator().manual_seed(0)
+    targets, keep = step._targets(state, to_unit(images), padding == IGNORE, rng)
+    assert keep is None
+    for target in targets:
+        assert torch.equal(target.label == IGNORE, padding == IGNORE)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 3])
+def test_labels_come_from_the_other_teachers(tiny: Settings, pairs: int) -> None:
+    state, step = make(update(tiny, {"views": {"mix": "none"}}, "test"), pairs)
+    images, padding = unlabelled()
+    rng = torch.Generator().manual_seed(0)
+    weak = to_unit(images)
+    targets, _ = step._targets(state, weak, padding == IGNORE, rng)
+    normalized = normalize(weak, INFO)
+    for k, target in enumerate(targets):
+        others = [j for j in range(pairs) if j != k] or [k]
+        mean = torch.zeros(3, 11, 24, 24)
+        for j in others:
+            logits = state.teachers[j](normalized).logits
+            up = nn.functional.interpolate(logits, size=(24, 24), mode="bilinear")
+            mean += up.softmax(dim=1) / len(others)
+        label = mean.argmax(dim=1).masked_fill(padding == IGNORE, IGNORE)
+        assert torch.equal(target.label, label)
+        assert torch.allclose(target.confidence, mean.amax(dim=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 3])
+def test_steps_of_k_pairs(tiny: Settings, pairs: int) -> None:
+    settings = update(tiny, {"loss": {"gamma": 0.3}, "bank": {"start_after": 0}}, "test")
+    state, step = make(settings, pairs)
+    for i in range(4):
+        terms = step(state, batch(seed=i), unlabelled(seed=10 + i))
+        assert all(torch.isfinite(value) for value in terms.values())
+    assert state.iteration == 4
+    weights = settings.loss
+    expected = sum(
+        getattr(weights, name) * float(terms[name]) for name in ("sup", "ct", "hc", "lc")
+    )
+    assert float(terms["total"]) == pytest.approx(expected, rel=1e-5)
+    if pairs == 1:
+        assert float(terms["lc"]) == 0  # there is no peer
+
+
+def test_contrast_starts_although_a_class_never_appears(tiny: Settings) -> None:
+    settings = update(
+        tiny, {"loss": {"gamma": 0.0, "lc": 0}, "bank": {"start_after": 0, "capacity": 2}}, "test"
+    )
+    state, step = make(settings, 2)
+    # the teachers know classes 0 to 5; 6 to 10 never come
+    state.teachers = [WithFeatures().eval() for _ in range(2)]
+    state.ema.averaged = state.ema.copied = ([], [])
+    labels = batch(classes=6)[1]
+    images = torch.stack([20 * labels, labels, labels], dim=1)
+    first = step(state, (images, labels), unlabelled())
+    assert float(first["hc"]) == 0
+    for _ in range(3):
+        later = step(state, (images, labels), unlabelled())
+    assert state.banks[0].full.tolist()[6:] == [False] * 5
+    assert state.banks[0].full.any()
+    assert float(later["hc"]) > 0
+    assert usable_count(state.banks[0], "all").sum() == 0
+
+
+class WithFeatures(ByColour):
+    """As ByColour, with features of eight channels on the grid of stride 2."""
+
+    def forward(self, images: Tensor) -> Output:
+        out = super().forward(images[:, :, ::2, ::2])
+        return Output(out.logits, out.logits[:, :8])
+
+
+def test_teachers_follow_but_never_learn(tiny: Settings) -> None:
+    state, step = make(tiny, 2)
+    storages = {p.data_ptr() for net in state.students for p in net.parameters()}
+    for teacher in state.teachers:
+        assert not storages & {p.data_ptr() for p in teacher.parameters()}
+    before = copy.deepcopy(state.teachers[0])
+    step(state, batch(), unlabelled())
+    decay = min(1 - 1 / 2, tiny.ema.decay)
+    student, teacher = state.students[0], state.teachers[0]
+    for old, new, own in zip(
+        before.parameters(), teacher.parameters(), student.parameters(), strict=True
+    ):
+        assert new.grad is None
+        assert not new.requires_grad
+        assert torch.allclose(new, decay * old + (1 - decay) * own, atol=1e-7)
+    for name, buffer in teacher.named_buffers():
+        assert torch.equal(buffer, dict(student.named_buffers())[name])
+    assert not teacher.training
+    assert student.training
+
+
+def test_averaged_buffers_leave_counters_alone(tiny: Settings) -> None:
+    state, step = make(update(tiny, {"ema": {"buffers": "average"}}, "test"), 1)
+    old = dict(copy.deepcopy(state.teachers[0]).named_buffers())
+    step(state, batch(), unlabelled())
+    own = dict(state.students[0].named_buffers())
+    for name, buffer in state.teachers[0].named_buffers():
+        if buffer.is_floating_point():
+            assert torch.allclose(buffer, 0.5 * old[name] + 0.5 * own[name], atol=1e-6)
+        else:
+            assert torch.equal(buffer, own[name])
+
+
+def test_students_start_different(tiny: Settings) -> None:
+    state, _ = make(tiny, 3)
+    weights = [net.state_dict()["stem.0.weight"] for net in state.students]
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    again, _ = make(tiny, 3)
+    assert torch.equal(weights[2], again.students[2].state_dict()["stem.0.weight"])
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_crops_without_any_label_do_no_harm(tiny: Settings, amp: str) -> None:
+    settings = update(tiny, {"train": {"amp": amp}}, "test")
+    state, step = make(settings, 2)
+    images, label = batch()
+    terms = step(state, (images, torch.full_like(label, IGNORE)), unlabelled())
+    assert float(terms["sup"]) == 0
+    for network in state.networks().values():
+        assert all(torch.isfinite(p).all() for p in network.parameters())
+
+
+def test_supervised_takes_no_unlabelled_images(tiny: Settings) -> None:
+    state, step = make(dataclasses.replace(tiny, method="supervised"), 1)
+    assert set(step(state, batch(), None)) == {"sup", "total"}
+
+
+def test_mean_teacher_has_no_contrast(tiny: Settings) -> None:
+    state, step = make(dataclasses.replace(tiny, method="mean-teacher"), 1)
+    assert set(step(state, batch(), unlabelled())) == {"sup", "ct", "total"}
+
+
+def test_banks_hold_well_classified_pixels_of_the_teacher(tiny: Settings) -> None:
+    state, step = make(tiny, 2)
+    state.teachers = [WithFeatures().eval() for _ in range(2)]
+    labels = batch(classes=4)[1]
+    shown = labels.clone()
+    shown[labels == 2] = 3  # the teacher will say 3 where the truth is 2
+    images = torch.stack([20 * shown, shown, shown], dim=1)
+    step._fill_banks(state, to_unit(images), labels.long())
+    for bank in state.banks:
+        held = bank.count.tolist()
+        assert held[2] == 0
+        assert all(held[c] == min(4, 4) for c in (0, 1, 3))
+        for c in (0, 1, 3):
+            assert torch.allclose(bank.queue(c).norm(dim=1), torch.ones(held[c]))
+            assert (bank.queue(c).argmax(dim=1) == c).all()
+
+
+def test_learning_rate_warms_up_and_decays(tiny: Settings) -> None:
+    optim = dataclasses.replace(tiny.optim, lr=1.0, warmup=2, power=0.9)
+    train = dataclasses.replace(tiny.train, iterations=10)
+    settings = dataclasses.replace(tiny, optim=optim, train=train)
+    assert [learning_rate(settings, i) for i in (0, 1)] == [0.5, 1.0]
+    assert learning_rate(settings, 5) == pytest.approx(0.5**0.9)
