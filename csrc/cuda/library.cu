@@ -4,6 +4,9 @@
 
 namespace {
 __global__ void probe_kernel() {}
+
+// The table of ema_update.cu passes the 4 KiB of kernel parameters that older drivers allow.
+constexpr int kOldestDriver = CUDART_VERSION < 12010 ? CUDART_VERSION : 12010;
 }  // namespace
 
 CTT_EXPORT const char* ctt_cuda_error_text(int status) {
@@ -12,10 +15,12 @@ CTT_EXPORT const char* ctt_cuda_error_text(int status) {
 
 // 0 where the driver is new enough and this library holds code for the card. No kernel runs.
 CTT_EXPORT int ctt_cuda_probe(int device) {
-  const cudaError_t status = cudaSetDevice(device);
+  int driver = 0;
+  cudaError_t status = cudaDriverGetVersion(&driver);
+  if (status != cudaSuccess) return status;
+  if (driver < kOldestDriver) return cudaErrorInsufficientDriver;
+  status = cudaSetDevice(device);
   if (status != cudaSuccess) return status;
   cudaFuncAttributes attributes;
-  const cudaError_t found = cudaFuncGetAttributes(&attributes, probe_kernel);
-  cudaGetLastError();  // a refusal must not show up in a later, unrelated check
-  return found;
+  return cudaFuncGetAttributes(&attributes, probe_kernel);
 }
