@@ -206,8 +206,7 @@ __device__ Key find_threshold(Pool<Key>& pool, int k, int key_bits) {
 template <typename Key>
 __device__ void keep_largest(Pool<Key>& pool, int k, int key_bits) {
   const int count = pool.count;
-  const Key threshold = find_threshold(pool, k, key_bits);
-  __syncthreads();
+  const Key threshold = find_threshold(pool, k, key_bits);  // its barriers: all have read the count
   if (threadIdx.x == 0) {
     pool.count = 0;
     pool.threshold = threshold;

@@ -142,7 +142,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncthreads();
     if (after > first) write_rows(rings, features, writes, static_cast<int>(after - first));
-    __syncthreads();
     before = after;
   }
 

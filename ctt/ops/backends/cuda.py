@@ -6,12 +6,13 @@ in a CUDA graph.
 """
 
 import ctypes
+import itertools
+import operator
 import struct
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
-from itertools import chain
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,11 +90,12 @@ class _Plan(NamedTuple):
     pairs: bytes  # packed `EmaPair` structures of csrc/cuda/ema_update.cu
     taken: int
     irregular: list[int]  # positions of the pairs that the kernel does not take
+    watches: list[weakref.ref[Tensor]]  # end the plan with the first of its tensors
 
 
 _PAIR = struct.Struct("=QQqii")
 _MAX_PLANS = 16
-_plans: dict[tuple[object, ...], _Plan] = {}
+_plans: dict[tuple[int, ...], _Plan] = {}
 
 
 def ema_update_(
@@ -201,51 +203,53 @@ def _workspace_bytes(pixels: int, num_classes: int, k: int, dtype: int) -> int:
 
 
 def _plan(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> _Plan:
-    """The packed list; made once for a set of tensors, because packing outlasts the kernel."""
+    """The packed list, made once for the same tensors at the same addresses.
+
+    Even reading every shape and layout again would outlast the kernel. An id and an address could
+    come to belong to another tensor, so a plan ends with the first of its tensors.
+    """
     tensors = (*teacher, *student)
-    # an address alone may have come to hold another tensor since
-    key = tuple(
-        chain(
-            map(Tensor.data_ptr, tensors),
-            map(Tensor.size, tensors),
-            map(Tensor.stride, tensors),
-            map(attrgetter("dtype"), tensors),
-        )
-    )
+    key = (*map(id, tensors), *map(Tensor.data_ptr, tensors))
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
-        plan = _plans[key] = _make_plan(teacher, student)
+        watches = [weakref.ref(t, lambda _: _plans.pop(key, None)) for t in tensors]
+        plan = _plans[key] = _make_plan(teacher, student, watches)
     return plan
 
 
-def _make_plan(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> _Plan:
+def _make_plan(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], watches: list[weakref.ref[Tensor]]
+) -> _Plan:
     packed, irregular, listed = [], [], set()
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
         if t.numel() == 0:
             continue
         address = t.data_ptr()
-        if address in listed or not _same_dense_block(t, s):
+        if address in listed or not _kernel_takes(t, s):
             irregular.append(i)
             continue
         listed.add(address)
         types = _DTYPES[t.dtype], _DTYPES[s.dtype]
         packed.append(_PAIR.pack(address, s.data_ptr(), t.numel(), *types))
-    return _Plan(b"".join(packed), len(packed), irregular)
+    return _Plan(b"".join(packed), len(packed), irregular, watches)
 
 
-def _same_dense_block(t: Tensor, s: Tensor) -> bool:
+def _kernel_takes(t: Tensor, s: Tensor) -> bool:
     """Whether both fill a block of memory without gaps, their elements in the same order."""
-    if t.dtype not in _DTYPES or s.dtype not in _DTYPES or not (t.data_ptr() and s.data_ptr()):
+    if t.dtype not in _DTYPES or s.dtype not in _DTYPES:
         return False
-    layout, other = (
-        sorted((stride, size, axis) for axis, (stride, size) in enumerate(axes) if size > 1)
-        for axes in (zip(x.stride(), x.shape, strict=True) for x in (t, s))
-    )
-    expected = 1
-    for stride, size, _ in layout:
-        if stride != expected:
-            return False
-        expected *= size
-    return layout == other
+    if not (t.data_ptr() and s.data_ptr()):  # a wrapper, whose memory is elsewhere
+        return False
+    if t.is_contiguous() and s.is_contiguous():
+        return True
+    axes = _axes(t)
+    steps = itertools.accumulate((size for _, size, _ in axes), operator.mul, initial=1)
+    return axes == _axes(s) and all(a[0] == step for a, step in zip(axes, steps, strict=False))
+
+
+def _axes(x: Tensor) -> list[tuple[int, int, int]]:
+    """(stride, size, axis) of the axes that have a stride, from the innermost to the outermost."""
+    axes = enumerate(zip(x.stride(), x.shape, strict=True))
+    return sorted((stride, size, axis) for axis, (stride, size) in axes if size > 1)

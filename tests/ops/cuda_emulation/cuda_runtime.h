@@ -2,8 +2,9 @@
 //
 // The compiler finds this file in place of the toolkit's. A launch runs one block after the other;
 // the threads of a block are fibers that take turns in a random order and meet at barriers and warp
-// operations as on the device. A barrier that some thread of the block never reaches ends the
-// process. Not modelled: memory ordering, speed, alignment.
+// operations as on the device. In every block one warp runs ahead of the others as far as barriers
+// let it, and one lags behind, which shows where a barrier is missing. A barrier that some thread of
+// the block never reaches ends the process. Not modelled: memory ordering, speed, alignment.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -32,7 +33,7 @@ namespace emulation {
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = size_t{128} << 10;
 
-enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+enum class State { kReady, kWaiting, kDone };
 
 struct Fiber {
   ucontext_t context;
@@ -43,6 +44,7 @@ struct Fiber {
 struct Warp {
   uint64_t offered[kWarp];   // what each lane brings to the operation under way
   uint64_t received[kWarp];  // what they all brought to the last one
+  int waiting;
 };
 
 inline std::vector<Fiber> fibers;
@@ -51,6 +53,7 @@ inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline std::mt19937 order(0);
 inline unsigned thread, block;
+inline size_t at_block_barrier;
 inline int offered_count, received_count;
 inline int launches;
 
@@ -65,37 +68,37 @@ inline void run_body() {
   swapcontext(&fibers[thread].context, &scheduler);
 }
 
-inline void wait(State at) {
+inline void wait() {
   const unsigned self = thread;
-  fibers[self].state = at;
+  fibers[self].state = State::kWaiting;
   swapcontext(&fibers[self].context, &scheduler);
-}
-
-inline bool all_at(State state, size_t begin, size_t end) {
-  return std::all_of(fibers.begin() + begin, fibers.begin() + end,
-                     [=](const Fiber& fiber) { return fiber.state == state; });
 }
 
 inline void release(size_t begin, size_t end) {
   for (size_t i = begin; i < end; ++i) fibers[i].state = State::kReady;
 }
 
-// Opens every barrier that all of its threads have reached; false when nobody can go on.
-inline bool open_barriers() {
-  bool opened = false;
-  for (size_t w = 0; w < warps.size(); ++w) {
-    if (!all_at(State::kAtWarpBarrier, w * kWarp, (w + 1) * kWarp)) continue;
-    std::copy(warps[w].offered, warps[w].offered + kWarp, warps[w].received);
-    release(w * kWarp, (w + 1) * kWarp);
-    opened = true;
-  }
-  if (all_at(State::kAtBlockBarrier, 0, fibers.size())) {
+// The last thread to come opens a barrier and runs on.
+inline int block_barrier(bool predicate) {
+  offered_count += predicate;
+  if (++at_block_barrier < fibers.size()) {
+    wait();
+  } else {
     received_count = offered_count;
     offered_count = 0;
+    at_block_barrier = 0;
     release(0, fibers.size());
-    opened = true;
   }
-  return opened;
+  return received_count;
+}
+
+template <typename Choose>
+std::vector<unsigned> ready(Choose choose) {
+  std::vector<unsigned> found;
+  for (unsigned i = 0; i < fibers.size(); ++i) {
+    if (fibers[i].state == State::kReady && choose(i / kWarp)) found.push_back(i);
+  }
+  return found;
 }
 
 inline void run_block() {
@@ -106,27 +109,21 @@ inline void run_block() {
     fiber.state = State::kReady;
     makecontext(&fiber.context, run_body, 0);
   }
+  const unsigned first = order() % warps.size(), last = order() % warps.size();
   std::vector<unsigned> turn;
   for (;;) {
-    turn.clear();
-    for (unsigned i = 0; i < fibers.size(); ++i) {
-      if (fibers[i].state == State::kReady) turn.push_back(i);
-    }
-    // whole warps in a random order, sometimes single lanes too
-    if (order() % 8 == 0) {
-      std::shuffle(turn.begin(), turn.end(), order);
-    } else if (!turn.empty()) {
-      std::rotate(turn.begin(), turn.begin() + order() % turn.size(), turn.end());
-      if (order() % 2) std::reverse(turn.begin(), turn.end());
-    }
+    turn = ready([=](unsigned warp) { return warp == first; });
+    if (turn.empty()) turn = ready([=](unsigned warp) { return warp != last; });
+    if (turn.empty()) turn = ready([=](unsigned warp) { return warp == last; });
+    if (order() % 2) std::reverse(turn.begin(), turn.end());
     for (const unsigned i : turn) {
       thread = i;
       swapcontext(&scheduler, &fibers[i].context);
     }
-    if (turn.empty() && !open_barriers()) {
-      if (!all_at(State::kDone, 0, fibers.size())) fail("threads wait at a barrier for ever");
-      return;
-    }
+    if (turn.empty()) break;
+  }
+  for (const Fiber& fiber : fibers) {
+    if (fiber.state != State::kDone) fail("threads wait at a barrier for ever");
   }
 }
 
@@ -150,7 +147,14 @@ const Warp& exchange(unsigned mask, T value) {
   if (mask != 0xffffffffu) fail("only whole warps are emulated");
   Warp& warp = warps[thread / kWarp];
   warp.offered[thread % kWarp] = to_word(value);
-  wait(State::kAtWarpBarrier);
+  if (++warp.waiting < kWarp) {
+    wait();
+  } else {
+    std::copy(warp.offered, warp.offered + kWarp, warp.received);
+    warp.waiting = 0;
+    const size_t begin = thread / kWarp * kWarp;
+    release(begin, begin + kWarp);
+  }
   return warp;
 }
 
@@ -168,13 +172,9 @@ inline Index block_index() { return {block}; }
 using std::max;
 using std::min;
 
-inline void __syncthreads() { emulation::wait(emulation::State::kAtBlockBarrier); }
+inline void __syncthreads() { emulation::block_barrier(false); }
 
-inline int __syncthreads_count(int predicate) {
-  emulation::offered_count += predicate != 0;
-  emulation::wait(emulation::State::kAtBlockBarrier);
-  return emulation::received_count;
-}
+inline int __syncthreads_count(int predicate) { return emulation::block_barrier(predicate != 0); }
 
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   const auto& warp = emulation::exchange(mask, predicate);
