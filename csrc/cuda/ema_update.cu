@@ -127,7 +127,8 @@ __device__ Vector<T, Count> blend(Vector<T, Count> teacher, Vector<S, Count> stu
 
 template <typename T, typename S>
 __device__ void update_chunk(T* teacher, const S* student, int count, const Decay& decay) {
-  constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(T) > sizeof(S) ? sizeof(T) : sizeof(S));
+  constexpr size_t kWidest = sizeof(T) > sizeof(S) ? sizeof(T) : sizeof(S);
+  constexpr int kCount = kVectorBytes / static_cast<int>(kWidest);
   constexpr int kSteps = kChunk / (kThreads * kCount);
   constexpr int kUnroll = kSteps < kMaxUnroll ? kSteps : kMaxUnroll;
   using TeacherVector = Vector<T, kCount>;
@@ -160,7 +161,8 @@ __device__ void update_chunk(T* teacher, const S* student, int count, const Deca
   const int vectors = aligned ? count / kCount : 0;
 #pragma unroll 2
   for (int i = thread; i < vectors; i += kThreads) {
-    store_streaming(teachers + i, blend(load_streaming(teachers + i), load_streaming(students + i), w));
+    const TeacherVector t = load_streaming(teachers + i);
+    store_streaming(teachers + i, blend(t, load_streaming(students + i), w));
   }
 #pragma unroll 2
   for (int i = vectors * kCount + thread; i < count; i += kThreads) {
