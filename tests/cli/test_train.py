@@ -1,3 +1,4 @@
+import os
 import re
 import shlex
 import signal
@@ -109,18 +110,20 @@ def test_a_missing_library_is_told_in_one_line() -> None:
     assert "pip install 'ctt[train]'" in done.stderr
 
 
-def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(tmp_path: Path, workers: int) -> None:
     out = tmp_path / "a run"
     base = [sys.executable, "-c", "from ctt.cli.train import main; main()"]
-    command = [*base, *shlex.split(QUICK), "--train.iterations", "100000", "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    endless = f"{QUICK} --train.iterations 100000 --data.workers {workers}"
+    command = [*base, *shlex.split(endless), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 240
     metrics = out / "metrics.csv"
     while not metrics.exists() or metrics.read_text().count("\n") < 4:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     shown, _ = process.communicate(timeout=120)
     assert process.returncode == 130
     found = re.search(r"Stopped after iteration (\d+)", shown)
