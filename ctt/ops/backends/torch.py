@@ -27,7 +27,7 @@ __all__ = ["class_topk", "ema_update_", "info_nce", "pair_info_nce", "queue_push
 # products by up to a tenth; on a GPU a block must be large enough to hide the launches.
 _SCORE_BYTES = {"cpu": 4 << 20}
 _SCORE_BYTES_OTHER = 64 << 20
-_WIDE = (torch.float32, torch.float64)
+_WIDE = {torch.float32, torch.float64}
 # Copies in a wider type that an update of the teachers may hold at a time.
 _COPY_VALUES = 4 << 20
 
@@ -368,18 +368,13 @@ def ema_update_(
 ) -> None:
     if isinstance(decay, Tensor) and decay.device.type == "cpu":
         decay = decay.item()
-    pairs = list(zip(teacher, student, strict=True))
-    straight = [(t, s) for t, s in pairs if _in_place(t, s, decay)]
-    if straight and not isinstance(decay, Tensor):
-        torch._foreach_lerp_([t for t, _ in straight], [s for _, s in straight], 1 - decay)
-    for group in _groups([(t, s) for t, s in pairs if not _in_place(t, s, decay)]):
+    if not isinstance(decay, Tensor):
+        types = {t.dtype for t in teacher} | {s.dtype for s in student}
+        if len(types) == 1 and types <= _WIDE:
+            torch._foreach_lerp_(tuple(teacher), tuple(student), 1 - decay)
+            return
+    for group in _groups(list(zip(teacher, student, strict=True))):
         _average_copies(group, decay)
-
-
-def _in_place(teacher: Tensor, student: Tensor, decay: float | Tensor) -> bool:
-    """Whether one call over a list of tensors can do this pair without a copy of it."""
-    same = teacher.dtype == student.dtype
-    return same and teacher.dtype in _WIDE and not isinstance(decay, Tensor)
 
 
 def _groups(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
