@@ -168,14 +168,20 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
+@torch.autograd.function.once_differentiable
 def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, grad_loss)
+
+
+def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     (grad,) = ctx.saved_tensors
     rest = (None,) * (ctx.inputs - 1)
     return (None if grad_loss is None else scale_gradient(grad_loss, grad), *rest)
 
 
+@torch.autograd.function.once_differentiable
 def _pair_backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    grad_query, grad_positive, grad_label, *_rest = _backward(ctx, grad_loss, None)
+    grad_query, grad_positive, grad_label, *_rest = _gradients(ctx, grad_loss)
     lists = ([None] * ctx.banks, [None] * ctx.banks)
     return (grad_query, grad_positive, grad_label, *lists, *(None,) * 5)
 
