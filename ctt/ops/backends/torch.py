@@ -139,7 +139,7 @@ def _filled(keys: Tensor, count: Tensor | None) -> Tensor | None:
     """(C, V) bool, or None where every place is known to hold a key."""
     if count is None:
         return None
-    if count.device.type == "cpu" and bool((count >= keys.shape[1]).all()):
+    if _may_look(count.device) and bool((count >= keys.shape[1]).all()):
         return None
     return torch.arange(keys.shape[1], device=keys.device) < count[:, None]
 
@@ -174,7 +174,7 @@ def _rows(label: Tensor, can_count: Tensor, mask: Tensor | None) -> _Rows:
     counts = (inside == label) & can_count[inside]
     if mask is not None:
         counts = counts & mask
-    if label.device.type != "cpu":
+    if not _may_look(label.device):
         return _Rows(inside, counts, None)
     pixel = counts.nonzero().flatten()
     if len(pixel) == len(label):
@@ -263,9 +263,14 @@ def _through_norm(by_direction: Tensor, direction: Tensor, scale: Tensor) -> Ten
     return by_direction.sub_(along * direction).mul_(scale)
 
 
+def _may_look(device: torch.device) -> bool:
+    """Whether values can be read without waiting for a device."""
+    return device.type == "cpu"
+
+
 def _masks(rows: _Rows) -> bool:
-    """Whether some of the rows may not count; on a CPU they have been left out."""
-    return rows.label.device.type != "cpu"
+    """Whether some of the rows may not count."""
+    return not _may_look(rows.label.device)
 
 
 def _factor(rows: _Rows, num_classes: int, reduction: str, dtype: torch.dtype) -> Tensor:
@@ -366,7 +371,7 @@ def queue_push_(
 def ema_update_(
     teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | Tensor
 ) -> None:
-    if isinstance(decay, Tensor) and decay.device.type == "cpu":
+    if isinstance(decay, Tensor) and _may_look(decay.device):
         decay = decay.item()
     if not isinstance(decay, Tensor):
         types = {t.dtype for t in teacher} | {s.dtype for s in student}
