@@ -12,7 +12,7 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import ctt
+from ctt.ops._nvtx import named_range
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = "reference"
@@ -76,16 +77,6 @@ def installed(package: str) -> str:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextlib.contextmanager
-def named_range(name: str, device: torch.device) -> Iterator[None]:
-    """A range that profilers of NVIDIA show."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.nvtx.range(name):
-        yield
 
 
 def time_in_turns(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ctt.ops import _checks, _library  # noqa: F401  (_library defines the operators)
+from ctt.ops._nvtx import named_range
 from ctt.ops._registry import select
 
 
@@ -45,5 +46,6 @@ def class_topk(
     if torch.compiler.is_compiling():
         return torch.ops.ctt.class_topk(confidence, label, k, num_classes, valid, backend)
     run = select("class_topk", backend, device).class_topk
-    result: tuple[Tensor, Tensor] = run(confidence, label, k, num_classes, valid)
+    with named_range("ctt.class_topk", device):
+        result: tuple[Tensor, Tensor] = run(confidence, label, k, num_classes, valid)
     return result
