@@ -85,7 +85,7 @@ def _direction(x: Tensor, counts: Tensor) -> Tensor:
 
 def _scores(v: Tensor, keys: Tensor, temperature: float) -> Tensor:
     score = _wide(v @ keys.to(v.dtype).flatten(0, 1).T) / temperature
-    return score.unflatten(1, keys.shape[:2])  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+    return score.view(-1, *keys.shape[:2])
 
 
 def _log_z(score: Tensor, own: Tensor, filled: Tensor) -> Tensor:

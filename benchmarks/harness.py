@@ -177,7 +177,7 @@ def _resident(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def copy_bandwidth(device: torch.device, values: int = 32 << 20) -> Run:
+def copy_bandwidth(device: torch.device, values: int) -> Run:
     """Copies `values` float32 values: 4 bytes read and 4 written for each."""
     source = torch.randn(values, device=device)
     target = torch.empty_like(source)

@@ -19,14 +19,19 @@ from benchmarks.harness import Row, Run, Setting
 from ctt.ops import available_backends, ema_update_, reference
 
 DECAY = 0.99
-SIZES = {"resnet-18": (2, 2, 2, 2), "resnet-101": (3, 4, 23, 3), "resnet-101-pairs": (3, 4, 23, 3)}
+SIZES: dict[str, tuple[int, ...]] = {  # blocks of each stage
+    "tiny": (1,),
+    "resnet-50": (3, 4, 6, 3),
+    "resnet-101": (3, 4, 23, 3),
+    "resnet-101-pairs": (3, 4, 23, 3),
+}
 GROUPS = {
     "default": ["resnet-101"],
     "paper": ["resnet-101", "resnet-101-pairs"],
-    "series": ["resnet-18", "resnet-101"],
+    "series": ["resnet-50", "resnet-101"],
 }
 BYTES, COPY_BYTES = 12, 8  # a value: of the update, and of a copy
-COPIED = 32 << 20  # values of the copy that gives the limit
+COPIED = 16 << 20  # values of the copy that gives the limit
 
 
 def shapes(size: str) -> list[tuple[int, ...]]:

@@ -18,6 +18,7 @@ from benchmarks.harness import Row, Run, Setting
 from ctt.ops import available_backends, class_topk, queue_push_, reference
 
 SIZES: dict[str, tuple[int, int, int, int, int]] = {  # N, C, V, D, k
+    "tiny": (200, 4, 8, 16, 3),
     "cityscapes-v2": (4290, 19, 128, 256, 64),
     "voc-v2": (16810, 21, 128, 256, 12),
     "voc-v3plus": (65610, 21, 128, 256, 12),
