@@ -12,6 +12,7 @@ from tests.ops.common import (
     BIG,
     DTYPES,
     Contrast,
+    Loss,
     check_loss,
     contrast,
     dense_high_level,
@@ -205,6 +206,21 @@ def test_inputs_are_left_alone(backend: str, device: str) -> None:
     evaluate(high_level(backend), case)
     for x, was in zip(parts, before, strict=True):
         torch.testing.assert_close(x, was, rtol=0, atol=0, equal_nan=True)
+
+
+@RUNS
+def test_a_scaled_loss_keeps_small_gradients_of_float16(backend: str, device: str) -> None:
+    """Before the scale of a GradScaler they are below the smallest number of float16."""
+    case = contrast(1000, 5, 4, 16, torch.float16, device)
+    case = replace(case, query=case.query * 8192, temperature=7)
+
+    def scaled(loss: Loss) -> Loss:
+        return lambda q, c, reduction: loss(q, c, reduction) * 2.0**20
+
+    plain = same_dtype(backend, case, scaled(reference_high_level), scaled(dense_high_level))
+    check_loss(scaled(high_level(backend)), plain, scaled(reference_high_level), case, "class")
+    _, grad = evaluate(high_level(backend), case)
+    assert float(grad.abs().max()) < 1e-6  # float16 steps by 6e-8
 
 
 @RUNS

@@ -12,6 +12,7 @@ from tests.ops.common import (
     BIG,
     DTYPES,
     Contrast,
+    Loss,
     check_loss,
     contrast,
     dense_low_level,
@@ -187,6 +188,21 @@ def test_no_gradient_reaches_the_positive(backend: str, device: str) -> None:
     assert query.grad is not None
     assert positive.grad is None
     assert not low_level(backend)(case.query, case, "class").requires_grad
+
+
+@RUNS
+def test_a_scaled_loss_keeps_small_gradients_of_float16(backend: str, device: str) -> None:
+    """Before the scale of a GradScaler they are below the smallest number of float16."""
+    case = contrast(1000, 5, 4, 16, torch.float16, device)
+    case = replace(case, query=case.query * 8192, temperature=7)
+
+    def scaled(loss: Loss) -> Loss:
+        return lambda q, c, reduction: loss(q, c, reduction) * 2.0**20
+
+    plain = same_dtype(backend, case, scaled(reference_low_level), scaled(dense_low_level))
+    check_loss(scaled(low_level(backend)), plain, scaled(reference_low_level), case, "class")
+    _, grad = evaluate(low_level(backend), case)
+    assert float(grad.abs().max()) < 1e-6  # float16 steps by 6e-8
 
 
 @RUNS

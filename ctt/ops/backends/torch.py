@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ctt.ops._library import gradient_dtype
 from ctt.ops.reference import NORM_EPS, normalize
 
 __all__ = ["class_topk", "ema_update_", "info_nce", "pair_info_nce", "queue_push_", "why_not"]
 
-# Scores held at a time. On a CPU larger blocks gain nothing and smaller ones slow the matrix
-# products by up to a tenth; on a GPU a block must be large enough to hide the launches.
-_SCORE_BYTES = {"cpu": 4 << 20}
+# Scores held at a time. On a CPU a row takes the same time in blocks of 2 to 10 MiB, and smaller
+# ones slow the matrix products by up to a tenth; on a GPU a block must hide the launches.
+_SCORE_BYTES = {"cpu": 8 << 20}
 _SCORE_BYTES_OTHER = 64 << 20
 _WIDE = {torch.float32, torch.float64}
 # Copies in a wider type that an update of the teachers may hold at a time.
@@ -196,12 +197,16 @@ def _sweep(
     the losses (b,) of a block and the gradients (b, D) by the direction."""
     if len(bank.flat) == 0:
         loss = bank.flat.new_zeros(len(query) if reduction == "none" else ())
-        return loss, torch.zeros_like(query) if need_grad else None
+        empty = torch.zeros_like(query, dtype=gradient_dtype(query)) if need_grad else None
+        return loss, empty
     rows = _rows(label, can_count, mask)
     loss = bank.flat.new_empty(len(rows.label))  # (n,)
     factor = _factor(rows, bank.num_classes, reduction, loss.dtype)  # (n,) or ()
     new = torch.empty_like if rows.pixel is None else torch.zeros_like
-    grad = new(query, memory_format=torch.contiguous_format) if need_grad else None  # (N, D)
+    grad = None  # (N, D)
+    if need_grad:
+        kept = gradient_dtype(query)
+        grad = new(query, dtype=kept, memory_format=torch.contiguous_format)
     with _without_autocast(query.device):
         for part, block, inverse in _blocks(query, rows, bank):
             loss[part], by_direction = contrast(block)
