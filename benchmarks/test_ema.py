@@ -1,7 +1,9 @@
 """`ema_update_` over the tensors of DeepLabV2 with a ResNet-101.
 
 Fewest bytes: teacher read, student read, teacher written: 12 bytes a value in float32. The limit is
-what the machine copies per second (4 bytes read and 4 written for a value) in the same run.
+what the machine copies per second (4 bytes read and 4 written for a value) in the same run. A CPU
+may read a line before a copy overwrites it, which is not counted; an update in place needs no such
+read and can pass 100 %. So the same update of one flat tensor stands in the table too.
 """
 
 from collections.abc import Callable
@@ -97,6 +99,15 @@ def loop(teacher: list[Tensor], student: list[Tensor]) -> tuple[Run, list[Tensor
     return run, teacher
 
 
+def flat(teacher: list[Tensor], student: list[Tensor]) -> tuple[Run, list[Tensor]]:
+    """All values in one tensor each: the traffic of the update and nothing else."""
+    one, other = (
+        torch.cat([t.flatten() for t in teacher]),
+        torch.cat([s.flatten() for s in student]),
+    )
+    return partial(one.lerp_, other, 1 - DECAY), list(one.split([t.numel() for t in teacher]))
+
+
 def make(size: str, device: torch.device, seed: int) -> list[Tensor]:
     g = torch.Generator(device).manual_seed(seed)
     return [torch.randn(s, generator=g, device=device) for s in shapes(size)]
@@ -112,7 +123,11 @@ def check(name: str, run: Run, held: list[Tensor]) -> Callable[[list[Tensor], li
             want = [before[i].double()]
             reference.ema_update_(want, [student[i].double()], DECAY)
             torch.testing.assert_close(
-                held[i].double(), want[0], rtol=1e-6, atol=1e-6, msg=lambda m: f"{name}: {m}"
+                held[i].double().view_as(want[0]),
+                want[0],
+                rtol=1e-6,
+                atol=1e-6,
+                msg=lambda m: f"{name}: {m}",
             )
 
     return compare
@@ -127,6 +142,7 @@ def prepare(size: str, device: torch.device) -> dict[str, Run]:
         "swa_utils": swa_utils,
         "timm ModelEmaV3": timm_v3,
         "python loop": loop,
+        "one flat lerp_": flat,
     }
     if not harness.installed("timm"):
         del peers["timm ModelEmaV3"]

@@ -75,5 +75,11 @@ def test_every_way_of_the_benchmarks_is_right() -> None:
         timeout=500,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    for way in ("class loop", "two matrix products", "_foreach_lerp_", "swa_utils", "python loop"):
+    for way in (
+        "class loop",
+        "two matrix products",
+        "_foreach_lerp_",
+        "swa_utils",
+        "one flat lerp_",
+    ):
         assert way in done.stdout

@@ -169,6 +169,19 @@ def test_low_temperature_stays_finite(backend: str, device: str) -> None:
 
 
 @RUNS
+def test_a_loss_that_vanishes_has_no_gradient(backend: str, device: str) -> None:
+    """Positives equal to the query, many negatives opposite to it: e^(-200) in float32."""
+    keys = torch.zeros(4, 32, 8, device=device)
+    keys[0, :, 0], keys[1:, :, 0] = 1, -1
+    query = torch.zeros(3, 8, device=device)
+    query[:, 0] = 2
+    label = torch.zeros(3, dtype=torch.int64, device=device)
+    value, grad = evaluate(high_level(backend), Contrast(query, label, keys, temperature=0.01))
+    assert float(value) == 0
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@RUNS
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_chain_rule(backend: str, device: str, reduction: str) -> None:
     case = contrast(30, 5, 4, 16, device=device, masked=True)

@@ -29,6 +29,9 @@ __all__ = ["class_topk", "ema_update_", "info_nce", "pair_info_nce", "queue_push
 _SCORE_BYTES = {"cpu": 8 << 20}
 _SCORE_BYTES_OTHER = 64 << 20
 _WIDE = {torch.float32, torch.float64}
+# Below this the gradient of a pixel is 0 in every type; a sum of M exponentials divided by it must
+# stay within float32.
+_LEAST_PUSH = 1e-30
 # Copies in a wider type that an update of the teachers may hold at a time.
 _COPY_VALUES = 4 << 20
 
@@ -72,8 +75,8 @@ def info_nce(
         total = push.sum(dim=1, keepdim=True)  # (b, 1)
         # the weights of the positives join those of the negatives for one matrix product; both are
         # brought to their scale on the (b, D) product instead of the (b, C * V) weights
-        tiny = torch.finfo(total.dtype).tiny
-        weight.view(-1, num_classes, capacity)[place] = push * (-z / total.clamp(min=tiny))
+        ratio = -z / total.clamp(min=_LEAST_PUSH)
+        weight.view(-1, num_classes, capacity)[place] = push * ratio
         return loss, (weight @ bank.flat).mul_(share * total / (z * temperature))
 
     return _sweep(query, label, mask, can_count, bank, reduction, need_grad, contrast)
