@@ -42,7 +42,8 @@ def tensor(
 
 
 def temperature(operation: str, value: float) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+    # a comparison, because torch.compile with dynamic shapes cannot trace math.isfinite
+    if not (isinstance(value, int | float) and 0 < value < math.inf):
         raise ValueError(f"{operation}: temperature must be a finite number above 0, got {value!r}")
 
 

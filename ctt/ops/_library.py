@@ -39,6 +39,15 @@ def loss_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
+def gradient_dtype(query: Tensor) -> torch.dtype:
+    """In which the gradient is kept until backward: that of the query, but float32 for float16.
+
+    A mean over many pixels makes gradients too small for float16. They are stored before the
+    scale of a GradScaler reaches them, so the scale could not bring them back.
+    """
+    return torch.float32 if query.dtype == torch.float16 else query.dtype
+
+
 def _ema_update_(teacher: list[Tensor], student: list[Tensor], decay: Tensor, backend: str) -> None:
     select("ema_update_", backend, teacher[0].device).ema_update_(teacher, student, decay)
 
@@ -70,7 +79,7 @@ def _info_nce(
 ) -> tuple[Tensor, Tensor]:
     run = select("info_nce", backend, query.device).info_nce
     loss, grad = run(query, label, keys, count, mask, temperature, reduction, need_grad)
-    return loss, query.new_empty(0) if grad is None else grad
+    return loss, _or_empty(grad, query)
 
 
 def _pair_info_nce(
@@ -87,7 +96,11 @@ def _pair_info_nce(
 ) -> tuple[Tensor, Tensor]:
     run = select("pair_info_nce", backend, query.device).pair_info_nce
     loss, grad = run(query, positive, label, keys, counts, mask, temperature, reduction, need_grad)
-    return loss, query.new_empty(0) if grad is None else grad
+    return loss, _or_empty(grad, query)
+
+
+def _or_empty(grad: Tensor | None, query: Tensor) -> Tensor:
+    return query.new_empty(0, dtype=gradient_dtype(query)) if grad is None else grad
 
 
 for _name, _kernel in (
@@ -121,7 +134,7 @@ def _(
 
 def _fake_loss(query: Tensor, reduction: str, need_grad: bool) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0],) if reduction == "none" else ()
-    grad = query.new_empty(query.shape) if need_grad else query.new_empty(0)
+    grad = query.new_empty(query.shape if need_grad else 0, dtype=gradient_dtype(query))
     return query.new_empty(shape, dtype=loss_dtype(query)), grad
 
 
@@ -156,26 +169,32 @@ def _(
     return _fake_loss(query, reduction, need_grad)
 
 
-def scale_gradient(grad_loss: Tensor, grad: Tensor) -> Tensor:
-    """Chain rule for a stored gradient; grad_loss is () or (N,), grad (N, D)."""
+def scale_gradient(grad_loss: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Chain rule for a stored gradient; grad_loss is () or (N,), grad (N, D), dtype the query's."""
     factor = grad_loss[:, None] if grad_loss.dim() else grad_loss
-    return (factor * grad.to(grad_loss.dtype)).to(grad.dtype)
+    return (factor * grad.to(grad_loss.dtype)).to(dtype)
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.inputs = len(inputs)
+    ctx.inputs, ctx.dtype = len(inputs), inputs[0].dtype
     ctx.save_for_backward(output[1])
     ctx.set_materialize_grads(False)
 
 
+@torch.autograd.function.once_differentiable
 def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, grad_loss)
+
+
+def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     (grad,) = ctx.saved_tensors
     rest = (None,) * (ctx.inputs - 1)
-    return (None if grad_loss is None else scale_gradient(grad_loss, grad), *rest)
+    return (None if grad_loss is None else scale_gradient(grad_loss, grad, ctx.dtype), *rest)
 
 
+@torch.autograd.function.once_differentiable
 def _pair_backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    grad_query, grad_positive, grad_label, *_rest = _backward(ctx, grad_loss, None)
+    grad_query, grad_positive, grad_label, *_rest = _gradients(ctx, grad_loss)
     lists = ([None] * ctx.banks, [None] * ctx.banks)
     return (grad_query, grad_positive, grad_label, *lists, *(None,) * 5)
 
@@ -199,10 +218,11 @@ class StoredGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
         ctx.save_for_backward(grad)
+        ctx.dtype = query.dtype
         return loss.view_as(loss)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
-        return scale_gradient(grad_loss, grad), None, None
+        return scale_gradient(grad_loss, grad, ctx.dtype), None, None

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ctt.ops import _checks
 from ctt.ops._library import StoredGradient
+from ctt.ops._nvtx import named_range
 from ctt.ops._registry import select
 
 
@@ -66,7 +67,7 @@ def info_nce(
         )[0]
         return traced
     run = select("info_nce", backend, query.device).info_nce
-    with torch.no_grad():
+    with torch.no_grad(), named_range("ctt.info_nce", query.device):
         loss, grad = run(query, label, keys, count, mask, temperature, reduction, need_grad)
     return _attach(query, loss, grad)
 
@@ -132,7 +133,7 @@ def pair_info_nce(
         )[0]
         return traced
     run = select(name, backend, device).pair_info_nce
-    with torch.no_grad():
+    with torch.no_grad(), named_range("ctt.pair_info_nce", device):
         loss, grad = run(query, positive, label, all_keys, all_counts, mask, *options)
     return _attach(query, loss, grad)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ctt.ops import _library  # noqa: F401  (defines the operators)
+from ctt.ops._nvtx import named_range
 from ctt.ops._registry import select
 
 
@@ -38,8 +39,9 @@ def ema_update_(
         value = decay if isinstance(decay, Tensor) else torch.tensor(decay, dtype=torch.float64)
         torch.ops.ctt.ema_update_(list(teacher), list(student), value, backend)
         return
-    with torch.no_grad():
-        select("ema_update_", backend, teacher[0].device).ema_update_(teacher, student, decay)
+    device = teacher[0].device
+    with torch.no_grad(), named_range("ctt.ema_update_", device):
+        select("ema_update_", backend, device).ema_update_(teacher, student, decay)
 
 
 def _check(teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | Tensor) -> None:
@@ -49,7 +51,7 @@ def _check(teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | 
                 f"ema_update_: decay must be a number or a floating-point tensor of shape (), "
                 f"got {decay.dtype} {tuple(decay.shape)}"
             )
-    elif not 0 <= decay <= 1:
+    elif not (isinstance(decay, int | float) and 0 <= decay <= 1):
         raise ValueError(f"ema_update_: decay must be in 0..1, got {decay!r}")
     if len(teacher) != len(student):
         raise ValueError(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ctt.ops import _checks, _library  # noqa: F401  (_library defines the operators)
+from ctt.ops._nvtx import named_range
 from ctt.ops._registry import select
 
 
@@ -45,6 +46,6 @@ def queue_push_(
     if torch.compiler.is_compiling():
         torch.ops.ctt.queue_push_(keys, count, cursor, features, index, backend)
         return
-    with torch.no_grad():
+    with torch.no_grad(), named_range("ctt.queue_push_", device):
         run = select("queue_push_", backend, device).queue_push_
         run(keys, count, cursor, features, index)

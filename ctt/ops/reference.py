@@ -78,13 +78,14 @@ def info_nce(
         counts = counts & mask
 
     v, c = normalize(_widen(query[counts])), label[counts]  # (n, D), (n,)
+    keys = torch.where(filled[:, :, None], keys, 0)  # what other places hold must not leak
     score = v @ keys.to(v.dtype).flatten(0, 1).T / temperature  # (n, C * V), cos / tau
     score = score.view(-1, num_classes, capacity)  # (n, C, V)
     is_negative = (~own[counts])[:, :, None] & filled  # (n, C, V)
     log_z = score.masked_fill(~is_negative, -torch.inf).flatten(1).logsumexp(dim=1)  # (n,)
     positive = score[torch.arange(len(c), device=c.device), c]  # (n, V)
-    # -log(e^s / (e^s + Z)) = log(1 + e^(log Z - s)), which never takes the log of 0
-    term = F.softplus(log_z[:, None] - positive) * filled[c]  # (n, V)
+    # e^s / (e^s + Z) = sigmoid(s - log Z), whose log never takes the log of 0
+    term = -F.logsigmoid(positive - log_z[:, None]) * filled[c]  # (n, V)
     loss = term.sum(dim=1) / filled[c].sum(dim=1)  # (n,)
     return _reduce(loss, counts, c, num_classes, reduction)
 
@@ -110,10 +111,11 @@ def pair_info_nce(
     v, c = normalize(_widen(query[counts])), label[counts]  # (n, D), (n,)
     v2 = normalize(_widen(positive.detach()[counts])).to(v.dtype)  # (n, D)
     keys = torch.cat([keys.to(v.dtype) for keys, _ in banks], dim=1)  # (C, V1 + V2 + .., D)
+    keys = torch.where(filled[:, :, None], keys, 0)  # what other places hold must not leak
     score = torch.einsum("nd,cvd->ncv", v, keys) / temperature
     is_negative = (~own[counts])[:, :, None] & filled
     log_z = score.masked_fill(~is_negative, -torch.inf).flatten(1).logsumexp(dim=1)  # (n,)
-    loss = F.softplus(log_z - (v * v2).sum(dim=1) / temperature)  # (n,)
+    loss = -F.logsigmoid((v * v2).sum(dim=1) / temperature - log_z)  # (n,)
     return _reduce(loss, counts, c, num_classes, reduction)
 
 

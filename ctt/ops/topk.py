@@ -1,11 +1,10 @@
 """Selection of the bank's candidates: the most confident pixels of each class."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from ctt.ops import _checks, _library  # noqa: F401  (_library defines the operators)
+from ctt.ops._nvtx import named_range
 from ctt.ops._registry import select
 
 
@@ -45,8 +44,11 @@ def class_topk(
     _checks.positive_int("class_topk", "num_classes", num_classes)
     confidence = confidence.detach()
     if torch.compiler.is_compiling():
-        run = partial(torch.ops.ctt.class_topk, backend=backend)
-    else:
-        run = select("class_topk", backend, device).class_topk
-    result: tuple[Tensor, Tensor] = run(confidence, label, k, num_classes, valid)
+        traced: tuple[Tensor, Tensor] = torch.ops.ctt.class_topk(
+            confidence, label, k, num_classes, valid, backend
+        )
+        return traced
+    run = select("class_topk", backend, device).class_topk
+    with named_range("ctt.class_topk", device):
+        result: tuple[Tensor, Tensor] = run(confidence, label, k, num_classes, valid)
     return result

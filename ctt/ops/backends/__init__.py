@@ -12,7 +12,8 @@ public function before a backend sees them:
     pair_info_nce(query, positive, label, keys, counts, mask, temperature, reduction, need_grad)
         -> (loss, grad)
 
-`grad` is the gradient of the loss with respect to `query`, in its dtype (for reduction "none" the
-gradient of the sum, because the loss of a pixel depends on that pixel's query alone), or None where
-`need_grad` is false.
+`grad` is the gradient of the loss with respect to `query`, in the dtype that
+`ctt.ops._library.gradient_dtype` names: its own, but float32 for float16 queries. For reduction
+"none" it is the gradient of the sum, because the loss of a pixel depends on that pixel's query
+alone. It is None where `need_grad` is false.
 """

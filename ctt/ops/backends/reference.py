@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ctt.ops import reference
+from ctt.ops._library import gradient_dtype
 from ctt.ops.reference import class_topk, ema_update_, queue_push_
 
 __all__ = ["class_topk", "ema_update_", "info_nce", "pair_info_nce", "queue_push_", "why_not"]
@@ -64,7 +65,7 @@ def _with_gradient(
         # inside an operator the dispatcher has autograd switched off
         autograd = torch._C.DispatchKey.AutogradFunctionality
         with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.enable_grad():
-            leaf = query.detach().requires_grad_()
+            leaf = query.detach().to(gradient_dtype(query)).requires_grad_()
             value = loss(leaf)
             (grad,) = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), grad

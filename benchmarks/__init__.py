@@ -1,0 +1,1 @@
+"""`pytest benchmarks`: every operation against reference, peers and the machine's limits."""

@@ -1,0 +1,245 @@
+"""Ways to compute the contrast losses, and their comparison. Used by the two benchmarks of them."""
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import harness
+from benchmarks.harness import Row, Run, Setting
+from ctt.ops import available_backends
+from tests.ops.common import Contrast, Loss, assert_accurate, contrast, evaluate
+
+TAU = 0.1
+Shape = tuple[int, int, int, int]  # N, C, V, D
+
+PAPER: dict[str, Shape] = {
+    "cityscapes-v2": (8580, 19, 128, 256),
+    "voc-v2": (33620, 21, 128, 256),
+    "voc-v3plus": (131220, 21, 128, 256),
+}
+SERIES: dict[str, Shape] = {
+    **{f"series-n-{n}": (n, 19, 128, 256) for n in (1024, 4096, 16384)},
+    **{f"series-v-{v}": (4096, 19, v, 256) for v in (32, 128, 512)},
+    **{f"series-c-{c}": (4096, c, 32, 256) for c in (2, 21, 150)},
+}
+# shows in seconds that every way runs and is right; its times mean nothing
+TINY: dict[str, Shape] = {"tiny": (200, 4, 8, 16)}
+SIZES = TINY | PAPER | SERIES
+GROUPS = {"default": ["cityscapes-v2"], "paper": list(PAPER), "series": list(SERIES)}
+
+CHECKED = 2000  # pixels of the comparison with float64, whose scores would not fit for all of them
+# Bytes that plain PyTorch needs for a score: about six (N, C * V) tensors of float32 at its peak.
+DENSE_BYTES = 24
+
+
+def class_loop(q: Tensor, case: Contrast, reduction: str) -> Tensor:
+    """A loop over the classes with boolean indexing, as published programs write equation (6)."""
+    losses = []
+    for c in case.label.unique().tolist():
+        if not 0 <= c < case.keys.shape[0]:
+            continue
+        v = F.normalize(q[case.label == c], dim=1)
+        others = torch.cat([case.keys[:c], case.keys[c + 1 :]]).flatten(0, 1)
+        positive = torch.exp(v @ case.keys[c].T / case.temperature)
+        negative = torch.exp(v @ others.T / case.temperature).sum(dim=1, keepdim=True)
+        losses.append(-torch.log(positive / (positive + negative)).mean())
+    return torch.stack(losses).mean()
+
+
+def pair_class_loop(q: Tensor, case: Contrast, reduction: str) -> Tensor:
+    """The same for equation (8)."""
+    assert case.positive is not None
+    losses = []
+    for c in case.label.unique().tolist():
+        if not 0 <= c < case.keys.shape[0]:
+            continue
+        chosen = case.label == c
+        v, peer = F.normalize(q[chosen], dim=1), F.normalize(case.positive[chosen], dim=1)
+        others = torch.cat([k[i] for k, _ in case.banks for i in range(len(k)) if i != c])
+        positive = torch.exp((v * peer).sum(dim=1) / case.temperature)
+        negative = torch.exp(v @ others.T / case.temperature).sum(dim=1)
+        losses.append(-torch.log(positive / (positive + negative)).mean())
+    return torch.stack(losses).mean()
+
+
+def metric_learning() -> Loss | None:
+    """pytorch-metric-learning's InfoNCE: equation (6) averaged over pairs of query and positive.
+
+    With full queues each pixel has V of them, so that it is reduction "mean".
+    """
+    try:
+        from pytorch_metric_learning.losses import NTXentLoss
+    except ImportError:
+        return None
+    loss = NTXentLoss(temperature=TAU)
+
+    def run(q: Tensor, case: Contrast, reduction: str) -> Tensor:
+        num_classes, capacity, _ = case.keys.shape
+        owner = torch.arange(num_classes, device=q.device).repeat_interleave(capacity)
+        keys = case.keys.flatten(0, 1).to(q.dtype)
+        value: Tensor = loss(q, case.label, ref_emb=keys, ref_labels=owner)
+        return value
+
+    return run
+
+
+def compiled(dense: Loss) -> Loss:
+    torch._dynamo.reset()
+    run: Loss = torch.compile(dense, fullgraph=True)
+    return run
+
+
+def make(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Contrast:
+    pixels, classes, capacity, dim = shape
+    case = contrast(pixels, classes, capacity, dim, dtype, device.type, seed=seed)
+    second = contrast(1, classes, capacity, dim, dtype, device.type, seed=seed + 1)
+    return replace(case, temperature=TAU, second=(second.keys, None))
+
+
+def two_products(case: Contrast, banks: int) -> Run:
+    """The limit: scores and weighted keys of all pixels, 2 * (2 N M D) floating-point operations,
+    M = C * V keys of `banks` banks, in the dtype of the queries and with nothing between them."""
+    keys = torch.cat([k for k, _ in case.banks[:banks]], dim=1).flatten(0, 1)
+    keys, query = keys.to(case.query.dtype), case.query
+    size = min(len(query), max(1, (64 << 20) // (len(keys) * 4)))  # blocks, to bound its memory
+    score = query.new_empty(size, len(keys))
+    out = torch.empty_like(query)
+
+    def run() -> None:
+        for start in range(0, len(query), size):
+            q = query[start : start + size]
+            torch.mm(q, keys.T, out=score[: len(q)])
+            torch.mm(score[: len(q)], keys, out=out[start : start + size])
+
+    return run
+
+
+def first(case: Contrast, pixels: int) -> Contrast:
+    assert case.positive is not None
+    return replace(
+        case,
+        query=case.query[:pixels],
+        label=case.label[:pixels],
+        positive=case.positive[:pixels],
+    )
+
+
+def check(
+    name: str, loss: Loss, case: Contrast, truth: Loss, plain: Loss, reduction: str = "class"
+) -> None:
+    """Raises where a way computes something else than equation (6) or (8), gradient included."""
+    part = first(case, CHECKED)
+    true = evaluate(truth, part.widened(), reduction)
+    rough = evaluate(plain, part, reduction)
+    for got, want, near in zip(evaluate(loss, part, reduction), true, rough, strict=True):
+        try:
+            assert_accurate(got, want, near, 10)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def compare(
+    operation: str,
+    size: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    ours: Callable[[str], Loss],
+    truth: Loss,
+    dense: Loss,
+    peers: dict[str, Loss],
+    banks: int,
+    may_compile: bool,
+    seconds: float,
+    record: Callable[[list[Row]], None],
+) -> Run:
+    """Checks, times and records every way; gives a call of the one that "auto" takes."""
+    shape = SIZES[size]
+    case = make(shape, dtype, device)
+    ways = {name: ours(name) for name in available_backends(device)[operation]}
+    ways |= peers
+    if may_compile:
+        ways["torch.compile"] = compiled(dense)
+    if not _fits(shape, banks, device):
+        ways = {n: w for n, w in ways.items() if n in available_backends(device)[operation]}
+        del ways["reference"]
+    for name in list(ways):
+        reduction = "mean" if name == "pytorch-metric-learning" else "class"
+        try:
+            check(name, ways[name], case, truth, dense, reduction)
+        except AssertionError:
+            raise
+        except Exception as error:  # what is not ours may fail to compile or to fit
+            if name in available_backends(device)[operation]:
+                raise
+            warnings.warn(f"{name} was left out: {error}", stacklevel=2)
+            del ways[name]
+
+    setting = Setting(operation, size, _text(shape), str(dtype).removeprefix("torch."), device)
+    calls = {n: partial(evaluate, w, case) for n, w in ways.items()}
+    _measure(setting, calls, two_products(case, banks), seconds, record)
+    if device.type == "cuda":
+        _measure_cold(setting, ways, shape, dtype, banks, seconds, record)
+    return partial(evaluate, ours("auto"), case)
+
+
+def _measure(
+    setting: Setting,
+    calls: dict[str, Run],
+    limit: Run,
+    seconds: float,
+    record: Callable[[list[Row]], None],
+) -> None:
+    memory = {n: harness.extra_memory(c, setting.device) for n, c in calls.items()}
+    every = {**calls, "two matrix products": limit}
+    times = harness.time_in_turns(every, setting.device, seconds)
+    record(harness.rows(setting, times, memory, times["two matrix products"]))
+
+
+def _measure_cold(
+    setting: Setting,
+    ways: dict[str, Loss],
+    shape: Shape,
+    dtype: torch.dtype,
+    banks: int,
+    seconds: float,
+    record: Callable[[list[Row]], None],
+) -> None:
+    bytes_each = shape[0] * shape[3] * dtype.itemsize
+    copies = harness.copies_beyond_cache(bytes_each, setting.device)
+    cases = [make(shape, dtype, setting.device, seed) for seed in range(copies)]
+    limit = "two matrix products"
+    runs: dict[str, list[Run]] = {
+        n: [partial(evaluate, w, c) for c in cases] for n, w in ways.items()
+    }
+    runs[limit] = [two_products(c, banks) for c in cases]
+    graphs = {n: harness.replayed(r, setting.device) for n, r in runs.items()}
+    ready = {n: g for n, g in graphs.items() if g is not None}
+    times = harness.time_in_turns(ready, setting.device, seconds)
+    each = harness.divided(times, copies)
+    record(harness.rows(setting.graph(), each, {}, each.get(limit)))
+
+
+def _text(shape: Shape) -> str:
+    return " ".join(f"{letter}={n}" for letter, n in zip("NCVD", shape, strict=True))
+
+
+def _fits(shape: Shape, banks: int, device: torch.device) -> bool:
+    """Whether plain PyTorch can hold the scores of all pixels in half of the free memory."""
+    need = shape[0] * shape[1] * shape[2] * banks * DENSE_BYTES
+    if device.type == "cuda":
+        return need < torch.cuda.mem_get_info(device)[0] / 2
+    try:
+        return need < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    except (ValueError, OSError):
+        return True
+
+
+def dtypes(device: torch.device) -> list[torch.dtype]:
+    return [torch.float32] if device.type == "cpu" else [torch.float32, torch.bfloat16]

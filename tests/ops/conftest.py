@@ -1,0 +1,27 @@
+"""Poison for what an operation forgets to write, and one setting of hypothesis."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "ctt", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("ctt")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fresh memory holds NaN (integers: the largest), so that an unwritten output shows.
+
+    On a GPU the switch would also choose other kernels.
+    """
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if params.get("device", "cpu") != "cpu":
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,171 @@
+"""`ema_update_`: every backend against the formula in float64."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ctt.ops import ema_update_, reference
+from tests.ops.common import DTYPES, assert_accurate, examples, runs, skip_unfit
+
+RUNS = pytest.mark.parametrize(("backend", "device"), runs("ema_update_"))
+SHAPES = [(), (0,), (1,), (123,), (19, 3), (64, 7, 3, 3), (8580,), (2, 0, 3)]
+
+
+def tensors(
+    shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype], device: str, seed: int
+) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(shape, generator=g).to(device, dtypes[i % len(dtypes)])
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def check(
+    backend: str, teacher: list[Tensor], student: list[Tensor], decay: float | Tensor
+) -> None:
+    plain, truth = [t.clone() for t in teacher], [t.double() for t in teacher]
+    before = [s.clone() for s in student]
+    ema_update_(teacher, student, decay, backend=backend)
+    reference.ema_update_(plain, student, decay)
+    reference.ema_update_(truth, [s.double() for s in student], decay)
+    for t, p, want in zip(teacher, plain, truth, strict=True):
+        assert_accurate(t, want, p, 2)
+    for s, was in zip(student, before, strict=True):
+        assert torch.equal(s, was)
+
+
+@RUNS
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.99, 0.9999, 1.0, 1, 0])
+def test_equals_the_formula(backend: str, device: str, decay: float) -> None:
+    teacher = tensors(SHAPES, [torch.float32], device, 0)
+    check(backend, teacher, tensors(SHAPES, [torch.float32], device, 1), decay)
+
+
+@RUNS
+@pytest.mark.parametrize("teacher", DTYPES, ids=str)
+@pytest.mark.parametrize("student", DTYPES, ids=str)
+def test_dtypes(backend: str, device: str, teacher: torch.dtype, student: torch.dtype) -> None:
+    skip_unfit(backend, device, student)
+    skip_unfit(backend, device, teacher)
+    pair = tensors(SHAPES, [teacher], device, 0), tensors(SHAPES, [student], device, 1)
+    check(backend, *pair, 0.99)
+
+
+@RUNS
+def test_dtypes_in_one_call(backend: str, device: str) -> None:
+    kinds = [torch.float32, torch.float64, torch.float16]
+    teacher = tensors(SHAPES * 2, kinds, device, 0)
+    check(backend, teacher, tensors(SHAPES * 2, kinds[:2], device, 1), 0.99)
+
+
+@RUNS
+@settings(max_examples=examples(15))
+@given(data=st.data())
+def test_any_lists(backend: str, device: str, data: st.DataObject) -> None:
+    side = st.integers(0, 40)
+    shapes = data.draw(st.lists(st.lists(side, max_size=3).map(tuple), max_size=6), "shapes")
+    kinds = st.lists(st.sampled_from((torch.float32, torch.float64)), min_size=1, max_size=3)
+    teacher = tensors(shapes, data.draw(kinds, "teacher"), device, 0)
+    student = tensors(shapes, data.draw(kinds, "student"), device, 1)
+    check(backend, teacher, student, data.draw(st.floats(0, 1), "decay"))
+
+
+@RUNS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_decay_as_a_tensor(backend: str, device: str, dtype: torch.dtype) -> None:
+    """It is read at the time of the call and not earlier."""
+    decay = torch.zeros((), dtype=dtype, device=device)
+    teacher = tensors(SHAPES, [torch.float32], device, 0)
+    student = tensors(SHAPES, [torch.float32], device, 1)
+    for value in (0.99, 0.5, 1.0, 0.0):
+        decay.fill_(value)
+        check(backend, teacher, student, decay)
+
+
+@RUNS
+def test_strided_and_unaligned_memory(backend: str, device: str) -> None:
+    def odd(seed: int) -> list[Tensor]:
+        plain = tensors([(40, 6, 3, 3), (33, 20), (101,)], [torch.float32], device, seed)
+        return [plain[0].to(memory_format=torch.channels_last), plain[1].T, plain[2][1:]]
+
+    def even(seed: int) -> list[Tensor]:
+        return [x.clone(memory_format=torch.contiguous_format) for x in odd(seed)]
+
+    check(backend, odd(0), odd(1), 0.9)
+    check(backend, even(0), odd(1), 0.9)
+    check(backend, odd(0), even(1), 0.9)
+
+
+@RUNS
+def test_memory_around_is_left_alone(backend: str, device: str) -> None:
+    whole = torch.randn(200, device=device)
+    before = whole.clone()
+    check(
+        backend,
+        [whole[3:50], whole[77:150]],
+        [torch.ones(47).to(device), torch.ones(73).to(device)],
+        0.5,
+    )
+    for part in (slice(0, 3), slice(50, 77), slice(150, 200)):
+        assert torch.equal(whole[part], before[part])
+
+
+@RUNS
+def test_parameters_and_repeated_calls(backend: str, device: str) -> None:
+    """Parameters that take gradient, the same lists again, and then storage that has moved."""
+    student = torch.nn.Linear(19, 7).to(device)
+    teacher = torch.nn.Linear(19, 7).to(device)
+    lists = list(teacher.parameters()), list(student.parameters())
+    versions = [t._version for t in lists[0]]
+    for _ in range(3):
+        truth = [t.detach().double() for t in lists[0]]
+        reference.ema_update_(truth, [s.detach().double() for s in lists[1]], 0.9)
+        ema_update_(*lists, 0.9, backend=backend)
+        for t, want in zip(lists[0], truth, strict=True):
+            torch.testing.assert_close(t.detach().double(), want, rtol=1e-6, atol=1e-6)
+    assert all(t.grad_fn is None and t.requires_grad for t in lists[0])
+    assert [t._version for t in lists[0]] > versions
+    for t in lists[0]:
+        t.data = torch.randn_like(t)
+    student.weight.data = torch.randn_like(student.weight)
+    truth = [t.detach().double() for t in lists[0]]
+    reference.ema_update_(truth, [s.detach().double() for s in lists[1]], 0.9)
+    ema_update_(*lists, 0.9, backend=backend)
+    for t, want in zip(lists[0], truth, strict=True):
+        torch.testing.assert_close(t.detach().double(), want, rtol=1e-6, atol=1e-6)
+
+
+@RUNS
+def test_nothing_to_average(backend: str, device: str) -> None:
+    ema_update_([], [], 0.9, backend=backend)
+    empty = torch.empty(0, device=device)
+    ema_update_([empty], [empty.clone()], 0.9, backend=backend)
+
+
+def test_errors_name_the_argument() -> None:
+    good = [torch.zeros(3)]
+    ema_update_(good, [torch.ones(3)], 0.9)
+    bad = [
+        (TypeError, "element 0", (good, [torch.ones(3).long()], 0.9)),
+        (TypeError, "element 0", ([torch.ones(3).long()], good, 0.9)),
+        (TypeError, "element 0", ([None], good, 0.9)),
+        (ValueError, "teacher and student", (good, [], 0.9)),
+        (ValueError, "element 0", (good, [torch.ones(4)], 0.9)),
+        (ValueError, "element 1", (good * 2, [torch.ones(3), torch.ones(3, device="meta")], 0.9)),
+        (ValueError, "decay", (good, good, 1.1)),
+        (ValueError, "decay", (good, good, -0.1)),
+        (ValueError, "decay", (good, good, float("nan"))),
+        (ValueError, "decay", (good, good, torch.ones(1))),
+        (ValueError, "decay", (good, good, torch.ones((), dtype=torch.int64))),
+        (ValueError, "decay", (good, good, "0.9")),
+    ]
+    for error, name, arguments in bad:
+        with pytest.raises(error, match=rf"^ema_update_: .*{name}"):
+            ema_update_(*arguments)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        ema_update_(good, [torch.ones(3)], 0.9, backend="fastest")
