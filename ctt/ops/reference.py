@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NORM_EPS = 1e-12  # a vector shorter than this has no direction: cosine 0, gradient 0
+# beyond this log(1 + e^x) is x even in float64; PyTorch's own choice of 20 is off by 2e-9 there
+SOFTPLUS_LINEAR = 50.0
 
 
 def ema_update_(
@@ -84,7 +86,7 @@ def info_nce(
     log_z = score.masked_fill(~is_negative, -torch.inf).flatten(1).logsumexp(dim=1)  # (n,)
     positive = score[torch.arange(len(c), device=c.device), c]  # (n, V)
     # -log(e^s / (e^s + Z)) = log(1 + e^(log Z - s)), which never takes the log of 0
-    term = F.softplus(log_z[:, None] - positive) * filled[c]  # (n, V)
+    term = F.softplus(log_z[:, None] - positive, threshold=SOFTPLUS_LINEAR) * filled[c]  # (n, V)
     loss = term.sum(dim=1) / filled[c].sum(dim=1)  # (n,)
     return _reduce(loss, counts, c, num_classes, reduction)
 
@@ -113,7 +115,8 @@ def pair_info_nce(
     score = torch.einsum("nd,cvd->ncv", v, keys) / temperature
     is_negative = (~own[counts])[:, :, None] & filled
     log_z = score.masked_fill(~is_negative, -torch.inf).flatten(1).logsumexp(dim=1)  # (n,)
-    loss = F.softplus(log_z - (v * v2).sum(dim=1) / temperature)  # (n,)
+    gap = log_z - (v * v2).sum(dim=1) / temperature  # (n,)
+    loss = F.softplus(gap, threshold=SOFTPLUS_LINEAR)  # (n,)
     return _reduce(loss, counts, c, num_classes, reduction)
 
 
