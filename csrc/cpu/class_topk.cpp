@@ -49,6 +49,34 @@ struct Coding<Broad> {
   static std::int64_t index(const Broad& key) { return static_cast<std::int64_t>(~key.second); }
 };
 
+// Sorts falling. Stable radix sort by the bits of the confidence alone: candidates arrive by rising
+// index, so that stability puts equal confidences in the order of their keys.
+inline void sort_falling(Narrow* begin, Narrow* end, Narrow* scratch) {
+  constexpr int digits = 4;
+  std::uint32_t place[digits][256] = {};
+  for (const Narrow* key = begin; key != end; ++key) {
+    for (int d = 0; d < digits; ++d) ++place[d][~(*key >> (32 + 8 * d)) & 0xFF];
+  }
+  const std::ptrdiff_t size = end - begin;
+  Narrow* from = begin;
+  Narrow* to = scratch;
+  for (int d = 0; d < digits; ++d) {
+    const int shift = 32 + 8 * d;
+    if (place[d][~(*from >> shift) & 0xFF] == size) continue;  // one digit for all
+    std::uint32_t before = 0;
+    for (std::uint32_t& p : place[d]) before += std::exchange(p, before);
+    for (const Narrow* key = from; key != from + size; ++key) {
+      to[place[d][~(*key >> shift) & 0xFF]++] = *key;
+    }
+    std::swap(from, to);
+  }
+  if (from != begin) std::copy(from, from + size, begin);
+}
+
+inline void sort_falling(Broad* begin, Broad* end, Broad*) {
+  std::sort(begin, end, std::greater<Broad>());
+}
+
 // Holds the best k of what was added, and at most as many again.
 template <class Key>
 struct Selection {
@@ -57,15 +85,16 @@ struct Selection {
   Key* limit;
   Key threshold;
 
-  void add(const Key& key, std::int64_t k) {
+  void add(const Key& key, std::int64_t k, Key* scratch) {
     if (!(key > threshold)) return;
     *end++ = key;
-    if (end == limit) keep_best(k);
+    if (end == limit) keep_best(k, scratch);
   }
 
-  void keep_best(std::int64_t k) {
-    if (end - begin <= k) return;
-    std::nth_element(begin, begin + (k - 1), end, std::greater<Key>());
+  void keep_best(std::int64_t k, Key* scratch) {
+    if (begin == end) return;
+    sort_falling(begin, end, scratch);
+    if (end - begin < k) return;
     end = begin + k;
     threshold = begin[k - 1];
   }
@@ -87,7 +116,8 @@ std::vector<std::int64_t> members_of_classes(const TopkInput& in) {
 // Each thread goes through all labels and serves its own classes: no merge, and the labels are
 // few bytes beside everything else.
 template <class T, class Key>
-void fill(const TopkInput& in, std::vector<Selection<Key>>& selections, int thread, int threads) {
+void fill(const TopkInput& in, std::vector<Selection<Key>>& selections, int thread, int threads,
+          Key* scratch) {
   const T* confidence = pointer<const T>(in.confidence);
   const auto step = static_cast<std::int64_t>(threads);
   for (std::int64_t i = 0; i < in.n; ++i) {
@@ -95,14 +125,14 @@ void fill(const TopkInput& in, std::vector<Selection<Key>>& selections, int thre
     if (!candidate(in, i, c) || c % step != thread) continue;
     const auto x = widen(confidence[i]);
     if (x != x) continue;
-    selections[static_cast<std::size_t>(c)].add(Coding<Key>::encode(x, i), in.k);
+    selections[static_cast<std::size_t>(c)].add(Coding<Key>::encode(x, i), in.k, scratch);
   }
 }
 
 template <class Key>
-void write(Selection<Key>& selection, std::int64_t k, std::int64_t* index, std::int64_t* count) {
-  selection.keep_best(k);
-  std::sort(selection.begin, selection.end, std::greater<Key>());
+void write(Selection<Key>& selection, std::int64_t k, Key* scratch, std::int64_t* index,
+           std::int64_t* count) {
+  selection.keep_best(k, scratch);
   *count = selection.end - selection.begin;
   std::int64_t* out = index;
   for (const Key* key = selection.begin; key != selection.end; ++key) {
@@ -118,12 +148,15 @@ void run(const TopkInput& in, std::int64_t* index, std::int64_t* count, int thre
       in.k > std::numeric_limits<std::int64_t>::max() / 2 ? in.k : 2 * in.k;
   std::vector<std::int64_t> capacity;
   std::int64_t total = 0;
+  std::int64_t largest = 0;
   for (const std::int64_t m : members) {
     // one place more than the members, so that a buffer fills up only when there are more than 2k
     capacity.push_back(std::min(m + 1, bound));
     total += capacity.back();
+    largest = std::max(largest, capacity.back());
   }
   std::vector<Key> storage(static_cast<std::size_t>(total));
+  std::vector<Key> scratch(static_cast<std::size_t>(largest * threads));
   std::vector<Selection<Key>> selections;
   Key* place = storage.data();
   for (const std::int64_t size : capacity) {
@@ -132,9 +165,10 @@ void run(const TopkInput& in, std::int64_t* index, std::int64_t* count, int thre
   }
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
   for (int thread = 0; thread < threads; ++thread) {
-    fill<T>(in, selections, thread, threads);
+    Key* mine = scratch.data() + largest * thread;
+    fill<T>(in, selections, thread, threads, mine);
     for (std::int64_t c = thread; c < in.num_classes; c += threads) {
-      write(selections[static_cast<std::size_t>(c)], in.k, index + c * in.k, count + c);
+      write(selections[static_cast<std::size_t>(c)], in.k, mine, index + c * in.k, count + c);
     }
   }
 }

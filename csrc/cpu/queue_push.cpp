@@ -35,22 +35,20 @@ void push_class(const PushInput& in, std::int64_t c, std::vector<Move>& moves) {
 
 template <class T, class K>
 CTT_INLINE void store_normalized(const T* x, std::int64_t stride, std::int64_t dim, K* key) {
-  double squared = 0;
+  using A = Wide<T>;
+  A squared = 0;
 #pragma omp simd reduction(+ : squared)
   for (std::int64_t d = 0; d < dim; ++d) {
-    const double value = static_cast<double>(widen(x[d * stride]));
+    const A value = widen(x[d * stride]);
     squared += value * value;
   }
-  if (!(squared > kNormEps * kNormEps)) {
+  if (!(squared > static_cast<A>(kNormEps * kNormEps))) {
     std::fill(key, key + dim, K{});
     return;
   }
-  const double inverse = 1.0 / std::sqrt(squared);
+  const A norm = std::sqrt(squared);
 #pragma omp simd
-  for (std::int64_t d = 0; d < dim; ++d) {
-    const double value = static_cast<double>(widen(x[d * stride])) * inverse;
-    key[d] = narrow<K>(static_cast<Wide<T>>(value));
-  }
+  for (std::int64_t d = 0; d < dim; ++d) key[d] = narrow<K>(widen(x[d * stride]) / norm);
 }
 
 template <class T>
