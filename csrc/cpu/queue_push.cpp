@@ -15,6 +15,22 @@ struct Move {
 
 inline std::int64_t modulo(std::int64_t a, std::int64_t b) { return ((a % b) + b) % b; }
 
+// The chosen pixels lie anywhere, so that no hardware prefetcher finds the next row.
+constexpr std::int64_t kAhead = 3;
+constexpr std::int64_t kCacheLine = 64;
+
+inline void prefetch_row(const Matrix& m, std::int64_t row, std::int64_t dim) {
+#if defined(__GNUC__)
+  if (m.column_stride != 1) return;
+  visit(m.dtype, [&](auto element) {
+    using T = decltype(element);
+    const T* x = pointer<const T>(m.data) + row * m.row_stride;
+    constexpr std::int64_t step = kCacheLine / static_cast<std::int64_t>(sizeof(T));
+    for (std::int64_t d = 0; d < dim; d += step) __builtin_prefetch(x + d);
+  });
+#endif
+}
+
 // Of more than V features for one class only the last V survive; the rest is never written.
 void push_class(const PushInput& in, std::int64_t c, std::vector<Move>& moves) {
   const std::int64_t* row = in.index + c * in.k;
@@ -101,6 +117,9 @@ void queue_push(const PushInput& in, const Matrix& features, std::uintptr_t keys
 #pragma omp parallel for num_threads(threads) if (threads > 1 && total > 1)
   for (std::int64_t i = 0; i < total; ++i) {
     const Move& move = moves[static_cast<std::size_t>(i)];
+    if (i + kAhead < total) {
+      prefetch_row(features, moves[static_cast<std::size_t>(i + kAhead)].source, in.dim);
+    }
     push_row(features, move.source, in.dim, keys, dtype, move.target);
   }
 }
