@@ -77,7 +77,7 @@ inline void sort_falling(Broad* begin, Broad* end, Broad*) {
   std::sort(begin, end, std::greater<Broad>());
 }
 
-// Holds the best k of what was added, and at most as many again.
+// Holds the best k of what was added, and at most three times as many besides.
 template <class Key>
 struct Selection {
   Key* begin;
@@ -119,10 +119,11 @@ template <class T, class Key>
 void fill(const TopkInput& in, std::vector<Selection<Key>>& selections, int thread, int threads,
           Key* scratch) {
   const T* confidence = pointer<const T>(in.confidence);
-  const auto step = static_cast<std::int64_t>(threads);
+  std::vector<char> mine;  // by class; a division for each pixel would cost as much as the rest
+  for (std::int64_t c = 0; c < in.num_classes; ++c) mine.push_back(c % threads == thread);
   for (std::int64_t i = 0; i < in.n; ++i) {
     const std::int64_t c = in.label[i];
-    if (!candidate(in, i, c) || c % step != thread) continue;
+    if (!candidate(in, i, c) || !mine[static_cast<std::size_t>(c)]) continue;
     const auto x = widen(confidence[i]);
     if (x != x) continue;
     selections[static_cast<std::size_t>(c)].add(Coding<Key>::encode(x, i), in.k, scratch);
@@ -145,12 +146,12 @@ template <class T, class Key>
 void run(const TopkInput& in, std::int64_t* index, std::int64_t* count, int threads) {
   const std::vector<std::int64_t> members = members_of_classes(in);
   const std::int64_t bound =
-      in.k > std::numeric_limits<std::int64_t>::max() / 2 ? in.k : 2 * in.k;
+      in.k > std::numeric_limits<std::int64_t>::max() / 8 ? in.k : 4 * in.k;
   std::vector<std::int64_t> capacity;
   std::int64_t total = 0;
   std::int64_t largest = 0;
   for (const std::int64_t m : members) {
-    // one place more than the members, so that a buffer fills up only when there are more than 2k
+    // one place more than the members, so that a buffer fills up only when there are more than 4k
     capacity.push_back(std::min(m + 1, bound));
     total += capacity.back();
     largest = std::max(largest, capacity.back());
