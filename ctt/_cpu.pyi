@@ -1,7 +1,6 @@
 """C++ kernels of csrc/cpu; addresses are `Tensor.data_ptr()`, 0 for none, strides in elements."""
 
 Matrix = tuple[int, int, int, int]  # address, dtype code, row stride, column stride
-Block = tuple[int, int, int, int, int]  # address of rows, of labels, b, D, threads
 Queues = tuple[int, int, int, int, int]  # address of begins, of sizes, banks, C, m
 
 def ema_update(
@@ -50,49 +49,33 @@ def select_pixels(
     index: int,
     pixels: int,
 ) -> int: ...
-def gather_unit_f32(block: Block, source: Matrix, unit: int, inverse_norm: int) -> None: ...
-def gather_unit_f64(block: Block, source: Matrix, unit: int, inverse_norm: int) -> None: ...
-def info_nce_rows_f32(
-    block: Block, queues: Queues, temperature: float, score: int, loss: int, factor: int
-) -> None: ...
-def info_nce_rows_f64(
-    block: Block, queues: Queues, temperature: float, score: int, loss: int, factor: int
-) -> None: ...
-def pair_info_nce_rows_f32(
-    block: Block,
-    queues: Queues,
-    temperature: float,
-    unit: int,
-    score: int,
-    positive: int,
-    loss: int,
-    factor: int,
-) -> None: ...
-def pair_info_nce_rows_f64(
-    block: Block,
-    queues: Queues,
-    temperature: float,
-    unit: int,
-    score: int,
-    positive: int,
-    loss: int,
-    factor: int,
-) -> None: ...
-def scatter_gradient_f32(
-    block: Block,
-    unit: int,
-    inverse_norm: int,
-    factor: int,
-    class_weight: int,
-    slope: int,
+def contrast_f32(
+    query: Matrix,
+    positive: Matrix,
     grad: Matrix,
-) -> None: ...
-def scatter_gradient_f64(
-    block: Block,
-    unit: int,
-    inverse_norm: int,
-    factor: int,
+    index: int,
+    n: int,
+    label: int,
     class_weight: int,
-    slope: int,
+    dim: int,
+    queues: Queues,
+    keys: int,
+    loss: int,
+    temperature: float,
+    threads: int,
+) -> None: ...
+def contrast_f64(
+    query: Matrix,
+    positive: Matrix,
     grad: Matrix,
+    index: int,
+    n: int,
+    label: int,
+    class_weight: int,
+    dim: int,
+    queues: Queues,
+    keys: int,
+    loss: int,
+    temperature: float,
+    threads: int,
 ) -> None: ...

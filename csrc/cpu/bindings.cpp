@@ -15,8 +15,6 @@ using Address = std::uintptr_t;
 using Size = std::int64_t;
 // (address, dtype code, row stride, column stride)
 using MatrixArgs = std::tuple<Address, int, Size, Size>;
-// (rows' address, labels' address, b, D, threads)
-using BlockArgs = std::tuple<Address, Address, Size, Size, int>;
 // (begins' address, sizes' address, banks, C, m)
 using QueuesArgs = std::tuple<Address, Address, Size, Size, Size>;
 
@@ -32,11 +30,6 @@ T* at(Address address) {
 
 ctt::Matrix matrix(const MatrixArgs& m) {
   return {std::get<0>(m), dtype_of(std::get<1>(m)), std::get<2>(m), std::get<3>(m)};
-}
-
-ctt::Block block(const BlockArgs& b) {
-  return {at<const Size>(std::get<0>(b)), at<const Size>(std::get<1>(b)), std::get<2>(b),
-          std::get<3>(b), std::get<4>(b)};
 }
 
 ctt::Queues queues(const QueuesArgs& q) {
@@ -77,39 +70,20 @@ Size select_pixels(Address label, Address mask, Size n, Address held, Size banks
 }
 
 template <class A>
-void gather_unit(const BlockArgs& b, const MatrixArgs& source, Address unit,
-                 Address inverse_norm) {
-  ctt::gather_unit(block(b), matrix(source), at<A>(unit), at<A>(inverse_norm));
-}
-
-template <class A>
-void info_nce_rows(const BlockArgs& b, const QueuesArgs& q, double temperature, Address score,
-                   Address loss, Address factor) {
-  ctt::info_nce_rows(block(b), queues(q), temperature, at<A>(score), at<A>(loss), at<A>(factor));
-}
-
-template <class A>
-void pair_info_nce_rows(const BlockArgs& b, const QueuesArgs& q, double temperature, Address unit,
-                        Address score, Address positive, Address loss, Address factor) {
-  ctt::pair_info_nce_rows(block(b), queues(q), temperature, at<const A>(unit), at<A>(score),
-                          at<A>(positive), at<A>(loss), at<A>(factor));
-}
-
-template <class A>
-void scatter_gradient(const BlockArgs& b, Address unit, Address inverse_norm, Address factor,
-                      Address class_weight, Address slope, const MatrixArgs& grad) {
-  ctt::scatter_gradient(block(b), at<const A>(unit), at<const A>(inverse_norm),
-                        at<const A>(factor), at<const double>(class_weight), at<A>(slope),
-                        matrix(grad));
-}
-
-template <class A>
-void define_contrast(py::module_& m, const std::string& suffix) {
-  const auto release = py::call_guard<py::gil_scoped_release>();
-  m.def(("gather_unit_" + suffix).c_str(), &gather_unit<A>, release);
-  m.def(("info_nce_rows_" + suffix).c_str(), &info_nce_rows<A>, release);
-  m.def(("pair_info_nce_rows_" + suffix).c_str(), &pair_info_nce_rows<A>, release);
-  m.def(("scatter_gradient_" + suffix).c_str(), &scatter_gradient<A>, release);
+void contrast(const MatrixArgs& query, const MatrixArgs& positive, const MatrixArgs& grad,
+              Address index, Size n, Address label, Address class_weight, Size dim,
+              const QueuesArgs& q, Address keys, Address loss, double temperature, int threads) {
+  const ctt::Contrast in{matrix(query),
+                         matrix(positive),
+                         matrix(grad),
+                         at<const Size>(index),
+                         at<const Size>(label),
+                         at<const double>(class_weight),
+                         n,
+                         dim,
+                         temperature,
+                         threads};
+  ctt::contrast(in, queues(q), at<const A>(keys), at<A>(loss));
 }
 
 }  // namespace
@@ -120,6 +94,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("class_topk", &class_topk, release);
   m.def("queue_push", &queue_push, release);
   m.def("select_pixels", &select_pixels, release);
-  define_contrast<float>(m, "f32");
-  define_contrast<double>(m, "f64");
+  m.def("contrast_f32", &contrast<float>, release);
+  m.def("contrast_f64", &contrast<double>, release);
 }

@@ -1,4 +1,4 @@
-// Equation (6) for a block of pixels, loss and weights of the gradient in one go.
+// Equation (6) for one pixel, loss and weights of the gradient in one go.
 //
 // With Z the sum over the negatives of e^s: the loss is the mean over the own queue of
 // softplus(log Z - s+); with w+ = sigmoid(log Z - s+) its derivative is -w+ / V with respect to
@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "negatives.h"
+#include "rows.h"
 
 namespace ctt {
 namespace {
@@ -46,19 +47,5 @@ CTT_CLONES void info_nce_row(const Queues& queues, std::int64_t c, double invers
                              double* score, double* loss, double* factor) {
   row(queues, c, inverse_tau, score, loss, factor);
 }
-
-template <class A>
-void info_nce_rows(const Block& block, const Queues& queues, double temperature, A* score, A* loss,
-                   A* factor) {
-  const A inverse_tau = static_cast<A>(1.0 / temperature);
-#pragma omp parallel for num_threads(block.threads) if (block.threads > 1)
-  for (std::int64_t r = 0; r < block.b; ++r) {
-    const std::int64_t c = block.label[block.row[r]];
-    info_nce_row(queues, c, inverse_tau, score + r * queues.m, loss + r, factor + r);
-  }
-}
-
-template void info_nce_rows(const Block&, const Queues&, double, float*, float*, float*);
-template void info_nce_rows(const Block&, const Queues&, double, double*, double*, double*);
 
 }  // namespace ctt

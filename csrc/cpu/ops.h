@@ -58,21 +58,7 @@ std::int64_t select_pixels(const std::int64_t* label, const bool* mask, std::int
                            std::int64_t num_classes, bool need_own, std::int64_t* index,
                            std::int64_t* pixels);
 
-// A block of b pixels of a contrast loss. Everything is in the dtype of the arithmetic, float32
-// or float64, and contiguous.
-struct Block {
-  const std::int64_t* row;    // (b,) which pixel
-  const std::int64_t* label;  // (N,)
-  std::int64_t b;
-  std::int64_t dim;
-  int threads;
-};
-
-// unit (b, D) <- rows of `source`, L2-normalised; inverse_norm (b,), 0 without direction
-template <class A>
-void gather_unit(const Block& block, const Matrix& source, A* unit, A* inverse_norm);
-
-// The keys that belong to a class: begin and size (banks, C), places in a row of scores (m).
+// The keys that belong to a class: begin and size (banks, C), places in a row of m scores.
 struct Queues {
   const std::int64_t* begin;
   const std::int64_t* size;
@@ -81,23 +67,22 @@ struct Queues {
   std::int64_t m;
 };
 
-// score (b, m), cosines, becomes the weights of the keys in the gradient with respect to `unit`, up
-// to a factor (b,) for each row, which keeps the weights near 1; loss (b,).
-template <class A>
-void info_nce_rows(const Block& block, const Queues& queues, double temperature, A* score, A* loss,
-                   A* factor);
+struct Contrast {
+  Matrix query;     // (N, D)
+  Matrix positive;  // (N, D), of pair_info_nce; address 0 for info_nce
+  Matrix grad;      // (N, D), written where a pixel counts; address 0: not wanted
+  const std::int64_t* index;   // (n,) pixels that count
+  const std::int64_t* label;   // (N,)
+  const double* class_weight;  // (C,) what the loss of a pixel counts in the result
+  std::int64_t n;
+  std::int64_t dim;
+  double temperature;
+  int threads;
+};
 
-// As info_nce_rows, with one positive (b, D) for each row, which becomes its own share of the
-// gradient; the keys' share is to be added to it.
+// Loss (n,) of the pixels that count and the gradient with respect to their queries, against keys
+// (m, D) contiguous. A, float or double, is the type of the arithmetic.
 template <class A>
-void pair_info_nce_rows(const Block& block, const Queues& queues, double temperature,
-                        const A* unit, A* score, A* positive, A* loss, A* factor);
-
-// grad[row] <- gradient with respect to the vector before it was normalised, from slope (b, D), the
-// gradient with respect to `unit` before `factor` and the weight of the pixel's class (C,). Uses
-// up slope.
-template <class A>
-void scatter_gradient(const Block& block, const A* unit, const A* inverse_norm, const A* factor,
-                      const double* class_weight, A* slope, const Matrix& grad);
+void contrast(const Contrast& in, const Queues& queues, const A* keys, A* loss);
 
 }  // namespace ctt

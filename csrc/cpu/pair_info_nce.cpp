@@ -1,4 +1,4 @@
-// Equation (8) for a block of pixels, loss and weights of the gradient in one go.
+// Equation (8) for one pixel, loss and weights of the gradient in one go.
 //
 // With Z the sum over the negatives of e^s and s+ the score of the peer's vector u: the loss is
 // softplus(log Z - s+); with w = sigmoid(log Z - s+) the gradient with respect to the pixel's unit
@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "negatives.h"
+#include "rows.h"
 
 namespace ctt {
 namespace {
@@ -46,23 +47,5 @@ CTT_CLONES void pair_info_nce_row(const Queues& queues, std::int64_t c, std::int
                                   double* positive, double* loss, double* factor) {
   row(queues, c, dim, inverse_tau, unit, score, positive, loss, factor);
 }
-
-template <class A>
-void pair_info_nce_rows(const Block& block, const Queues& queues, double temperature,
-                        const A* unit, A* score, A* positive, A* loss, A* factor) {
-  const A inverse_tau = static_cast<A>(1.0 / temperature);
-#pragma omp parallel for num_threads(block.threads) if (block.threads > 1)
-  for (std::int64_t r = 0; r < block.b; ++r) {
-    const std::int64_t c = block.label[block.row[r]];
-    const std::int64_t d = r * block.dim;
-    pair_info_nce_row(queues, c, block.dim, inverse_tau, unit + d, score + r * queues.m,
-                      positive + d, loss + r, factor + r);
-  }
-}
-
-template void pair_info_nce_rows(const Block&, const Queues&, double, const float*, float*, float*,
-                                 float*, float*);
-template void pair_info_nce_rows(const Block&, const Queues&, double, const double*, double*,
-                                 double*, double*, double*);
 
 }  // namespace ctt

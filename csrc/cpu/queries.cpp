@@ -1,17 +1,15 @@
 // What both contrast losses do around their rows: choose the pixels that count, bring their
 // vectors together as unit vectors, and take the gradient back through the normalisation.
+//
+// A group of rows is handled at once, so that a (D, h, w) map is read and written along its pixels.
 
 #include <algorithm>
 #include <cmath>
 
-#include "ops.h"
+#include "rows.h"
 
 namespace ctt {
 namespace {
-
-// Rows one thread takes at once. A (D, h, w) map is read along its pixels then, and the rows of
-// one group stay in the second-level cache.
-constexpr std::int64_t kGroup = 32;
 
 template <class A, class T>
 CTT_INLINE void load_group(const Matrix& m, const std::int64_t* row, std::int64_t rows,
@@ -169,38 +167,5 @@ std::int64_t select_pixels(const std::int64_t* label, const bool* mask, std::int
   }
   return chosen;
 }
-
-template <class A>
-void gather_unit(const Block& block, const Matrix& source, A* unit, A* inverse_norm) {
-#pragma omp parallel for num_threads(block.threads) if (block.threads > 1)
-  for (std::int64_t r = 0; r < block.b; r += kGroup) {
-    gather_group(source, block.row + r, std::min(kGroup, block.b - r), block.dim,
-                 unit + r * block.dim, inverse_norm + r);
-  }
-}
-
-template <class A>
-void scatter_gradient(const Block& block, const A* unit, const A* inverse_norm, const A* factor,
-                      const double* class_weight, A* slope, const Matrix& grad) {
-#pragma omp parallel for num_threads(block.threads) if (block.threads > 1)
-  for (std::int64_t r = 0; r < block.b; r += kGroup) {
-    const std::int64_t rows = std::min(kGroup, block.b - r);
-    A scale[kGroup];
-    for (std::int64_t i = 0; i < rows; ++i) {
-      const double weight = class_weight[block.label[block.row[r + i]]];
-      scale[i] = static_cast<A>(weight * static_cast<double>(factor[r + i]) *
-                                static_cast<double>(inverse_norm[r + i]));
-    }
-    scatter_group(grad, block.row + r, rows, block.dim, unit + r * block.dim, scale,
-                  slope + r * block.dim);
-  }
-}
-
-template void gather_unit(const Block&, const Matrix&, float*, float*);
-template void gather_unit(const Block&, const Matrix&, double*, double*);
-template void scatter_gradient(const Block&, const float*, const float*, const float*,
-                               const double*, float*, const Matrix&);
-template void scatter_gradient(const Block&, const double*, const double*, const double*,
-                               const double*, double*, const Matrix&);
 
 }  // namespace ctt

@@ -1,7 +1,6 @@
 """C++ kernels (csrc/cpu) for tensors in main memory.
 
-Matrix products stay with torch.mm on blocks of pixels, which is faster than on all pixels at once;
-everything around them is one C++ call a step. All kernels use torch.get_num_threads() threads.
+All kernels use torch.get_num_threads() threads.
 """
 
 from collections.abc import Sequence
@@ -23,10 +22,7 @@ else:
 
 # The codes of csrc/cpu/common.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-
-# Scores held at once: a block stays in the caches, yet is tall enough for the matrix products.
-_BLOCK_SCORES = 1 << 20
-_BLOCK_ROWS = (64, 512)
+_NO_MATRIX = (0, 0, 0, 0)
 
 
 def why_not(operation: str, device: torch.device) -> str | None:
@@ -116,8 +112,7 @@ def info_nce(
     reduction: str,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    contrast = _Contrast(query, label, [keys], [count], mask, reduction, need_own=True)
-    return contrast.run(None, temperature, need_grad)
+    return _contrast(query, None, label, [keys], [count], mask, temperature, reduction, need_grad)
 
 
 def pair_info_nce(
@@ -131,161 +126,84 @@ def pair_info_nce(
     reduction: str,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    contrast = _Contrast(query, label, keys, counts, mask, reduction, need_own=False)
-    return contrast.run(positive, temperature, need_grad)
+    return _contrast(query, positive, label, keys, counts, mask, temperature, reduction, need_grad)
 
 
-class _Contrast:
-    """One call of a contrast loss: the pixels that count, the keys held, and the sweep."""
+def _contrast(
+    query: Tensor,
+    positive: Tensor | None,
+    label: Tensor,
+    keys: list[Tensor],
+    counts: list[Tensor | None],
+    mask: Tensor | None,
+    temperature: float,
+    reduction: str,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Equation (6), or (8) where there is a positive."""
+    double = query.dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
+    label = label.contiguous()
+    held = torch.stack([_held(k, n) for k, n in zip(keys, counts, strict=True)])  # (banks, C)
+    begin = held.flatten().cumsum(0) - held.flatten()  # (banks * C,) in the keys held
+    parts = [_keys_held(k, n, dtype) for k, n in zip(keys, held, strict=True)]
+    flat_keys = parts[0] if len(parts) == 1 else torch.cat(parts)  # (M, D)
+    index, pixels = _select_pixels(label, mask, held, need_own=positive is None)
 
-    def __init__(
-        self,
-        query: Tensor,
-        label: Tensor,
-        keys: list[Tensor],
-        counts: list[Tensor | None],
-        mask: Tensor | None,
-        reduction: str,
-        need_own: bool,
-    ) -> None:
-        self.query, self.label, self.reduction = query, label.contiguous(), reduction
-        self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        self.threads = torch.get_num_threads()
-        self.num_classes = keys[0].shape[0]
-        self.held = torch.stack([_held(k, n) for k, n in zip(keys, counts, strict=True)])  # (b, C)
-        flat = self.held.flatten()
-        self.begin = flat.cumsum(0) - flat  # (b * C,) where each queue starts among the keys held
-        self.keys = torch.cat(
-            [_keys_held(k, n, self.dtype) for k, n in zip(keys, self.held, strict=True)]
-        )  # (M, D)
-
-        mask = None if mask is None else mask.contiguous()
-        index = torch.empty_like(self.label)
-        self.pixels = self.label.new_empty(self.num_classes)  # that count, by class
-        chosen = _cpu.select_pixels(
-            self.label.data_ptr(),
-            0 if mask is None else mask.data_ptr(),
-            self.label.shape[0],
-            self.held.data_ptr(),
-            len(keys),
-            self.num_classes,
-            need_own,
+    loss = flat_keys.new_empty(index.shape[0])
+    grad = torch.zeros_like(query) if need_grad else None
+    weight = _class_weight(pixels, reduction)
+    if index.shape[0]:
+        run = _cpu.contrast_f64 if double else _cpu.contrast_f32
+        run(
+            _matrix(query),
+            _NO_MATRIX if positive is None else _matrix(positive),
+            _NO_MATRIX if grad is None else _matrix(grad),
             index.data_ptr(),
-            self.pixels.data_ptr(),
-        )
-        self.index = index[:chosen]  # (n,)
-
-    def run(
-        self, positive: Tensor | None, temperature: float, need_grad: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        n, m = self.index.shape[0], self.keys.shape[0]
-        loss = self.keys.new_empty(n)
-        grad = torch.zeros_like(self.query) if need_grad else None
-        weight = self._class_weight()
-        low, high = _BLOCK_ROWS
-        rows = min(max(_BLOCK_SCORES // max(m, 1), low), high)
-        with torch.autocast("cpu", enabled=False):
-            buffers = _Buffers(min(rows, n), self.keys, paired=positive is not None)
-            for start in range(0, n, rows):
-                block = buffers.first(min(rows, n - start))
-                self._forward(block, start, positive, temperature, loss)
-                if grad is not None:
-                    self._backward(block, start, positive is not None, weight, grad)
-        return self._reduce(loss, weight), grad
-
-    def _forward(
-        self,
-        block: "_Buffers",
-        start: int,
-        positive: Tensor | None,
-        temperature: float,
-        loss: Tensor,
-    ) -> None:
-        double = self.dtype == torch.float64
-        gather = _cpu.gather_unit_f64 if double else _cpu.gather_unit_f32
-        place = self._place(block, start)
-        queues = (
-            self.begin.data_ptr(),
-            self.held.data_ptr(),
-            self.held.shape[0],
-            self.num_classes,
-            self.keys.shape[0],
-        )
-        scores, factors = block.score.data_ptr(), block.factor.data_ptr()
-        losses = loss[start:].data_ptr()
-        gather(place, _matrix(self.query), block.unit.data_ptr(), block.inverse_norm.data_ptr())
-        torch.mm(block.unit, self.keys.T, out=block.score)
-        if positive is None:
-            hc = _cpu.info_nce_rows_f64 if double else _cpu.info_nce_rows_f32
-            hc(place, queues, temperature, scores, losses, factors)
-        else:
-            slopes, units = block.slope.data_ptr(), block.unit.data_ptr()
-            gather(place, _matrix(positive), slopes, block.spare.data_ptr())
-            lc = _cpu.pair_info_nce_rows_f64 if double else _cpu.pair_info_nce_rows_f32
-            lc(place, queues, temperature, units, scores, slopes, losses, factors)
-
-    def _backward(
-        self, block: "_Buffers", start: int, paired: bool, weight: Tensor, grad: Tensor
-    ) -> None:
-        if paired:
-            block.slope.addmm_(block.score, self.keys)
-        else:
-            torch.mm(block.score, self.keys, out=block.slope)
-        double = self.dtype == torch.float64
-        scatter = _cpu.scatter_gradient_f64 if double else _cpu.scatter_gradient_f32
-        scatter(
-            self._place(block, start),
-            block.unit.data_ptr(),
-            block.inverse_norm.data_ptr(),
-            block.factor.data_ptr(),
+            index.shape[0],
+            label.data_ptr(),
             weight.data_ptr(),
-            block.slope.data_ptr(),
-            _matrix(grad),
+            query.shape[1],
+            (begin.data_ptr(), held.data_ptr(), *held.shape, flat_keys.shape[0]),
+            flat_keys.data_ptr(),
+            loss.data_ptr(),
+            temperature,
+            torch.get_num_threads(),
         )
-
-    def _place(self, block: "_Buffers", start: int) -> tuple[int, int, int, int, int]:
-        rows, dim = block.unit.shape
-        return (
-            self.index[start:].data_ptr(),
-            self.label.data_ptr(),
-            rows,
-            dim,
-            self.threads,
-        )
-
-    def _class_weight(self) -> Tensor:
-        """(C,) float64: what the loss of one pixel of each class counts in the result."""
-        if self.reduction == "none":
-            return torch.ones(self.num_classes, dtype=torch.float64)
-        if self.reduction == "mean":
-            share = 1 / max(self.index.shape[0], 1)
-            return torch.full((self.num_classes,), share, dtype=torch.float64)
-        return 1 / (self.pixels.clamp(min=1) * (self.pixels > 0).sum().clamp(min=1)).double()
-
-    def _reduce(self, loss: Tensor, weight: Tensor) -> Tensor:
-        if self.reduction == "none":
-            return loss.new_zeros(self.label.shape[0]).index_copy_(0, self.index, loss)
-        return (loss.double() * weight[self.label[self.index]]).sum().to(loss.dtype)
+    if reduction == "none":
+        return loss.new_zeros(label.shape[0]).index_copy_(0, index, loss), grad
+    return (loss.double() * weight[label[index]]).sum().to(dtype), grad
 
 
-class _Buffers:
-    """Work space for a block of b pixels against keys (M, D)."""
+def _select_pixels(
+    label: Tensor, mask: Tensor | None, held: Tensor, need_own: bool
+) -> tuple[Tensor, Tensor]:
+    """The pixels that count (n,), and how many there are of each class (C,)."""
+    mask = None if mask is None else mask.contiguous()
+    banks, num_classes = held.shape
+    index = torch.empty_like(label)
+    pixels = label.new_empty(num_classes)
+    n = _cpu.select_pixels(
+        label.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        label.shape[0],
+        held.data_ptr(),
+        banks,
+        num_classes,
+        need_own,
+        index.data_ptr(),
+        pixels.data_ptr(),
+    )
+    return index[:n], pixels
 
-    def __init__(self, rows: int, keys: Tensor, paired: bool) -> None:
-        m, dim = keys.shape
-        self.score = keys.new_empty(rows, m)
-        self.unit = keys.new_empty(rows, dim)
-        self.slope = keys.new_empty(rows, dim)
-        self.inverse_norm, self.factor, self.spare = keys.new_empty(3, rows)
 
-    def first(self, rows: int) -> "_Buffers":
-        """The same for a shorter block."""
-        if rows == self.score.shape[0]:
-            return self
-        block = object.__new__(_Buffers)
-        for name, buffer in vars(self).items():
-            setattr(block, name, buffer[:rows])
-        return block
+def _class_weight(pixels: Tensor, reduction: str) -> Tensor:
+    """(C,) float64: what the loss of one pixel of each class counts in the result."""
+    if reduction == "none":
+        return torch.ones(pixels.shape, dtype=torch.float64)
+    if reduction == "mean":
+        return (1 / pixels.sum().clamp(min=1).double()).expand(pixels.shape).contiguous()
+    return 1 / (pixels.clamp(min=1) * (pixels > 0).sum().clamp(min=1)).double()
 
 
 def _flat(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> bool:
@@ -293,12 +211,12 @@ def _flat(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> bool:
     contiguous = all(t.is_contiguous() for t in teacher) and all(s.is_contiguous() for s in student)
     return contiguous or all(
         t.stride() == s.stride()
-        and (t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=_NHWC)))
+        and (
+            t.is_contiguous()
+            or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+        )
         for t, s in zip(teacher, student, strict=True)
     )
-
-
-_NHWC = torch.channels_last
 
 
 def _held(keys: Tensor, count: Tensor | None) -> Tensor:
