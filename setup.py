@@ -64,10 +64,13 @@ class Build(build_ext):
             build(ext)
         except Exception as error:
             # setuptools turns this class of error into a warning where the extension is optional
-            raise CompileError(
-                f"{ext.name} was not built ({error}). The installation goes on without it; the "
-                f"other backends of ctt.ops serve. {SETTING[ext.name]}=1 makes this an error."
-            ) from error
+            advice = (
+                f". The installation goes on without it; the other backends of ctt.ops serve. "
+                f"{SETTING[ext.name]}=1 makes this an error."
+                if ext.optional
+                else f", and {SETTING[ext.name]}=1 asks for it."
+            )
+            raise CompileError(f"{ext.name} was not built ({error}){advice}") from error
 
     def get_ext_filename(self, fullname: str) -> str:
         # a library that is opened by its name and holds no Python module carries no ABI tag
