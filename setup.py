@@ -1,5 +1,141 @@
-"""Compiled parts are optional: without a compiler the PyTorch paths of `ctt.ops` serve."""
+"""Compiled parts; each is optional, and without any of them the PyTorch paths of `ctt.ops` serve.
 
-from setuptools import setup
+ctt._cpu            csrc/cpu/*.cpp, C++17 with pybind11 and OpenMP where the compiler has it
+ctt/libctt_cuda.so  csrc/cuda/*.cu, where nvcc is found; a C ABI with the CUDA runtime inside
 
-setup()
+Neither links torch, so one build fits every torch version. Environment variables:
+
+CTT_CPU, CTT_CUDA   0: do not build; 1: a build that cannot be done or fails ends the installation
+CTT_CUDA_ARCHS      "80;90": the cards to compile for; PTX of the last one serves later cards
+CTT_SANITIZE        "address": ctt._cpu with that sanitizer, for developers:
+                        CTT_SANITIZE=address python setup.py build_ext --inplace --force
+                        ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$(gcc -print-file-name=libasan.so) \
+                            python -m pytest tests/ops/test_cpu_backend.py
+"""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+CPU, CUDA = "ctt._cpu", "ctt.libctt_cuda"
+SETTING = {CPU: "CTT_CPU", CUDA: "CTT_CUDA"}
+NVCC_FLAGS = ["-std=c++17", "-O3", "--extended-lambda", "-Xcompiler", "-fPIC"]
+
+
+def setting(name: str) -> str:
+    return os.environ.get(SETTING[name], "auto")
+
+
+def extension(name: str, pattern: str) -> list[Extension]:
+    sources = sorted(str(path) for path in Path("csrc").glob(pattern))
+    headers = sorted(str(path) for path in Path("csrc").glob(f"{Path(pattern).parent}/*.h*"))
+    if setting(name) == "0" or not sources:
+        return []
+    optional = setting(name) != "1"
+    return [Extension(name, sources, depends=headers, optional=optional, language="c++")]
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [str(Path(home, "bin", "nvcc"))] if home else []
+    candidates += [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
+    return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
+
+
+def gencode_flags() -> list[str]:
+    archs = os.environ.get("CTT_CUDA_ARCHS", "80;90").split(";")
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+class Build(build_ext):
+    """Two kinds of extension; one that fails is reported and left out."""
+
+    def build_extension(self, ext: Extension) -> None:
+        build = self.build_cuda if ext.name == CUDA else self.build_cpu
+        try:
+            build(ext)
+        except Exception as error:
+            # setuptools turns this class of error into a warning where the extension is optional
+            advice = (
+                f". The installation goes on without it; the other backends of ctt.ops serve. "
+                f"{SETTING[ext.name]}=1 makes this an error."
+                if ext.optional
+                else f", and {SETTING[ext.name]}=1 asks for it."
+            )
+            raise CompileError(f"{ext.name} was not built ({error}){advice}") from error
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # a library that is opened by its name and holds no Python module carries no ABI tag
+        if fullname.rpartition(".")[2] == CUDA.rpartition(".")[2]:
+            return str(Path(*fullname.split("."))) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_cpu(self, ext: Extension) -> None:
+        import pybind11
+
+        ext.include_dirs.append(pybind11.get_include())
+        sanitize = os.environ.get("CTT_SANITIZE")
+        if self.compiler.compiler_type == "msvc":
+            ext.extra_compile_args = ["/std:c++17", "/O2", "/openmp:experimental"]
+        else:
+            openmp = ["-fopenmp"] if self.compiles("-fopenmp") else []
+            checked = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else []
+            debug = "-g" if sanitize else "-g0"  # Python's own flags ask for debug information
+            options = ["-std=c++17", "-O3", "-fvisibility=hidden", debug]
+            ext.extra_compile_args = [*options, *openmp, *checked]
+            ext.extra_link_args = [*openmp, *checked]
+        super().build_extension(ext)
+
+    def compiles(self, flag: str) -> bool:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cpp")
+            source.write_text("int main() { return 0; }\n")
+            try:
+                objects = self.compiler.compile([str(source)], folder, extra_postargs=[flag])
+                self.compiler.link_executable(
+                    objects, "probe", output_dir=folder, extra_postargs=[flag]
+                )
+            except Exception:
+                return False
+        return True
+
+    def build_cuda(self, ext: Extension) -> None:
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise FileNotFoundError("no nvcc on the PATH, in CUDA_HOME or in /usr/local/cuda")
+        objects = Path(self.build_temp, "cuda")
+        objects.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        def compile_file(source: str) -> str:
+            output = str(objects / (Path(source).stem + ".o"))
+            self.run_nvcc([nvcc, *NVCC_FLAGS, *gencode_flags(), "-c", source, "-o", output])
+            return output
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = list(pool.map(compile_file, ext.sources))
+        self.run_nvcc(
+            [nvcc, "-shared", "-cudart", "static", *gencode_flags(), *compiled, "-o", str(target)]
+        )
+
+    def run_nvcc(self, command: list[str]) -> None:
+        print(" ".join(command), flush=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        print(done.stdout + done.stderr, flush=True)
+        if done.returncode:
+            raise RuntimeError(f"nvcc ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+
+
+setup(
+    ext_modules=extension(CPU, "cpu/*.cpp") + extension(CUDA, "cuda/*.cu"),
+    cmdclass={"build_ext": Build},
+)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NORM_EPS = 1e-12  # a vector shorter than this has no direction: cosine 0, gradient 0
+# beyond this log(1 + e^x) is x even in float64; PyTorch's own choice of 20 is off by 2e-9 there
 
 
 def ema_update_(
