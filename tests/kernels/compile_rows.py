@@ -2,9 +2,9 @@
 
     python compile_rows.py ARCH
 
-One line for every row of the tile table of that architecture and every other kernel: name, shared
-memory in bytes, registers of a thread, bytes of stack and spill instructions. Runs on machines
-without a GPU; triton must be imported without TRITON_INTERPRET.
+One line for every row of the tile table of that architecture and, but for the row of small cards,
+every other kernel: name, shared memory in bytes, registers of a thread, bytes of stack and spill
+instructions. Runs on machines without a GPU; triton must be imported without TRITON_INTERPRET.
 """
 
 import json
@@ -282,7 +282,10 @@ def usage(kernel: Any) -> dict[str, Any]:
 def main(arch: int, *words: str) -> None:
     """With `words`, only the cases whose name holds one of them."""
     warnings.filterwarnings("ignore")
-    for case in (*contrast_cases(arch), *gather_cases(), *other_cases()):
+    cases = list(contrast_cases(arch))
+    if arch != 86:
+        cases += [*gather_cases(), *other_cases()]
+    for case in cases:
         if words and not any(word in case.name for word in words):
             continue
         line = {"case": case.name, "arch": arch, **usage(compiled(case, arch))}
