@@ -76,6 +76,19 @@ def contrast_case(kind: str, dim: int, tile: Any, pair: bool) -> Case:
     return Case(name, kernel, contrast_types(kernel, kind, constants), constants, options)
 
 
+def small_cases() -> Iterator[Case]:
+    """The constants that the other cases leave out."""
+    for kind in ("half", "tf32"):
+        for pair in (False, True):
+            case = contrast_case(kind, 64, tiles.TILES[90, kind, 64], pair)
+            constants = case.constants | {"D": 5, "DIM_PADDED": 16, "PER_PIXEL": True, "C": 2}
+            for need_grad in (False, True):
+                yield case._replace(
+                    name=f"small {kind} {'pair' if pair else 'queue'}{' gradient' * need_grad}",
+                    constants=constants | {"NEED_GRAD": need_grad},
+                )
+
+
 def contrast_types(kernel: Any, kind: str, constants: dict[str, Any]) -> dict[str, str]:
     dtype = "*bf16" if kind == "half" else "*fp32"
     return {
@@ -254,7 +267,11 @@ def compiled(case: Case, arch: int) -> Any:
         name: "constexpr" if name in case.constants else case.types[name] for name in names
     }
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constants, attrs=attrs)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", arch, 32),
+        options=case.options | {"enable_fp_fusion": True},
+    )
 
 
 def usage(kernel: Any) -> dict[str, Any]:
@@ -284,7 +301,7 @@ def main(arch: int, *words: str) -> None:
     warnings.filterwarnings("ignore")
     cases = list(contrast_cases(arch))
     if arch != 86:
-        cases += [*gather_cases(), *other_cases()]
+        cases += [*gather_cases(), *small_cases(), *other_cases()]
     for case in cases:
         if words and not any(word in case.name for word in words):
             continue

@@ -76,7 +76,7 @@ def test_info_nce(size: tuple[int, int, int, int], reduction: str, dtype: torch.
 @pytest.mark.parametrize(("size", "reduction", "dtype"), RUNS, ids=str)
 def test_pair_info_nce(size: tuple[int, int, int, int], reduction: str, dtype: torch.dtype) -> None:
     query, positive, label, keys, count, mask = case(size, dtype, seed=sum(size))
-    second = case((0, size[1], size[2] + 3, size[3]), dtype, seed=1)[3].nan_to_num()
+    second = case((0, size[1], size[2] + 3, size[3]), dtype, seed=1)[3].nan_to_num(0, 0, 0)
     query.requires_grad_()
     wide = query.detach().double().requires_grad_()
     options = {"temperature": 0.5, "mask": mask, "reduction": reduction}

@@ -23,6 +23,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -107,14 +108,24 @@ def class_topk(
         confidence, label = confidence.contiguous(), label.contiguous()
         wide = confidence.dtype == torch.float64
         sort_key = torch.empty(n, dtype=torch.int64 if wide else torch.int32, device=label.device)
-        kernels.make_sort_keys[(_cdiv(n, 1024),)](confidence, sort_key, n, WIDE=wide, BLOCK=1024)
+        _launch(
+            kernels.make_sort_keys,
+            (_cdiv(n, 1024),),
+            confidence,
+            sort_key,
+            n,
+            WIDE=wide,
+            BLOCK=1024,
+        )
         order = sort_key.sort(stable=True).indices
 
         block = bucket_kernels.BLOCK
-        num_blocks, bins = _cdiv(n, block), _power_of_2(num_classes + 2)
+        num_blocks, bins = _cdiv(n, block), _bins(num_classes)
         bucket, histogram = _buckets(n, num_classes, num_blocks, label.device)
         sizes = {"C": num_classes, "BINS": bins, "BLOCK": block}
-        kernels.assign_buckets[(num_blocks,)](
+        _launch(
+            kernels.assign_buckets,
+            (num_blocks,),
             order,
             confidence,
             label,
@@ -128,8 +139,19 @@ def class_topk(
         )
         ends = histogram.flatten().cumsum(0, dtype=torch.int32)
         count = label.new_empty(num_classes)
-        kernels.store_topk[(num_blocks,)](
-            order, bucket, histogram, ends, index, count, n, num_blocks, k, **sizes
+        _launch(
+            kernels.store_topk,
+            (num_blocks,),
+            order,
+            bucket,
+            histogram,
+            ends,
+            index,
+            count,
+            n,
+            num_blocks,
+            k,
+            **sizes,
         )
     return index, count
 
@@ -142,7 +164,9 @@ def queue_push_(
     num_classes, capacity, dim = keys.shape
     dim_padded = _power_of_2(dim)
     with _on(keys.device):
-        _kernels("queue").queue_push_kernel[(num_classes,)](
+        _launch(
+            _kernels("queue").queue_push_kernel,
+            (num_classes,),
             keys,
             count,
             cursor,
@@ -182,7 +206,9 @@ def ema_update_(
                 weights = (0.0, 0.0, decay)
             else:
                 weights = (float(decay), 1 - float(decay), group.chunks)
-            kernels.ema_kernel[(group.chunks.shape[1],)](
+            _launch(
+                kernels.ema_kernel,
+                (group.chunks.shape[1],),
                 group.chunks,
                 group.chunks.shape[1],
                 *weights,
@@ -217,14 +243,14 @@ class _EmaTable(NamedTuple):
 # table was made from, so that a tensor that has moved or changed gets a new one.
 _EMA_TABLES = 8
 _ema_tables: OrderedDict[object, _EmaTable] = OrderedDict()
+_SIGNATURE = (Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype"))
 # a captured graph reads its table at every replay, long after others may have taken its place
 _captured_tables: list[_EmaTable] = []
 
 
 def _ema_table(teacher: Sequence[Tensor], student: Sequence[Tensor], block: int) -> _EmaTable:
     key = tuple(
-        (t.data_ptr(), s.data_ptr(), t.dtype, s.dtype, t.shape, t.stride(), s.stride())
-        for t, s in zip(teacher, student, strict=True)
+        part for tensors in (teacher, student) for read in _SIGNATURE for part in map(read, tensors)
     )
     table = _ema_tables.get(key)
     if table is None:
@@ -382,7 +408,9 @@ def _contrast(
             "BLOCK_M": plan.tile.block_m,
         }
         gathered = _gather(query, positive, plan, shared)
-        _kernels("contrast").contrast_kernel[(plan.programs,)](
+        _launch(
+            _kernels("contrast").contrast_kernel,
+            (plan.programs,),
             **gathered,
             **shared,
             packed_ptr=bank.packed,
@@ -417,7 +445,9 @@ def _gather(
         "cosine_ptr": scalars[2],
     }
     block = _rows_at_a_time(plan.dim_padded)
-    _kernels("contrast").gather_queries[(_cdiv(room, block),)](
+    _launch(
+        _kernels("contrast").gather_queries,
+        (_cdiv(room, block),),
         query_ptr=query,
         positive_ptr=v,
         query_stride_n=query.stride(0),
@@ -459,7 +489,9 @@ def _pack(
     start = torch.empty(num_classes + 1, dtype=torch.int32, device=device)
     block = _rows_at_a_time(plan.dim_padded)
     for bank, k in enumerate(keys):
-        _kernels("contrast").pack_keys[(num_classes, _cdiv(k.shape[1], block))](
+        _launch(
+            _kernels("contrast").pack_keys,
+            (num_classes, _cdiv(k.shape[1], block)),
             k,
             held,
             packed,
@@ -468,7 +500,7 @@ def _pack(
             D=dim,
             DIM_PADDED=plan.dim_padded,
             C=num_classes,
-            BINS=_power_of_2(num_classes + 2),
+            BINS=_bins(num_classes),
             BANK=bank,
             BANKS=len(keys),
             PAD=pad,
@@ -493,9 +525,11 @@ def _order(
     banks, num_classes = bank.held.shape
     kernels, block = _kernels("contrast"), _kernels("bucket").BLOCK
     num_blocks = _cdiv(n, block)
-    sizes = {"C": num_classes, "BINS": _power_of_2(num_classes + 2), "BLOCK": block}
+    sizes = {"C": num_classes, "BINS": _bins(num_classes), "BLOCK": block}
     bucket, histogram = _buckets(n, num_classes, num_blocks, label.device)
-    kernels.assign_buckets[(num_blocks,)](
+    _launch(
+        kernels.assign_buckets,
+        (num_blocks,),
         label,
         label if mask is None else mask.contiguous(),
         bank.held,
@@ -511,8 +545,18 @@ def _order(
     ends = histogram.flatten().cumsum(0, dtype=torch.int32)
     order = torch.empty_like(bucket)
     weight = torch.empty(num_classes, device=label.device)
-    kernels.order_rows[(num_blocks,)](
-        bucket, histogram, ends, order, weight, n, num_blocks, REDUCTION=reduction, **sizes
+    _launch(
+        kernels.order_rows,
+        (num_blocks,),
+        bucket,
+        histogram,
+        ends,
+        order,
+        weight,
+        n,
+        num_blocks,
+        REDUCTION=reduction,
+        **sizes,
     )
     return _Rows(order, weight, ends, num_blocks)
 
@@ -524,6 +568,16 @@ def _buckets(
     bucket = torch.empty(n, dtype=torch.int32, device=device)
     histogram = torch.empty(num_classes + 1, num_blocks, dtype=torch.int32, device=device)
     return bucket, histogram
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **named: object) -> None:
+    # fused multiply-add: stated, because its default is about to change
+    kernel[grid](*arguments, enable_fp_fusion=True, **named)
+
+
+def _bins(num_classes: int) -> int:
+    """A bin for each class, for pixels of none and for places beyond the data; 32 for a warp."""
+    return max(32, _power_of_2(num_classes + 2))
 
 
 @cache
