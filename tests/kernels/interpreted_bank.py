@@ -116,6 +116,7 @@ def parameters(seed: int) -> list[Tensor]:
 @pytest.mark.parametrize("decay", [0.0, 0.99, 1.0, torch.tensor(0.9), torch.tensor(0.3).double()])
 def test_ema_update(decay: float | Tensor) -> None:
     teacher, truth = parameters(0), parameters(0)
+    versions = [t._version for t in teacher]
     for step in range(2):
         student = parameters(step + 1)
         student[0] = student[0].half()
@@ -124,6 +125,7 @@ def test_ema_update(decay: float | Tensor) -> None:
         reference.ema_update_(truth, student, decay)
         for ours, expected in zip(teacher, truth, strict=True):
             torch.testing.assert_close(ours, expected)
+    assert all(t._version > before for t, before in zip(teacher, versions, strict=True))
 
 
 def test_ema_update_follows_tensors_that_move() -> None:

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ctt.ops import reference
 
@@ -185,6 +186,7 @@ def queue_push_(
             WIDE=features.dtype == torch.float64,
             num_warps=8,
         )
+    _mark_written((keys, count, cursor))
 
 
 def _rows_at_a_time(dim_padded: int) -> int:
@@ -219,6 +221,7 @@ def ema_update_(
                 BLOCK=kernels.BLOCK,
                 num_warps=8,
             )
+    _mark_written(teacher)
     if table.rest:
         reference.ema_update_(
             [teacher[i] for i in table.rest], [student[i] for i in table.rest], decay
@@ -568,6 +571,11 @@ def _buckets(
     bucket = torch.empty(n, dtype=torch.int32, device=device)
     histogram = torch.empty(num_classes + 1, num_blocks, dtype=torch.int32, device=device)
     return bucket, histogram
+
+
+def _mark_written(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd, which cannot see a kernel write: a graph that saved one then raises."""
+    increment_version([t for t in tensors if not t.is_inference()])
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **named: object) -> None:
