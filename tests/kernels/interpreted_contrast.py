@@ -1,0 +1,180 @@
+"""`info_nce` and `pair_info_nce` in Triton's interpreter; run by test_interpreter.py."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ctt.ops import info_nce, pair_info_nce, reference
+
+# bound on the error against float64, relative to the largest value
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
+SIZES = (  # N, C, V, D
+    (0, 3, 2, 8),
+    (1, 2, 1, 19),
+    (123, 5, 7, 19),
+    (67, 3, 128, 64),
+    (70, 3, 33, 256),
+    (90, 150, 1, 5),
+    (33, 4, 20, 300),
+)
+RUNS = [
+    *((size, "class", torch.float32) for size in SIZES),
+    *((SIZES[2], reduction, torch.float32) for reduction in ("mean", "none")),
+    *((size, "class", torch.float16) for size in (SIZES[2], SIZES[3])),
+]
+
+
+def case(
+    size: tuple[int, int, int, int], dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """query, positive, label, keys, count, mask; NaN in all that must not be read."""
+    n, c, v, d = size
+    g = torch.Generator().manual_seed(seed)
+    query, positive = (torch.randn(n, d, generator=g).to(dtype) for _ in range(2))
+    keys = F.normalize(torch.randn(c, v, d, generator=g), dim=2)
+    count = torch.randint(0, v + 1, (c,), generator=g)
+    count[:2] = v
+    empty = torch.arange(v) >= count[:, None]
+    keys[empty] = torch.where(torch.rand(c, v, 1, generator=g) < 0.5, torch.nan, torch.inf)[empty]
+    label = torch.randint(-1, c + 1, (n,), generator=g)
+    label[label == c] = 1 << 40
+    mask = torch.rand(n, generator=g) > 0.3
+    query[~mask], positive[~mask] = torch.nan, torch.inf
+    return query, positive, label, keys, count, mask
+
+
+def plain(keys: Tensor) -> Tensor:
+    """In float64 and with nothing in the places that hold no key."""
+    return keys.double().nan_to_num(0, 0, 0)
+
+
+def check(ours: Tensor, truth: Tensor, query: Tensor, wide: Tensor) -> None:
+    tolerance = TOLERANCE[query.dtype]
+    for result, expected in (
+        (ours, truth),
+        (torch.autograd.grad(ours.sum(), query)[0], torch.autograd.grad(truth.sum(), wide)[0]),
+    ):
+        scale = expected.abs().max().item() if expected.numel() else 0.0
+        assert result.shape == expected.shape
+        torch.testing.assert_close(
+            result.double(), expected.double(), rtol=0, atol=tolerance * scale
+        )
+
+
+@pytest.mark.parametrize(("size", "reduction", "dtype"), RUNS, ids=str)
+def test_info_nce(size: tuple[int, int, int, int], reduction: str, dtype: torch.dtype) -> None:
+    query, _, label, keys, count, mask = case(size, dtype, seed=sum(size))
+    query.requires_grad_()
+    wide = query.detach().double().requires_grad_()
+    options = {"temperature": 0.1, "mask": mask, "reduction": reduction}
+    ours = info_nce(query, label, keys, count, backend="triton", **options)
+    truth = reference.info_nce(wide, label, plain(keys), count, **options)
+    check(ours, truth, query, wide)
+
+
+@pytest.mark.parametrize(("size", "reduction", "dtype"), RUNS, ids=str)
+def test_pair_info_nce(size: tuple[int, int, int, int], reduction: str, dtype: torch.dtype) -> None:
+    query, positive, label, keys, count, mask = case(size, dtype, seed=sum(size))
+    second = case((0, size[1], size[2] + 3, size[3]), dtype, seed=1)[3].nan_to_num(0, 0, 0)
+    query.requires_grad_()
+    wide = query.detach().double().requires_grad_()
+    options = {"temperature": 0.5, "mask": mask, "reduction": reduction}
+    ours = pair_info_nce(
+        query, positive, label, [(keys, count), (second, None)], backend="triton", **options
+    )
+    banks = [(plain(keys), count), (plain(second), None)]
+    truth = reference.pair_info_nce(wide, positive.double(), label, banks, **options)
+    check(ours, truth, query, wide)
+
+
+@pytest.mark.parametrize("kind", ["all masked", "no label", "empty queues", "one class", "all own"])
+def test_nothing_counts(kind: str) -> None:
+    query, _, label, keys, count, mask = case((40, 3, 4, 8), torch.float32, seed=0)
+    if kind == "all masked":
+        mask = torch.zeros_like(mask)
+    elif kind == "no label":
+        label = torch.full_like(label, 255)
+    elif kind == "empty queues":
+        count = torch.zeros_like(count)
+    elif kind == "one class":
+        keys, count = keys[:1], count[:1]
+    else:
+        count, label = torch.tensor([4, 0, 0]), torch.zeros_like(label)
+    query.requires_grad_()
+    for reduction in ("class", "mean", "none"):
+        loss = info_nce(
+            query, label, keys, count, temperature=0.1, mask=mask, reduction=reduction,
+            backend="triton",
+        )  # fmt: skip
+        assert not loss.any()
+        assert not torch.autograd.grad(loss.sum(), query)[0].any()
+
+
+def test_without_direction_and_gradient() -> None:
+    query, positive, label, keys, count, mask = case((40, 3, 5, 8), torch.float32, seed=2)
+    query = torch.where(mask[:, None], query, 0)
+    query[::3] = 0
+    query[1] = 1e-13
+    positive = torch.where(mask[:, None], positive, 0)
+    query.requires_grad_()
+    for run in (
+        lambda q, k, b: info_nce(q, label, k, count, temperature=0.1, reduction="none", backend=b),
+        lambda q, k, b: pair_info_nce(
+            q, positive.to(q.dtype), label, [(k, count)], temperature=0.1, reduction="none",
+            backend=b,
+        ),
+    ):  # fmt: skip
+        wide = query.detach().double().requires_grad_()
+        ours = run(query, keys, "triton")
+        check(ours, run(wide, plain(keys), "reference"), query, wide)
+        assert torch.equal(run(query.detach(), keys, "triton"), ours)
+
+
+@pytest.mark.parametrize("layout", ["columns", "every other", "expanded keys"])
+def test_strides(layout: str) -> None:
+    query, positive, label, keys, count, mask = case((50, 4, 6, 19), torch.float32, seed=3)
+    if layout == "columns":
+        query, positive = query.T.contiguous().T, positive.T.contiguous().T
+        keys = keys.transpose(0, 2).contiguous().transpose(0, 2)
+    elif layout == "every other":
+        query = query.repeat_interleave(2, dim=0)[::2]
+        label, mask = label.repeat_interleave(3)[::3], mask.repeat_interleave(2)[::2]
+        count = count.repeat_interleave(2)[::2]
+    else:
+        keys = keys[:, :1].expand(-1, 6, -1)
+    query.requires_grad_()
+    wide = query.detach().double().requires_grad_()
+    options = {"temperature": 0.1, "mask": mask}
+    check(
+        info_nce(query, label, keys, count, backend="triton", **options),
+        reference.info_nce(wide, label, plain(keys), count, **options),
+        query,
+        wide,
+    )
+    check(
+        pair_info_nce(query, positive, label, [(keys, count)], backend="triton", **options),
+        reference.pair_info_nce(wide, positive.double(), label, [(plain(keys), count)], **options),
+        query,
+        wide,
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.07, 5.0])
+def test_temperatures_and_large_half_values(temperature: float) -> None:
+    query, _, label, keys, count, _ = case((60, 4, 9, 32), torch.float16, seed=4)
+    query = (query.nan_to_num() * 10_000).clamp(-60_000, 60_000).requires_grad_()
+    wide = query.detach().double().requires_grad_()
+    ours = info_nce(query, label, keys, count, temperature=temperature, backend="triton")
+    truth = reference.info_nce(wide, label, plain(keys), count, temperature=temperature)
+    torch.testing.assert_close(ours.double(), truth, rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_what_the_kernels_leave_to_others(dtype: torch.dtype) -> None:
+    dim = 8 if dtype == torch.float64 else 520
+    query, _, label, keys, count, mask = case((30, 3, 4, dim), dtype, seed=5)
+    options = {"temperature": 0.1, "mask": mask}
+    ours = info_nce(query, label, plain(keys).to(dtype), count, backend="triton", **options)
+    truth = reference.info_nce(query, label, plain(keys).to(dtype), count, **options)
+    torch.testing.assert_close(ours, truth)
