@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ctt.ops import reference
+from ctt.ops._library import gradient_dtype
 
 try:
     from ctt import _cpu
@@ -152,7 +153,7 @@ def _contrast(
     index, pixels = _select_pixels(label, mask, held, need_own=positive is None)
 
     loss = flat_keys.new_empty(index.shape[0])
-    grad = torch.zeros_like(query) if need_grad else None
+    grad = torch.zeros_like(query, dtype=gradient_dtype(query)) if need_grad else None
     weight = _class_weight(pixels, reduction)
     if index.shape[0]:
         run = _cpu.contrast_f64 if double else _cpu.contrast_f32

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ctt.ops import reference
+from ctt.ops._library import gradient_dtype
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -388,7 +389,7 @@ def _contrast(
     n, dim = query.shape
     per_pixel = reduction == "none"
     loss = query.new_empty(n if per_pixel else plan.programs, dtype=torch.float32)
-    grad = torch.empty((n, dim), dtype=query.dtype, device=query.device) if need_grad else None
+    grad = query.new_empty(n, dim, dtype=gradient_dtype(query)) if need_grad else None
     if n == 0:
         return (loss if per_pixel else loss.new_zeros(())), grad
     with _on(query.device):
