@@ -14,14 +14,26 @@ def names() -> list[str]:
 
 
 def load(name: str) -> dict[str, Any]:
-    """The settings of a recipe.
+    """The settings of a recipe; one that names another under `recipe` is put over that.
 
     Raises:
         UserError: there is no recipe of that name.
     """
     if name not in names():
         raise UserError(f"--recipe {name}: no such recipe. Recipes: {', '.join(names())}.")
-    return parse((resources.files(__name__) / f"{name}.yaml").read_text("utf-8"), name)
+    values = parse((resources.files(__name__) / f"{name}.yaml").read_text("utf-8"), name)
+    base = values.pop("recipe", None)
+    return values if base is None else merge(load(base), values)
+
+
+def merge(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings with others put over them."""
+    merged = dict(values)
+    for name, value in over.items():
+        below = merged.get(name)
+        both = isinstance(value, dict) and isinstance(below, dict)
+        merged[name] = merge(below, value) if both else value
+    return merged
 
 
 def load_file(path: Path) -> dict[str, Any]:

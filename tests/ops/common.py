@@ -220,7 +220,7 @@ def assert_accurate(got: Tensor, truth: Tensor, plain: Tensor, factor: float) ->
     if truth.numel() == 0:
         return
     info = torch.finfo(got.dtype)
-    floor = 16 * info.eps * float(truth.abs().max()) + info.smallest_normal * info.eps
+    floor = 16 * info.eps * float(truth.abs().max()) + info.smallest_normal
     limit = factor * _error(plain, truth) + floor
     assert _error(got, truth) <= limit, f"error {_error(got, truth):.3g}, allowed {limit:.3g}"
 

@@ -234,7 +234,7 @@ def _keys_held(keys: Tensor, held: Tensor, dtype: torch.dtype) -> Tensor:
     """(M, D): the keys of all queues, class by class, without the places that hold none."""
     num_classes, capacity, dim = keys.shape
     if int(held.sum()) == num_classes * capacity:
-        return keys.reshape(num_classes * capacity, dim).to(dtype)
+        return keys.reshape(num_classes * capacity, dim).to(dtype).contiguous()
     return keys[torch.arange(capacity) < held[:, None]].to(dtype)
 
 
