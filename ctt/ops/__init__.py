@@ -2,11 +2,12 @@
 
     from ctt.ops import MemoryBank, ema_update_, info_nce, pair_info_nce
 
-Every operation takes `backend="auto"`; `available_backends()` tells what runs here.
+Every operation takes `backend="auto"`; `available_backends()` tells what runs here
+and `prefer_backend(name)` what "auto" takes first.
 `ctt.ops.reference` holds the plain formulas.
 """
 
-from ctt.ops._registry import available_backends
+from ctt.ops._registry import available_backends, prefer_backend
 from ctt.ops.bank import MemoryBank
 from ctt.ops.contrast import info_nce, pair_info_nce
 from ctt.ops.ema import ema_update_
@@ -20,5 +21,6 @@ __all__ = [
     "ema_update_",
     "info_nce",
     "pair_info_nce",
+    "prefer_backend",
     "queue_push_",
 ]

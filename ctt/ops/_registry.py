@@ -1,7 +1,6 @@
 """Which backend runs an operation, and why another cannot."""
 
 import importlib
-import importlib.util
 import warnings
 from functools import cache
 from types import ModuleType
@@ -24,8 +23,6 @@ def _module(backend: str) -> ModuleType:
 @cache
 def why_not(operation: str, backend: str, device: torch.device) -> str | None:
     """None where `backend` can run `operation` on `device`, else the reason and what would work."""
-    if importlib.util.find_spec(f"ctt.ops.backends.{backend}") is None:
-        return f"this installation has no {backend} backend"
     module = _module(backend)
     if not hasattr(module, operation):
         return f"the {backend} backend does not implement {operation}"
@@ -46,9 +43,26 @@ def available_backends(device: str | torch.device = "cpu") -> dict[str, list[str
     }
 
 
+_first = ""  # set by prefer_backend
+
+
+def prefer_backend(name: str) -> None:
+    """Make "auto" take this backend wherever it can run; "auto" returns to the measured order.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    global _first
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
+    _first = "" if name == "auto" else name
+    _auto.cache_clear()
+
+
 @cache
 def _auto(operation: str, device: torch.device) -> ModuleType:
-    for backend in _PREFERENCE.get(device.type, _OTHER_DEVICE):
+    order = _PREFERENCE.get(device.type, _OTHER_DEVICE)
+    for backend in (_first, *order) if _first else order:
         try:
             if why_not(operation, backend, device) is None:
                 return _module(backend)

@@ -58,6 +58,23 @@ def _check(teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | 
             f"ema_update_: teacher and student must hold as many tensors, got {len(teacher)} "
             f"and {len(student)}"
         )
+    if not _all_fit(teacher, student):
+        _name_misfit(teacher, student)
+
+
+def _all_fit(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> bool:
+    """Of all tensors at once: one by one, 600 pairs would cost as much as the update itself."""
+    tensors = [*teacher, *student]
+    if not all(isinstance(x, Tensor) for x in tensors):
+        return False
+    return (
+        len({x.device for x in tensors}) <= 1
+        and all(dtype.is_floating_point for dtype in {x.dtype for x in tensors})
+        and [t.shape for t in teacher] == [s.shape for s in student]
+    )
+
+
+def _name_misfit(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> None:
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
         if not (isinstance(t, Tensor) and isinstance(s, Tensor)):
             raise TypeError(f"ema_update_: element {i} must be a pair of tensors")

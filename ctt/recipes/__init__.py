@@ -21,9 +21,11 @@ def load(name: str) -> dict[str, Any]:
     """
     if name not in names():
         raise UserError(f"--recipe {name}: no such recipe. Recipes: {', '.join(names())}.")
-    values = parse((resources.files(__name__) / f"{name}.yaml").read_text("utf-8"), name)
-    base = values.pop("recipe", None)
-    return values if base is None else merge(load(base), values)
+    values: dict[str, Any] = parse(
+        (resources.files(__name__) / f"{name}.yaml").read_text("utf-8"), name
+    )
+    base = values.pop("recipe", "")
+    return merge(load(str(base)), values) if base else values
 
 
 def merge(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -31,8 +33,9 @@ def merge(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(values)
     for name, value in over.items():
         below = merged.get(name)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        merged[name] = merge(below, value) if both else value
+        if isinstance(value, dict) and isinstance(below, dict):
+            value = merge(below, value)
+        merged[name] = value
     return merged
 
 

@@ -33,6 +33,7 @@ from ctt.data.source import DatasetInfo, Source
 from ctt.data.split import make_split, read_list, write_list
 from ctt.data.views import GeometricView
 from ctt.errors import UserError
+from ctt.ops import prefer_backend
 from ctt.train import checkpoint, run
 from ctt.train.evaluate import Score, as_json, evaluate, write_json
 from ctt.train.record import Recorder, draw_curves, draw_samples
@@ -377,6 +378,7 @@ def pick_device(name: str) -> torch.device:
 def set_up_torch(settings: Settings) -> None:
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
+    prefer_backend(settings.train.backend)
     if settings.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

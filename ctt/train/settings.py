@@ -165,6 +165,8 @@ class TrainSettings:
     checkpoint_every: int = 0
     """Iterations between checkpoints; 0: at every evaluation."""
     tensorboard: bool = True
+    backend: Literal["auto", "cuda", "triton", "cpu", "torch", "reference"] = "auto"
+    """Implementation of the operations of `ctt.ops`, wherever it can run."""
 
 
 @dataclass(frozen=True)
