@@ -51,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.action == "run":
         run_all(arguments.recipe, arguments.seeds, arguments.jobs, arguments.out)
-    print(table(read_rows()))
+    print(table([row for row in read_rows() if row["recipe"] == arguments.recipe]))
 
 
 def run_all(recipe: str, seeds: list[int], jobs: int, out: Path) -> None:
@@ -87,6 +87,7 @@ def append(name: str, seed: int, recipe: str, summary: dict[str, object]) -> Non
     assert isinstance(miou, dict)
     row = {**summary, **versions, **miou, "method": name, "seed": seed, "recipe": recipe}
     new = not RESULTS.exists()
+    RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         if new:
@@ -103,12 +104,13 @@ def read_rows() -> list[dict[str, str]]:
 
 def table(rows: list[dict[str, str]]) -> str:
     """Mean and standard deviation over the seeds of each method, as markdown."""
+    latest = {(row["method"], row["seed"]): row for row in rows}
     lines = [
-        "| method | student | teacher | ensemble | seeds | iterations |",
+        "| method | better student | better teacher | ensemble | seeds | iterations |",
         "|---|---|---|---|---|---|",
     ]
     for name in METHODS:
-        chosen = [row for row in rows if row["method"] == name]
+        chosen = [row for (method, _), row in latest.items() if method == name]
         if chosen:
             cells = [spread([best(row, kind) for row in chosen]) for kind in ("student", "teacher")]
             pairs = sum(bool(chosen[0][f"teacher_{k}"]) for k in (1, 2))

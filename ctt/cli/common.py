@@ -16,6 +16,10 @@ def run_program(name: str, body: Callable[[], int]) -> None:
         code = body()
     except UserError as error:
         fail(name, str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(name, f"{error.filename}: {error.strerror}.")
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if missing == "ctt" or missing.startswith("ctt."):

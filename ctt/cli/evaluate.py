@@ -46,6 +46,8 @@ def _main(arguments: list[str]) -> int:
 
     if parsed.json is not None and parsed.json.exists():
         raise UserError(f"--json {parsed.json}: the file exists already. Give a new name.")
+    if parsed.json is not None and not parsed.json.parent.is_dir():
+        raise UserError(f"--json {parsed.json}: there is no folder {parsed.json.parent}.")
     device = pick_device(parsed.device)
     networks, settings, origin = _networks(parsed.path)
     settings = _choose_split(settings, parsed.eval_split)
@@ -94,13 +96,23 @@ def _networks(path: Path) -> tuple[dict[str, SegmentationModel], Settings, str]:
     saved = checkpoint.load(path / run.CHECKPOINT)
     pairs = settings.pairs or methods.get(settings.method).default_pairs
     classes = len(open_source(settings).info.classes)
-    state = TrainState(settings, pairs, classes, torch.device("cpu"))
-    state.load_state_dict(saved)
+    state = TrainState(settings, pairs, classes, torch.device("cpu"), initialize=False)
+    try:
+        state.load_state_dict(saved)
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: checkpoint and config.yaml do not fit ({reason}).") from None
     return state.networks(), settings, f"{path} after {state.iteration} iterations"
 
 
 def _choose_split(settings: Settings, split: str) -> Settings:
     from ctt.train.settings import update
 
+    trained_on = settings.data.eval_split
+    if split == "tune" and trained_on == "val":
+        raise UserError(
+            "--eval-split tune: this run was trained with those digits. Train with "
+            "--data.eval-split tune to hold them out."
+        )
     values = {"data": {"eval_split": split}} if split else {}
     return update(settings, values, "--eval-split")

@@ -107,9 +107,13 @@ def check_targets(files: list[Path], out: Path, overwrite: bool) -> None:
                 f"Predict them into two folders."
             )
         seen[file.stem] = file
-        target = out / f"{file.stem}_mask.png"
-        if target.exists() and not overwrite:
-            raise UserError(f"{target} is there already. Give another --out, or --overwrite.")
+    inputs = {file.resolve() for file in files}
+    for file in files:
+        for target in (out / f"{file.stem}_mask.png", out / f"{file.stem}_overlay.png"):
+            if target.resolve() in inputs:
+                raise UserError(f"{target} is one of the images. Give another --out.")
+            if target.exists() and not overwrite:
+                raise UserError(f"{target} is there already. Give another --out, or --overwrite.")
 
 
 def read_image(path: Path) -> Tensor:
@@ -125,7 +129,7 @@ def read_image(path: Path) -> Tensor:
     try:
         with Image.open(path) as file:
             pixels = np.array(file.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read as an image ({error}).") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ctt import recipes
 from ctt.cli.common import INTERRUPTED, run_program
+from ctt.errors import UserError
 from ctt.train.settings import Settings, to_dict, update, validate
 
 
@@ -43,6 +44,8 @@ def _main(arguments: list[str]) -> int:
     from ctt.train import run
     from ctt.train.loop import Stopped, train
 
+    if parsed.resume is not None and parsed.out is not None:
+        raise UserError("--out and --resume exclude each other: a resumed run stays in its folder.")
     if parsed.resume is not None:
         run.check_resumable(run.read_settings(run.find(parsed.resume)), settings)
     try:

@@ -101,6 +101,6 @@ def make_loader(
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the one that trains has a checkpoint to write."""
+    """Ctrl-C and a scheduler's SIGTERM reach all; the one that trains has a checkpoint to write."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -6,10 +6,22 @@ view changes colours only, so a pixel shows the same content to every network.
 
 import math
 import random
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# luma and chroma of the NTSC standard, and back
+YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+FROM_YIQ = tuple(map(tuple, torch.linalg.inv(torch.tensor(YIQ, dtype=torch.float64)).tolist()))
+
+
+@cache
+def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
+    """Nested numbers in float32 on the device, copied there once: each copy would wait for it."""
+    return torch.tensor(values, device=device)
 
 
 class GeometricView:
@@ -117,7 +129,7 @@ class PhotometricView:
 
 def grey(images: Tensor) -> Tensor:
     """Luma (B, 1, H, W) of images (B, 3, H, W), with the weights of ITU-R BT.601."""
-    weight = images.new_tensor([0.299, 0.587, 0.114])[:, None, None]
+    weight = constant(YIQ[0], images.device)[:, None, None]
     return (images * weight).sum(dim=1, keepdim=True)
 
 
@@ -128,13 +140,10 @@ def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 def rotate_hue(images: Tensor, angle: Tensor) -> Tensor:
     """Turn the chroma plane of YIQ by `angle` (B, 1, 1, 1) radians; the luma stays."""
-    to_yiq = images.new_tensor(
-        [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]
-    )
-    y, i, q = torch.einsum("ij,bjhw->ibhw", to_yiq, images)
+    y, i, q = torch.einsum("ij,bjhw->ibhw", constant(YIQ, images.device), images)
     cos, sin = angle[:, 0].cos(), angle[:, 0].sin()
     turned = torch.stack([y, cos * i - sin * q, sin * i + cos * q])  # (3, B, H, W)
-    return torch.einsum("ij,jbhw->bihw", torch.linalg.inv(to_yiq), turned).clamp(0, 1)
+    return torch.einsum("ij,jbhw->bihw", constant(FROM_YIQ, images.device), turned).clamp(0, 1)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:

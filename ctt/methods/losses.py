@@ -3,6 +3,8 @@
 Shapes: B images of H x W pixels, features and contrast on the grid h x w of the network.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,7 +38,8 @@ def pixel_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = N
         logits: (B, C, h, w). label: (B, H, W) int64. weight: (), a factor on the mean.
     """
     scores = upsample(logits, (label.shape[-2], label.shape[-1]))
-    total = F.cross_entropy(scores, label, ignore_index=IGNORE, reduction="sum")
+    # summed here, because on CUDA the reduced form has no deterministic algorithm
+    total = F.cross_entropy(scores, label, ignore_index=IGNORE, reduction="none").sum()
     # a crop without any valid pixel must give 0, not 0/0
     mean = total / (label != IGNORE).sum().clamp(min=1)
     return mean if weight is None else mean * weight
@@ -64,16 +67,15 @@ def weigh_pseudo_label(
     return pseudo_label, (sure & valid).sum() / valid.sum().clamp(min=1)
 
 
-def usable_count(bank: MemoryBank, start: str) -> Tensor:
-    """Fill counts (C,) with the classes that may not take part in contrast yet set to 0.
+def usable_counts(banks: Sequence[MemoryBank], start: str) -> list[Tensor]:
+    """Fill counts (C,) of each bank, 0 for the classes that may not take part in contrast yet.
 
     `start` "class": a class joins when its own queue is full, so one that never appears among the
-    labels blocks no other; "all": none joins before every queue is full (the paper).
+    labels blocks no other; "all": none joins before every queue of every bank is full (the paper).
     """
-    ready = bank.full
-    if start == "all":
-        ready = ready & ready.all()
-    return torch.where(ready, bank.count, 0)
+    full = torch.stack([bank.full for bank in banks])  # (K, C)
+    ready = full & full.all() if start == "all" else full
+    return [torch.where(r, bank.count, 0) for r, bank in zip(ready, banks, strict=True)]
 
 
 def high_level_mask(confidence: Tensor, gamma: float) -> Tensor:

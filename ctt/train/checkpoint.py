@@ -51,7 +51,7 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def initialize(network: SegmentationModel, path: Path) -> tuple[int, int]:
+def load_fitting(network: SegmentationModel, path: Path) -> tuple[int, int]:
     """Copy what a file of weights holds for this network: tensors of the same name and shape.
 
     Args:
@@ -134,6 +134,16 @@ def load_network(path: Path) -> tuple[SegmentationModel, DatasetInfo, str]:
             f"{path} holds tensors but does not say which network they belong to. Give the "
             f"best.safetensors that ctt-train writes."
         )
+    try:
+        network, info, note = _network_of(meta, tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not hold what it says it holds ({_reason(error)}).") from None
+    return network.eval(), info, note
+
+
+def _network_of(
+    meta: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[SegmentationModel, DatasetInfo, str]:
     info = DatasetInfo(
         name=meta["dataset"],
         classes=tuple(meta["classes"]),
@@ -143,7 +153,7 @@ def load_network(path: Path) -> tuple[SegmentationModel, DatasetInfo, str]:
     )
     network = models.build(num_classes=len(info.classes), **meta["model"])
     network.load_state_dict(tensors)
-    return network.eval(), info, meta["note"]
+    return network, info, str(meta["note"])
 
 
 def _reason(error: Exception) -> str:

@@ -43,17 +43,10 @@ def score(confusion: Tensor) -> Score:
     return Score(tuple(iou.tolist()), float(accuracy))
 
 
-def predict_probability(
-    network: SegmentationModel, images: Tensor, info: DatasetInfo, amp: torch.autocast | None = None
-) -> Tensor:
+def predict_probability(network: SegmentationModel, images: Tensor, info: DatasetInfo) -> Tensor:
     """Class probabilities (B, C, H, W) of images (B, 3, H, W) uint8, at their resolution."""
     normalized = normalize(to_unit(images), info)
-    if amp is None:
-        logits = network(normalized).logits
-    else:
-        with amp:
-            logits = network(normalized).logits
-    return upsample(logits, (images.shape[-2], images.shape[-1])).softmax(dim=1)
+    return upsample(network(normalized).logits, (images.shape[-2], images.shape[-1])).softmax(dim=1)
 
 
 @torch.no_grad()

@@ -85,9 +85,11 @@ class Trainer:
         if resume is None:
             self.labeled, self.unlabeled = self._new_split()
         classes = len(self.source.info.classes)
-        self.state = TrainState(settings, self.pairs, classes, self.device)
+        fresh = resume is None
+        self.state = TrainState(settings, self.pairs, classes, self.device, initialize=fresh)
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
+        self.sums: dict[str, Tensor] = {}  # of each loss since the last row of metrics.csv
         if resume is None:
             self.folder = run.create(out, settings)
             (self.folder / run.LABELED_LIST).parent.mkdir(exist_ok=True)
@@ -99,6 +101,7 @@ class Trainer:
             unlabeled = self.folder / run.UNLABELED_LIST
             self.unlabeled = read_list(unlabeled) if unlabeled.stat().st_size else []
             self._load(checkpoint.load(self.folder / run.CHECKPOINT))
+            run.write_settings(self.folder, settings)  # for the next time it is resumed
         self.step = Step(settings, self.method, self.source.info, len(self.labeled))
 
     def _new_split(self) -> tuple[list[str], list[str]]:
@@ -151,25 +154,26 @@ class Trainer:
         settings, state = self.settings, self.state
         labeled = self._batches(self.labeled, labeled=True)
         unlabeled = self._batches(self.unlabeled, labeled=False) if self.uses_unlabeled else None
-        sums: dict[str, Tensor] = {}
+        self.sums = {}
         taken, start = 0, time.perf_counter()
         clock = start
         while state.iteration < settings.train.iterations:
             batch = next(labeled)
             more = next(unlabeled) if unlabeled is not None else None
-            rate = state.optimizer.param_groups[0]["lr"]
             for name, value in self.step(state, batch, more).items():
-                sums[name] = sums[name] + value if name in sums else value
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
             taken += 1
+            due = taken == settings.train.log_every
+            due |= state.iteration == settings.train.iterations
+            # waits for the device, and so belongs to the time that the steps took
+            means = {name: float(value) / taken for name, value in self.sums.items()} if due else {}
             now = time.perf_counter()
             self.seconds += now - clock
-            if taken == settings.train.log_every or state.iteration == settings.train.iterations:
-                rate = state.optimizer.param_groups[0]["lr"]
-                means = {name: float(value) / taken for name, value in sums.items()}
-                self._check_finite(means)
+            if due:
+                self._check_finite()
                 speed = taken * self._images_a_step() / (now - start)
-                self._log(recorder, progress, bar, rate, means, speed)
-                sums, taken, start = {}, 0, now
+                self._log(recorder, progress, bar, means, speed)
+                self.sums, taken, start = {}, 0, now
             progress.update(bar, completed=state.iteration)
             yield
             # evaluation and checkpoints are not training time
@@ -179,9 +183,10 @@ class Trainer:
     def _images_a_step(self) -> int:
         return self.settings.data.batch_size * (2 if self.uses_unlabeled else 1)
 
-    def _check_finite(self, means: dict[str, float]) -> None:
-        if not math.isfinite(means["total"]):
-            bad = ", ".join(f"{name} {value}" for name, value in means.items())
+    def _check_finite(self) -> None:
+        """Of the steps since the last row; called before anything that they led to is kept."""
+        if self.sums and not math.isfinite(float(self.sums["total"])):
+            bad = ", ".join(f"{name} {float(value)}" for name, value in self.sums.items())
             raise UserError(
                 f"Training diverged: by iteration {self.state.iteration} the objective is no "
                 f"number any more ({bad}). Lower --optim.lr or set --optim.clip-norm; the last "
@@ -193,7 +198,6 @@ class Trainer:
         recorder: Recorder,
         progress: Progress,
         bar: Any,
-        rate: float,
         means: dict[str, float],
         speed: float,
     ) -> None:
@@ -201,6 +205,7 @@ class Trainer:
         full = [bank.full.float().mean() for bank in self.state.banks] if self.step.contrast else []
         if full:
             values["queues_full"] = float(torch.stack(full).mean())
+        rate = self.state.optimizer.param_groups[0]["lr"]
         recorder.write(self.state.iteration, {"lr": rate, **values, "images_per_second": speed})
         shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items() if name != "total")
         progress.update(bar, losses=f"{shown}  {speed:.0f} images/s")
@@ -238,7 +243,7 @@ class Trainer:
             self.best = {
                 "network": name,
                 "iteration": state.iteration,
-                "miou": round(single[name], 2),
+                "miou": single[name],
                 "chosen_on": self.settings.data.eval_split,
             }
             note = f"{name} after {state.iteration} iterations, {self.settings.hash()}"
@@ -252,6 +257,7 @@ class Trainer:
         return scores
 
     def _save(self) -> None:
+        self._check_finite()
         checkpoint.save(
             self.folder / run.CHECKPOINT,
             {
@@ -270,6 +276,12 @@ class Trainer:
             raise UserError(
                 f"{self.folder / run.CHECKPOINT} does not fit the settings of its run ({reason})."
             ) from None
+        total = self.settings.train.iterations
+        if self.state.iteration > total:
+            raise UserError(
+                f"--train.iterations {total}: the run has been trained for "
+                f"{self.state.iteration} iterations already."
+            )
         self.seconds = float(saved["seconds"])
         self.best = saved["best"]
 
@@ -285,7 +297,7 @@ class Trainer:
             "seed": s.seed,
             "labeled": len(self.labeled),
             "unlabeled": len(self.unlabeled) if self.uses_unlabeled else 0,
-            "best": self.best,
+            "best": self.best and {**self.best, "miou": round(self.best["miou"], 2)},
             "iterations": s.train.iterations,
             "seconds": round(self.seconds, 1),
             "images_per_second": round(images / self.seconds, 1) if self.seconds else None,
@@ -368,8 +380,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--train.device {name} cannot be used here ({reason}).") from None
     return device
@@ -381,8 +393,8 @@ def set_up_torch(settings: Settings) -> None:
     prefer_backend(settings.train.backend)
     if settings.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(settings.train.deterministic)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,9 @@ class Recorder:
             "images_per_second",
             *(f"miou_{name}" for name in networks),
         ]
-        kept = [row for row in read_rows(self.path) if int(row["iteration"]) <= iteration]
+        # a line that a crash cut short has no number
+        rows = [row for row in read_rows(self.path) if (row["iteration"] or "").isdecimal()]
+        kept = [row for row in rows if int(row["iteration"]) <= iteration]
         part = self.path.with_suffix(".part")
         with part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
@@ -42,7 +44,7 @@ class Recorder:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder), purge_step=iteration or None)
+            self.writer = SummaryWriter(str(folder), purge_step=iteration + 1)
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """One row; columns that `values` does not name stay empty."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -33,18 +35,20 @@ def create(out: Path | None, settings: Settings) -> Path:
     Raises:
         UserError: there is a run already, or the folder cannot be written.
     """
-    folder = out or _free_name(Path("runs"), f"{settings.dataset}-{settings.method}")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder}: this is a file; give a folder that is new or empty.")
+    folder = out or Path("runs")
     try:
-        if folder.is_dir() and any(folder.iterdir()):
+        if out is None:
+            folder = _new_numbered(folder, f"{settings.dataset}-{settings.method}")
+        elif out.exists() and not out.is_dir():
+            raise UserError(f"--out {out}: this is a file; give a folder that is new or empty.")
+        elif out.is_dir() and any(out.iterdir()):
+            go_on = f", or go on with its run by --resume {out}"
             raise UserError(
-                f"--out {folder}: the folder is not empty. Give a new one, or go on with a stopped "
-                f"run by --resume {folder}."
+                f"--out {out}: the folder is not empty. Give a new one"
+                f"{go_on if (out / CHECKPOINT).is_file() else ''}."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(to_dict(settings), sort_keys=False)
-        (folder / CONFIG).write_text(text, "utf-8")
+        write_settings(folder, settings)
     except OSError as error:
         raise UserError(
             f"--out {folder}: the folder cannot be written ({error.strerror}). Give one that you "
@@ -53,11 +57,22 @@ def create(out: Path | None, settings: Settings) -> Path:
     return folder
 
 
-def _free_name(parent: Path, stem: str) -> Path:
-    number = 1
-    while (parent / f"{stem}-{number}").exists():
-        number += 1
-    return parent / f"{stem}-{number}"
+def _new_numbered(parent: Path, stem: str) -> Path:
+    """A folder that no other run, started at the same time, can take too."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = parent / f"{stem}-{number}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
+
+
+def write_settings(folder: Path, settings: Settings) -> None:
+    """config.yaml, which the next --resume reads."""
+    part = folder / f"{CONFIG}.part"
+    part.write_text(yaml.safe_dump(to_dict(settings), sort_keys=False), "utf-8")
+    part.replace(folder / CONFIG)
 
 
 def find(path: Path) -> Path:
@@ -77,7 +92,7 @@ def find(path: Path) -> Path:
             )
     else:
         raise UserError(f"--resume {path}: there is no such folder.")
-    for needed in (CONFIG, CHECKPOINT):
+    for needed in (CONFIG, CHECKPOINT, LABELED_LIST, UNLABELED_LIST):
         if not (folder / needed).is_file():
             raise UserError(
                 f"--resume {path}: {folder} is no run that can go on, because {needed} is missing."

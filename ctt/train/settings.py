@@ -136,7 +136,7 @@ class BankSettings:
     per_class: int = 0
     """K_push, pixels of a class pushed a step, drawn from the top k; 0: max(1, V // labelled)."""
     per_image: bool = False
-    """Read per_class as a number for each labelled image of the batch."""
+    """Select and push for each labelled image of the batch by itself."""
     random_choice: bool = True
     """Draw the pushed pixels from the top k at random, else take the most confident."""
     min_confidence: float = 0.0
@@ -277,7 +277,7 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
         if kind is int and (isinstance(value, bool) or float(value) != int(value)):
             raise ValueError
         return kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{where} must be of type {kind.__name__}, got {value!r}.") from None
 
 
@@ -324,6 +324,18 @@ def validate(settings: Settings) -> None:
             0 <= s.views.blur_probability <= 1,
             share,
         ),
+        (
+            "--views.blur-sigma",
+            s.views.blur_sigma,
+            0 < s.views.blur_sigma[0] <= s.views.blur_sigma[1] <= 100,
+            "must be two numbers above 0, the lower first",
+        ),
+        (
+            "--optim.nesterov",
+            s.optim.nesterov,
+            not s.optim.nesterov or s.optim.momentum > 0,
+            "needs --optim.momentum above 0",
+        ),
         ("--model.features", s.model.features, s.model.features >= 1, at_least_1),
         ("--model.width", s.model.width, s.model.width >= 1, at_least_1),
         ("--optim.lr", s.optim.lr, s.optim.lr > 0, positive),
@@ -365,5 +377,6 @@ def validate(settings: Settings) -> None:
         ),
     ]
     for option, value, good, rule in checks:
-        if not good or (isinstance(value, float) and not math.isfinite(value)):
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not good or not all(math.isfinite(number) for number in numbers):
             raise UserError(f"{option} {rule}, got {value}.")

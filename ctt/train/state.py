@@ -11,7 +11,7 @@ from ctt import models
 from ctt.data.random import derive_seed
 from ctt.models.base import SegmentationModel
 from ctt.ops import MemoryBank, ema_update_
-from ctt.train.checkpoint import initialize
+from ctt.train.checkpoint import load_fitting
 from ctt.train.settings import EmaSettings, Settings
 
 
@@ -19,10 +19,18 @@ class TrainState:
     """K students, their teachers and banks, one optimiser over all students.
 
     Students start from different random weights; a teacher starts as a copy of its student.
+
+    Args:
+        initialize: read `model.weights`; not needed where a checkpoint follows.
     """
 
     def __init__(
-        self, settings: Settings, pairs: int, num_classes: int, device: torch.device
+        self,
+        settings: Settings,
+        pairs: int,
+        num_classes: int,
+        device: torch.device,
+        initialize: bool = True,
     ) -> None:
         model = settings.model
         self.students: list[SegmentationModel] = []
@@ -30,8 +38,8 @@ class TrainState:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed("weights", settings.seed, k))
                 student = models.build(model.name, num_classes, model.features, model.width)
-            if model.weights != "none":
-                initialize(student, Path(model.weights))
+            if initialize and model.weights != "none":
+                load_fitting(student, Path(model.weights))
             # a quarter less time on the CPU, tensor cores on GPUs, pixels as rows without a copy
             self.students.append(student.to(memory_format=torch.channels_last).to(device))
         self.teachers = [copy.deepcopy(s).requires_grad_(False).eval() for s in self.students]
@@ -40,15 +48,16 @@ class TrainState:
             for _ in range(pairs)
         ]
         self.optimizer = make_optimizer(self.students, settings)
-        self.scaler = torch.amp.GradScaler(
-            device.type, enabled=settings.train.amp == "fp16" and device.type == "cuda"
-        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.train.amp == "fp16")
         self.ema = EmaUpdate(self.teachers, self.students, settings.ema)
         self.iteration = 0
 
     @property
     def pairs(self) -> int:
         return len(self.students)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
 
     def networks(self) -> dict[str, SegmentationModel]:
         """student_1 .. student_K, teacher_1 .. teacher_K."""
@@ -69,15 +78,19 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for key, own in (
+        for key, modules in (
             ("students", self.students),
             ("teachers", self.teachers),
             ("banks", self.banks),
         ):
-            for module, saved in zip(cast("list[nn.Module]", own), state[key], strict=True):
+            for module, saved in zip(cast("list[nn.Module]", modules), state[key], strict=True):
                 module.load_state_dict(saved)
+        options = [{k: v for k, v in g.items() if k != "params"} for g in self._groups()]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for group, own in zip(self._groups(), options, strict=True):
+            group.update(own)  # the settings of this run, not those of the one that was stopped
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         self.iteration = int(state["iteration"])
         torch.set_rng_state(state["torch_rng"])
         if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():

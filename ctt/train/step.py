@@ -1,7 +1,8 @@
 """One step of training, in the order of the paper.
 
-Students on labelled and unlabelled images (strong view) -> teachers on the weak view -> losses ->
-backward -> optimiser -> EMA -> teachers' features of the labelled images into the banks.
+Teachers on the weak view (first, because ClassMix cuts by their labels) -> students on labelled and
+unlabelled images (strong view) -> losses -> backward -> optimiser -> EMA -> teachers' features of
+the labelled images into the banks.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ctt.data import mixing
 from ctt.data.random import generator
 from ctt.data.source import IGNORE, DatasetInfo
-from ctt.data.views import PhotometricView
+from ctt.data.views import PhotometricView, constant
 from ctt.methods import losses
 from ctt.methods.base import Method
 from ctt.models.base import Output
@@ -44,8 +45,6 @@ class Step:
         )
         bank = settings.bank
         self.per_class = bank.per_class or max(1, bank.capacity // labeled)
-        if bank.per_image:
-            self.per_class *= settings.data.batch_size
         self.contrast = method.contrast and (settings.loss.hc > 0 or settings.loss.lc > 0)
 
     def __call__(
@@ -185,7 +184,7 @@ class Step:
             return {"hc": zero, "lc": zero}
         grid = (outputs[0].features.shape[-2], outputs[0].features.shape[-1])
         truth = losses.to_grid(label, grid)
-        counts = [losses.usable_count(bank, bank_settings.start) for bank in state.banks]
+        counts = losses.usable_counts(state.banks, bank_settings.start)
         # confidence and class that each student's own classifier gives on the grid
         own = [out.logits.detach().float().softmax(dim=1).max(dim=1) for out in outputs]
         for k, out in enumerate(outputs):
@@ -238,15 +237,18 @@ class Step:
             truth = losses.to_grid(label, (out.logits.shape[-2], out.logits.shape[-1]))
             confidence, predicted = out.logits.float().softmax(dim=1).max(dim=1)
             valid = (predicted == truth) & (confidence >= settings.min_confidence)
-            bank.push(
-                losses.as_pixels(out.features),
-                truth.flatten(),
-                confidence.flatten(),
-                valid=valid.flatten(),
-                top_k=settings.top_k if settings.random_choice else self.per_class,
-                per_class=self.per_class,
-                generator=rng,
-            )
+            size = 1 if settings.per_image else len(images)
+            for first in range(0, len(images), size):
+                part = slice(first, first + size)
+                bank.push(
+                    losses.as_pixels(out.features[part]),
+                    truth[part].flatten(),
+                    confidence[part].flatten(),
+                    valid=valid[part].flatten(),
+                    top_k=settings.top_k if settings.random_choice else self.per_class,
+                    per_class=self.per_class,
+                    generator=rng,
+                )
 
     def _generator(self, purpose: str, iteration: int, device: torch.device) -> torch.Generator:
         return generator(purpose, self.settings.seed, iteration, device=device)
@@ -267,7 +269,7 @@ def to_unit(images: Tensor) -> Tensor:
 
 def normalize(images: Tensor, info: DatasetInfo) -> Tensor:
     """Images in 0..1 -> mean 0 and deviation 1 by the data set's statistics."""
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (info.mean, info.std))
+    mean, std = (constant(v, images.device)[:, None, None] for v in (info.mean, info.std))
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -56,14 +57,16 @@ def test_evaluation_of_a_run_repeats_its_summary(
     assert scores["miou"] == summary["miou"]
     assert scores["class_iou"] == summary["class_iou"]
     assert (scores["protocol"], scores["images"]) == ("whole", 6)
-    assert call(evaluate.main, [str(folder), "--json", str(target)], monkeypatch) == 2
+    for bad in (["--json", str(target)], ["--json", str(tmp_path / "no" / "x.json")]):
+        assert call(evaluate.main, [str(folder), *bad], monkeypatch) == 2
+    assert call(evaluate.main, [str(folder), "--eval-split", "tune"], monkeypatch) == 2
 
 
 def test_evaluation_of_weights_names_their_origin(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(evaluate.main, [str(folder / "best.safetensors")], monkeypatch) == 0
-    assert "after 3 iterations" in capsys.readouterr().out
+    assert re.search(r"(student|teacher)_[12] after [123] iterations", capsys.readouterr().out)
 
 
 def test_masks_and_overlays(
@@ -82,6 +85,9 @@ def test_masks_and_overlays(
     again = [str(folder / "best.safetensors"), str(images), "--out", str(out)]
     assert call(predict.main, again, monkeypatch) == 2
     assert call(predict.main, [*again, "--overwrite"], monkeypatch) == 0
+    (out / "grey_mask.png").unlink()
+    only_grey = [str(folder), str(images / "grey.jpg"), "--out", str(out)]
+    assert call(predict.main, only_grey, monkeypatch) == 2  # the overlay is still there
 
 
 @pytest.mark.parametrize("kind", ["missing", "broken", "empty", "twice", "weights"])

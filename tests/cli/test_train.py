@@ -47,6 +47,12 @@ def run(arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         ("--model.weights {nowhere}", "there is no such file"),
         ("--train.device cuda:99", "--train.device cuda:99 cannot be used here"),
         ("--data-root {empty}", "has no folder"),
+        ("--out {file} --resume {empty}", "exclude each other"),
+        ("--out {long}", "cannot be written"),
+        ("--views.blur-sigma 0 0", "--views.blur-sigma must be two numbers above 0"),
+        ("--data.scale 0.5 inf", "--data.scale must be"),
+        ("--optim.nesterov --optim.momentum 0", "needs --optim.momentum above 0"),
+        ("--train.device meta", "--train.device meta cannot be used here"),
         ("--split-labeled {nowhere}", "cannot be read"),
     ],
 )
@@ -59,6 +65,7 @@ def test_bad_input_is_one_paragraph(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     paths = {name: tmp_path / name for name in ("file", "empty", "nowhere", "broken", "yaml")}
+    paths["long"] = tmp_path / ("x" * 300)
     paths["file"].write_text("text")
     paths["empty"].mkdir()
     paths["yaml"].write_text("losses: {tau_hc: 1}\n")
@@ -110,8 +117,10 @@ def test_a_missing_library_is_told_in_one_line() -> None:
     assert "pip install 'ctt[train]'" in done.stderr
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(
+    tmp_path: Path, number: int, workers: int
+) -> None:
     out = tmp_path / "a run"
     base = [sys.executable, "-c", "from ctt.cli.train import main; main()"]
     endless = f"{QUICK} --train.iterations 100000 --data.workers {workers}"
@@ -123,7 +132,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(tmp_path: Path, worker
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(process.pid, number)  # as a terminal or a scheduler does
     shown, _ = process.communicate(timeout=120)
     assert process.returncode == 130
     found = re.search(r"Stopped after iteration (\d+)", shown)

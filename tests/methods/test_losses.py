@@ -74,14 +74,16 @@ def bank_with(counts: list[int], capacity: int = 3) -> MemoryBank:
 
 def test_a_class_that_never_appears_blocks_no_other() -> None:
     bank = bank_with([3, 0, 3, 2])
-    assert losses.usable_count(bank, "class").tolist() == [3, 0, 3, 0]
-    assert losses.usable_count(bank, "all").tolist() == [0, 0, 0, 0]
-    assert losses.usable_count(bank_with([3, 3]), "all").tolist() == [3, 3]
+    full = bank_with([3, 3, 3, 3])
+    both = {start: losses.usable_counts([bank, full], start) for start in ("class", "all")}
+    assert [count.tolist() for count in both["class"]] == [[3, 0, 3, 0], [3, 3, 3, 3]]
+    assert [count.tolist() for count in both["all"]] == [[0, 0, 0, 0], [0, 0, 0, 0]]
+    assert losses.usable_counts([full], "all")[0].tolist() == [3, 3, 3, 3]
     features = torch.randn(1, 4, 2, 2, requires_grad=True)
     label = torch.tensor([[[0, 1], [2, 3]]])
     on = torch.ones(1, 2, 2, dtype=torch.bool)
     for start, is_on in (("class", True), ("all", False)):
-        count = losses.usable_count(bank, start)
+        (count,) = losses.usable_counts([bank], start)
         loss = losses.high_level_contrast(features, label, on, bank, count, 0.5, "class")
         (grad,) = torch.autograd.grad(loss, features)
         assert (loss.item() > 0) == is_on

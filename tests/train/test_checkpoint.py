@@ -71,10 +71,10 @@ def test_students_start_from_weights_that_fit(tmp_path: Path, suffix: str) -> No
         torch.save(donor.state_dict(), path)
     else:
         save_file(donor.state_dict(), path)
-    found, total = checkpoint.initialize(network, path)
+    found, total = checkpoint.load_fitting(network, path)
     assert found == total - 2  # the classifier has another number of classes
     assert torch.equal(network.state_dict()["stem.0.weight"], donor.state_dict()["stem.0.weight"])
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")
     for bad in ("other.pth", "missing.pth"):
         with pytest.raises(UserError, match=f"--model.weights .*{bad}"):
-            checkpoint.initialize(network, tmp_path / bad)
+            checkpoint.load_fitting(network, tmp_path / bad)

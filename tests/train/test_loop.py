@@ -135,7 +135,58 @@ def test_divergence_is_told_and_the_checkpoint_stays(tiny: Settings, out: Path) 
     settings = update(tiny, {"optim": {"lr": 1e30}, "train": {"checkpoint_every": 1}}, "test")
     with pytest.raises(UserError, match=r"Training diverged: by iteration [24]"):
         train(settings, out=out)
-    assert (out / run.CHECKPOINT).is_file()
+    saved = checkpoint.load(out / run.CHECKPOINT)
+    assert all(torch.isfinite(value).all() for value in saved["students"][0].values())
+
+
+def test_settings_given_on_resume_hold_from_then_on(
+    tiny: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            train(tiny, out=out)
+    change = {"train": {"iterations": 5}, "optim": {"momentum": 0.5, "head_lr_factor": 3}}
+    changed = update(tiny, change, "test")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Stopped):
+            train(changed, resume=out)
+    assert run.read_settings(out) == changed
+    groups = checkpoint.load(out / run.CHECKPOINT)["optimizer"]["param_groups"]
+    assert [(g["momentum"], g["lr_factor"]) for g in groups] == [(0.5, 1.0), (0.5, 3)] * 2
+    assert train(run.read_settings(out), resume=out)["iterations"] == 5
+    with pytest.raises(UserError, match="trained for 5 iterations already"):
+        train(update(changed, {"train": {"iterations": 3}}, "test"), resume=out)
+
+
+def test_going_on_needs_no_initial_weights(
+    tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tmp_path / "first"
+    train(tiny, out=first)
+    weights = tmp_path / "start.safetensors"
+    (first / run.WEIGHTS).rename(weights)
+    settings = update(tiny, {"model": {"weights": str(weights)}}, "test")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(Stopped):
+            train(settings, out=tmp_path / "second")
+    weights.unlink()
+    assert train(settings, resume=tmp_path / "second")["iterations"] == 6
+
+
+def test_a_line_cut_short_by_a_crash_is_dropped(
+    tiny: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Stopped):
+            train(tiny, out=out)
+    with (out / "metrics.csv").open("a") as file:
+        file.write(",0.5")
+    train(tiny, resume=out)
+    assert "\n,0.5" not in (out / "metrics.csv").read_text()
 
 
 def test_all_labelled_leaves_nothing_to_teach(tiny: Settings, out: Path) -> None:
