@@ -47,7 +47,7 @@ def run(arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         ("--model.weights {nowhere}", "there is no such file"),
         ("--train.device cuda:99", "--train.device cuda:99 cannot be used here"),
         ("--data-root {empty}", "has no folder"),
-        ("--out {file} --resume {empty}", "exclude each other"),
+        ("--out {file} --resume {broken}", "exclude each other"),
         ("--out {long}", "cannot be written"),
         ("--views.blur-sigma 0 0", "--views.blur-sigma must be two numbers above 0"),
         ("--data.scale 0.5 inf", "--data.scale must be"),
