@@ -16,7 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "digits.csv"
+RESULTS = Path(__file__).parent / "results" / "training" / "digits.csv"
 METHODS = {
     "supervised": ["--method", "supervised"],
     "mean teacher": ["--method", "mean-teacher"],
@@ -87,7 +87,7 @@ def append(name: str, seed: int, recipe: str, summary: dict[str, object]) -> Non
     assert isinstance(miou, dict)
     row = {**summary, **versions, **miou, "method": name, "seed": seed, "recipe": recipe}
     new = not RESULTS.exists()
-    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with RESULTS.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         if new:
