@@ -115,7 +115,8 @@ def run_everything(backend: str, device: str, wrap: Callable[..., Any]) -> list[
     c = contrast(20, 3, 4, 8, device=device, partly=True, masked=True)
     assert c.positive is not None
     # where an operation lacks this backend, the choice is left to the dispatch
-    names = {n: backend if _runs(n, backend, device) else "auto" for n in OPERATIONS}
+    fits = {n: backend != "auto" and _runs(n, backend, device) for n in OPERATIONS}
+    names = {n: backend if fits[n] else "auto" for n in OPERATIONS}
     query = c.query.clone().requires_grad_()
     keys, count = c.keys.nan_to_num(0), torch.full((3,), 2, device=device)
     cursor = count.clone()
