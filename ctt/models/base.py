@@ -1,5 +1,6 @@
 """What every network gives: logits and features from one forward."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,8 +19,8 @@ class Output(NamedTuple):
     features: Tensor
 
 
-class SegmentationModel(nn.Module):
-    """A network `body` that gives features (B, D, h, w), and a 1x1 classifier on them.
+class SegmentationModel(nn.Module, ABC):
+    """A network that gives features (B, D, h, w), and a 1x1 classifier on them.
 
     Subclasses implement `extract`; `classifier` is the last 1x1 convolution.
 
@@ -30,9 +31,9 @@ class SegmentationModel(nn.Module):
     classifier: nn.Conv2d
     stride: int
 
+    @abstractmethod
     def extract(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised -> features (B, D, h, w)."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> Output:
         features = self.extract(images)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import confusion_matrix
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctt.data.digits import INFO, Digits
-from ctt.models.base import Output, SegmentationModel
+from ctt.models.base import SegmentationModel
 from ctt.train.evaluate import Score, batches, evaluate, score
 
 
@@ -19,13 +19,13 @@ class Fixed(SegmentationModel):
     def __init__(self, seed: int) -> None:
         super().__init__()
         rng = torch.Generator().manual_seed(seed)
+        self.classifier = nn.Identity()
         self.table = torch.randn(8, 9, generator=rng)  # classes 9 and 10 are never predicted
 
-    def forward(self, images: Tensor) -> Output:
+    def extract(self, images: Tensor) -> Tensor:
         colour = ((images[:, 0] * INFO.std[0] + INFO.mean[0]) * 7.99).long()
         logits = self.table[colour].permute(0, 3, 1, 2)
-        logits = torch.cat([logits, torch.full_like(logits[:, :2], -20)], dim=1)
-        return Output(logits, logits)
+        return torch.cat([logits, torch.full_like(logits[:, :2], -20)], dim=1)
 
 
 def independent_miou(network: Fixed, source: Digits) -> float:

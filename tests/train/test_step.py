@@ -42,12 +42,11 @@ class ByColour(SegmentationModel):
 
     def __init__(self) -> None:
         super().__init__()
-        self.classifier = nn.Conv2d(1, 1, 1)
+        self.classifier = nn.Identity()
 
-    def forward(self, images: Tensor) -> Output:
+    def extract(self, images: Tensor) -> Tensor:
         colour = (images[:, :1] * INFO.std[0] + INFO.mean[0]) * 255 / 20  # (B, 1, H, W)
-        logits = -50 * (colour - torch.arange(11)[:, None, None]).abs()
-        return Output(logits, logits)
+        return -50 * (colour - torch.arange(11)[:, None, None]).abs()
 
 
 @pytest.mark.parametrize("mix", ["none", "cutmix", "classmix"])
