@@ -106,8 +106,8 @@ def table(rows: list[dict[str, str]]) -> str:
     """Mean and standard deviation over the seeds of each method, as markdown."""
     latest = {(row["method"], row["seed"]): row for row in rows}
     lines = [
-        "| method | better student | better teacher | ensemble | seeds | iterations |",
-        "|---|---|---|---|---|---|",
+        "| method | better student | better teacher | ensemble | seeds | iterations | seconds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in METHODS:
         chosen = [row for (method, _), row in latest.items() if method == name]
@@ -116,7 +116,17 @@ def table(rows: list[dict[str, str]]) -> str:
             pairs = sum(bool(chosen[0][f"teacher_{k}"]) for k in (1, 2))
             cells.append(spread([float(r["ensemble"]) for r in chosen]) if pairs > 1 else "")
             seeds = ", ".join(sorted(row["seed"] for row in chosen))
-            lines.append(f"| {name} | {' | '.join(cells)} | {seeds} | {chosen[0]['iterations']} |")
+            cells += [seeds, chosen[0]["iterations"]]
+            cells.append(f"{statistics.mean(float(row['seconds']) for row in chosen):.0f}")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name in ("supervised", "mean teacher"):
+        leads = [
+            float(row["ensemble"]) - max(best(other, "student"), best(other, "teacher"))
+            for (method, seed), row in sorted(latest.items())
+            if method == "cross teacher + contrast" and (other := latest.get((name, seed)))
+        ]
+        shown = ", ".join(f"{lead:.1f}" for lead in leads)
+        lines += ["", f"Lead of the ensemble with contrast over {name}, seed by seed: {shown}"]
     return "\n".join(lines)
 
 
