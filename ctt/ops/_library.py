@@ -225,4 +225,14 @@ class StoredGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
+        if grad.dtype == grad_loss.dtype and not _graph_is_kept():
+            # nobody reads it again: a second (N, D) costs more than the product itself
+            factor = grad_loss[:, None] if grad_loss.dim() else grad_loss
+            return grad.mul_(factor).to(ctx.dtype), None, None
         return scale_gradient(grad_loss, grad, ctx.dtype), None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward that runs may run again (retain_graph)."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())

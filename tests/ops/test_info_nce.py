@@ -237,6 +237,21 @@ def test_a_scaled_loss_keeps_small_gradients_of_float16(backend: str, device: st
 
 
 @RUNS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_backward_may_run_again(backend: str, device: str, dtype: torch.dtype) -> None:
+    case = contrast(9, 3, 4, 16, dtype, device)
+    query = case.query.clone().requires_grad_()
+    loss = 8 * high_level(backend)(query, case, "class")
+    first, second, last = (
+        torch.autograd.grad(loss, query, retain_graph=again)[0].clone()
+        for again in (True, True, False)
+    )
+    assert first.any()
+    assert torch.equal(first, second)
+    assert torch.equal(first, last)
+
+
+@RUNS
 def test_double_backward_is_refused(backend: str, device: str) -> None:
     case = contrast(9, 3, 4, 16, device=device)
     query = case.query.clone().requires_grad_()

@@ -153,7 +153,8 @@ def _contrast(
     index, pixels = _select_pixels(label, mask, held, need_own=positive is None)
 
     loss = flat_keys.new_empty(index.shape[0])
-    grad = torch.zeros_like(query, dtype=gradient_dtype(query)) if need_grad else None
+    make = torch.empty_like if index.shape[0] == query.shape[0] else torch.zeros_like
+    grad = make(query, dtype=gradient_dtype(query)) if need_grad else None
     weight = _class_weight(pixels, reduction)
     if index.shape[0]:
         run = _cpu.contrast_f64 if double else _cpu.contrast_f32
