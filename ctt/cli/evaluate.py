@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctt.cli.common import run_program
 from ctt.errors import UserError
-from ctt.train.settings import Settings
+from ctt.train.settings import EvalSettings, Settings, update, validate_eval
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ctt.data.source import DatasetInfo, Source
     from ctt.models.base import SegmentationModel
+    from ctt.train.trained import Trained
 
 
 @dataclass(frozen=True)
@@ -21,11 +27,21 @@ class Arguments:
 
     path: Path
     """Folder of a run (all students, teachers and their ensemble), or a best.safetensors."""
-    eval_split: str = ""
+    network: tuple[str, ...] = ()
+    """Only these of a run's networks: student_1, teacher_2, ensemble."""
+    dataset: str = ""
+    """Data set to evaluate on; by default the one that the networks were trained on."""
+    data_root: Path | None = None
+    """Its folder; by default the run's."""
+    split: str = ""
     """Images to evaluate on; by default those of the run, or `val`."""
-    json: Path | None = None
-    """Also write the scores to this file."""
+    out: Path | None = None
+    """New folder for summary.json and, for each network, a picture of its confusion matrix."""
+    workers: int = 2
+    """Processes that load images; 0 loads in the main process."""
     device: str = "auto"
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    """The protocol; by default the run's."""
 
 
 def main() -> None:
@@ -34,85 +50,172 @@ def main() -> None:
 
 
 def _main(arguments: list[str]) -> int:
-    import tyro
+    parsed = _parse(arguments, EvalSettings())
+    _check_out(parsed.out)
+    from ctt.train.loop import pick_device
+    from ctt.train.trained import load_trained
 
-    parsed = tyro.cli(
-        Arguments, prog="ctt-eval", args=arguments, config=(tyro.conf.PositionalRequiredArgs,)
-    )
-    from rich.console import Console
-
-    from ctt.train.evaluate import as_json, evaluate, write_json
-    from ctt.train.loop import open_source, pick_device, score_table
-
-    if parsed.json is not None and parsed.json.exists():
-        raise UserError(f"--json {parsed.json}: the file exists already. Give a new name.")
-    if parsed.json is not None and not parsed.json.parent.is_dir():
-        raise UserError(f"--json {parsed.json}: there is no folder {parsed.json.parent}.")
     device = pick_device(parsed.device)
-    networks, settings, origin = _networks(parsed.path)
-    settings = _choose_split(settings, parsed.eval_split)
-    source = open_source(settings)
-    for network in networks.values():
-        network.to(device)
-    scores = evaluate(networks, source, source.eval_ids(), device)
-    result: dict[str, Any] = {
-        **as_json(scores, source.info),
-        "dataset": settings.dataset,
-        "eval_split": settings.data.eval_split,
-        "images": len(source.eval_ids()),
-        "weights": origin,
-    }
-    console = Console()
-    console.print(score_table(scores, source.info))
-    console.print(
-        f"{origin}; protocol {result['protocol']}, {result['images']} images of "
-        f"{settings.dataset}/{settings.data.eval_split}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if parsed.json is not None:
-        write_json(parsed.json, result)
+    trained = load_trained(parsed.path)
+    parsed = _parse(arguments, trained.settings.eval)
+    validate_eval(parsed.eval)
+    networks = _choose(trained, parsed.network)
+    source, settings = _open_source(trained, parsed)
+    ids = source.eval_ids()
+    matrices = _confusions(networks, trained.info, source, ids, device, parsed)
+    _report(matrices, trained, source, ids, settings, parsed)
     return 0
 
 
-def _networks(path: Path) -> tuple[dict[str, SegmentationModel], Settings, str]:
-    """The networks by name, the settings that say which data they belong to, and their origin."""
-    import dataclasses
+def _parse(arguments: list[str], protocol: EvalSettings) -> Arguments:
+    import tyro
 
-    from ctt.train import checkpoint, run
+    default = Arguments(path=tyro.MISSING, eval=protocol)
+    config = (tyro.conf.PositionalRequiredArgs,)
+    return tyro.cli(Arguments, prog="ctt-eval", args=arguments, default=default, config=config)
 
-    if not path.is_dir():
-        network, info, note = checkpoint.load_network(path)
-        return {"network": network}, dataclasses.replace(Settings(), dataset=info.name), note
-    import torch
 
-    from ctt import methods
+def _check_out(out: Path | None) -> None:
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: this is there already. Give a new or an empty folder.")
+
+
+def _choose(trained: Trained, names: tuple[str, ...]) -> dict[str, SegmentationModel]:
+    """The networks that the scores of `names` need.
+
+    Raises:
+        UserError: no such network.
+    """
+    known = list(trained.networks)
+    if any(name.startswith("teacher") for name in known):
+        known.append("ensemble")
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"--network {name}: there is none of that name in {trained.origin}. "
+                f"Networks: {', '.join(known)}."
+            )
+    if not names:
+        return trained.networks
+    return {
+        name: network
+        for name, network in trained.networks.items()
+        if name in names or ("ensemble" in names and name.startswith("teacher"))
+    }
+
+
+def _open_source(trained: Trained, parsed: Arguments) -> tuple[Source, Settings]:
+    from ctt import data
     from ctt.train.loop import open_source
-    from ctt.train.state import TrainState
 
-    if not (path / run.CHECKPOINT).is_file():
-        raise UserError(f"{path}: the folder holds no {run.CHECKPOINT}, so it is no run.")
-    settings = run.read_settings(path)
-    saved = checkpoint.load(path / run.CHECKPOINT)
-    pairs = settings.pairs or methods.get(settings.method).default_pairs
-    classes = len(open_source(settings).info.classes)
-    state = TrainState(settings, pairs, classes, torch.device("cpu"), initialize=False)
-    try:
-        state.load_state_dict(saved)
-    except (RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: checkpoint and config.yaml do not fit ({reason}).") from None
-    return state.networks(), settings, f"{path} after {state.iteration} iterations"
-
-
-def _choose_split(settings: Settings, split: str) -> Settings:
-    from ctt.train.settings import update
-
-    trained_on = settings.data.eval_split
-    if split == "tune" and trained_on == "val":
+    settings = trained.settings
+    if parsed.dataset:
+        settings = dataclasses.replace(settings, dataset=parsed.dataset, data_root=None)
+    if parsed.data_root is not None:
+        settings = dataclasses.replace(settings, data_root=parsed.data_root)
+    if settings.dataset not in data.names() and not parsed.dataset:
         raise UserError(
-            "--eval-split tune: this run was trained with those digits. Train with "
+            f"{trained.origin}: trained on {settings.dataset}, which is no data set of this "
+            f"installation. Say by --dataset and --data-root what to evaluate on "
+            f"({', '.join(data.names())})."
+        )
+    settings = _choose_split(settings, parsed.split, trained)
+    source = open_source(settings)
+    if source.info.classes != trained.info.classes:
+        raise UserError(
+            f"{trained.origin} knows the {len(trained.info.classes)} classes of "
+            f"{trained.info.name}, but {settings.dataset} has {len(source.info.classes)} of its "
+            f"own: {_first_difference(trained.info, source.info)}. Give the data set that the "
+            f"network was trained on."
+        )
+    return source, settings
+
+
+def _first_difference(trained: DatasetInfo, found: DatasetInfo) -> str:
+    for c, (ours, theirs) in enumerate(zip(trained.classes, found.classes, strict=False)):
+        if ours != theirs:
+            return f"class {c} is {ours!r} to the network and {theirs!r} in the data"
+    return f"{len(trained.classes)} and {len(found.classes)} classes"
+
+
+def _choose_split(settings: Settings, split: str, trained: Trained) -> Settings:
+    trained_on = trained.settings.data.eval_split
+    if settings.dataset == "digits" and split == "tune" and trained_on == "val":
+        raise UserError(
+            "--split tune: this run was trained with those digits. Train with "
             "--data.eval-split tune to hold them out."
         )
     values = {"data": {"eval_split": split}} if split else {}
-    return update(settings, values, "--eval-split")
+    return update(settings, values, "--split")
+
+
+def _confusions(
+    networks: dict[str, SegmentationModel],
+    info: DatasetInfo,
+    source: Source,
+    ids: list[str],
+    device: torch.device,
+    parsed: Arguments,
+) -> dict[str, Tensor]:
+    from rich.progress import Progress
+
+    from ctt.train.evaluate import confusions
+
+    for network in networks.values():
+        network.to(device)
+    with Progress(transient=True) as bar:
+        task = bar.add_task("evaluating", total=len(ids))
+        found = confusions(
+            networks,
+            source,
+            ids,
+            device,
+            parsed.eval,
+            parsed.workers,
+            info,
+            lambda images: bar.advance(task, images),
+        )
+    return {name: matrix for name, matrix in found.items() if name in (parsed.network or found)}
+
+
+def _report(
+    matrices: dict[str, Tensor],
+    trained: Trained,
+    source: Source,
+    ids: list[str],
+    settings: Settings,
+    parsed: Arguments,
+) -> None:
+    """Print the table; write summary.json and the pictures if wanted."""
+    from rich.console import Console
+
+    from ctt.train.evaluate import as_json, hash_of_list, score, score_table, write_json
+    from ctt.train.inference import in_words
+    from ctt.train.record import draw_confusion
+
+    scores = {name: score(matrix) for name, matrix in matrices.items()}
+    console = Console()
+    console.print(score_table(scores, source.info))
+    split = settings.data.eval_split
+    console.print(
+        f"{trained.origin}; protocol {in_words(parsed.eval)}; {len(ids)} images of "
+        f"{settings.dataset}/{split}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if parsed.out is None:
+        return
+    result: dict[str, Any] = {
+        **as_json(scores, source.info, parsed.eval),
+        "dataset": settings.dataset,
+        "eval_split": split,
+        "images": len(ids),
+        "images_sha256": hash_of_list(ids),
+        "weights": trained.origin,
+        "weights_sha256": trained.sha256,
+    }
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    for name, matrix in matrices.items():
+        draw_confusion(parsed.out / f"confusion_{name}.png", matrix, source.info, name)
+    write_json(parsed.out / "summary.json", result)
+    console.print(f"Everything is in {parsed.out}", highlight=False, soft_wrap=True)

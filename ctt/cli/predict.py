@@ -59,16 +59,18 @@ def _main(arguments: list[str]) -> int:
     network.to(device)
     import torch
 
-    from ctt.train.evaluate import predict_probability
+    from ctt.train.inference import predictor
+    from ctt.train.settings import EvalSettings
 
     try:
         parsed.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {parsed.out} cannot be written ({error.strerror}).") from None
+    predict = predictor(network, info, EvalSettings())
     with torch.no_grad():
         for file in track(files, "segmenting", transient=True):
             image = read_image(file)
-            probability = predict_probability(network, image[None].to(device), info)
+            probability = predict(image[None].to(device))
             write(parsed.out, file.stem, image, probability[0].argmax(dim=0).cpu(), info)
     print(f"{len(files)} masks and overlays are in {parsed.out}")
     return 0

@@ -94,13 +94,13 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=leave_signals_to_the_parent,
         # the loader would otherwise draw from the global generator, which checkpoints keep
         generator=generator("loader", dataset.purpose),
     )
 
 
-def _leave_signals_to_the_parent(_worker: int) -> None:
+def leave_signals_to_the_parent(_worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach all; the one that trains has a checkpoint to write."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

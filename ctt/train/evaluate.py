@@ -1,22 +1,25 @@
 """mIoU of every network and of their ensemble, each from one confusion matrix of the whole set."""
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torch.utils.data import DataLoader, Dataset
 
+from ctt.data.loader import leave_signals_to_the_parent
+from ctt.data.random import generator
 from ctt.data.source import IGNORE, DatasetInfo, Source
-from ctt.methods.losses import upsample
+from ctt.errors import UserError
 from ctt.models.base import SegmentationModel
-from ctt.train.step import normalize, to_unit
+from ctt.train.inference import predictor, prepare, stacks, stated
+from ctt.train.settings import EvalSettings
 
-PROTOCOL = "whole"  # whole image, native label size, logits upsampled to it
-BATCH_PIXELS = 2**18  # images of one size are evaluated together up to this many pixels
+ENSEMBLE = "ensemble"  # the mean of the teachers' probabilities
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Score:
         present = [value for value in self.class_iou if value == value]
         return sum(present) / len(present) if present else float("nan")
 
+    def absent(self, info: DatasetInfo) -> list[str]:
+        """Names of the classes that the mean leaves out."""
+        named = zip(info.classes, self.class_iou, strict=True)
+        return [name for name, value in named if value != value]
+
 
 def score(confusion: Tensor) -> Score:
     """From a confusion matrix (C, C) of pixel counts, labels in rows."""
@@ -43,70 +51,153 @@ def score(confusion: Tensor) -> Score:
     return Score(tuple(iou.tolist()), float(accuracy))
 
 
-def predict_probability(network: SegmentationModel, images: Tensor, info: DatasetInfo) -> Tensor:
-    """Class probabilities (B, C, H, W) of images (B, 3, H, W) uint8, at their resolution."""
-    normalized = normalize(to_unit(images), info)
-    return upsample(network(normalized).logits, (images.shape[-2], images.shape[-1])).softmax(dim=1)
-
-
-@torch.no_grad()
 def evaluate(
     networks: dict[str, SegmentationModel],
     source: Source,
-    ids: Sequence[str],
+    ids: Iterable[str],
     device: torch.device,
+    settings: EvalSettings | None = None,
+    workers: int = 0,
 ) -> dict[str, Score]:
-    """Score of each network, and, where there are teachers, of their mean probability (`ensemble`).
+    """Score of each network, and, where there are teachers, of their mean probability.
 
-    Protocol "whole": the whole image at its own size, 255 left out, one confusion matrix each.
+    Arguments and errors are those of `confusions`.
     """
+    matrices = confusions(networks, source, ids, device, settings, workers)
+    return {name: score(matrix) for name, matrix in matrices.items()}
+
+
+@torch.no_grad()
+def confusions(
+    networks: dict[str, SegmentationModel],
+    source: Source,
+    ids: Iterable[str],
+    device: torch.device,
+    settings: EvalSettings | None = None,
+    workers: int = 0,
+    trained_on: DatasetInfo | None = None,
+    progress: Callable[[int], object] = lambda images: None,
+) -> dict[str, Tensor]:
+    """Pixel counts (C, C) int64 on `device`, labels in rows, for each network and `ensemble`.
+
+    Matrices of disjoint parts of a set add up to that of the set. Pixels with label 255 are not
+    counted. The ensemble, the mean of the teachers' probabilities, is there if a name begins with
+    "teacher".
+
+    Args:
+        networks: on `device`; their mode is left as it was.
+        settings: the protocol; by default whole images at their own size.
+        workers: processes that load images; 0 loads in this one.
+        trained_on: whose normalisation the networks want; by default that of `source`.
+        progress: called with the number of images after each batch.
+
+    Raises:
+        UserError: a label that is no class.
+    """
+    settings = settings or EvalSettings()
     classes = len(source.info.classes)
-    was_training = {name: network.training for name, network in networks.items()}
-    for network in networks.values():
-        network.eval()
+    info = trained_on or source.info
+    predictors = {name: predictor(net, info, settings) for name, net in networks.items()}
     teachers = [name for name in networks if name.startswith("teacher")]
-    names = [*networks, "ensemble"] if teachers else list(networks)
-    matrices = {
-        name: MulticlassConfusionMatrix(classes, ignore_index=IGNORE).to(device) for name in names
-    }
-    for images, label in batches(source, ids):
-        images, label = images.to(device), label.to(device).long()
-        probability = {
-            name: predict_probability(network, images, source.info)
-            for name, network in networks.items()
-        }
-        if teachers:
-            probability["ensemble"] = torch.stack([probability[t] for t in teachers]).mean(dim=0)
-        for name in names:
-            matrices[name].update(probability[name].argmax(dim=1), label)
-    for name, network in networks.items():
-        network.train(was_training[name])
-    return {name: score(matrix.compute()) for name, matrix in matrices.items()}
+    names = [*networks, ENSEMBLE] if teachers else list(networks)
+    matrices = {name: torch.zeros(classes, classes, dtype=torch.int64) for name in names}
+    matrices = {name: matrix.to(device) for name, matrix in matrices.items()}
+    was_training = {name: network.training for name, network in networks.items()}
+    try:
+        for network in networks.values():
+            network.eval()
+        for images, label in batches(source, ids, settings, workers):
+            images, label = images.to(device), label.to(device).long()
+            total: Tensor | None = None  # of the teachers; as good as the mean for argmax
+            for name, predict in predictors.items():
+                probability = predict(images)  # (B, C, H, W)
+                count(matrices[name], probability.argmax(dim=1), label)
+                if name in teachers:
+                    total = probability if total is None else total.add_(probability)
+            if total is not None:
+                count(matrices[ENSEMBLE], total.argmax(dim=1), label)
+            progress(len(images))
+    finally:
+        for name, network in networks.items():
+            network.train(was_training[name])
+    return matrices
 
 
-def batches(source: Source, ids: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+def count(matrix: Tensor, predicted: Tensor, label: Tensor) -> None:
+    """Add pixels, predicted and label int64 of one shape, to a matrix (C, C) in place.
+
+    Not torchmetrics: with deterministic algorithms it needs C**2 numbers for each pixel.
+    """
+    classes = len(matrix)
+    valid = label != IGNORE
+    pairs = classes * label[valid] + predicted[valid]
+    matrix += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+class Pairs(Dataset[tuple[Tensor, Tensor] | UserError]):
+    """Images (3, H, W) uint8 and labels (H, W) uint8 as the protocol wants them.
+
+    A mistake in the data is returned: raised in a loader process it would lose its plain text.
+    """
+
+    def __init__(self, source: Source, ids: Sequence[str], settings: EvalSettings) -> None:
+        self.source, self.ids, self.settings = source, ids, settings
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | UserError:
+        name = self.ids[index]
+        try:
+            image, label = self.source.image(name), self.source.label(name)
+            check_label(label, name, self.source.info)
+        except UserError as error:
+            return error
+        return prepare(image, label, self.settings)
+
+
+def check_label(label: Tensor, name: str, info: DatasetInfo) -> None:
+    """Refuse labels that are neither a class nor 255.
+
+    Raises:
+        UserError: names the image and the value.
+    """
+    wrong = label[(label >= len(info.classes)) & (label != IGNORE)]
+    if len(wrong):
+        raise UserError(
+            f"The label of {name} holds the value {int(wrong[0])}, but {info.name} has the classes "
+            f"0..{len(info.classes) - 1} and {IGNORE} for ignored pixels."
+        )
+
+
+def batches(
+    source: Source, ids: Iterable[str], settings: EvalSettings, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (B, 3, H, W) and labels (B, H, W), neighbours of one size together."""
-
-    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for name in ids:
-            yield source.image(name), source.label(name)
-
-    for shape, group in groupby(pairs(), key=lambda pair: pair[1].shape):
-        limit = max(1, BATCH_PIXELS // shape.numel())
-        images: list[Tensor] = []
-        labels: list[Tensor] = []
-        for image, label in group:
-            images.append(image)
-            labels.append(label)
-            if len(images) == limit:
-                yield torch.stack(images), torch.stack(labels)
-                images, labels = [], []
-        if images:
-            yield torch.stack(images), torch.stack(labels)
+    loader = DataLoader(
+        Pairs(source, list(ids), settings),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=leave_signals_to_the_parent,
+        generator=generator("loader", "evaluation"),  # checkpoints keep the global one
+    )
+    for group in stacks(_raised(loader), lambda pair: pair[1].shape, settings.batch_pixels):
+        images, labels = zip(*group, strict=True)
+        yield torch.stack(images), torch.stack(labels)
 
 
-def as_json(scores: dict[str, Score], info: DatasetInfo) -> dict[str, Any]:
-    """`miou`, `class_iou` (null: absent) and `pixel_accuracy` by network, rounded to 0.01."""
+def _raised(loader: Iterable[tuple[Tensor, Tensor] | UserError]) -> Iterator[tuple[Tensor, Tensor]]:
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+def as_json(scores: dict[str, Score], info: DatasetInfo, settings: EvalSettings) -> dict[str, Any]:
+    """`miou`, `class_iou` (null: absent), `absent` and `pixel_accuracy` by network; `protocol`.
+
+    Percent, rounded to 0.01.
+    """
 
     def number(value: float) -> float | None:
         return None if value != value else round(value, 2)
@@ -117,9 +208,33 @@ def as_json(scores: dict[str, Score], info: DatasetInfo) -> dict[str, Any]:
             name: dict(zip(info.classes, map(number, s.class_iou), strict=True))
             for name, s in scores.items()
         },
+        "absent": {name: s.absent(info) for name, s in scores.items()},
         "pixel_accuracy": {name: number(s.pixel_accuracy) for name, s in scores.items()},
-        "protocol": PROTOCOL,
+        "protocol": stated(settings),
     }
+
+
+def score_table(scores: dict[str, Score], info: DatasetInfo) -> Table:
+    """IoU by class (rows) and network (columns), with the mean first."""
+    left_out = any(score.absent(info) for score in scores.values())
+    caption = "absent: neither labelled nor predicted, left out of the mean" if left_out else None
+    table = Table(title="IoU, %", caption=caption)
+    table.add_column("class")
+    for name in scores:
+        table.add_column(name, justify="right")
+    table.add_row("mean", *(f"{score.miou:.2f}" for score in scores.values()), style="bold")
+    for c, name in enumerate(info.classes):
+        values = [score.class_iou[c] for score in scores.values()]
+        table.add_row(name, *("absent" if v != v else f"{v:.2f}" for v in values))
+    accuracies = (f"{score.pixel_accuracy:.2f}" for score in scores.values())
+    table.add_section()
+    table.add_row("pixel accuracy", *accuracies)
+    return table
+
+
+def hash_of_list(ids: Iterable[str]) -> str:
+    """SHA-256 of the names, one a line, in their order: that of the same list as a text file."""
+    return hashlib.sha256("".join(f"{name}\n" for name in ids).encode()).hexdigest()
 
 
 def write_json(path: Any, values: dict[str, Any]) -> None:

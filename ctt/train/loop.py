@@ -24,18 +24,17 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from torch import Tensor
 
 from ctt import __version__, data, methods
 from ctt.data.loader import DrawSampler, ViewDataset, make_loader
-from ctt.data.source import DatasetInfo, Source
+from ctt.data.source import Source
 from ctt.data.split import make_split, read_list, write_list
 from ctt.data.views import GeometricView
 from ctt.errors import UserError
 from ctt.ops import prefer_backend
 from ctt.train import checkpoint, run
-from ctt.train.evaluate import Score, as_json, evaluate, write_json
+from ctt.train.evaluate import Score, as_json, evaluate, score_table, write_json
 from ctt.train.record import Recorder, draw_curves, draw_samples
 from ctt.train.settings import Settings, to_dict
 from ctt.train.state import TrainState
@@ -229,7 +228,14 @@ class Trainer:
 
     def _evaluate(self, recorder: Recorder) -> dict[str, Score]:
         state = self.state
-        scores = evaluate(state.networks(), self.source, self.source.eval_ids(), self.device)
+        scores = evaluate(
+            state.networks(),
+            self.source,
+            self.source.eval_ids(),
+            self.device,
+            self.settings.eval,
+            self.settings.data.workers,
+        )
         recorder.write(
             state.iteration, {f"miou_{name}": score.miou for name, score in scores.items()}
         )
@@ -289,7 +295,7 @@ class Trainer:
         s, info = self.settings, self.source.info
         images = s.train.iterations * self._images_a_step()
         summary = {
-            **as_json(scores, info),
+            **as_json(scores, info, s.eval),
             "dataset": s.dataset,
             "eval_split": s.data.eval_split,
             "method": s.method,
@@ -314,6 +320,7 @@ class Trainer:
             self.source,
             ids,
             self.device,
+            s.eval,
             f"teacher 1 after {s.train.iterations} iterations",
         )
         self.console.print(score_table(scores, info))
@@ -348,19 +355,6 @@ class Trainer:
             console=self.console,
             transient=True,
         )
-
-
-def score_table(scores: dict[str, Score], info: DatasetInfo) -> Table:
-    """IoU by class (rows) and network (columns), with the mean first."""
-    table = Table(title="IoU, %")
-    table.add_column("class")
-    for name in scores:
-        table.add_column(name, justify="right")
-    table.add_row("mean", *(f"{score.miou:.2f}" for score in scores.values()), style="bold")
-    for c, name in enumerate(info.classes):
-        values = [score.class_iou[c] for score in scores.values()]
-        table.add_row(name, *("absent" if v != v else f"{v:.2f}" for v in values))
-    return table
 
 
 def open_source(settings: Settings) -> Source:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ctt.data.source import DatasetInfo, Source
 from ctt.models.base import SegmentationModel
-from ctt.train.evaluate import predict_probability
+from ctt.train.inference import predictor
+from ctt.train.settings import EvalSettings
 from ctt.train.step import TERMS
 
 
@@ -114,6 +115,7 @@ def draw_samples(
     source: Source,
     ids: list[str],
     device: torch.device,
+    settings: EvalSettings,
     title: str,
 ) -> None:
     """A sheet of image, label, prediction and confidence of some evaluation images."""
@@ -128,9 +130,10 @@ def draw_samples(
     )
     training = network.training
     network.eval()
+    predict = predictor(network, source.info, settings)
     for column, name in enumerate(ids):
         image, label = source.image(name), source.label(name)
-        probability = predict_probability(network, image[None].to(device), source.info)[0]
+        probability = predict(image[None].to(device))[0]
         confidence, predicted = probability.cpu().max(dim=0)
         shown = (
             image.permute(1, 2, 0),
@@ -147,5 +150,34 @@ def draw_samples(
         axis.set(xticks=[], yticks=[])
     figure.suptitle(title)
     figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_confusion(path: Path, confusion: Tensor, info: DatasetInfo, title: str) -> None:
+    """A confusion matrix (C, C) of pixel counts; every row in percent of its label's pixels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    counts = confusion.cpu().double()
+    share = (100 * counts / counts.sum(dim=1, keepdim=True)).nan_to_num()  # of absent labels: 0
+    classes = len(info.classes)
+    side = 2.5 + 0.38 * classes
+    figure, axis = plt.subplots(figsize=(side + 0.8, side), layout="constrained")
+    picture = axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
+    for row in range(classes):
+        for column in range(classes):
+            value = float(share[row, column])
+            if value >= 0.5:
+                colour = "white" if value > 50 else "black"
+                axis.text(
+                    column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7
+                )
+    axis.set_xticks(range(classes), info.classes, rotation=90)
+    axis.set_yticks(range(classes), info.classes)
+    axis.set(xlabel="predicted", ylabel="label", title=f"{title}: % of the label's pixels")
+    figure.colorbar(picture, shrink=0.7)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -170,6 +170,26 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
+class EvalSettings:
+    protocol: Literal["whole", "sliding", "center-crop", "half"] = "whole"
+    """What is scored: whole images at their own size; the same, seen through overlapping windows;
+    a crop from the middle; or images and labels at half their height and width (Cityscapes at
+    512x1024, the paper's numbers)."""
+    window: tuple[int, int] = (801, 801)
+    """sliding and center-crop: height and width of the window, cut to the image's."""
+    stride: float = 2 / 3
+    """sliding: step from window to window, as a share of the window, or above 1 in pixels."""
+    flip: bool = False
+    """Mean of the probabilities of an image and its mirror image."""
+    scales: tuple[float, ...] = (1.0,)
+    """Mean of the probabilities of an image at several sizes, as factors: 0.75 1 1.25."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Mixed precision of the network; probabilities are always float32."""
+    batch_pixels: int = 2**18
+    """Images or windows of one size go through the network together up to this many pixels."""
+
+
+@dataclass(frozen=True)
 class Settings:
     dataset: str = "digits"
     """One of `ctt.data.names()`."""
@@ -194,6 +214,7 @@ class Settings:
     loss: LossSettings = field(default_factory=LossSettings)
     bank: BankSettings = field(default_factory=BankSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
 
     def hash(self) -> str:
         """Twelve hex digits that name these settings."""
@@ -265,6 +286,10 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
         if value not in options:
             raise UserError(f"{where} must be one of {', '.join(options)}, got {value!r}.")
         return value
+    if origin is tuple and options[-1] is Ellipsis:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where} must be a list, got {value!r}.")
+        return tuple(_coerce(item, options[0], where) for item in value)
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(options):
             raise UserError(f"{where} must be a list of {len(options)} numbers, got {value!r}.")
@@ -290,7 +315,7 @@ def validate(settings: Settings) -> None:
     s = settings
     share = "must be in 0..1"
     positive, at_least_0, at_least_1 = "must be above 0", "must be at least 0", "must be at least 1"
-    checks: list[tuple[str, Any, bool, str]] = [
+    checks: list[Check] = [
         ("--pairs", s.pairs, 0 <= s.pairs <= 8, "must be in 1..8"),
         ("--seed", s.seed, 0 <= s.seed < 2**31, f"must be in 0..{2**31 - 1}"),
         ("--data.crop", s.data.crop, min(s.data.crop) >= 8, "must be at least 8 8"),
@@ -375,7 +400,36 @@ def validate(settings: Settings) -> None:
             s.train.checkpoint_every >= 0,
             at_least_0,
         ),
+        *_eval_checks(s.eval),
     ]
+    _refuse(checks)
+
+
+def validate_eval(settings: EvalSettings) -> None:
+    """`validate` for the settings of evaluation alone."""
+    _refuse(_eval_checks(settings))
+
+
+Check = tuple[str, Any, bool, str]  # option, its value, whether it is good, the rule
+
+
+def _eval_checks(e: EvalSettings) -> list[Check]:
+    scales_in_range = len(e.scales) > 0 and all(0.1 <= scale <= 10 for scale in e.scales)
+    stride_fits = 0 < e.stride <= 1 or 1 < e.stride <= min(e.window)
+    return [
+        ("--eval.window", e.window, min(e.window) >= 8, "must be at least 8 8"),
+        (
+            "--eval.stride",
+            e.stride,
+            stride_fits,
+            "must be a share of the window in 0..1, or a number of pixels that its sides reach",
+        ),
+        ("--eval.scales", e.scales, scales_in_range, "must be factors in 0.1..10"),
+        ("--eval.batch-pixels", e.batch_pixels, e.batch_pixels >= 1, "must be at least 1"),
+    ]
+
+
+def _refuse(checks: list[Check]) -> None:
     for option, value, good, rule in checks:
         numbers = value if isinstance(value, tuple) else (value,)
         if not good or not all(math.isfinite(number) for number in numbers):

@@ -1,3 +1,5 @@
+import dataclasses
+import hashlib
 import json
 import re
 import shlex
@@ -11,6 +13,8 @@ from PIL import Image
 
 from ctt.cli import evaluate, predict, train
 from ctt.data.digits import Digits
+from ctt.train import checkpoint
+from ctt.train.run import read_settings
 
 Run = Callable[[str], int]
 
@@ -50,16 +54,66 @@ def call(program: Callable[[], None], arguments: list[str], monkeypatch: pytest.
 def test_evaluation_of_a_run_repeats_its_summary(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = tmp_path / "scores.json"
-    assert call(evaluate.main, [str(folder), "--json", str(target)], monkeypatch) == 0
-    scores = json.loads(target.read_text())
+    out = tmp_path / "scores"
+    arguments = [str(folder), "--out", str(out), "--workers", "1"]
+    assert call(evaluate.main, arguments, monkeypatch) == 0
+    scores = json.loads((out / "summary.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
-    assert scores["miou"] == summary["miou"]
-    assert scores["class_iou"] == summary["class_iou"]
-    assert (scores["protocol"], scores["images"]) == ("whole", 6)
-    for bad in (["--json", str(target)], ["--json", str(tmp_path / "no" / "x.json")]):
-        assert call(evaluate.main, [str(folder), *bad], monkeypatch) == 2
-    assert call(evaluate.main, [str(folder), "--eval-split", "tune"], monkeypatch) == 2
+    for key in ("miou", "class_iou", "absent", "pixel_accuracy", "protocol"):
+        assert scores[key] == summary[key]
+    assert scores["protocol"] == {"name": "whole", "scales": [1.0], "flip": False, "amp": "off"}
+    names = "".join(f"{name}\n" for name in Digits(24, 6).eval_ids())
+    assert scores["images_sha256"] == hashlib.sha256(names.encode()).hexdigest()
+    checkpoint = (folder / "checkpoints" / "last.pt").read_bytes()
+    assert scores["weights_sha256"] == hashlib.sha256(checkpoint).hexdigest()
+    assert len(list(out.glob("confusion_*.png"))) == 5
+    assert call(evaluate.main, arguments, monkeypatch) == 2  # the folder is not empty
+
+
+def test_only_the_networks_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "scores"
+    protocol = (
+        "--eval.protocol sliding --eval.window 17 20 --eval.stride 0.5 --eval.flip "
+        "--eval.scales 0.75 1 --eval.amp bf16 --workers 0"
+    )
+    chosen = ["--network", "ensemble", "student_2", "--out", str(out), *protocol.split()]
+    assert call(evaluate.main, [str(folder), *chosen], monkeypatch) == 0
+    scores = json.loads((out / "summary.json").read_text())
+    assert list(scores["miou"]) == ["student_2", "ensemble"]
+    assert scores["protocol"] == {
+        "name": "sliding",
+        "window": [17, 20],
+        "stride": 0.5,
+        "scales": [0.75, 1.0],
+        "flip": True,
+        "amp": "bf16",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("--split tune", "this run was trained with those digits"),
+        ("--network teacher_9", "Networks: student_1, student_2, teacher_1, teacher_2, ensemble."),
+        ("--eval.scales 0 1", "--eval.scales must be factors in 0.1..10"),
+        ("--eval.window 4 4", "--eval.window must be at least 8 8"),
+        ("--eval.stride 900", "--eval.stride must be a share"),
+        ("--dataset nope", "no such data set"),
+    ],
+)
+def test_bad_options_of_evaluation(
+    arguments: str,
+    text: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call(evaluate.main, [str(folder), *arguments.split()], monkeypatch) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert text in shown
+    assert "Traceback" not in shown
 
 
 def test_evaluation_of_weights_names_their_origin(
@@ -67,6 +121,25 @@ def test_evaluation_of_weights_names_their_origin(
 ) -> None:
     assert call(evaluate.main, [str(folder / "best.safetensors")], monkeypatch) == 0
     assert re.search(r"(student|teacher)_[12] after [123] iterations", capsys.readouterr().out)
+
+
+def test_weights_of_other_classes_or_unknown_data(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    network, info, note = checkpoint.load_network(folder / "best.safetensors")
+    model = read_settings(folder).model
+    other = dataclasses.replace(info, name="moon", classes=("sky", *info.classes[1:]))
+    checkpoint.save_network(tmp_path / "moon.safetensors", network, model, other, note)
+    for arguments, text in (
+        ([], "trained on moon, which is no data set of this installation"),
+        (["--dataset", "digits"], "class 0 is 'sky' to the network and 'background' in the data"),
+    ):
+        paths = [str(tmp_path / "moon.safetensors"), *arguments]
+        assert call(evaluate.main, paths, monkeypatch) == 2
+        assert text in " ".join(capsys.readouterr().err.split())
 
 
 def test_masks_and_overlays(

@@ -3,12 +3,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import confusion_matrix
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
 from torch import Tensor, nn
 
 from ctt.data.digits import INFO, Digits
+from ctt.data.source import Source
+from ctt.errors import UserError
 from ctt.models.base import SegmentationModel
-from ctt.train.evaluate import Score, batches, evaluate, score
+from ctt.train.evaluate import Score, batches, confusions, evaluate, score, score_table
+from ctt.train.settings import EvalSettings
 
 
 class Fixed(SegmentationModel):
@@ -69,7 +74,7 @@ def test_score_of_a_matrix() -> None:
 
 def test_images_of_one_size_are_stacked() -> None:
     source = Digits(2, 5)
-    assert [len(images) for images, _ in batches(source, source.eval_ids())] == [5]
+    assert [len(images) for images, _ in batches(source, source.eval_ids(), EvalSettings())] == [5]
 
 
 def test_evaluation_leaves_the_mode_of_networks() -> None:
@@ -77,3 +82,127 @@ def test_evaluation_leaves_the_mode_of_networks() -> None:
     network = Fixed(0).train()
     evaluate({"student_1": network}, source, source.eval_ids(), torch.device("cpu"))
     assert network.training
+
+
+class Random(Source):
+    """Maps of random classes, sizes and ignored pixels; the image's red channel is its label."""
+
+    def __init__(self, seed: int, present: list[int]) -> None:
+        self.info = INFO
+        rng = np.random.default_rng(seed)
+        self.labels = {}
+        for name in "abcde":
+            size = rng.integers(1, 20, 2)
+            label = rng.choice([*present, 255], size).astype(np.uint8)
+            self.labels[name] = torch.from_numpy(label)
+
+    def train_ids(self) -> list[str]:
+        return []
+
+    def eval_ids(self) -> list[str]:
+        return list(self.labels)
+
+    def image(self, name: str) -> Tensor:
+        return self.labels[name].expand(3, -1, -1)
+
+    def label(self, name: str) -> Tensor:
+        return self.labels[name]
+
+
+class Noisy(Fixed):
+    """Random classes of the first `known`, fixed by the seed and the image."""
+
+    def __init__(self, seed: int, known: int) -> None:
+        super().__init__(seed)
+        self.seed, self.known = seed, known
+
+    def extract(self, images: Tensor) -> Tensor:
+        rng = torch.Generator().manual_seed(self.seed + images.numel())
+        logits = torch.randn(len(images), len(INFO.classes), *images.shape[-2:], generator=rng)
+        logits[:, self.known :] -= 100
+        return logits
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    present=st.lists(st.integers(0, 10), max_size=4, unique=True),
+    known=st.integers(1, 11),
+)
+@settings(max_examples=25, deadline=None)
+def test_scores_equal_an_independent_computation(seed: int, present: list[int], known: int) -> None:
+    source, network, cpu = Random(seed, present), Noisy(seed, known), torch.device("cpu")
+    protocol = EvalSettings(batch_pixels=1)
+    matrix = confusions({"network": network}, source, source.eval_ids(), cpu, protocol)["network"]
+    truth = np.concatenate([label.numpy().ravel() for label in source.labels.values()])
+    predicted = np.concatenate(
+        [network.extract(source.image(n)[None]).argmax(1).numpy().ravel() for n in source.labels]
+    )
+    valid = truth != 255
+    if not valid.any():
+        assert matrix.sum() == 0
+        return
+    truth, predicted = truth[valid], predicted[valid]
+    assert np.array_equal(matrix, confusion_matrix(truth, predicted, labels=range(11)))
+    used = np.union1d(truth, predicted)
+    result = score(matrix)
+    iou = jaccard_score(truth, predicted, labels=used, average=None)
+    assert result.miou == pytest.approx(100 * iou.mean())
+    assert result.pixel_accuracy == pytest.approx(100 * accuracy_score(truth, predicted))
+    absent = [name for c, name in enumerate(INFO.classes) if c not in used]
+    assert result.absent(INFO) == absent
+
+
+def test_matrices_of_parts_add_up() -> None:
+    source, cpu = Random(3, [0, 1, 2]), torch.device("cpu")
+    networks = {"student_1": Noisy(0, 4), "teacher_1": Noisy(1, 4), "teacher_2": Noisy(2, 4)}
+    one = EvalSettings(batch_pixels=1)
+    whole = confusions(dict(networks), source, "abcde", cpu, one)
+    parts = [confusions(dict(networks), source, ids, cpu, one) for ids in ("ace", "bd")]
+    assert list(whole) == ["student_1", "teacher_1", "teacher_2", "ensemble"]
+    for name, matrix in whole.items():
+        assert torch.equal(matrix, parts[0][name] + parts[1][name])
+
+
+def test_the_ensemble_is_the_mean_of_the_teachers_probabilities() -> None:
+    """Two teachers outvote one that is surer, unless they are hardly sure."""
+    source, cpu = Random(3, [0]), torch.device("cpu")
+
+    class Sure(Fixed):
+        def __init__(self, logits: list[float]) -> None:
+            super().__init__(0)
+            self.logits = torch.tensor([*logits, *[-30.0] * 8])
+
+        def extract(self, images: Tensor) -> Tensor:
+            size = (len(images), -1, *images.shape[-2:])
+            return self.logits[None, :, None, None].expand(size)
+
+    networks = {f"teacher_{k}": Sure(v) for k, v in enumerate([[3, 0, 0], [3, 0, 0], [0, 0, 9]])}
+    matrices = confusions(dict(networks), source, "abcde", cpu)
+    valid = sum(int((label != 255).sum()) for label in source.labels.values())
+    assert int(matrices["teacher_1"][0, 0]) == valid
+    assert int(matrices["ensemble"][0, 0]) == valid
+    networks["teacher_1"] = Sure([0.1, 0, 0])
+    networks["teacher_0"] = Sure([0.1, 0, 0])
+    assert int(confusions(dict(networks), source, "abcde", cpu)["ensemble"][0, 2]) == valid
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_label_that_is_no_class_is_named(workers: int) -> None:
+    source = Random(0, [0, 1])
+    source.labels["c"][0] = 77
+    with pytest.raises(UserError, match=r"^The label of c holds the value 77, but digits has"):
+        evaluate({"n": Fixed(0)}, source, "abcde", torch.device("cpu"), workers=workers)
+
+
+def test_evaluation_with_loader_processes_draws_nothing_from_the_global_generator() -> None:
+    source, cpu = Digits(2, 3), torch.device("cpu")
+    before = torch.get_rng_state()
+    scores = [evaluate({"n": Fixed(0)}, source, source.eval_ids(), cpu, workers=w) for w in (0, 1)]
+    assert scores[0]["n"].class_iou[0] == scores[1]["n"].class_iou[0]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_absent_classes_are_named_in_the_table() -> None:
+    table = score_table({"n": Score((50.0, *[math.nan] * 10), 50.0)}, INFO)
+    assert list(table.columns[1].cells) == ["50.00", "50.00", *["absent"] * 10, "50.00"]
+    assert "left out of the mean" in str(table.caption)

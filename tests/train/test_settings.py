@@ -32,6 +32,8 @@ def test_every_recipe_is_valid(name: str) -> None:
         ({"train": {"iterations": 1.5}}, "must be of type int"),
         ({"train": {"deterministic": 1}}, "must be true or false"),
         ({"data": {"crop": [3]}}, "list of 2 numbers"),
+        ({"eval": {"scales": 1}}, "must be a list"),
+        ({"eval": {"scales": ["big"]}}, "must be of type float"),
         ({"views": {"mix": "mixup"}}, "must be one of none, classmix, cutmix"),
     ],
 )
@@ -42,13 +44,15 @@ def test_bad_values_are_named(values: dict[str, object], text: str) -> None:
 
 def test_yaml_numbers_become_what_the_setting_wants() -> None:
     values = yaml.safe_load(
-        "{optim: {lr: 1, weight-decay: 5e-4}, data: {crop: [8, 9]}, train: {amp: off}}"
+        "{optim: {lr: 1, weight-decay: 5e-4}, data: {crop: [8, 9]}, train: {amp: off}, "
+        "eval: {scales: [1, 2, 5e-1]}}"
     )
     settings = update(Settings(), values, "file")
     assert settings.optim.lr == 1.0
     assert settings.optim.weight_decay == 5e-4
     assert settings.data.crop == (8, 9)
     assert settings.train.amp == "off"
+    assert settings.eval.scales == (1.0, 2.0, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,13 @@ def test_yaml_numbers_become_what_the_setting_wants() -> None:
         ("train", "iterations", 0),
         ("data", "scale", (2.0, 1.0)),
         ("ema", "decay", 1.1),
+        ("eval", "scales", ()),
+        ("eval", "scales", (1.0, 0.0)),
+        ("eval", "scales", (math.nan,)),
+        ("eval", "window", (801, 7)),
+        ("eval", "stride", 0.0),
+        ("eval", "stride", 802.0),
+        ("eval", "batch_pixels", 0),
     ],
 )
 def test_values_out_of_range_name_their_option(group: str, name: str, value: object) -> None:

@@ -1,0 +1,165 @@
+"""Class probabilities of images under a protocol: small functions, each around a simpler one.
+
+A `Predict` maps normalised images (B, 3, H, W) to class probabilities (B, C, H, W) in float32.
+Windows, flips and scales are combined as means of probabilities.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import groupby, islice, product
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ctt.data.source import DatasetInfo
+from ctt.methods.losses import upsample
+from ctt.models.base import SegmentationModel
+from ctt.train.settings import EvalSettings
+from ctt.train.step import normalize, to_unit
+
+Predict = Callable[[Tensor], Tensor]
+T = TypeVar("T")
+
+
+def predictor(network: SegmentationModel, info: DatasetInfo, settings: EvalSettings) -> Predict:
+    """Images (B, 3, H, W) uint8, on the network's device -> probabilities (B, C, H, W) float32.
+
+    Args:
+        info: of the data set that the network was trained on, for the normalisation.
+        settings: `center-crop` and `half` are what `prepare` makes of an image and its label; here
+            they mean the whole of what is given.
+    """
+    predict: Predict = partial(whole, network, settings.amp)
+    if settings.protocol == "sliding":
+        predict = partial(sliding, predict, settings.window, settings.stride, settings.batch_pixels)
+    if settings.flip:
+        predict = partial(flipped, predict)
+    if settings.scales != (1.0,):
+        predict = partial(multi_scale, predict, settings.scales)
+    return lambda images: predict(normalize(to_unit(images), info))
+
+
+def whole(network: SegmentationModel, amp: str, images: Tensor) -> Tensor:
+    """Softmax of the logits, which are upsampled to the images' resolution first."""
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    with torch.autocast(images.device.type, dtype=dtype, enabled=amp != "off"):
+        logits = network(images).logits
+    return upsample(logits, (images.shape[-2], images.shape[-1])).softmax(dim=1)
+
+
+def sliding(
+    predict: Predict,
+    window: tuple[int, int],
+    stride: float,
+    batch_pixels: int,
+    images: Tensor,
+) -> Tensor:
+    """Mean over the windows that cover a pixel; the last window of a row ends at the border.
+
+    Args:
+        window: height and width, cut to the image's. stride, batch_pixels: see `EvalSettings`.
+    """
+    size = (images.shape[-2], images.shape[-1])
+    height, width = (min(w, side) for w, side in zip(window, size, strict=True))
+    rows, columns = starts(size[0], height, stride), starts(size[1], width, stride)
+    corners = list(product(rows, columns))
+    together = max(1, batch_pixels // (len(images) * height * width))
+    count = images.new_zeros(size)
+    total: Tensor | None = None  # (B, C, H, W)
+    for first in range(0, len(corners), together):
+        part = corners[first : first + together]
+        windows = torch.cat([images[..., y : y + height, x : x + width] for y, x in part])
+        per_window = predict(windows).chunk(len(part))
+        for (y, x), found in zip(part, per_window, strict=True):
+            if total is None:
+                total = found.new_zeros(*found.shape[:2], *size)
+            total[..., y : y + height, x : x + width] += found
+            count[y : y + height, x : x + width] += 1
+    assert total is not None
+    return total.div_(count)
+
+
+def starts(length: int, window: int, stride: float) -> list[int]:
+    """Where windows begin along a side, so that they cover it and none leaves it."""
+    step = max(1, int(stride * window if stride <= 1 else stride))
+    return [*range(0, length - window, step), length - window]
+
+
+def flipped(predict: Predict, images: Tensor) -> Tensor:
+    """Mean over the images and their mirror images."""
+    probability = predict(images)
+    return probability.add_(predict(images.flip(-1)).flip(-1)).div_(2)
+
+
+def multi_scale(predict: Predict, scales: Sequence[float], images: Tensor) -> Tensor:
+    """Mean over the images resized by each factor, every result resized back."""
+    size = (images.shape[-2], images.shape[-1])
+    total: Tensor | None = None
+    for scale in scales:
+        resized = (max(1, round(scale * size[0])), max(1, round(scale * size[1])))
+        found = resize(predict(resize(images, resized)), size)
+        total = found if total is None else total.add_(found)
+    assert total is not None
+    return total.div_(len(scales))
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) at another size; every pixel counts where it becomes smaller."""
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def prepare(image: Tensor, label: Tensor, settings: EvalSettings) -> tuple[Tensor, Tensor]:
+    """The part or size of image (3, H, W) uint8 and label (H, W) uint8 that is scored."""
+    height, width = label.shape
+    if settings.protocol == "center-crop":
+        h, w = min(settings.window[0], height), min(settings.window[1], width)
+        y, x = (height - h) // 2, (width - w) // 2
+        return image[:, y : y + h, x : x + w], label[y : y + h, x : x + w]
+    if settings.protocol == "half":
+        size = (math.ceil(height / 2), math.ceil(width / 2))
+        small = F.interpolate(label[None, None], size=size, mode="nearest-exact")
+        return resize(image[None], size)[0], small[0, 0]
+    return image, label
+
+
+def stacks(
+    items: Iterable[T], size: Callable[[T], tuple[int, ...]], batch_pixels: int
+) -> Iterator[list[T]]:
+    """Neighbours of one size (height, width), as many together as have at most `batch_pixels`."""
+    for (height, width), group in groupby(items, key=size):
+        limit = max(1, batch_pixels // (height * width))
+        while together := list(islice(group, limit)):
+            yield together
+
+
+def stated(settings: EvalSettings) -> dict[str, Any]:
+    """All that a score depends on: what to write beside it."""
+    protocol: dict[str, Any] = {"name": settings.protocol}
+    if settings.protocol in ("sliding", "center-crop"):
+        protocol["window"] = list(settings.window)
+    if settings.protocol == "sliding":
+        protocol["stride"] = settings.stride
+    scales = list(settings.scales)
+    return {**protocol, "scales": scales, "flip": settings.flip, "amp": settings.amp}
+
+
+def in_words(settings: EvalSettings) -> str:
+    """One phrase, such as "sliding, window 801x801, stride 0.67 of it, scales 0.75 1, flip"."""
+    parts: list[str] = [settings.protocol]
+    if settings.protocol in ("sliding", "center-crop"):
+        parts.append("window {}x{}".format(*settings.window))
+    if settings.protocol == "sliding":
+        share = settings.stride <= 1
+        parts.append(f"stride {settings.stride:.3g} {'of it' if share else 'pixels'}")
+    if settings.scales != (1.0,):
+        parts.append("scales " + " ".join(f"{scale:g}" for scale in settings.scales))
+    if settings.flip:
+        parts.append("flip")
+    if settings.amp != "off":
+        parts.append(settings.amp)
+    return ", ".join(parts)
