@@ -59,7 +59,7 @@ def _main(arguments: list[str]) -> int:
     trained = load_trained(parsed.path)
     parsed = _parse(arguments, trained.settings.eval)
     validate_eval(parsed.eval)
-    networks = _choose(trained, parsed.network)
+    networks = (trained.choose(parsed.network) if parsed.network else trained).networks
     source, settings = _open_source(trained, parsed)
     ids = source.eval_ids()
     matrices = _confusions(networks, trained.info, source, ids, device, parsed)
@@ -78,30 +78,6 @@ def _parse(arguments: list[str], protocol: EvalSettings) -> Arguments:
 def _check_out(out: Path | None) -> None:
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: this is there already. Give a new or an empty folder.")
-
-
-def _choose(trained: Trained, names: tuple[str, ...]) -> dict[str, SegmentationModel]:
-    """The networks that the scores of `names` need.
-
-    Raises:
-        UserError: no such network.
-    """
-    known = list(trained.networks)
-    if any(name.startswith("teacher") for name in known):
-        known.append("ensemble")
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"--network {name}: there is none of that name in {trained.origin}. "
-                f"Networks: {', '.join(known)}."
-            )
-    if not names:
-        return trained.networks
-    return {
-        name: network
-        for name, network in trained.networks.items()
-        if name in names or ("ensemble" in names and name.startswith("teacher"))
-    }
 
 
 def _open_source(trained: Trained, parsed: Arguments) -> tuple[Source, Settings]:

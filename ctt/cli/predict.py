@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from ctt.cli.common import run_program
+from ctt.cli.common import BAD_INPUT, run_program
 from ctt.errors import UserError
+from ctt.train.settings import EvalSettings, validate_eval
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from ctt.data.source import DatasetInfo
+    from ctt.train.inference import Predict
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-OVERLAY = 0.55  # opacity of the mask's colours over the image
 
 
 @dataclass(frozen=True)
@@ -24,14 +29,42 @@ class Arguments:
     """Segment images: for each NAME.jpg, NAME_mask.png (palette PNG) and NAME_overlay.png."""
 
     weights: Path
-    """A best.safetensors, or the folder of a run that holds one."""
-    images: tuple[Path, ...]
-    """Images, or folders of images."""
+    """A best.safetensors, or the folder of a run."""
+    images: tuple[str, ...]
+    """Images, folders of images, or patterns such as 'photos/*.jpg' and 'photos/**/*.png'."""
     out: Path = Path("predictions")
     """Folder for the results."""
+    recursive: bool = False
+    """Also the images in the folders' subfolders; results lie in subfolders of the same names."""
+    overlay: bool = True
+    """Write overlays beside the masks."""
+    confidence: bool = False
+    """Write NAME_confidence.png: the probability of the predicted class, 255 for 1."""
     overwrite: bool = False
     """Replace results that are there already."""
+    skip_existing: bool = False
+    """Leave out images whose results are there already, to go on after a stop."""
+    network: str = "best"
+    """Of a run: the best one, or student_1, teacher_2, ensemble as they are in its checkpoint."""
+    workers: int = 2
+    """Processes that read images; 0 reads in the main process."""
     device: str = "auto"
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    """How images are shown to the network; by default as in the evaluations of the run."""
+
+
+class Job(NamedTuple):
+    """An image, and the path of its results up to _mask.png."""
+
+    file: Path
+    stem: Path
+
+    def targets(self, parsed: Arguments) -> list[Path]:
+        kinds = ["mask", *["overlay"] * parsed.overlay, *["confidence"] * parsed.confidence]
+        return [self.target(kind) for kind in kinds]
+
+    def target(self, kind: str) -> Path:
+        return self.stem.with_name(f"{self.stem.name}_{kind}.png")
 
 
 def main() -> None:
@@ -40,115 +73,252 @@ def main() -> None:
 
 
 def _main(arguments: list[str]) -> int:
+    parsed = _parse(arguments, EvalSettings())
+    jobs = list(find_jobs(parsed.images, parsed.out, parsed.recursive))
+    if not parsed.images:
+        raise UserError("Which images? Give files, folders or patterns after the weights.")
+    if not jobs:
+        raise UserError(f"No image found in {', '.join(parsed.images)} ({', '.join(SUFFIXES)}).")
+    jobs = check_targets(jobs, parsed)
+    from ctt.train.inference import for_images
+    from ctt.train.loop import pick_device
+    from ctt.train.trained import load_trained
+
+    device = pick_device(parsed.device)
+    trained = load_trained(parsed.weights, parsed.network)
+    parsed = _parse(arguments, for_images(trained.settings.eval))
+    validate_eval(parsed.eval)
+    if parsed.eval.protocol == "center-crop":
+        raise UserError("--eval.protocol center-crop: a mask is made of the whole image.")
+    predict = trained.predictor(device, for_images(parsed.eval))
+    failures = segment(jobs, predict, trained.info, parsed)
+    done = len(jobs) - len(failures)
+    print(f"{done} of {len(jobs)} images are segmented in {parsed.out}")
+    for failure in failures:
+        print(f"ctt-predict: {failure}", file=sys.stderr)
+    return BAD_INPUT if failures else 0
+
+
+def _parse(arguments: list[str], protocol: EvalSettings) -> Arguments:
     import tyro
 
-    parsed = tyro.cli(
-        Arguments, prog="ctt-predict", args=arguments, config=(tyro.conf.PositionalRequiredArgs,)
-    )
-    files = find_images(parsed.images)
-    check_targets(files, parsed.out, parsed.overwrite)
-    from rich.progress import track
-
-    from ctt.train import run
-    from ctt.train.checkpoint import load_network
-    from ctt.train.loop import pick_device
-
-    weights = parsed.weights / run.WEIGHTS if parsed.weights.is_dir() else parsed.weights
-    device = pick_device(parsed.device)
-    network, info, _ = load_network(weights)
-    network.to(device)
-    import torch
-
-    from ctt.train.inference import predictor
-    from ctt.train.settings import EvalSettings
-
-    try:
-        parsed.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {parsed.out} cannot be written ({error.strerror}).") from None
-    predict = predictor(network, info, EvalSettings())
-    with torch.no_grad():
-        for file in track(files, "segmenting", transient=True):
-            image = read_image(file)
-            probability = predict(image[None].to(device))
-            write(parsed.out, file.stem, image, probability[0].argmax(dim=0).cpu(), info)
-    print(f"{len(files)} masks and overlays are in {parsed.out}")
-    return 0
+    default = Arguments(weights=tyro.MISSING, images=tyro.MISSING, eval=protocol)
+    config = (tyro.conf.PositionalRequiredArgs,)
+    return tyro.cli(Arguments, prog="ctt-predict", args=arguments, default=default, config=config)
 
 
-def find_images(paths: tuple[Path, ...]) -> list[Path]:
-    """The files, and the images in the folders, that `paths` name.
+def find_jobs(paths: Iterable[str], out: Path, recursive: bool) -> Iterator[Job]:
+    """The images that `paths` name: files, folders, patterns.
 
     Raises:
-        UserError: a path is not there, or no image is found.
+        UserError: there is no such file, or nothing fits a pattern.
     """
-    files: list[Path] = []
-    for path in paths:
+    for text in paths:
+        path = Path(text)
         if path.is_dir():
-            files += sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            for file in _images_below(path, out, recursive):
+                yield Job(file, out / file.relative_to(path).with_name(file.stem))
         elif path.is_file():
-            files.append(path)
+            yield Job(path, out / path.stem)
         else:
-            raise UserError(f"{path}: there is no such image or folder.")
-    if not files:
-        raise UserError(f"No image found in {', '.join(map(str, paths))} ({', '.join(SUFFIXES)}).")
-    return files
+            files = sorted(map(Path, glob.glob(text, recursive=True)))  # noqa: PTH207 (absolute)
+            files = [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
+            if not files:
+                raise UserError(f"{text}: there is no such image or folder.")
+            yield from (Job(file, out / file.stem) for file in files)
 
 
-def check_targets(files: list[Path], out: Path, overwrite: bool) -> None:
+def _images_below(folder: Path, out: Path, recursive: bool) -> list[Path]:
+    """Sorted; neither hidden ones nor results of an earlier call."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        here = Path(parent)
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if recursive and not name.startswith(".") and (here / name).resolve() != out.resolve()
+        ]
+        found += [
+            here / name
+            for name in sorted(names)
+            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+        ]
+    return found
+
+
+def check_targets(jobs: list[Job], parsed: Arguments) -> list[Job]:
     """Refuse to write two results to one name, or over a result.
+
+    Returns:
+        the images that are left to do.
 
     Raises:
         UserError: names the files.
     """
-    seen: dict[str, Path] = {}
-    for file in files:
-        if file.stem in seen:
+    seen: dict[Path, Path] = {}
+    for job in jobs:
+        if job.stem in seen:
             raise UserError(
-                f"{seen[file.stem]} and {file} would both be written as {file.stem}_mask.png. "
+                f"{seen[job.stem]} and {job.file} would both be written as {job.target('mask')}. "
                 f"Predict them into two folders."
             )
-        seen[file.stem] = file
-    inputs = {file.resolve() for file in files}
-    for file in files:
-        for target in (out / f"{file.stem}_mask.png", out / f"{file.stem}_overlay.png"):
+        seen[job.stem] = job.file
+    inputs = {job.file.resolve() for job in jobs}
+    left = []
+    for job in jobs:
+        there = [target.exists() for target in job.targets(parsed)]
+        if parsed.skip_existing and all(there):
+            continue
+        left.append(job)
+        for target, exists in zip(job.targets(parsed), there, strict=True):
             if target.resolve() in inputs:
                 raise UserError(f"{target} is one of the images. Give another --out.")
-            if target.exists() and not overwrite:
-                raise UserError(f"{target} is there already. Give another --out, or --overwrite.")
+            if exists and not (parsed.overwrite or parsed.skip_existing):
+                raise UserError(
+                    f"{target} is there already. Give another --out, --overwrite, or "
+                    f"--skip-existing."
+                )
+    return left
+
+
+def segment(
+    jobs: list[Job], predict: Predict, info: DatasetInfo, parsed: Arguments
+) -> list[UserError]:
+    """Write the results of every image that can be read; images of one size go together.
+
+    Returns:
+        what is to be said of the others.
+    """
+    import torch
+    from rich.progress import Progress
+
+    from ctt.train.inference import stacks
+
+    failures: list[UserError] = []
+    _make_folder(parsed.out)
+    with Progress(transient=True) as bar, torch.no_grad():
+        task = bar.add_task("segmenting", total=len(jobs))
+        pictures = read_all(jobs, parsed.workers, failures)
+        for group in stacks(pictures, lambda pair: pair[1].shape[1:], parsed.eval.batch_pixels):
+            try:
+                results = predict(torch.stack([image for _, image in group])).max(dim=1)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                failures += [_too_large(job.file, parsed.eval) for job, _ in group]
+                continue
+            for (job, image), confidence, label in zip(group, *results, strict=True):
+                write(job, image, label.cpu(), confidence.cpu(), info, parsed)
+            bar.update(task, completed=bar.tasks[0].completed + len(group))
+    return failures
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written ({error.strerror}).") from None
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _too_large(file: Path, settings: EvalSettings) -> UserError:
+    windows = settings.protocol == "sliding"
+    mend = "smaller --eval.window" if windows else "--eval.protocol sliding --eval.window 513 513"
+    return UserError(f"{file}: not enough memory for an image of this size. Try {mend}.")
+
+
+class Pictures:
+    """For a DataLoader: images (3, H, W) uint8, or what is wrong with one, in plain text."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor | UserError:
+        try:
+            return read_image(self.files[index])
+        except UserError as error:
+            return error
+
+
+def read_all(
+    jobs: list[Job], workers: int, failures: list[UserError]
+) -> Iterator[tuple[Job, Tensor]]:
+    """Each image (3, H, W) uint8, in order; of those that cannot be read, why, into `failures`."""
+    from torch.utils.data import DataLoader
+
+    from ctt.data.loader import leave_signals_to_the_parent
+
+    loader: DataLoader[Tensor | UserError] = DataLoader(
+        Pictures([job.file for job in jobs]),  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=min(workers, len(jobs)),
+        worker_init_fn=leave_signals_to_the_parent,
+    )
+    for job, found in zip(jobs, loader, strict=True):
+        if isinstance(found, UserError):
+            failures.append(found)
+        else:
+            yield job, found
 
 
 def read_image(path: Path) -> Tensor:
-    """(3, H, W) uint8.
+    """(3, H, W) uint8, turned as the camera says.
 
     Raises:
         UserError: the file is no image, or a broken one.
     """
-    import numpy as np
     import torch
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
+    from ctt.data.pixels import to_rgb
+
+    broken = (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        SyntaxError,
+        ValueError,
+    )
     try:
         with Image.open(path) as file:
-            pixels = np.array(file.convert("RGB"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+            pixels = to_rgb(ImageOps.exif_transpose(file))
+    except broken as error:
         raise UserError(f"{path} cannot be read as an image ({error}).") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def write(out: Path, stem: str, image: Tensor, label: Tensor, info: DatasetInfo) -> None:
-    """The mask as a palette PNG, and the image under the mask's colours."""
-    import torch
-    from PIL import Image
+def write(
+    job: Job,
+    image: Tensor,
+    label: Tensor,
+    confidence: Tensor,
+    info: DatasetInfo,
+    parsed: Arguments,
+) -> None:
+    """The results of one image; the mask last, so that where it is the others are too."""
+    from ctt.train.render import confidence_image, overlay, palette_image
 
-    from ctt.train.record import colorize
+    job.stem.parent.mkdir(parents=True, exist_ok=True)
+    if parsed.overlay:
+        save(overlay(image, label, info), job.target("overlay"))
+    if parsed.confidence:
+        save(confidence_image(confidence), job.target("confidence"))
+    save(palette_image(label, info), job.target("mask"))
 
-    mask = Image.fromarray(label.to(torch.uint8).numpy(), mode="P")
-    mask.putpalette([channel for colour in info.palette for channel in colour])
-    mask.save(out / f"{stem}_mask.png")
-    picture = image.permute(1, 2, 0).float()  # (H, W, 3)
-    coloured = torch.lerp(picture, colorize(label, info).float(), OVERLAY)
-    # class 0 is the background of every data set with one: it stays as it is
-    plain = (label == 0)[:, :, None] & (info.classes[0] == "background")
-    overlay = torch.where(plain, picture, coloured).round().to(torch.uint8)
-    Image.fromarray(overlay.numpy()).save(out / f"{stem}_overlay.png")
+
+def save(picture: Image.Image, path: Path) -> None:
+    """A PNG that is there as a whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        picture.save(part, format="PNG")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ Windows, flips and scales are combined as means of probabilities.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice, product
 from typing import Any, TypeVar
@@ -111,6 +112,29 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     if images.shape[-2:] == size:
         return images
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def mean_of(predicts: Sequence[Predict]) -> Predict:
+    """Mean of the probabilities of several networks."""
+    first, *others = predicts
+
+    def predict(images: Tensor) -> Tensor:
+        total = first(images)
+        for other in others:
+            total.add_(other(images))
+        return total.div_(len(predicts))
+
+    return predict if others else first
+
+
+def for_images(settings: EvalSettings) -> EvalSettings:
+    """The protocol for predictions, which are of the whole image at its own size."""
+    if settings.protocol == "half":
+        halves = tuple(scale / 2 for scale in settings.scales)
+        return replace(settings, protocol="whole", scales=halves)
+    if settings.protocol == "center-crop":
+        return replace(settings, protocol="whole")
+    return settings
 
 
 def prepare(image: Tensor, label: Tensor, settings: EvalSettings) -> tuple[Tensor, Tensor]:

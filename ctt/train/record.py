@@ -10,6 +10,7 @@ from torch import Tensor
 from ctt.data.source import DatasetInfo, Source
 from ctt.models.base import SegmentationModel
 from ctt.train.inference import predictor
+from ctt.train.render import colorize
 from ctt.train.settings import EvalSettings
 from ctt.train.step import TERMS
 
@@ -99,13 +100,6 @@ def draw_curves(folder: Path) -> None:
     axes[0].set_yscale("symlog", linthresh=0.01)
     figure.savefig(folder / "curves.png", dpi=110)
     plt.close(figure)
-
-
-def colorize(label: Tensor, info: DatasetInfo) -> Tensor:
-    """Labels (..., H, W) -> colours (..., H, W, 3) uint8; 255 is white."""
-    table = torch.full((256, 3), 255, dtype=torch.uint8)
-    table[: len(info.palette)] = torch.tensor(info.palette, dtype=torch.uint8)
-    return table[label.long().cpu()]
 
 
 @torch.no_grad()

@@ -1,7 +1,10 @@
 """Trained networks, out of a run's folder or a file of weights."""
 
+from __future__ import annotations
+
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +14,9 @@ from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
 from ctt.models.base import SegmentationModel
 from ctt.train import checkpoint, run
-from ctt.train.settings import Settings
+from ctt.train.evaluate import ENSEMBLE
+from ctt.train.inference import Predict, mean_of, predictor
+from ctt.train.settings import EvalSettings, Settings
 from ctt.train.state import TrainState
 
 
@@ -32,24 +37,60 @@ class Trained:
     origin: str
     sha256: str
 
+    def names(self) -> list[str]:
+        """Of the networks; `ensemble`, the mean of the teachers' probabilities, is one more."""
+        teachers = any(name.startswith("teacher") for name in self.networks)
+        return [*self.networks, *([ENSEMBLE] if teachers else [])]
 
-def load_trained(path: Path) -> Trained:
+    def choose(self, names: Sequence[str]) -> Trained:
+        """The same with only the networks that `names` need.
+
+        Raises:
+            UserError: no such network.
+        """
+        for name in names:
+            if name not in self.names():
+                raise UserError(
+                    f"--network {name}: there is none of that name in {self.origin}. Networks: "
+                    f"{', '.join(self.names())}."
+                )
+        networks = {
+            name: network
+            for name, network in self.networks.items()
+            if name in names or (ENSEMBLE in names and name.startswith("teacher"))
+        }
+        return replace(self, networks=networks)
+
+    def predictor(self, device: torch.device, settings: EvalSettings) -> Predict:
+        """Mean of the probabilities of the networks, which are moved to `device`."""
+        networks = [network.to(device) for network in self.networks.values()]
+        predict = mean_of([predictor(network, self.info, settings) for network in networks])
+        return lambda images: predict(images.to(device))
+
+
+def load_trained(path: Path, network: str = "") -> Trained:
     """All networks of the run in the folder `path`, or the one in the file `path`.
 
+    Args:
+        network: only this one, `ensemble` for all teachers, or `best` for the one network that the
+            run wrote out.
+
     Raises:
-        UserError: there is neither, or its parts do not fit each other.
+        UserError: there is neither, or its parts do not fit each other, or no such network.
     """
-    return _of_run(path) if (path / run.CHECKPOINT).is_file() else _of_file(find_weights(path))
-
-
-def find_weights(path: Path) -> Path:
-    """The file of weights that `path`, such a file or the folder of a run, stands for."""
-    return path / run.WEIGHTS if path.is_dir() else path
+    if network == "best" or not (path / run.CHECKPOINT).is_file():
+        trained = _of_file(path)
+        network = "" if network == "best" else network
+    else:
+        trained = _of_run(path)
+    return trained.choose([network]) if network else trained
 
 
 def _of_file(path: Path) -> Trained:
-    network, info, note = checkpoint.load_network(path)
-    return Trained({"network": network}, info, Settings(dataset=info.name), note, sha256(path))
+    weights = path / run.WEIGHTS if path.is_dir() else path
+    network, info, note = checkpoint.load_network(weights)
+    settings = run.read_settings(path) if path.is_dir() else Settings(dataset=info.name)
+    return Trained({"network": network}, info, settings, note, sha256(weights))
 
 
 def _of_run(folder: Path) -> Trained:

@@ -3,17 +3,20 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from ctt.cli import evaluate, predict, train
 from ctt.data.digits import Digits
-from ctt.train import checkpoint
+from ctt.train import checkpoint, inference
 from ctt.train.run import read_settings
 
 Run = Callable[[str], int]
@@ -163,7 +166,143 @@ def test_masks_and_overlays(
     assert call(predict.main, only_grey, monkeypatch) == 2  # the overlay is still there
 
 
-@pytest.mark.parametrize("kind", ["missing", "broken", "empty", "twice", "weights"])
+def test_images_of_every_kind(tmp_path: Path) -> None:
+    """Grey, 16 bits, transparent and turned pictures are seen as a viewer shows them."""
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (20, 30), np.uint8)
+    expected = np.repeat(grey[:, :, None], 3, axis=2)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.tif")
+    Image.fromarray(grey.astype(np.int32)).save(tmp_path / "int.tif")
+    Image.fromarray((grey / 255).astype(np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(expected).quantize(256).save(tmp_path / "palette.png")
+    clear = np.dstack([expected, np.full_like(grey, 255)])
+    clear[:10, :, 3] = 0
+    Image.fromarray(clear, "RGBA").save(tmp_path / "clear.png")
+    turned = Image.fromarray(expected).rotate(90, expand=True)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    for name in ("grey.png", "deep.png", "deep.tif", "int.tif", "float.tif", "turned.png"):
+        found = predict.read_image(tmp_path / name).permute(1, 2, 0).numpy()
+        assert np.array_equal(found, expected), name
+    palette = predict.read_image(tmp_path / "palette.png").permute(1, 2, 0).numpy()
+    assert np.abs(palette.astype(int) - expected).max() <= 1
+    found = predict.read_image(tmp_path / "clear.png").permute(1, 2, 0).numpy()
+    assert np.array_equal(found[10:], expected[10:])
+    assert (found[:10] == 255).all()
+
+
+def test_only_masks_and_confidence(
+    folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = [str(folder), str(images / "grey.jpg"), "--out", str(out), "--no-overlay"]
+    assert call(predict.main, [*arguments, "--confidence"], monkeypatch) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["grey_confidence.png", "grey_mask.png"]
+    with Image.open(out / "grey_confidence.png") as picture:
+        confidence = np.array(picture)
+    assert confidence.shape == (33, 57)
+    assert confidence.min() >= 255 // 11  # the largest of eleven probabilities
+
+
+def test_windows_and_networks_of_a_run(
+    folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best network, a window larger than the image: as without windows; the ensemble works."""
+    protocol = "--eval.protocol sliding --eval.window 64 64 --no-overlay --workers 0"
+    masks = {}
+    for name, extra in (
+        ("plain", []),
+        ("sliding", protocol.split()),
+        ("windows", ["--eval.protocol", "sliding", "--eval.window", "16", "24"]),
+        ("ensemble", ["--network", "ensemble", "--eval.flip"]),
+    ):
+        arguments = [str(folder), str(images / "grey.jpg"), "--out", str(tmp_path / name), *extra]
+        assert call(predict.main, arguments, monkeypatch) == 0
+        with Image.open(tmp_path / name / "grey_mask.png") as mask:
+            masks[name] = np.array(mask)
+        assert masks[name].shape == (33, 57)
+    assert np.array_equal(masks["plain"], masks["sliding"])
+
+
+def test_patterns_and_subfolders(
+    folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = images / "deeper" / "still [1]"
+    inner.mkdir(parents=True)
+    shutil.copy(images / "grey.jpg", inner / "grey.jpg")
+    shutil.copy(images / "grey.jpg", inner / "._grey.jpg")  # as macOS leaves them
+    weights = str(folder / "best.safetensors")
+    for number, (paths, expected) in enumerate(
+        [
+            ([str(images)], 4),
+            ([str(images), "--recursive"], 5),
+            ([f"{images}/*.jpg"], 1),
+            ([f"{images}/v*.png", f"{images}/deeper/**/*.jpg"], 4),
+        ]
+    ):
+        out = images / "results" if number == 1 else tmp_path / str(number)
+        arguments = [weights, *paths, "--out", str(out), "--no-overlay"]
+        assert call(predict.main, arguments, monkeypatch) == 0
+        assert len(list(out.rglob("*_mask.png"))) == expected
+    assert (images / "results" / "deeper" / "still [1]" / "grey_mask.png").is_file()
+    again = [weights, str(images), "--recursive", "--out", str(images / "results"), "--overwrite"]
+    assert call(predict.main, again, monkeypatch) == 0  # its own results are no images
+
+
+def test_a_broken_image_costs_only_itself(
+    folder: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = (images / "grey.jpg").read_bytes()
+    (images / "grey.jpg").write_bytes(whole[: len(whole) // 2])
+    (images / "a.png").write_bytes(b"no image at all")
+    out = tmp_path / "out"
+    assert call(predict.main, [str(folder), str(images), "--out", str(out)], monkeypatch) == 2
+    shown = capsys.readouterr()
+    assert "3 of 5 images are segmented" in shown.out
+    assert re.search("a.png cannot be read.*grey.jpg cannot be read", shown.err, re.DOTALL)
+    done = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert len(done) == 6
+    (images / "grey.jpg").write_bytes(whole)
+    (images / "a.png").unlink()
+    rest = [str(folder), str(images), "--out", str(out), "--skip-existing"]
+    assert call(predict.main, rest, monkeypatch) == 0
+    assert "1 of 1 images" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert len(list(out.iterdir())) == 8
+    assert call(predict.main, rest, monkeypatch) == 0  # nothing is left to do
+
+
+def test_too_little_memory_names_the_image_and_the_mend(
+    folder: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def no_memory(network: object, amp: str, shown: Tensor) -> Tensor:
+        if shown.shape[-1] == 57:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return torch.zeros(len(shown), 11, *shown.shape[-2:])
+
+    monkeypatch.setattr(inference, "whole", no_memory)
+    out = tmp_path / "out"
+    assert call(predict.main, [str(folder), str(images), "--out", str(out)], monkeypatch) == 2
+    shown = capsys.readouterr()
+    assert "3 of 4 images" in shown.out
+    assert "grey.jpg: not enough memory" in shown.err
+    assert "--eval.protocol sliding" in shown.err
+
+
+@pytest.mark.parametrize(
+    "kind", ["missing", "none", "pattern", "broken", "empty", "twice", "weights", "network", "crop"]
+)
 def test_bad_input(
     kind: str,
     folder: Path,
@@ -172,9 +311,17 @@ def test_bad_input(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    weights, paths = folder, [images]
+    weights, paths, options = folder, [images], []
     if kind == "missing":
         paths = [tmp_path / "nobody.png"]
+    elif kind == "none":
+        paths = []
+    elif kind == "pattern":
+        paths = [images / "*.tiff"]
+    elif kind == "network":
+        options = ["--network", "teacher_3"]
+    elif kind == "crop":
+        options = ["--eval.protocol", "center-crop"]
     elif kind == "broken":
         whole = (images / "grey.jpg").read_bytes()
         (images / "grey.jpg").write_bytes(whole[: len(whole) // 2])
@@ -185,12 +332,16 @@ def test_bad_input(
         paths = [images, images / "grey.jpg"]
     else:
         weights = images / "notes.txt"
-    arguments = [str(weights), *map(str, paths), "--out", str(tmp_path / "out")]
+    arguments = [str(weights), *map(str, paths), "--out", str(tmp_path / "out"), *options]
     assert call(predict.main, arguments, monkeypatch) == 2
     shown = capsys.readouterr().err
     assert "Traceback" not in shown
     expected = {
         "missing": "no such image",
+        "none": "Which images?",
+        "pattern": "no such image",
+        "network": "Networks: student_1, student_2, teacher_1, teacher_2, ensemble.",
+        "crop": "a mask is made of the whole image",
         "broken": "grey.jpg cannot be read as an image",
         "empty": "No image found",
         "twice": "would both be written",

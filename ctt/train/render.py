@@ -1,0 +1,37 @@
+"""Predictions as pictures: colours, palette PNGs, overlays."""
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ctt.data.source import DatasetInfo
+
+OVERLAY = 0.55  # opacity of the mask's colours over the image
+
+
+def colorize(label: Tensor, info: DatasetInfo) -> Tensor:
+    """Labels (..., H, W) -> colours (..., H, W, 3) uint8; 255 is white."""
+    table = torch.full((256, 3), 255, dtype=torch.uint8)
+    table[: len(info.palette)] = torch.tensor(info.palette, dtype=torch.uint8)
+    return table[label.long().cpu()]
+
+
+def palette_image(label: Tensor, info: DatasetInfo) -> Image.Image:
+    """Labels (H, W) as a picture whose values are the classes, shown in the palette's colours."""
+    mask = Image.fromarray(label.to(torch.uint8).cpu().numpy(), mode="P")
+    mask.putpalette([channel for colour in info.palette for channel in colour])
+    return mask
+
+
+def overlay(image: Tensor, label: Tensor, info: DatasetInfo) -> Image.Image:
+    """The image (3, H, W) uint8 under the colours of its labels (H, W)."""
+    picture = image.cpu().permute(1, 2, 0).float()  # (H, W, 3)
+    coloured = torch.lerp(picture, colorize(label, info).float(), OVERLAY)
+    # class 0 is the background of every data set with one: it stays as it is
+    plain = (label.cpu() == 0)[:, :, None] & (info.classes[0] == "background")
+    return Image.fromarray(torch.where(plain, picture, coloured).round().to(torch.uint8).numpy())
+
+
+def confidence_image(confidence: Tensor) -> Image.Image:
+    """Probabilities (H, W) as grey, white for 1."""
+    return Image.fromarray((255 * confidence.cpu()).round().to(torch.uint8).numpy(), mode="L")
