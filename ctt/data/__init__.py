@@ -9,25 +9,24 @@ from ctt.errors import UserError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ctt.data.options import SourceOptions
     from ctt.data.source import Source
 
 
 def names() -> list[str]:
     """The data sets that `open_source` knows."""
-    return ["digits"]
+    return ["digits", "voc", "cityscapes", "folder"]
 
 
-def open_source(
-    name: str, root: Path | None, train_images: int, eval_images: int, eval_split: str
-) -> Source:
+def open_source(name: str, root: Path | None, options: SourceOptions) -> Source:
     """The data set of that name.
 
     Args:
         root: its folder; None for the embedded set.
-        train_images, eval_images, eval_split: size and evaluation split of the embedded set.
 
     Raises:
-        UserError: no such data set, or a folder given for the embedded one.
+        UserError: no such data set, a folder given for the embedded one, or one whose layout is
+            not complete.
     """
     if name == "digits":
         if root is not None:
@@ -36,5 +35,17 @@ def open_source(
             )
         from ctt.data.digits import Digits
 
-        return Digits(train_images, eval_images, eval_split)
+        return Digits(options.labeled_pool, options.eval_images, options.eval_split)
+    if name == "voc":
+        from ctt.data.voc import Voc
+
+        return Voc(root, options)
+    if name == "cityscapes":
+        from ctt.data.cityscapes import Cityscapes
+
+        return Cityscapes(root, options)
+    if name == "folder":
+        from ctt.data.folder import Folder
+
+        return Folder(root, options)
     raise UserError(f"--dataset {name}: no such data set. Data sets: {', '.join(names())}.")

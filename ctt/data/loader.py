@@ -1,15 +1,19 @@
 """Batches in an order that is a function of the seed and the step alone."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ctt.data.random import derive_seed, generator
 from ctt.data.source import Source
 from ctt.data.views import GeometricView
+from ctt.errors import UserError
+
+T = TypeVar("T")
 
 
 class DrawSampler(Sampler[list[tuple[int, int]]]):
@@ -79,15 +83,33 @@ class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         index, draw = key
         name = self.ids[index]
-        image = self.source.image(name)
-        label = self.source.label(name) if self.labeled else torch.zeros_like(image[0])
+        if self.labeled:
+            image, label = self.source.pair(name)
+        else:
+            image = self.source.image(name)
+            label = torch.zeros_like(image[0])
         return self.view(image, label, derive_seed("view", self.purpose, self.seed, draw))
 
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]] | UserError:
+        """A batch at once, as DataLoader asks for it; a mistake of the user is a result.
 
-def make_loader(
+        Raised in a worker it would reach the user as the text of a traceback.
+        """
+        try:
+            return [self[key] for key in keys]
+        except UserError as error:
+            return error
+
+
+def load(
     dataset: ViewDataset, sampler: DrawSampler, workers: int, pin_memory: bool
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    return DataLoader(
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of images (B, 3, h, w) and labels (B, h, w), uint8.
+
+    Raises:
+        UserError: a file is missing or broken; whichever process met it.
+    """
+    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
@@ -97,7 +119,21 @@ def make_loader(
         worker_init_fn=leave_signals_to_the_parent,
         # the loader would otherwise draw from the global generator, which checkpoints keep
         generator=generator("loader", dataset.purpose),
+        collate_fn=_collate,
     )
+    yield from raised(loader)
+
+
+def raised(items: Iterable[T | UserError]) -> Iterator[T]:
+    """The items, but mistakes of the user, which loader processes return, are raised."""
+    for item in items:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+def _collate(batch: list[tuple[Tensor, Tensor]] | UserError) -> Any:
+    return batch if isinstance(batch, UserError) else default_collate(batch)
 
 
 def leave_signals_to_the_parent(_worker: int) -> None:

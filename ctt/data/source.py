@@ -1,9 +1,16 @@
 """What a data set is to the rest: names of images, and an image or a label for a name."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
+
+from ctt.errors import UserError
 
 IGNORE = 255  # label of pixels that belong to no class
 
@@ -25,13 +32,20 @@ class DatasetInfo:
 
 
 class Source(ABC):
-    """A data set. `image` and `label` are called from loader processes and must not keep state."""
+    """A data set. `image` and `label` are called from loader processes and must not keep state.
+
+    Attributes:
+        notes: sentences on what was found and what follows from it, for the user.
+        paper_counts: labelled images of a ratio where the paper's count is not the rounded one.
+    """
 
     info: DatasetInfo
+    notes: tuple[str, ...] = ()
+    paper_counts: ClassVar[Mapping[Fraction, int]] = {}
 
     @abstractmethod
     def train_ids(self) -> list[str]:
-        """Names of the training images, sorted."""
+        """Names of the training images that may be labelled, sorted."""
 
     @abstractmethod
     def eval_ids(self) -> list[str]:
@@ -44,3 +58,36 @@ class Source(ABC):
     @abstractmethod
     def label(self, name: str) -> Tensor:
         """(H, W) uint8, class or 255. Never asked for of an unlabelled image."""
+
+    def unlabeled_ids(self) -> list[str]:
+        """Names of the training images that have no label whatever the split, sorted."""
+        return []
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """Image (3, H, W) and label (H, W).
+
+        Raises:
+            UserError: they are not of one size.
+        """
+        image, label = self.image(name), self.label(name)
+        if image.shape[1:] != label.shape:
+            (height, width), (rows, columns) = image.shape[1:], label.shape
+            files = self.files(name, labeled=True)
+            raise UserError(
+                f"{files[1] if files else name}: the mask has {columns}x{rows} pixels, but its "
+                f"image{f' {files[0]}' if files else ''} has {width}x{height}. Both must be of one "
+                f"size."
+            )
+        return image, label
+
+    def find(self, entry: str) -> str | None:
+        """The name of the image that `entry` in a split list means; None where there is none."""
+        return entry if entry in self._names else None
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset([*self.train_ids(), *self.unlabeled_ids(), *self.eval_ids()])
+
+    def files(self, name: str, labeled: bool) -> list[Path]:
+        """The image's file and, if `labeled`, that of its mask; none for images in memory."""
+        return []

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ctt.data.loader import leave_signals_to_the_parent
+from ctt.data.loader import leave_signals_to_the_parent, raised
 from ctt.data.random import generator
 from ctt.data.source import IGNORE, DatasetInfo, Source
 from ctt.errors import UserError
@@ -149,7 +149,7 @@ class Pairs(Dataset[tuple[Tensor, Tensor] | UserError]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | UserError:
         name = self.ids[index]
         try:
-            image, label = self.source.image(name), self.source.label(name)
+            image, label = self.source.pair(name)
             check_label(label, name, self.source.info)
         except UserError as error:
             return error
@@ -181,16 +181,9 @@ def batches(
         worker_init_fn=leave_signals_to_the_parent,
         generator=generator("loader", "evaluation"),  # checkpoints keep the global one
     )
-    for group in stacks(_raised(loader), lambda pair: pair[1].shape, settings.batch_pixels):
+    for group in stacks(raised(loader), lambda pair: pair[1].shape, settings.batch_pixels):
         images, labels = zip(*group, strict=True)
         yield torch.stack(images), torch.stack(labels)
-
-
-def _raised(loader: Iterable[tuple[Tensor, Tensor] | UserError]) -> Iterator[tuple[Tensor, Tensor]]:
-    for item in loader:
-        if isinstance(item, UserError):
-            raise item
-        yield item
 
 
 def as_json(scores: dict[str, Score], info: DatasetInfo, settings: EvalSettings) -> dict[str, Any]:

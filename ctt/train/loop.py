@@ -27,7 +27,8 @@ from rich.progress import (
 from torch import Tensor
 
 from ctt import __version__, data, methods
-from ctt.data.loader import DrawSampler, ViewDataset, make_loader
+from ctt.data.check import check_quickly
+from ctt.data.loader import DrawSampler, ViewDataset, load
 from ctt.data.source import Source
 from ctt.data.split import make_split, read_list, write_list
 from ctt.data.views import GeometricView
@@ -96,9 +97,12 @@ class Trainer:
             write_list(self.folder / run.UNLABELED_LIST, self.unlabeled)
         else:
             self.folder = run.find(resume)
-            self.labeled = read_list(self.folder / run.LABELED_LIST)
+            self.labeled = read_list(self.folder / run.LABELED_LIST, self.source, labeled=True)
             unlabeled = self.folder / run.UNLABELED_LIST
-            self.unlabeled = read_list(unlabeled) if unlabeled.stat().st_size else []
+            self.unlabeled = (
+                read_list(unlabeled, self.source, labeled=False) if unlabeled.stat().st_size else []
+            )
+            check_quickly(self.source, self.labeled, self.unlabeled)
             self._load(checkpoint.load(self.folder / run.CHECKPOINT))
             run.write_settings(self.folder, settings)  # for the next time it is resumed
         self.step = Step(settings, self.method, self.source.info, len(self.labeled))
@@ -106,8 +110,9 @@ class Trainer:
     def _new_split(self) -> tuple[list[str], list[str]]:
         s = self.settings
         labeled, unlabeled = make_split(
-            self.source.train_ids(), s.ratio, s.seed, s.split_labeled, s.split_unlabeled
+            self.source, s.ratio, s.seed, s.split_labeled, s.split_unlabeled
         )
+        check_quickly(self.source, labeled, unlabeled if self.uses_unlabeled else [])
         if self.uses_unlabeled and not unlabeled:
             raise UserError(
                 f"--method {s.method} learns from unlabelled images, but all {len(labeled)} "
@@ -220,7 +225,7 @@ class Trainer:
             len(ids), d.batch_size, self.state.iteration, s.train.iterations, s.seed, purpose
         )
         on_gpu = self.device.type == "cuda"
-        for image, label in make_loader(dataset, sampler, d.workers, pin_memory=on_gpu):
+        for image, label in load(dataset, sampler, d.workers, pin_memory=on_gpu):
             yield (
                 image.to(self.device, non_blocking=on_gpu),
                 label.to(self.device, non_blocking=on_gpu),
@@ -340,6 +345,8 @@ class Trainer:
             f"{s.method} with {self.pairs} pair{'s' * (self.pairs > 1)} on {s.dataset}: "
             f"{len(self.labeled)} labelled and {unlabeled} unlabelled images, "
             f"{s.train.iterations} iterations on {self.device}{start}. Run folder: {self.folder}",
+            *self.source.notes,
+            sep="\n",
             highlight=False,
             soft_wrap=True,
         )
@@ -358,10 +365,7 @@ class Trainer:
 
 
 def open_source(settings: Settings) -> Source:
-    d = settings.data
-    return data.open_source(
-        settings.dataset, settings.data_root, d.labeled_pool, d.eval_images, d.eval_split
-    )
+    return data.open_source(settings.dataset, settings.data_root, settings.data)
 
 
 def pick_device(name: str) -> torch.device:

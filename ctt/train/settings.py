@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from ctt.data.options import SourceOptions
 from ctt.errors import UserError
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(SourceOptions):
     crop: tuple[int, int] = (321, 321)
     """Height and width of the training crop, in pixels."""
     batch_size: int = 10
@@ -35,13 +36,6 @@ class DataSettings:
     """Largest random rotation, in degrees."""
     translation: float = 0.1
     """Largest random shift, as a share of the image's sides."""
-    labeled_pool: int = 1000
-    """digits: images made for training, labelled and unlabelled together."""
-    eval_images: int = 300
-    """digits: images made for evaluation."""
-    eval_split: Literal["val", "tune"] = "val"
-    """Which images to evaluate on. digits: `tune` holds a part of the training digits out, so that
-    settings can be chosen without looking at the validation digits."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +192,8 @@ class Settings:
     ratio: str = "1/20"
     """Labelled share of the training images: a fraction `1/20`, a share `0.05` or a count `50`."""
     split_labeled: Path | None = None
-    """List of labelled images, instead of --ratio: one name a line."""
+    """List of labelled images, instead of --ratio: a name, a path, or the paths of image and mask
+    on each line."""
     split_unlabeled: Path | None = None
     """List of unlabelled images; without it all training images that are not labelled."""
     method: str = "cross-teacher"
@@ -329,6 +324,7 @@ def validate(settings: Settings) -> None:
         ),
         ("--data.rotation", s.data.rotation, 0 <= s.data.rotation <= 180, "must be in 0..180"),
         ("--data.translation", s.data.translation, 0 <= s.data.translation <= 1, share),
+        ("--data.holdout", s.data.holdout, 0 < s.data.holdout < 1, "must be between 0 and 1"),
         (
             "--data.labeled-pool",
             s.data.labeled_pool,

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from ctt.data.digits import INFO
-from ctt.data.loader import DrawSampler, ViewDataset, make_loader
+from ctt.data.loader import DrawSampler, ViewDataset, load
 from ctt.data.source import Source
 from ctt.data.views import GeometricView
 
@@ -63,8 +63,8 @@ def test_unlabelled_images_need_no_label_and_tell_their_padding() -> None:
 def test_workers_change_nothing(workers: int) -> None:
     source = Images()
     dataset = ViewDataset(source, source.train_ids(), VIEW, False, 0, "test")
-    alone = list(make_loader(dataset, sampler(2, 6), 0, False))
-    shared = list(make_loader(dataset, sampler(2, 6), workers, False))
+    alone = list(load(dataset, sampler(2, 6), 0, False))
+    shared = list(load(dataset, sampler(2, 6), workers, False))
     for (a, b), (c, d) in zip(alone, shared, strict=True):
         assert torch.equal(a, c)
         assert torch.equal(b, d)

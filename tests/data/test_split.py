@@ -1,13 +1,45 @@
+import pickle
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from ctt.data.split import draw_split, make_split, parse_ratio, read_list, write_list
+from ctt.data.digits import INFO
+from ctt.data.files import same_name
+from ctt.data.source import Source
+from ctt.data.split import draw_split, make_split, parse_ratio, read_list, resolve, write_list
 from ctt.errors import UserError
 
 IDS = [f"image {i:03}" for i in range(100)]
+
+
+class Names(Source):
+    """Names without images; `x` at the front marks those that have no label."""
+
+    info = INFO
+
+    def __init__(self, ids: list[str], evaluation: list[str] | None = None) -> None:
+        self.ids, self.evaluation = sorted(ids), evaluation or []
+
+    def train_ids(self) -> list[str]:
+        return [name for name in self.ids if not name.startswith("x")]
+
+    def unlabeled_ids(self) -> list[str]:
+        return [name for name in self.ids if name.startswith("x")]
+
+    def eval_ids(self) -> list[str]:
+        return self.evaluation
+
+    def image(self, name: str) -> Tensor:
+        raise NotImplementedError
+
+    def label(self, name: str) -> Tensor:
+        raise NotImplementedError
 
 
 @pytest.mark.parametrize(
@@ -15,6 +47,16 @@ IDS = [f"image {i:03}" for i in range(100)]
 )
 def test_ratio_as_fraction_share_or_count(text: str, count: int) -> None:
     assert parse_ratio(text, 100) == count
+
+
+def test_counts_of_the_paper_win_over_rounding() -> None:
+    counts = {Fraction(1, 30): 4}
+    assert [parse_ratio(text, 100, counts) for text in ("1/30", "2/60", "3", "1/31")] == [
+        4,
+        4,
+        3,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("text", ["1/0", "0", "-1", "101", "half", "", "1.5", "-1/2", "nan"])
@@ -37,23 +79,80 @@ def test_split_does_not_depend_on_the_order_of_a_listing() -> None:
     assert draw_split(IDS, 7, 3) != draw_split(IDS, 7, 4)
 
 
-@given(st.lists(st.sampled_from(IDS), min_size=1, unique=True), st.sampled_from(["\n", "\r\n"]))
-def test_lists_are_read_whatever_their_line_ends(
-    tmp_path_factory: pytest.TempPathFactory, names: list[str], end: str
+def test_images_without_labels_are_never_drawn() -> None:
+    source = Names([*IDS, "x 1", "x 2"])
+    labeled, unlabeled = make_split(source, "1/1", 0, None, None)
+    assert (labeled, unlabeled) == (IDS, ["x 1", "x 2"])
+
+
+FORMS = {
+    "name": "{0}",
+    "image": "JPEGImages/{0}.jpg",
+    "image and mask": "JPEGImages/{0}.jpg SegmentationClass/{0}.png",
+    "image and None": "JPEGImages/{0}.jpg None",
+    "slashes": "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png",
+    "tab": "train/{0}.jpg\tlabels/{0}.png",
+    "city": "leftImg8bit/train/c/{0}_leftImg8bit.png",
+    "city and mask": (
+        "leftImg8bit/train/c/{0}_leftImg8bit.png gtFine/train/c/{0}_gtFine_labelTrainIds.png"
+    ),
+    "city and tab": "images/{0}_leftImg8bit.png\tsegmentation/{0}_gtFine_trainIds.png",
+}
+# a slash or a line end cannot be part of a file's name; a list is stripped of outer spaces
+LETTERS = st.characters(exclude_characters="/\n\r\t\0", exclude_categories=["Cs"])
+NAME = (
+    st.text(LETTERS, min_size=1, max_size=12)
+    .map(str.strip)
+    .filter(lambda name: name not in ("", "None", ".", "..") and not name.startswith("x"))
+)
+
+
+@given(
+    names=st.lists(NAME, min_size=1, max_size=6, unique_by=same_name),
+    form=st.sampled_from(sorted(FORMS)),
+    end=st.sampled_from(["\n", "\r\n"]),
+    mark=st.booleans(),
+    last=st.booleans(),
+)
+def test_lists_of_every_form_are_read_as_they_are(
+    tmp_path_factory: pytest.TempPathFactory,
+    names: list[str],
+    form: str,
+    end: str,
+    mark: bool,
+    last: bool,
 ) -> None:
+    class Paths(Names):
+        def find(self, entry: str) -> str | None:
+            file = entry.rpartition("/")[2]
+            return super().find(file.removesuffix(".jpg").removesuffix("_leftImg8bit.png"))
+
     path = tmp_path_factory.mktemp("lists") / "list.txt"
-    path.write_bytes(b"\xef\xbb\xbf" + end.join(names).encode())  # no last newline
-    assert read_list(path) == names
+    text = end.join(FORMS[form].format(name) for name in names) + end * last
+    path.write_bytes(b"\xef\xbb\xbf" * mark + text.encode())
+    source = Paths(names)
+    if form == "image and None":
+        with pytest.raises(UserError, match="without a mask"):
+            read_list(path, source, labeled=True)
+    assert read_list(path, source, labeled=form == "name") == names
+
+
+def test_the_mask_of_another_image_is_no_mask() -> None:
+    known = {"a.jpg": "a", "a b.jpg": "a b"}
+    assert resolve("a b.jpg a b.png", known.get) == ("a b", "a b.png")
+    with pytest.raises(UserError, match=r"a\.jpg stands beside b\.png, which is not its mask"):
+        resolve("a.jpg b.png", known.get)
 
 
 def test_lists_win_over_the_ratio(tmp_path: Path) -> None:
+    source = Names(IDS)
     write_list(tmp_path / "labeled.txt", IDS[5:8])
-    labeled, unlabeled = make_split(IDS, "1/2", 0, tmp_path / "labeled.txt", None)
+    labeled, unlabeled = make_split(source, "1/2", 0, tmp_path / "labeled.txt", None)
     assert labeled == IDS[5:8]
     assert unlabeled == IDS[:5] + IDS[8:]
     write_list(tmp_path / "unlabeled.txt", IDS[:2])
     lists = (tmp_path / "labeled.txt", tmp_path / "unlabeled.txt")
-    assert make_split(IDS, "1/2", 0, *lists) == (IDS[5:8], IDS[:2])
+    assert make_split(source, "1/2", 0, *lists) == (IDS[5:8], IDS[:2])
 
 
 @pytest.mark.parametrize(
@@ -64,6 +163,8 @@ def test_lists_win_over_the_ratio(tmp_path: Path) -> None:
         (f"{IDS[0]}\n{IDS[0]}\n", None, "more than once"),
         (f"{IDS[0]}\n", f"{IDS[0]}\n{IDS[1]}\n", "stands in"),
         (None, f"{IDS[0]}\n", "needs --split-labeled"),
+        ("x 1\n", None, "names x 1 as labelled"),
+        (f"{IDS[0]}\n", "test 1\n", "an image to evaluate on"),
     ],
 )
 def test_bad_lists(tmp_path: Path, labeled: str | None, unlabeled: str | None, text: str) -> None:
@@ -74,10 +175,25 @@ def test_bad_lists(tmp_path: Path, labeled: str | None, unlabeled: str | None, t
             path.write_text(content)
         paths.append(path if content is not None else None)
     with pytest.raises(UserError, match=text):
-        make_split(IDS, "1/2", 0, *paths)
+        make_split(Names([*IDS, "x 1"], ["test 1"]), "1/2", 0, *paths)
 
 
-def test_a_pickle_is_no_list(tmp_path: Path) -> None:
-    (tmp_path / "split.pkl").write_bytes(b"\x80\x04\x95\xff\xfe")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_list(tmp_path / "split.pkl")
+class Bomb:
+    def __reduce__(self) -> Any:
+        return pytest.fail, ("the pickle was read",)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_a_pickle_is_refused_and_not_read(tmp_path: Path, protocol: int) -> None:
+    path = tmp_path / "train_voc_split.pkl"
+    path.write_bytes(pickle.dumps(Bomb(), protocol))
+    with pytest.raises(UserError, match=r"a pickle or an array\. Pickles can run any program"):
+        read_list(path, Names(IDS), labeled=True)
+
+
+def test_other_files_are_no_list(tmp_path: Path) -> None:
+    torch.save(torch.arange(3), tmp_path / "split")
+    (tmp_path / "latin").write_bytes("Straße\n".encode("latin-1"))
+    for name in ("split", "latin", "nothing"):
+        with pytest.raises(UserError, match="cannot be read"):
+            read_list(tmp_path / name, Names(IDS), labeled=True)

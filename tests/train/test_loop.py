@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ctt.data.split import read_list
 from ctt.errors import UserError
 from ctt.train import checkpoint, run
 from ctt.train.loop import Stopped, train
@@ -93,7 +92,9 @@ def test_sigterm_stops_like_ctrl_c(
 def test_run_folder_holds_everything(tiny: Settings, out: Path) -> None:
     summary = train(tiny, out=out)
     assert run.read_settings(out) == tiny
-    labeled, unlabeled = read_list(out / run.LABELED_LIST), read_list(out / run.UNLABELED_LIST)
+    labeled, unlabeled = (
+        (out / file).read_text().split() for file in (run.LABELED_LIST, run.UNLABELED_LIST)
+    )
     assert (len(labeled), len(unlabeled)) == (6, 18)
     assert not set(labeled) & set(unlabeled)
     written = json.loads((out / "summary.json").read_text())

@@ -1,0 +1,232 @@
+"""Images and masks in files: how they are read, and what is said of one that is broken."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ctt.data.options import SourceOptions
+from ctt.data.source import IGNORE, DatasetInfo, Source
+from ctt.data.split import draw_split
+from ctt.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MASK_MODES = ("1", "L", "P", "I", "I;16")
+# Pillow spreads the values of grey PNGs of 2 and 4 bits over 0..255
+SPREAD = {"L;2": 85, "L;4": 17}
+VALUES = 2**16  # that a mask may hold
+SHOWN = 5  # bad values named in a message
+BROKEN = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+)
+
+
+def read_image(path: Path) -> Tensor:
+    """(3, H, W) uint8.
+
+    Raises:
+        UserError: there is no such file, or it is no image, or a broken one.
+    """
+    try:
+        with Image.open(path) as file:
+            pixels = np.array(file.convert("RGB"))
+    except BROKEN as error:
+        raise _broken(path, "image", error) from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def read_mask(path: Path) -> np.ndarray[tuple[int, int], np.dtype[np.integer]]:
+    """(H, W) numbers as they are stored: of a palette PNG the indices, not the colours.
+
+    Raises:
+        UserError: there is no such file, or it is no image, a broken one or one of colours.
+    """
+    try:
+        with Image.open(path) as file:
+            mode, raw = file.mode, str(file.tile[0][3]) if file.tile else ""
+            if mode not in MASK_MODES:
+                raise UserError(
+                    f"{path}: the mask is an image of colours (mode {mode}), but one number for "
+                    f"each pixel is expected, the class: a PNG with a palette (mode P) or a grey "
+                    f"one (mode L). Write it again with the classes as values."
+                )
+            values = np.array(file)
+    except BROKEN as error:
+        raise _broken(path, "mask", error) from None
+    if values.dtype == np.bool_:
+        values = values.astype(np.uint8)
+    return values // SPREAD[raw] if raw in SPREAD else values
+
+
+def _broken(path: Path, what: str, error: Exception) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path}: there is no such {what}.")
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return UserError(
+        f"{path}: the {what} cannot be read ({reason}). Replace the file by a whole one, or leave "
+        f"it out."
+    )
+
+
+class LabelMap:
+    """From the numbers in a mask to classes.
+
+    Args:
+        mapping: class, or 255, for each number that a mask may hold.
+        classes: the names, for the message.
+    """
+
+    def __init__(self, mapping: Mapping[int, int], classes: Iterable[str]) -> None:
+        self.table = np.full(VALUES, -1, np.int16)
+        for value, label in mapping.items():
+            self.table[value] = label
+        self.allowed = sorted(mapping)
+        self.classes = tuple(classes)
+
+    def __call__(
+        self, values: np.ndarray[tuple[int, int], np.dtype[np.integer]], path: Path
+    ) -> Tensor:
+        """(H, W) numbers of the mask in `path` -> (H, W) uint8.
+
+        Raises:
+            UserError: a number that is no class; names it and the file.
+        """
+        inside = values.dtype == np.uint8 or (values.min() >= 0 and values.max() < VALUES)
+        label = self.table[values] if inside else None
+        if label is None or label.min() < 0:
+            raise UserError(self._complain(np.unique(values), path))
+        return torch.from_numpy(label.astype(np.uint8))
+
+    def _complain(self, found: np.ndarray[tuple[int], np.dtype[np.integer]], path: Path) -> str:
+        bad = sorted(set(found.tolist()) - set(self.allowed))
+        shown = ", ".join(map(str, bad[:SHOWN])) + (", ..." if len(bad) > SHOWN else "")
+        return (
+            f"{path}: the mask holds the label{'s' * (len(bad) > 1)} {shown}, which "
+            f"{'are' if len(bad) > 1 else 'is'} no class. Expected are {ranges(self.allowed)} "
+            f"({len(self.classes)} classes, {self.classes[0]} to {self.classes[-1]}, and pixels "
+            f"to ignore). Correct the mask, or the list of classes."
+        )
+
+
+def ranges(numbers: list[int]) -> str:
+    """Sorted numbers as text: `0..20 and 255`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    texts = [str(a) if a == b else f"{a}..{b}" for a, b in parts]
+    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
+
+
+def plain_map(classes: Iterable[str], ignore: int = IGNORE) -> LabelMap:
+    """Masks hold the class itself, or `ignore`."""
+    names = tuple(classes)
+    return LabelMap({**{c: c for c in range(len(names))}, ignore: IGNORE}, names)
+
+
+class FileSource(Source):
+    """A data set in files; its subclasses know the layout.
+
+    Args:
+        train, unlabeled, evaluation: names of images. Without `evaluation`, or with the option
+            `eval_split` tune, a share of `train` is held out and evaluated on.
+    """
+
+    def __init__(
+        self,
+        info: DatasetInfo,
+        train: Iterable[str],
+        unlabeled: Iterable[str],
+        evaluation: Iterable[str],
+        options: SourceOptions,
+    ) -> None:
+        self.info = info
+        self._train, self._eval = sorted(train), sorted(evaluation)
+        self._unlabeled = sorted(unlabeled)
+        if options.eval_split == "tune" or not self._eval:
+            count = max(1, round(options.holdout * len(self._train)))
+            self._eval, self._train = draw_split(self._train, count, "holdout")
+            self.notes += (
+                f"{len(self._eval)} of the images with masks are held out and evaluated on.",
+            )
+
+    @abstractmethod
+    def image_path(self, name: str) -> Path:
+        """Where the image is, or would be."""
+
+    @abstractmethod
+    def mask_path(self, name: str) -> Path:
+        """Where the mask is, or would be."""
+
+    @abstractmethod
+    def label_map(self, mask: Path) -> LabelMap:
+        """What the numbers in this mask mean."""
+
+    def train_ids(self) -> list[str]:
+        return list(self._train)
+
+    def unlabeled_ids(self) -> list[str]:
+        return list(self._unlabeled)
+
+    def eval_ids(self) -> list[str]:
+        return list(self._eval)
+
+    def image(self, name: str) -> Tensor:
+        return read_image(self.image_path(name))
+
+    def label(self, name: str) -> Tensor:
+        path = self.mask_path(name)
+        return self.label_map(path)(read_mask(path), path)
+
+    def files(self, name: str, labeled: bool) -> list[Path]:
+        return [self.image_path(name), *([self.mask_path(name)] if labeled else [])]
+
+
+def same_name(text: str) -> str:
+    """One spelling for names that look alike: file systems store `ü` as one sign or as two."""
+    return unicodedata.normalize("NFC", text)
+
+
+def list_names(folder: Path) -> list[str]:
+    """File names in a folder, none where there is no such folder; hidden ones left out."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith("."))
+
+
+def first_with(root: Path, places: Iterable[str], needed: str) -> Path | None:
+    """The first of the folders `places` below `root` that holds a folder `needed`."""
+    return next((root / place for place in places if (root / place / needed).is_dir()), None)
+
+
+def require_root(root: Path | None, dataset: str, layout: str) -> Path:
+    """The folder given by --data-root.
+
+    Raises:
+        UserError: none was given, or it is not there.
+    """
+    if root is None:
+        raise UserError(f"--data-root: the data set {dataset} needs the folder that {layout}.")
+    root = root.expanduser()
+    if not root.is_dir():
+        raise UserError(
+            f"--data-root {root}: there is no such folder. Give the folder that {layout}."
+        )
+    return root

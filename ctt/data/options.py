@@ -1,0 +1,25 @@
+"""Settings that say which images a data set is made of. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What `ctt.data.open_source` needs beside the name and the folder of a data set."""
+
+    voc_set: Literal["aug", "classic"] = "aug"
+    """voc: which images may be labelled. `aug`: the 10,582 with masks in SegmentationClassAug.
+    `classic`: the 1,464 of train.txt; the other 9,118 are unlabelled images."""
+    holdout: float = 0.1
+    """Share of the training images that is held out for evaluation, the same ones for every seed:
+    of a `folder` without val/, and of any data set with --data.eval-split tune."""
+    labeled_pool: int = 1000
+    """digits: images made for training, labelled and unlabelled together."""
+    eval_images: int = 300
+    """digits: images made for evaluation."""
+    eval_split: Literal["val", "tune"] = "val"
+    """Which images to evaluate on. `tune` holds a part of the training images out, so that
+    settings can be chosen without looking at the validation images."""

@@ -1,0 +1,358 @@
+"""VOC, Cityscapes and plain folders, in their true layouts; and everything that can be wrong."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ctt import data
+from ctt.data.check import check_quickly
+from ctt.data.cityscapes import CLASSES as CITY_CLASSES
+from ctt.data.cityscapes import COUNTS
+from ctt.data.files import ranges, read_image, read_mask
+from ctt.data.loader import DrawSampler, ViewDataset, load
+from ctt.data.options import SourceOptions
+from ctt.data.source import Source
+from ctt.data.split import make_split, parse_ratio
+from ctt.data.views import GeometricView
+from ctt.data.voc import AUG_COUNTS, bit_palette
+from ctt.errors import UserError
+from tests.data import trees
+
+
+def opened(name: str, root: Path, **options: object) -> Source:
+    return data.open_source(name, root, SourceOptions(**options))  # type: ignore[arg-type]
+
+
+def test_colours_of_voc() -> None:
+    colours = ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128))
+    assert bit_palette(21)[:5] == colours
+    assert bit_palette(21)[20] == (0, 64, 128)
+
+
+@pytest.mark.parametrize("below", ["VOCdevkit/VOC2012", "VOCdevkit", ""])
+def test_voc_is_found_from_every_level(tmp_path: Path, below: str) -> None:
+    trees.write_voc(tmp_path)
+    source = opened("voc", tmp_path / below)
+    assert len(source.train_ids()) == 8
+    assert source.train_ids() == sorted(source.train_ids())
+    assert "mit Leer zeichen" in source.train_ids()
+    assert (len(source.eval_ids()), source.unlabeled_ids()) == (2, [])
+    for name in source.train_ids():
+        image, label = source.pair(name)
+        assert (image.shape, label.shape) == ((3, 40, 50), (40, 50))
+        assert label.max() == 255
+        assert len(label.unique()) == 4  # background, two classes and the border
+
+
+def test_classic_voc_labels_fewer_images(tmp_path: Path) -> None:
+    trees.write_voc(tmp_path)
+    source = opened("voc", tmp_path, voc_set="classic")
+    assert (len(source.train_ids()), len(source.unlabeled_ids())) == (3, 5)
+    assert source.files(source.train_ids()[0], True)[1].parent.name == "SegmentationClass"
+    labeled, unlabeled = make_split(source, "1/3", 0, None, None)
+    assert (len(labeled), len(unlabeled)) == (1, 7)
+
+
+@pytest.mark.parametrize("list_form", ["{0}", "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png"])
+def test_augmented_masks_may_lie_in_the_classic_folder(tmp_path: Path, list_form: str) -> None:
+    folder = trees.write_voc(tmp_path, aug_folder="SegmentationClass")
+    names = opened("voc", tmp_path).train_ids()
+    assert len(names) == 8
+    text = "".join(f"{list_form.format(name)}\n" for name in names[2:])
+    (folder / "ImageSets" / "Segmentation" / "train_aug.txt").write_text(text, "utf-8")
+    assert opened("voc", tmp_path).train_ids() == names[2:]
+
+
+def test_voc_without_augmented_masks_says_where_they_belong(tmp_path: Path) -> None:
+    folder = trees.write_voc(tmp_path, aug_folder="")
+    with pytest.raises(UserError, match=f"{folder}/SegmentationClassAug, or use --data.voc-set"):
+        opened("voc", tmp_path)
+    source = opened("voc", tmp_path, voc_set="classic")
+    assert source.unlabeled_ids() == []
+    assert "only those of train.txt" in source.notes[0]
+
+
+def test_palette_and_grey_masks_hold_the_same_and_colours_are_refused(tmp_path: Path) -> None:
+    trees.write_voc(tmp_path / "P")
+    trees.write_voc(tmp_path / "L", mask_mode="L")
+    trees.write_voc(tmp_path / "RGB", mask_mode="RGB")
+    palette, grey, colours = (opened("voc", tmp_path / mode) for mode in ("P", "L", "RGB"))
+    for name in palette.train_ids():
+        assert torch.equal(palette.label(name), grey.label(name))
+    with pytest.raises(UserError, match=r"2007_000032\.png: .* \(mode RGB\).* \(mode P\)"):
+        colours.label("2007_000032")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_grey_masks_of_few_bits_are_not_spread(tmp_path: Path, bits: int) -> None:
+    import struct
+    import zlib
+
+    values = np.arange(8 // bits * 2).reshape(2, -1) % 2**bits
+    rows = [int("".join(f"{v:0{bits}b}" for v in row), 2).to_bytes(1, "big") for row in values]
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    head = struct.pack(">IIBBBBB", values.shape[1], 2, bits, 0, 0, 0, 0)
+    body = zlib.compress(b"".join(b"\0" + row for row in rows))
+    path = tmp_path / "mask.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
+    assert read_mask(path).tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("below", ["", "leftImg8bit"])
+def test_cityscapes_ids_become_classes(tmp_path: Path, below: str) -> None:
+    trees.write_cityscapes(tmp_path / "ids")
+    trees.write_cityscapes(tmp_path / "train ids", train_ids=True)
+    mapped, stored = (opened("cityscapes", tmp_path / n / below) for n in ("ids", "train ids"))
+    assert mapped.train_ids() == stored.train_ids()
+    assert (len(mapped.train_ids()), len(mapped.eval_ids())) == (4, 2)
+    assert "zürich west_000001_000019" in mapped.train_ids()
+    for name in [*mapped.train_ids(), *mapped.eval_ids()]:
+        image, label = mapped.pair(name)
+        assert image.shape == (3, 32, 64)
+        assert torch.equal(label, stored.label(name))
+        assert mapped.files(name, True)[1].name.endswith("labelIds.png")
+        assert stored.files(name, True)[1].name.endswith("labelTrainIds.png")
+    assert len(CITY_CLASSES) == len(mapped.info.classes) == 19
+
+
+def test_cityscapes_as_its_archives_unpack(tmp_path: Path) -> None:
+    trees.write_cityscapes(tmp_path)
+    for name in ("leftImg8bit", "gtFine"):
+        (tmp_path / f"{name}_trainvaltest").mkdir()
+        (tmp_path / name).rename(tmp_path / f"{name}_trainvaltest" / name)
+    assert len(opened("cityscapes", tmp_path).train_ids()) == 4
+
+
+def test_further_cityscapes_images_only_where_a_list_names_them(tmp_path: Path) -> None:
+    trees.write_cityscapes(tmp_path, extra=2)
+    source = opened("cityscapes", tmp_path)
+    assert not any("bamberg" in name for name in source.train_ids() + source.unlabeled_ids())
+    labeled, extra = tmp_path / "labeled.txt", tmp_path / "extra.txt"
+    place = "leftImg8bit/train_extra/bamberg/bamberg_000001_000019_leftImg8bit.png"
+    labeled.write_text(source.train_ids()[0], "utf-8")
+    extra.write_text(place, "utf-8")
+    assert make_split(source, "1/2", 0, labeled, extra)[1] == ["bamberg_000001_000019"]
+    with pytest.raises(UserError, match="as labelled"):
+        make_split(source, "1/2", 0, extra, None)
+
+
+def test_ratios_of_the_paper() -> None:
+    def counts(total: int, table: dict[Fraction, int], *ratios: str) -> list[int]:
+        return [parse_ratio(ratio, total, table) for ratio in ratios]
+
+    assert counts(10_582, AUG_COUNTS, "1/50", "1/20", "1/8", "1/4") == [212, 529, 1322, 2645]
+    assert counts(1464, {}, "1/16", "1/8", "1/4", "1/2") == [92, 183, 366, 732]
+    assert counts(2975, COUNTS, "1/30", "1/16", "1/8", "1/4", "1/2") == [100, 186, 372, 744, 1487]
+
+
+def test_paper_counts_belong_to_the_whole_set(tmp_path: Path) -> None:
+    trees.write_voc(tmp_path / "voc", augmented=13)
+    trees.write_cityscapes(tmp_path / "city")
+    assert not opened("voc", tmp_path / "voc").paper_counts
+    source = opened("cityscapes", tmp_path / "city")
+    assert not source.paper_counts
+    source._train = ["x"] * 2975  # type: ignore[attr-defined]
+    assert source.paper_counts == COUNTS
+
+
+def test_folder_with_unlabelled_images_and_val(tmp_path: Path) -> None:
+    source = opened("folder", trees.write_folder(tmp_path / "my data ü"))
+    assert source.train_ids()[0] == "images/größer/photo 1.jpg"
+    assert (len(source.train_ids()), len(source.eval_ids())) == (6, 2)
+    assert source.unlabeled_ids()[-1] == "unlabeled/photo 2.JPG"
+    assert source.info.classes == trees.CLASSES
+    for name in source.train_ids() + source.eval_ids():
+        assert set(source.pair(name)[1].unique().tolist()) <= {0, 1, 2, 3, 255}
+    for entry in (
+        "images/photo 2.jpg masks/photo 2.png",
+        "/images/photo 2.jpg",
+        "photo 2",
+        "images/photo 2",
+        "photo 2.jpg",
+    ):
+        (tmp_path / "list.txt").write_text(f"{entry}\r\n", "utf-8")
+        labeled, unlabeled = make_split(source, "1", 0, tmp_path / "list.txt", None)
+        assert labeled == ["images/photo 2.jpg"]
+        assert len(unlabeled) == 5 + 4
+
+
+def test_folder_without_val_holds_images_out(tmp_path: Path) -> None:
+    root = trees.write_folder(tmp_path, labeled=10, evaluation=0)
+    source = opened("folder", root, holdout=0.3)
+    assert (len(source.train_ids()), len(source.eval_ids())) == (7, 3)
+    assert "3 of the images with masks are held out" in source.notes[0]
+    assert opened("folder", root, holdout=0.3).eval_ids() == source.eval_ids()
+
+
+def test_tuning_leaves_the_validation_images_alone(tmp_path: Path) -> None:
+    trees.write_voc(tmp_path)
+    whole, tuned = opened("voc", tmp_path), opened("voc", tmp_path, eval_split="tune", holdout=0.25)
+    assert sorted(tuned.train_ids() + tuned.eval_ids()) == whole.train_ids()
+    assert len(tuned.eval_ids()) == 2
+
+
+def test_id_map_and_ignore_index_of_a_folder(tmp_path: Path) -> None:
+    text = """
+    classes: {1: thing, 0: ground}
+    palette: [[1, 2, 3], [4, 5, 6]]
+    ignore_index: 3
+    id_map: {0: ground, 1: 1, 2: thing, 255: ignore}
+    mean: [0.5, 0.5, 0.5]
+    """
+    plain = opened("folder", trees.write_folder(tmp_path / "a"))
+    mapped = opened("folder", trees.write_folder(tmp_path / "b", description=text))
+    assert mapped.info.classes == ("ground", "thing")
+    assert (mapped.info.palette[1], mapped.info.mean[0]) == ((4, 5, 6), 0.5)
+    for name in plain.train_ids():
+        before, after = plain.label(name).long(), mapped.label(name).long()
+        table = torch.full((256,), 255)
+        table[:3] = torch.tensor([0, 1, 1])
+        assert torch.equal(after, table[before])
+
+
+def test_numbers_beyond_a_byte_can_be_mapped(tmp_path: Path) -> None:
+    text = "classes: [a, b]\nid_map: {0: a, 1000: b}\n"
+    root = trees.write_folder(tmp_path, description=text)
+    name = "images/photo 0.jpg"
+    wide = np.zeros((40, 48), np.uint16)
+    wide[:20] = 1000
+    Image.fromarray(wide).save(root / "masks" / "photo 0.png")
+    assert opened("folder", root).label(name).unique().tolist() == [0, 1]
+    wide[0] = 1001
+    Image.fromarray(wide).save(root / "masks" / "photo 0.png")
+    with pytest.raises(UserError, match=r"photo 0.png: .* label 1001, .* 0, 255 and 1000"):
+        opened("folder", root).label(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("classes: [a", "no valid YAML"),
+        ("- a", "must hold `name: value` lines"),
+        ("labels: [a, b]", "labels is none of the known keys"),
+        ("classes: a", "classes must be a list"),
+        ("classes: {1: a, 2: b}", "classes must be a list"),
+        ("classes: [a, a]", "same name"),
+        ("classes: [a, b]\npalette: [[0, 0, 0]]", "palette must be a list of 2 colours"),
+        ("classes: [a, b]\npalette: [[0, 0, 0], [0, 0, 300]]", "palette must be"),
+        ("classes: [a, b]\nignore_index: none", "ignore_index must be a number"),
+        ("classes: [a, b]\nid_map: {0: c}", "id_map maps 0 to 'c'"),
+        ("classes: [a, b]\nid_map: {-1: 0}", "id_map maps -1 to 0"),
+        ("classes: [a, b]\nid_map: [0]", "id_map must hold"),
+        ("classes: [a, b]\nstd: [0, 1, 1]", "std must be three numbers"),
+    ],
+)
+def test_bad_descriptions(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=r"dataset\.yaml") as caught:
+        opened("folder", trees.write_folder(tmp_path, description=text))
+    assert message in str(caught.value)
+
+
+def test_two_images_cannot_share_a_mask(tmp_path: Path) -> None:
+    root = trees.write_folder(tmp_path)
+    (root / "images" / "photo 0.png").write_bytes((root / "images" / "photo 0.jpg").read_bytes())
+    with pytest.raises(UserError, match="differ in their endings only"):
+        opened("folder", root)
+
+
+@pytest.mark.parametrize("name", ["voc", "cityscapes", "folder"])
+def test_wrong_roots(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"--data-root: the data set \w+ needs the folder that"):
+        data.open_source(name, None, SourceOptions())
+    with pytest.raises(UserError, match="there is no such folder"):
+        opened(name, tmp_path / "nowhere")
+    with pytest.raises(UserError, match=str(tmp_path)):
+        opened(name, tmp_path)
+
+
+def broken(kind: str, root: Path) -> tuple[Source, str]:
+    """A VOC tree with one mistake in a training image, and what is to be said of it."""
+    folder = trees.write_voc(root)
+    image = folder / "JPEGImages" / "2007_000032.jpg"
+    mask = folder / "SegmentationClassAug" / "2007_000032.png"
+    _, label = trees.picture((40, 50), (1, 2), 0)
+    if kind == "truncated":
+        image.write_bytes(image.read_bytes()[:-300])
+        text = f"{image}: the image cannot be read"
+    elif kind == "size":
+        trees.save_mask(mask, label[:-1])
+        text = f"{mask}: the mask has 50x39 pixels, but its image {image} has 50x40"
+    elif kind == "label":
+        label[3, 4] = 37
+        trees.save_mask(mask, label)
+        text = f"{mask}: the mask holds the label 37, which is no class. Expected are 0..20 and 255"
+    elif kind == "colours":
+        trees.save_mask(mask, label, "RGB")
+        text = f"{mask}: the mask is an image of colours (mode RGB)"
+    elif kind == "no image":
+        image.unlink()
+        text = f"{image}: there is no such"
+    elif kind == "no mask":
+        mask.unlink()
+        (folder / "SegmentationClass" / "2007_000032.png").unlink()
+        names = "".join(f"{file.stem}\n" for file in (folder / "JPEGImages").iterdir())
+        (folder / "ImageSets" / "Segmentation" / "trainaug.txt").write_text(names, "utf-8")
+        text = "2007_000032.png: there is no such"
+    else:
+        raise ValueError(kind)
+    return opened("voc", root), text
+
+
+BROKEN = ("truncated", "size", "label", "colours", "no image", "no mask")
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_bad_files_are_named_before_training(tmp_path: Path, kind: str) -> None:
+    source, text = broken(kind, tmp_path)
+    with pytest.raises(UserError) as caught:
+        check_quickly(source, ["2007_000032"], [])
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_bad_files_are_named_from_any_process(tmp_path: Path, kind: str, workers: int) -> None:
+    source, text = broken(kind, tmp_path)
+    view = GeometricView((8, 8), (1, 1), False, 0, 0, source.info.mean)
+    dataset = ViewDataset(source, ["2007_000032"], view, True, 0, "test")
+    with pytest.raises(UserError) as caught:
+        list(load(dataset, DrawSampler(1, 2, 0, 2, 0, "test"), workers, False))
+    assert str(caught.value).startswith(str(tmp_path))
+    assert text in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_unlabelled_images_need_no_mask(tmp_path: Path) -> None:
+    folder = trees.write_voc(tmp_path)
+    source = opened("voc", tmp_path)
+    labeled, unlabeled = make_split(source, "1/4", 0, None, None)
+    for name in unlabeled:
+        for masks in ("SegmentationClass", "SegmentationClassAug"):
+            (folder / masks / f"{name}.png").unlink(missing_ok=True)
+    check_quickly(source, labeled, unlabeled)
+    view = GeometricView((8, 8), (1, 1), False, 0, 0, source.info.mean)
+    dataset = ViewDataset(source, unlabeled, view, False, 0, "test")
+    assert len(list(load(dataset, DrawSampler(6, 3, 0, 2, 0, "test"), 0, False))) == 2
+
+
+def test_images_of_any_mode_are_read_in_colour(tmp_path: Path) -> None:
+    for mode in ("L", "P", "RGBA", "CMYK", "1"):
+        path = tmp_path / f"{mode}.tif"
+        Image.new(mode, (5, 4)).save(path)
+        assert read_image(path).shape == (3, 4, 5)
+
+
+def test_numbers_as_ranges() -> None:
+    assert ranges([0, 1, 2, 7, 255]) == "0..2, 7 and 255"
+    assert ranges([4]) == "4"
