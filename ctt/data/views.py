@@ -16,6 +16,7 @@ from torch.nn import functional as F
 # luma and chroma of the NTSC standard, and back
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 FROM_YIQ = tuple(map(tuple, torch.linalg.inv(torch.tensor(YIQ, dtype=torch.float64)).tolist()))
+REDUCED = 0.75  # resize factor; four pixels are a fair mean of what one shows down to about here
 
 
 @cache
@@ -29,6 +30,8 @@ class GeometricView:
 
     Outside of the image the mean colour and label 255 are found. One resampling onto the crop is
     sharper than a chain of resize, rotation and crop, and costs by the crop, not by the image.
+    Where the image is reduced to less than `REDUCED` of its size, the part that the crop shows is
+    first reduced by a filter, because the resampling reads four pixels and would skip others.
 
     Args:
         crop: height and width of the result. scale: range of the resize factor.
@@ -51,17 +54,26 @@ class GeometricView:
 
     def __call__(self, image: Tensor, label: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Image (3, H, W) uint8, label (H, W) uint8 -> the same of the crop's size."""
-        theta = self.matrix((label.shape[0], label.shape[1]), random.Random(seed))
-        grid = F.affine_grid(theta[None], [1, 1, *self.crop], align_corners=False)
+        rng = random.Random(seed)
+        factor = rng.uniform(*self.scale)
+        whole = self.matrix((label.shape[0], label.shape[1]), factor, rng)
+        theta, rows, columns = window(whole, (label.shape[0], label.shape[1]), 2 + 2 / factor)
+        grid = F.affine_grid(theta.float()[None], [1, 1, *self.crop], align_corners=False)
+        picture = image[:, rows, columns]  # (3, h, w)
+        if factor < REDUCED:
+            size = [max(1, round(side * factor)) for side in picture.shape[1:]]
+            picture = F.interpolate(
+                picture[None], size, mode="bilinear", antialias=True, align_corners=False
+            )[0]
         # what lies outside is sampled as 0: shift so that 0 stands for the mean and for 255
-        picture = F.grid_sample((image - self.mean)[None], grid, align_corners=False)[0]
-        mask = F.grid_sample((label.float() + 1)[None, None], grid, "nearest", align_corners=False)
+        picture = F.grid_sample((picture - self.mean)[None], grid, align_corners=False)[0]
+        shifted = label[rows, columns].float() + 1
+        mask = F.grid_sample(shifted[None, None], grid, "nearest", align_corners=False)
         picture = (picture + self.mean).round().clamp(0, 255).to(torch.uint8)
         return picture, (mask[0, 0].to(torch.int16) - 1).to(torch.uint8)
 
-    def matrix(self, size: tuple[int, int], rng: random.Random) -> Tensor:
-        """Affine map (2, 3) from the crop to an image of that size, both in -1..1."""
-        factor = rng.uniform(*self.scale)
+    def matrix(self, size: tuple[int, int], factor: float, rng: random.Random) -> Tensor:
+        """Affine map (2, 3) float64 from the crop to an image of that size, both in -1..1."""
         angle = math.radians(rng.uniform(-self.rotation, self.rotation))
         mirror = -1 if self.flip and rng.random() < 0.5 else 1
         centre, extent = [], []  # y and x, as shares of the resized image
@@ -76,7 +88,30 @@ class GeometricView:
         cos, sin = math.cos(angle), math.sin(angle)
         x = [mirror * cos * width / full_width, -sin * height / full_width, 2 * centre[1] - 1]
         y = [mirror * sin * width / full_height, cos * height / full_height, 2 * centre[0] - 1]
-        return torch.tensor([x, y])
+        return torch.tensor([x, y], dtype=torch.float64)
+
+
+def window(theta: Tensor, size: tuple[int, int], margin: float) -> tuple[Tensor, slice, slice]:
+    """The part of an image (H, W) that an affine map (2, 3) reads, with `margin` pixels around it.
+
+    Returns:
+        the map onto that part, its rows and its columns. At least one pixel, even of a map that
+        reads none.
+    """
+    part = theta.clone()
+    slices = []
+    for axis, side in ((1, size[0]), (0, size[1])):
+        reach = float(theta[axis, :2].abs().sum())
+        low, high = (
+            (float(theta[axis, 2]) + sign * reach + 1) / 2 * side + sign * margin
+            for sign in (-1, 1)
+        )
+        start = min(max(math.floor(low), 0), side - 1)
+        stop = min(max(math.ceil(high), start + 1), side)
+        part[axis] *= side / (stop - start)
+        part[axis, 2] += (side - 2 * start) / (stop - start) - 1
+        slices.append(slice(start, stop))
+    return part, slices[0], slices[1]
 
 
 class PhotometricView:

@@ -1,9 +1,11 @@
+import random
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ctt.data.random import generator
-from ctt.data.views import GeometricView, PhotometricView, gaussian_blur, rotate_hue
+from ctt.data.views import GeometricView, PhotometricView, gaussian_blur, rotate_hue, window
 
 MEAN = (0.5, 0.25, 0.75)
 
@@ -120,3 +122,42 @@ def test_blur_of_each_image_has_its_own_sigma() -> None:
     expected = torch.exp(-0.5 * (torch.arange(-6, 7) / 2.0) ** 2)
     expected = expected / expected.sum()
     assert torch.allclose(blurred[1, 0, 10, 4:17], expected * expected[6], atol=1e-6)
+
+
+@given(st.integers(0, 10_000), st.tuples(st.integers(1, 300), st.integers(1, 300)))
+def test_reading_a_part_gives_what_the_whole_image_gives(seed: int, size: tuple[int, int]) -> None:
+    rich = view((33, 47), (0.76, 1.6), True, 30, 0.3)
+    rng = generator("part", seed)
+    image = torch.randint(0, 256, (3, *size), generator=rng, dtype=torch.uint8)
+    label = torch.randint(0, 21, size, generator=rng, dtype=torch.uint8)
+    seen, mask = rich(image, label, seed)
+    draw = random.Random(seed)
+    theta = rich.matrix(size, draw.uniform(*rich.scale), draw)
+    grid = torch.nn.functional.affine_grid(theta[None], [1, 1, 33, 47], align_corners=False)
+    mean = 255 * torch.tensor(MEAN, dtype=torch.float64)[:, None, None]
+    expected = torch.nn.functional.grid_sample((image - mean)[None], grid, align_corners=False)[0]
+    assert (seen.double() - (expected + mean)).abs().max() < 0.6
+    near = torch.nn.functional.grid_sample(
+        label[None, None].double() + 1, grid, "nearest", align_corners=False
+    )[0, 0]
+    # a coordinate in the middle between two pixels may go to either
+    assert (mask == ((near - 1) % 256).to(torch.uint8)).float().mean() > 0.99
+
+
+def test_only_the_part_that_is_shown_is_read() -> None:
+    theta = view((100, 200), (1, 1)).matrix((1024, 2048), 1, random.Random(0))
+    _, rows, columns = window(theta, (1024, 2048), 4)
+    assert rows.stop - rows.start <= 110
+    assert columns.stop - columns.start <= 210
+
+
+def test_fine_patterns_do_not_turn_into_coarse_ones() -> None:
+    stripes = (torch.arange(400) % 2 * 255).to(torch.uint8).expand(3, 400, 400)
+    label = torch.zeros(400, 400, dtype=torch.uint8)
+    for factor in (0.5, 0.6, 0.7):
+        seen, _ = view((60, 60), (factor, factor))(stripes, label, 0)
+        reduced = torch.nn.functional.interpolate(
+            stripes[None].float(), scale_factor=factor, mode="bilinear", antialias=True
+        )
+        assert seen.float().std() <= reduced.std() + 3
+        assert abs(seen.float().mean() - 127.5) < 3
