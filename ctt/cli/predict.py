@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ctt.cli.common import BAD_INPUT, run_program
+from ctt.data import IMAGE_SUFFIXES
 from ctt.errors import UserError
 from ctt.train.settings import EvalSettings, validate_eval
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
     from ctt.data.source import DatasetInfo
     from ctt.train.inference import Predict
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,9 @@ def _main(arguments: list[str]) -> int:
     if not parsed.images:
         raise UserError("Which images? Give files, folders or patterns after the weights.")
     if not jobs:
-        raise UserError(f"No image found in {', '.join(parsed.images)} ({', '.join(SUFFIXES)}).")
+        raise UserError(
+            f"No image found in {', '.join(parsed.images)} ({', '.join(IMAGE_SUFFIXES)})."
+        )
     jobs = check_targets(jobs, parsed)
     from ctt.train.inference import for_images
     from ctt.train.loop import pick_device
@@ -122,7 +123,9 @@ def find_jobs(paths: Iterable[str], out: Path, recursive: bool) -> Iterator[Job]
             yield Job(path, out / path.stem)
         else:
             files = sorted(map(Path, glob.glob(text, recursive=True)))  # noqa: PTH207 (absolute)
-            files = [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
+            files = [
+                file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+            ]
             if not files:
                 raise UserError(f"{text}: there is no such image or folder.")
             yield from (Job(file, out / file.stem) for file in files)
@@ -141,7 +144,7 @@ def _images_below(folder: Path, out: Path, recursive: bool) -> list[Path]:
         found += [
             here / name
             for name in sorted(names)
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
         ]
     return found
 
@@ -242,6 +245,8 @@ class Pictures:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor | UserError:
+        from ctt.data.files import read_image
+
         try:
             return read_image(self.files[index])
         except UserError as error:
@@ -267,32 +272,6 @@ def read_all(
             failures.append(found)
         else:
             yield job, found
-
-
-def read_image(path: Path) -> Tensor:
-    """(3, H, W) uint8, turned as the camera says.
-
-    Raises:
-        UserError: the file is no image, or a broken one.
-    """
-    import torch
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    from ctt.data.pixels import to_rgb
-
-    broken = (
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        OSError,
-        SyntaxError,
-        ValueError,
-    )
-    try:
-        with Image.open(path) as file:
-            pixels = to_rgb(ImageOps.exif_transpose(file))
-    except broken as error:
-        raise UserError(f"{path} cannot be read as an image ({error}).") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def write(

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from ctt.data.options import SourceOptions
     from ctt.data.source import Source
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
 
 def names() -> list[str]:
     """The data sets that `open_source` knows."""

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ctt.data.options import SourceOptions
+from ctt.data.pixels import to_rgb
 from ctt.data.source import IGNORE, DatasetInfo, Source
 from ctt.data.split import draw_split
 from ctt.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MASK_MODES = ("1", "L", "P", "I", "I;16")
@@ -35,17 +35,20 @@ BROKEN = (
 )
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: Path, *, turned: bool = True) -> Tensor:
     """(3, H, W) uint8.
+
+    Args:
+        turned: as the camera's note in the file (EXIF) says, and as viewers do.
 
     Raises:
         UserError: there is no such file, or it is no image, or a broken one.
     """
     try:
         with Image.open(path) as file:
-            pixels = np.array(file.convert("RGB"))
+            pixels = to_rgb(ImageOps.exif_transpose(file) if turned else file)
     except BROKEN as error:
-        raise _broken(path, "image", error) from None
+        raise _broken(path, "an image", error) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -66,7 +69,7 @@ def read_mask(path: Path) -> np.ndarray[tuple[int, int], np.dtype[np.integer]]:
                 )
             values = np.array(file)
     except BROKEN as error:
-        raise _broken(path, "mask", error) from None
+        raise _broken(path, "a mask", error) from None
     if values.dtype == np.bool_:
         values = values.astype(np.uint8)
     return values // SPREAD[raw] if raw in SPREAD else values
@@ -74,10 +77,10 @@ def read_mask(path: Path) -> np.ndarray[tuple[int, int], np.dtype[np.integer]]:
 
 def _broken(path: Path, what: str, error: Exception) -> UserError:
     if isinstance(error, FileNotFoundError):
-        return UserError(f"{path}: there is no such {what}.")
+        return UserError(f"{path}: there is no such file.")
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return UserError(
-        f"{path}: the {what} cannot be read ({reason}). Replace the file by a whole one, or leave "
+        f"{path} cannot be read as {what} ({reason}). Replace the file by a whole one, or leave "
         f"it out."
     )
 
@@ -146,7 +149,12 @@ class FileSource(Source):
     Args:
         train, unlabeled, evaluation: names of images. Without `evaluation`, or with the option
             `eval_split` tune, a share of `train` is held out and evaluated on.
+
+    Attributes:
+        turned: images are turned as their files say; published masks belong to the stored pixels.
     """
+
+    turned = False
 
     def __init__(
         self,
@@ -188,7 +196,7 @@ class FileSource(Source):
         return list(self._eval)
 
     def image(self, name: str) -> Tensor:
-        return read_image(self.image_path(name))
+        return read_image(self.image_path(name), turned=self.turned)
 
     def label(self, name: str) -> Tensor:
         path = self.mask_path(name)

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from ctt.data import IMAGE_SUFFIXES
 from ctt.data.files import (
-    IMAGE_SUFFIXES,
     IMAGENET_MEAN,
     IMAGENET_STD,
     VALUES,
@@ -55,6 +55,8 @@ class Folder(FileSource):
     Raises:
         UserError: the layout is not complete, or dataset.yaml is wrong.
     """
+
+    turned = True
 
     def __init__(self, root: Path | None, options: SourceOptions) -> None:
         self.root = require_root(root, "folder", LAYOUT)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ctt.cli import evaluate, predict, train
 from ctt.data.digits import Digits
+from ctt.data.files import read_image
 from ctt.train import checkpoint, inference
 from ctt.train.run import read_settings
 
@@ -185,11 +186,11 @@ def test_images_of_every_kind(tmp_path: Path) -> None:
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     turned.save(tmp_path / "turned.png", exif=exif)
     for name in ("grey.png", "deep.png", "deep.tif", "int.tif", "float.tif", "turned.png"):
-        found = predict.read_image(tmp_path / name).permute(1, 2, 0).numpy()
+        found = read_image(tmp_path / name).permute(1, 2, 0).numpy()
         assert np.array_equal(found, expected), name
-    palette = predict.read_image(tmp_path / "palette.png").permute(1, 2, 0).numpy()
+    palette = read_image(tmp_path / "palette.png").permute(1, 2, 0).numpy()
     assert np.abs(palette.astype(int) - expected).max() <= 1
-    found = predict.read_image(tmp_path / "clear.png").permute(1, 2, 0).numpy()
+    found = read_image(tmp_path / "clear.png").permute(1, 2, 0).numpy()
     assert np.array_equal(found[10:], expected[10:])
     assert (found[:10] == 255).all()
 

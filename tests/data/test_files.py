@@ -284,7 +284,7 @@ def broken(kind: str, root: Path) -> tuple[Source, str]:
     _, label = trees.picture((40, 50), (1, 2), 0)
     if kind == "truncated":
         image.write_bytes(image.read_bytes()[:-300])
-        text = f"{image}: the image cannot be read"
+        text = f"{image} cannot be read as an image"
     elif kind == "size":
         trees.save_mask(mask, label[:-1])
         text = f"{mask}: the mask has 50x39 pixels, but its image {image} has 50x40"
