@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ctt.data.prepare import resize_image, resize_label
 from ctt.data.source import DatasetInfo
 from ctt.methods.losses import upsample
 from ctt.models.base import SegmentationModel
@@ -146,8 +147,7 @@ def prepare(image: Tensor, label: Tensor, settings: EvalSettings) -> tuple[Tenso
         return image[:, y : y + h, x : x + w], label[y : y + h, x : x + w]
     if settings.protocol == "half":
         size = (math.ceil(height / 2), math.ceil(width / 2))
-        small = F.interpolate(label[None, None], size=size, mode="nearest-exact")
-        return resize(image[None], size)[0], small[0, 0]
+        return resize_image(image, size), resize_label(label, size)
     return image, label
 
 

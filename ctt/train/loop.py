@@ -29,6 +29,7 @@ from torch import Tensor
 from ctt import __version__, data, methods
 from ctt.data.check import check_quickly
 from ctt.data.loader import DrawSampler, ViewDataset, load
+from ctt.data.prepare import Prepared
 from ctt.data.source import Source
 from ctt.data.split import make_split, read_list, write_list
 from ctt.data.views import GeometricView
@@ -220,7 +221,8 @@ class Trainer:
         view = GeometricView(
             d.crop, d.scale, d.flip, d.rotation, d.translation, self.source.info.mean
         )
-        dataset = ViewDataset(self.source, ids, view, labeled, s.seed, purpose)
+        source = Prepared(self.source, d.resize, d.cache)
+        dataset = ViewDataset(source, ids, view, labeled, s.seed, purpose)
         sampler = DrawSampler(
             len(ids), d.batch_size, self.state.iteration, s.train.iterations, s.seed, purpose
         )

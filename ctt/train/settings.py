@@ -28,6 +28,13 @@ class DataSettings(SourceOptions):
     """Labelled images a step; as many unlabelled ones come with them."""
     workers: int = 2
     """Processes that load images; 0 loads in the main process."""
+    resize: tuple[int, int] | None = None
+    """Height and width that training images and labels are brought to before all else (Cityscapes
+    in the paper: 512 1024). Evaluation is not changed by it: see --eval.protocol half."""
+    cache: Path | None = None
+    """Folder in which decoded (and resized) training images are kept: 3 bytes a pixel of an image
+    and 1 of a label, written when first read, shared by all processes and runs that name it. In
+    /dev/shm it is memory."""
     scale: tuple[float, float] = (0.5, 1.6)
     """Range of the random resize before the crop."""
     flip: bool = True
@@ -314,6 +321,12 @@ def validate(settings: Settings) -> None:
         ("--pairs", s.pairs, 0 <= s.pairs <= 8, "must be in 1..8"),
         ("--seed", s.seed, 0 <= s.seed < 2**31, f"must be in 0..{2**31 - 1}"),
         ("--data.crop", s.data.crop, min(s.data.crop) >= 8, "must be at least 8 8"),
+        (
+            "--data.resize",
+            s.data.resize or (8,),
+            min(s.data.resize or (8,)) >= 8,
+            "must be at least 8 8",
+        ),
         ("--data.batch-size", s.data.batch_size, s.data.batch_size >= 1, at_least_1),
         ("--data.workers", s.data.workers, s.data.workers >= 0, at_least_0),
         (

@@ -1,0 +1,131 @@
+"""Images and labels as training wants them: of another size, and kept decoded in files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ctt.data.files import FileSource
+from ctt.data.source import Source
+from ctt.errors import UserError
+
+
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(3, H, W) uint8 -> (3, h, w), with a filter where it shrinks."""
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
+
+
+def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
+    """(H, W) uint8 -> (h, w), the nearest pixel."""
+    return F.interpolate(label[None, None], size, mode="nearest-exact")[0, 0]
+
+
+class Prepared(Source):
+    """The training images of a source, resized, and read from a cache where there is one.
+
+    The cache is a folder of arrays, one file for an image and one for a label, written when they
+    are first read. They are mapped into memory: all loader processes, ranks and runs on a machine
+    share one copy, of which a crop reads its own rows only, and which the system drops when it
+    needs the memory. Three bytes a pixel of an image and one of a label, after the resize. A file
+    that has changed since is read anew.
+
+    Args:
+        size: height and width, or None to keep those of each image.
+        cache: a folder, or None.
+    """
+
+    def __init__(self, source: Source, size: tuple[int, int] | None, cache: Path | None) -> None:
+        self.source, self.size = source, size
+        self.info = source.info
+        self.cache = cache.expanduser() if isinstance(source, FileSource) and cache else None
+
+    def train_ids(self) -> list[str]:
+        return self.source.train_ids()
+
+    def eval_ids(self) -> list[str]:
+        return self.source.eval_ids()
+
+    def files(self, name: str, labeled: bool) -> list[Path]:
+        return self.source.files(name, labeled)
+
+    def image(self, name: str) -> Tensor:
+        return self._cached("image", name, lambda: self._resized_image(self.source.image(name)))
+
+    def label(self, name: str) -> Tensor:
+        def read() -> Tensor:
+            label = self.source.pair(name)[1]  # whose size is the image's
+            return label if self.size is None else resize_label(label, self.size)
+
+        return self._cached("label", name, read)
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        if self.cache is not None:
+            return self.image(name), self.label(name)
+        image, label = self.source.pair(name)
+        if self.size is not None:
+            label = resize_label(label, self.size)
+        return self._resized_image(image), label
+
+    def _resized_image(self, image: Tensor) -> Tensor:
+        return image if self.size is None else resize_image(image, self.size)
+
+    def _cached(self, kind: str, name: str, read: Callable[[], Tensor]) -> Tensor:
+        if self.cache is None:
+            return read()
+        path = self.cache / f"{self._key(kind, name)}.npy"
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            # copied on write, which never happens: read-only arrays cannot become tensors
+            array = np.load(path, mmap_mode="c")
+            return _to_tensor(torch.from_numpy(array))
+        value = read()
+        self._keep(path, value)
+        return value
+
+    def _key(self, kind: str, name: str) -> str:
+        """Names the bytes that would be read: by the file, when it was written, and how."""
+        assert isinstance(self.source, FileSource)
+        path = self.source.files(name, labeled=kind == "label")[-1]
+        try:
+            state = path.stat()
+        except OSError:
+            raise UserError(f"{path}: there is no such file.") from None
+        parts = [kind, os.fspath(path.resolve()), state.st_mtime_ns, state.st_size, self.size]
+        digest = hashlib.blake2b(repr(parts).encode(), digest_size=16)
+        if kind == "label":
+            digest.update(self.source.label_map(path).table.tobytes())
+        return digest.hexdigest()
+
+    def _keep(self, path: Path, value: Tensor) -> None:
+        assert self.cache is not None
+        part = None
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.cache, suffix=".part", delete=False) as file:
+                part = Path(file.name)
+                np.save(file, np.ascontiguousarray(_from_tensor(value).numpy()))
+            part.replace(path)
+        except OSError as error:
+            if part is not None:
+                part.unlink(missing_ok=True)
+            raise UserError(
+                f"--data.cache {self.cache} cannot be written ({error.strerror}). Give a folder "
+                f"with more room, or leave the option out."
+            ) from None
+
+
+def _from_tensor(value: Tensor) -> Tensor:
+    """Rows of an image lie together, so that a crop reads few pages."""
+    return value.permute(1, 2, 0) if value.dim() == 3 else value
+
+
+def _to_tensor(stored: Tensor) -> Tensor:
+    return stored.permute(2, 0, 1) if stored.dim() == 3 else stored

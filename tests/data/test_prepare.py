@@ -1,0 +1,79 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctt import data
+from ctt.data.digits import Digits
+from ctt.data.options import SourceOptions
+from ctt.data.prepare import Prepared, resize_image, resize_label
+from ctt.errors import UserError
+from tests.data import trees
+
+
+def test_resize_comes_before_all_else(tmp_path: Path) -> None:
+    source = data.open_source("cityscapes", trees.write_cityscapes(tmp_path), SourceOptions())
+    small = Prepared(source, (16, 32), None)
+    for name in source.train_ids():
+        image, label = small.pair(name)
+        assert torch.equal(image, resize_image(source.image(name), (16, 32)))
+        assert torch.equal(label, resize_label(source.label(name), (16, 32)))
+        assert set(label.unique().tolist()) <= set(source.label(name).unique().tolist())
+        assert torch.equal(small.image(name), image)
+
+
+@pytest.mark.parametrize("size", [None, (20, 30)])
+def test_a_cache_gives_what_the_files_hold(tmp_path: Path, size: tuple[int, int] | None) -> None:
+    source = data.open_source("voc", trees.write_voc(tmp_path / "data"), SourceOptions())
+    plain, kept = Prepared(source, size, None), Prepared(source, size, tmp_path / "new" / "cache")
+    for _ in range(2):
+        for name in source.train_ids():
+            for one, other in zip(plain.pair(name), kept.pair(name), strict=True):
+                assert torch.equal(one, other)
+    files = sorted((tmp_path / "new" / "cache").iterdir())
+    assert len(files) == 2 * len(source.train_ids())
+    height, width = size or (40, 50)
+    pixels = len(source.train_ids()) * height * width
+    assert 4 * pixels <= sum(file.stat().st_size for file in files) <= 4 * pixels + 128 * len(files)
+
+
+def test_a_cache_reads_no_file_twice_and_notices_a_change(tmp_path: Path) -> None:
+    folder = trees.write_voc(tmp_path / "data")
+    source = data.open_source("voc", folder, SourceOptions())
+    kept = Prepared(source, None, tmp_path / "cache")
+    name = source.train_ids()[0]
+    before = kept.image(name)
+    path = source.files(name, labeled=False)[0]
+    state = path.stat()
+    path.write_bytes(b"x" * state.st_size)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert torch.equal(kept.image(name), before)
+    trees.save_image(path, trees.picture((30, 60), (3,), 5)[0])
+    assert kept.image(name).shape == (3, 30, 60)
+    with pytest.raises(UserError, match=r"the mask has 50x40 pixels, but its image .* has 60x30"):
+        kept.pair(name)
+
+
+def test_a_torn_file_of_the_cache_is_read_anew(tmp_path: Path) -> None:
+    source = data.open_source("voc", trees.write_voc(tmp_path / "data"), SourceOptions())
+    kept = Prepared(source, None, tmp_path / "cache")
+    name = source.train_ids()[0]
+    before = kept.image(name).clone()
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    assert torch.equal(kept.image(name), before)
+
+
+def test_a_cache_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> None:
+    source = data.open_source("voc", trees.write_voc(tmp_path / "data"), SourceOptions())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--data\.cache .* cannot be written"):
+        Prepared(source, None, tmp_path / "file").image(source.train_ids()[0])
+
+
+def test_images_in_memory_are_not_cached(tmp_path: Path) -> None:
+    source = Digits(3, 1)
+    kept = Prepared(source, None, tmp_path / "cache")
+    assert torch.equal(kept.image("train-0"), source.image("train-0"))
+    assert not (tmp_path / "cache").exists()
