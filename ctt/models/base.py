@@ -2,9 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Output(NamedTuple):
@@ -25,11 +26,13 @@ class SegmentationModel(nn.Module, ABC):
     Subclasses implement `extract`; `classifier` is the last 1x1 convolution.
 
     Attributes:
-        stride: input pixels for each pixel of the features.
+        stride: input pixels for each pixel of the features: h = ceil(H / stride).
+        options: what `ctt.models.build` makes this network from, but the number of classes.
     """
 
     classifier: nn.Conv2d
     stride: int
+    options: dict[str, Any]
 
     @abstractmethod
     def extract(self, images: Tensor) -> Tensor:
@@ -42,3 +45,87 @@ class SegmentationModel(nn.Module, ABC):
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that the recipe may train with a larger learning rate."""
         return self.classifier.parameters()
+
+
+class BackboneModel(SegmentationModel):
+    """A network with a backbone that may start from published weights; the rest is its head.
+
+    Attributes:
+        backbone: named as in `backbone_name`.
+        batch_norm_frozen: the backbone's batch norms stay as they are, see `freeze_batch_norm`.
+    """
+
+    backbone: nn.Module
+    backbone_name: str
+    batch_norm_frozen = False
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        for name, parameter in self.named_parameters():
+            if not name.startswith("backbone."):
+                yield parameter
+
+    def freeze_batch_norm(self) -> None:
+        """Fix statistics, scale and shift of the backbone's batch norms for good.
+
+        The head's are left alone: theirs are fresh and have everything to learn.
+        """
+        self.batch_norm_frozen = True
+        for norm in self._backbone_norms():
+            norm.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.batch_norm_frozen:
+            for norm in self._backbone_norms():
+                norm.eval()
+        return self
+
+    def _backbone_norms(self) -> Iterator[nn.Module]:
+        for module in self.backbone.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                yield module
+
+
+class PooledNorm(nn.BatchNorm2d):
+    """Batch norm that also takes one value a channel, as image pooling of a single image gives.
+
+    A single value has no deviation, so the running statistics serve and are left as they are.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(x)
+
+
+def conv_bn(
+    inputs: int,
+    outputs: int,
+    kernel: int = 3,
+    stride: int = 1,
+    dilation: int = 1,
+    activate: bool = True,
+) -> nn.Sequential:
+    """Convolution that keeps the size (over the stride), batch norm, ReLU."""
+    padding = dilation * (kernel // 2)
+    layers: list[nn.Module] = [
+        nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False),
+        nn.BatchNorm2d(outputs),
+    ]
+    if activate:
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
+
+
+def resize_like(x: Tensor, other: Tensor, *, align_corners: bool = False) -> Tensor:
+    """x (B, D, h, w) bilinearly at the resolution of `other`."""
+    return F.interpolate(x, size=other.shape[-2:], mode="bilinear", align_corners=align_corners)
+
+
+def to_stride(features: Tensor, images: Tensor, stride: int) -> Tensor:
+    """Features bilinearly on the grid of ceil(H / stride) x ceil(W / stride)."""
+    height, width = (-(-side // stride) for side in images.shape[-2:])
+    return F.interpolate(features, size=(height, width), mode="bilinear", align_corners=False)

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ctt import models
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
 from ctt.models.base import SegmentationModel
-from ctt.train.settings import ModelSettings
 
 FORMAT = "ctt-checkpoint-1"
 WEIGHTS_FORMAT = "ctt-weights-1"
@@ -51,48 +50,11 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_fitting(network: SegmentationModel, path: Path) -> tuple[int, int]:
-    """Copy what a file of weights holds for this network: tensors of the same name and shape.
-
-    Args:
-        path: .safetensors, or a .pth that holds a dictionary of tensors.
-
-    Returns:
-        how many of the network's tensors were found, and how many it has.
-
-    Raises:
-        UserError: the file cannot be read, or nothing in it fits.
-    """
-    if not path.is_file():
-        raise UserError(f"--model.weights {path}: there is no such file.")
-    try:
-        if path.suffix == ".safetensors":
-            tensors: Any = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no weights can raise anything
-        raise UserError(f"--model.weights {path} cannot be read ({_reason(error)}).") from None
-    own = network.state_dict()
-    found = {
-        name: value
-        for name, value in (tensors.items() if isinstance(tensors, dict) else ())
-        if name in own and isinstance(value, Tensor) and value.shape == own[name].shape
-    }
-    if not found:
-        raise UserError(
-            f"--model.weights {path}: no tensor in the file has a name and shape of this network."
-        )
-    network.load_state_dict(found, strict=False)
-    return len(found), len(own)
-
-
-def save_network(
-    path: Path, network: SegmentationModel, model: ModelSettings, info: DatasetInfo, note: str
-) -> None:
+def save_network(path: Path, network: SegmentationModel, info: DatasetInfo, note: str) -> None:
     """Write one network, ready for inference: weights, and how to build it and read its output."""
     meta = {
         "format": WEIGHTS_FORMAT,
-        "model": {"name": model.name, "features": model.features, "width": model.width},
+        "model": network.options,
         "dataset": info.name,
         "classes": info.classes,
         "palette": info.palette,

@@ -263,7 +263,6 @@ class Trainer:
             checkpoint.save_network(
                 self.folder / run.WEIGHTS,
                 state.networks()[name],
-                self.settings.model,
                 self.source.info,
                 note,
             )
@@ -352,6 +351,8 @@ class Trainer:
             highlight=False,
             soft_wrap=True,
         )
+        for origin in dict.fromkeys(self.state.origins):
+            self.console.print(origin, highlight=False, soft_wrap=True)
 
     def _progress(self) -> Progress:
         return Progress(

@@ -66,13 +66,37 @@ class ViewSettings:
 @dataclass(frozen=True)
 class ModelSettings:
     name: str = "small"
-    """Architecture: one of `ctt.models.names()`."""
-    weights: str = "none"
-    """`none`, or a file to start all students from: .safetensors, or .pth that holds tensors."""
+    """Architecture: small, deeplabv2 or deeplabv3plus."""
+    backbone: tuple[str, ...] = ()
+    """Name of a timm model, with or without the tag of its weights, such as resnet101 or
+    resnet101.tv_in1k; by default the architecture's own. Of several, pair k takes the k-th, and
+    after the last one the first again."""
+    weights: tuple[str, ...] = ("none",)
+    """What students start from: `none`, fresh weights; `imagenet`, the weights that timm publishes
+    for the backbone, downloaded unless they are in the cache of its hub; or a file (.safetensors,
+    or .pth that holds tensors) of the whole network or of the backbone. Of several, pair k takes
+    the k-th, and after the last one the first again."""
+    output_stride: int = 0
+    """Of a dilated backbone: 8 or 16; 0: 8 for deeplabv2, 16 for deeplabv3plus."""
+    freeze_batch_norm: bool = False
+    """Keep statistics, scale and shift of the backbone's batch norms as --model.weights has them;
+    for batches too small to estimate statistics from. Those of the head are trained."""
+    sync_batch_norm: bool = False
+    """Batch-norm statistics of the batches of all GPUs together; without effect on one device."""
     features: int = 256
     """D, channels of the features that the last 1x1 classifier reads and that contrast compares."""
     width: int = 32
     """small: channels of the first stage."""
+
+    def of_pair(self, k: int) -> dict[str, Any]:
+        """Arguments of `ctt.models.build` for the networks of pair k, counted from 0."""
+        return {
+            "name": self.name,
+            "features": self.features,
+            "width": self.width,
+            "backbone": self.backbone[k % len(self.backbone)] if self.backbone else "",
+            "output_stride": self.output_stride,
+        }
 
 
 @dataclass(frozen=True)
@@ -289,9 +313,8 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
             raise UserError(f"{where} must be one of {', '.join(options)}, got {value!r}.")
         return value
     if origin is tuple and options[-1] is Ellipsis:
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{where} must be a list, got {value!r}.")
-        return tuple(_coerce(item, options[0], where) for item in value)
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_coerce(item, options[0], where) for item in items)
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(options):
             raise UserError(f"{where} must be a list of {len(options)} numbers, got {value!r}.")
@@ -372,6 +395,12 @@ def validate(settings: Settings) -> None:
         ),
         ("--model.features", s.model.features, s.model.features >= 1, at_least_1),
         ("--model.width", s.model.width, s.model.width >= 1, at_least_1),
+        (
+            "--model.output-stride",
+            s.model.output_stride,
+            s.model.output_stride in (0, 8, 16),
+            "must be 8 or 16, or 0 for the architecture's own",
+        ),
         ("--optim.lr", s.optim.lr, s.optim.lr > 0, positive),
         ("--optim.head-lr-factor", s.optim.head_lr_factor, s.optim.head_lr_factor > 0, positive),
         ("--optim.momentum", s.optim.momentum, 0 <= s.optim.momentum < 1, "must be in 0..1"),
@@ -412,6 +441,13 @@ def validate(settings: Settings) -> None:
         *_eval_checks(s.eval),
     ]
     _refuse(checks)
+    if not s.model.weights:
+        raise UserError("--model.weights needs none, imagenet or a file.")
+    if s.model.freeze_batch_norm and "none" in s.model.weights:
+        raise UserError(
+            "--model.freeze-batch-norm keeps the statistics of trained weights, and with "
+            "--model.weights none there are none. Give imagenet or a file there."
+        )
 
 
 def validate_eval(settings: EvalSettings) -> None:

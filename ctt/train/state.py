@@ -1,7 +1,6 @@
 """Everything that changes while training: networks, optimiser, banks, iteration."""
 
 import copy
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -9,16 +8,18 @@ from torch import Tensor, nn
 
 from ctt import models
 from ctt.data.random import derive_seed
-from ctt.models.base import SegmentationModel
+from ctt.errors import UserError
+from ctt.models.base import BackboneModel, SegmentationModel
+from ctt.models.weights import start_from
 from ctt.ops import MemoryBank, ema_update_
-from ctt.train.checkpoint import load_fitting
 from ctt.train.settings import EmaSettings, Settings
 
 
 class TrainState:
     """K students, their teachers and banks, one optimiser over all students.
 
-    Students start from different random weights; a teacher starts as a copy of its student.
+    Students start from different random weights (with weights of a backbone, from different
+    heads); a teacher starts as a copy of its student.
 
     Args:
         initialize: read `model.weights`; not needed where a checkpoint follows.
@@ -32,19 +33,19 @@ class TrainState:
         device: torch.device,
         initialize: bool = True,
     ) -> None:
-        model = settings.model
         self.students: list[SegmentationModel] = []
+        self.origins: list[str] = []  # what was found in the weights that students start from
         for k in range(pairs):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive_seed("weights", settings.seed, k))
-                student = models.build(model.name, num_classes, model.features, model.width)
-            if initialize and model.weights != "none":
-                load_fitting(student, Path(model.weights))
+            student, origin = make_student(settings, k, num_classes, initialize)
+            self.origins += [origin] if origin else []
+            if settings.model.sync_batch_norm:
+                student = synchronized(student, device)
             # a quarter less time on the CPU, tensor cores on GPUs, pixels as rows without a copy
             self.students.append(student.to(memory_format=torch.channels_last).to(device))
+        check_alike(self.students)
         self.teachers = [copy.deepcopy(s).requires_grad_(False).eval() for s in self.students]
         self.banks = [
-            MemoryBank(num_classes, settings.bank.capacity, model.features).to(device)
+            MemoryBank(num_classes, settings.bank.capacity, settings.model.features).to(device)
             for _ in range(pairs)
         ]
         self.optimizer = make_optimizer(self.students, settings)
@@ -97,6 +98,59 @@ class TrainState:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
 
 
+def make_student(
+    settings: Settings, k: int, num_classes: int, initialize: bool
+) -> tuple[SegmentationModel, str]:
+    """Student k, counted from 0, on the CPU, and what was found in the weights it starts from.
+
+    Raises:
+        UserError: no such network, or weights that cannot be had or do not fit.
+    """
+    model = settings.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed("weights", settings.seed, k))
+        student = models.build(num_classes=num_classes, **model.of_pair(k))
+    weights = model.weights[k % len(model.weights)]
+    origin = start_from(student, weights) if initialize and weights != "none" else ""
+    if model.freeze_batch_norm:
+        if not isinstance(student, BackboneModel):
+            raise UserError(
+                f"--model.freeze-batch-norm: the network {model.name} has no backbone whose batch "
+                f"norms could be kept. Leave it out, or choose another --model.name."
+            )
+        student.freeze_batch_norm()
+    return student, origin
+
+
+def synchronized(student: SegmentationModel, device: torch.device) -> SegmentationModel:
+    """The student with batch norms that take the batches of all processes as one.
+
+    Raises:
+        UserError: several processes on a device whose batch norms cannot.
+    """
+    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return student
+    if device.type != "cuda":
+        raise UserError(
+            f"--model.sync-batch-norm: batch norms of several processes work together on GPUs "
+            f"alone, and this run is on {device.type}. Leave it out."
+        )
+    from timm.layers import convert_sync_batchnorm  # knows timm's norms with an activation in them
+
+    converted: SegmentationModel = convert_sync_batchnorm(student)
+    return converted
+
+
+def check_alike(students: list[SegmentationModel]) -> None:
+    """Contrast compares the students pixel by pixel, so their features need one resolution."""
+    strides = [student.stride for student in students]
+    if len(set(strides)) > 1:
+        raise UserError(
+            f"--model.backbone: features of the pairs are at strides {strides}, and contrast needs "
+            f"them at one. Choose backbones of one stride."
+        )
+
+
 def make_optimizer(students: list[SegmentationModel], settings: Settings) -> torch.optim.SGD:
     """SGD over two groups of every student: the body, and the head with its own learning rate."""
     optim = settings.optim
@@ -104,7 +158,7 @@ def make_optimizer(students: list[SegmentationModel], settings: Settings) -> tor
     for student in students:
         head = list(student.head_parameters())
         in_head = {id(p) for p in head}
-        body = [p for p in student.parameters() if id(p) not in in_head]
+        body = [p for p in student.parameters() if id(p) not in in_head and p.requires_grad]
         groups.append({"params": body, "lr_factor": 1.0})
         groups.append({"params": head, "lr_factor": optim.head_lr_factor})
     return torch.optim.SGD(

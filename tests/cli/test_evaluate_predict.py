@@ -18,7 +18,6 @@ from ctt.cli import evaluate, predict, train
 from ctt.data.digits import Digits
 from ctt.data.files import read_image
 from ctt.train import checkpoint, inference
-from ctt.train.run import read_settings
 
 Run = Callable[[str], int]
 
@@ -134,9 +133,8 @@ def test_weights_of_other_classes_or_unknown_data(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     network, info, note = checkpoint.load_network(folder / "best.safetensors")
-    model = read_settings(folder).model
     other = dataclasses.replace(info, name="moon", classes=("sky", *info.classes[1:]))
-    checkpoint.save_network(tmp_path / "moon.safetensors", network, model, other, note)
+    checkpoint.save_network(tmp_path / "moon.safetensors", network, other, note)
     for arguments, text in (
         ([], "trained on moon, which is no data set of this installation"),
         (["--dataset", "digits"], "class 0 is 'sky' to the network and 'background' in the data"),

@@ -32,7 +32,6 @@ def test_every_recipe_is_valid(name: str) -> None:
         ({"train": {"iterations": 1.5}}, "must be of type int"),
         ({"train": {"deterministic": 1}}, "must be true or false"),
         ({"data": {"crop": [3]}}, "list of 2 numbers"),
-        ({"eval": {"scales": 1}}, "must be a list"),
         ({"eval": {"scales": ["big"]}}, "must be of type float"),
         ({"views": {"mix": "mixup"}}, "must be one of none, classmix, cutmix"),
     ],

@@ -1,0 +1,82 @@
+"""Convolutional backbones of timm, dilated to an output stride."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ctt.errors import UserError
+
+
+class Stages(nn.Module):
+    """What the stages of a timm backbone give, from the finest to the coarsest.
+
+    The dilated ResNets are equal to torchvision's `replace_stride_with_dilation`: the first block
+    of a dilated stage keeps the dilation of the stage before, and bottlenecks stride in their 3x3
+    convolution. (DeepLab's own Caffe networks dilate that block too and stride in the 1x1.)
+
+    Args:
+        name: of a timm model, with or without the tag of its weights (`resnet101.tv_in1k`).
+        output_stride: of the coarsest stage; where the network would go on to stride, it dilates.
+
+    Attributes:
+        channels, strides: of each stage.
+        short: an odd image comes out a row or column short of ceil(H / stride).
+
+    Raises:
+        UserError: timm has no such model, or it cannot be dilated.
+    """
+
+    def __init__(self, name: str, output_stride: int) -> None:
+        super().__init__()
+        net: Any = create(name, features_only=True, output_stride=output_stride)
+        self.net = net
+        self.channels: list[int] = net.feature_info.channels()
+        self.strides: list[int] = net.feature_info.reduction()
+        if self.strides[-1] != output_stride:
+            raise UserError(
+                f"--model.backbone {name} gives features at stride {self.strides[-1]}, not "
+                f"--model.output-stride {output_stride}."
+            )
+        side = 8 * output_stride + 1
+        with torch.no_grad():
+            probe = copy.deepcopy(net).eval().to("meta")(torch.empty(1, 3, side, side).to("meta"))
+        self.short = probe[-1].shape[-1] != -(-side // output_stride)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        stages: list[Tensor] = self.net(images)  # of (B, channels, H / stride, W / stride)
+        return stages
+
+
+def create(name: str, **options: Any) -> nn.Module:
+    """A timm model with fresh weights.
+
+    Raises:
+        UserError: timm has no such model, or the model does not know the options.
+    """
+    check_name(name)
+    try:
+        network: nn.Module = timm.create_model(name, pretrained=False, **options)
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        asked = ", ".join(f"{key} {value}" for key, value in options.items())
+        raise UserError(
+            f"--model.backbone {name} cannot serve this --model.name: timm does not build it with "
+            f"{asked} ({reason}). ResNets, RegNets, EfficientNets, MobileNets and ConvNeXts serve "
+            f"deeplabv2 and deeplabv3plus, ViTs serve vit."
+        ) from None
+    return network
+
+
+def check_name(name: str) -> None:
+    """Refuse what timm does not know, with the names that come near."""
+    if timm.is_model(name):
+        return
+    near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.6)
+    hint = f"Near: {', '.join(near)}." if near else "timm.list_models() lists them."
+    raise UserError(f"--model.backbone {name}: timm has no such model. {hint}")

