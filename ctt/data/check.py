@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from ctt.data.source import Source
+import torch
+from torch import Tensor
+
+from ctt.data.source import IGNORE, Source
+from ctt.data.split import examine_list, in_both
 from ctt.errors import UserError
 
 HANDFUL = 5  # pairs read by the quick check, of the labelled and of the evaluation images
@@ -39,3 +46,86 @@ def missing_files(source: Source, labeled: list[str], unlabeled: list[str]) -> I
             for path in source.files(name, has_mask):
                 if not path.is_file():
                     yield path
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found in a data set.
+
+    Attributes:
+        faults: all that is wrong, a sentence with the file's name each.
+        images, pixels: for each class and for what is ignored, images that show it and pixels.
+    """
+
+    faults: list[str]
+    images: list[int]
+    pixels: list[int]
+
+
+def examine_split(
+    source: Source, labeled_list: Path | None, unlabeled_list: Path | None
+) -> tuple[list[str], list[str], list[str]]:
+    """Names by the lists, without any all names of the data set; and what is wrong with the lists.
+
+    Returns:
+        labelled names, unlabelled names, faults.
+
+    Raises:
+        UserError: a list cannot be read or is empty.
+    """
+    if labeled_list is None and unlabeled_list is None:
+        return source.train_ids(), source.unlabeled_ids(), []
+    labeled: list[str] = []
+    unlabeled: list[str] = []
+    faults: list[str] = []
+    if labeled_list is not None:
+        labeled, faults = examine_list(labeled_list, source, labeled=True)
+    if unlabeled_list is not None:
+        unlabeled, more = examine_list(unlabeled_list, source, labeled=False)
+        both = in_both(labeled, unlabeled)
+        faults += more + [f"{name} is in {labeled_list} and in {unlabeled_list}." for name in both]
+    return labeled, unlabeled, faults
+
+
+def check_all(
+    source: Source,
+    labeled: list[str],
+    unlabeled: list[str],
+    threads: int,
+    advance: Callable[[], None],
+) -> Report:
+    """Reads every image, and every mask of the labelled and the evaluation images.
+
+    Args:
+        threads: files read at a time; 0: one for each core. advance: called after each image.
+    """
+    classes = len(source.info.classes)
+    evaluation = source.eval_ids()
+    images, pixels = torch.zeros(2, classes + 1, dtype=torch.int64)
+    faults = []
+
+    def histogram(name: str, has_mask: bool) -> Tensor | str:
+        try:
+            if not has_mask:
+                source.image(name)
+                return torch.zeros(classes + 1, dtype=torch.int64)
+            label = source.pair(name)[1].long()
+        except UserError as error:
+            return str(error)
+        label = label.masked_fill(label == IGNORE, classes).flatten()
+        return torch.bincount(label, minlength=classes + 1)
+
+    names = [*labeled, *evaluation, *unlabeled]
+    masks = [i < len(labeled) + len(evaluation) for i in range(len(names))]
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        try:
+            for found in pool.map(histogram, names, masks):
+                advance()
+                if isinstance(found, str):
+                    faults.append(found)
+                else:
+                    pixels += found
+                    images += found > 0
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return Report(faults, images.tolist(), pixels.tolist())

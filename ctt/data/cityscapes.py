@@ -26,7 +26,7 @@ IMAGES, MASKS = "leftImg8bit", "gtFine"
 PLACES = ("", "cityscapes", "..")
 ENDING = "_leftImg8bit.png"
 SPLITS = ("train", "val", "train_extra", "test")
-TRAIN = 2975
+TRAIN, EVALUATION = 2975, 500
 COUNTS = {Fraction(1, 30): 100, Fraction(1, 2): 1487}  # the paper's; the other ones are rounded
 
 CLASSES: dict[str, tuple[int, tuple[int, int, int]]] = {  # number in labelIds, and colour
@@ -95,7 +95,9 @@ class Cityscapes(FileSource):
                     f"{self.images / split}: there are no images CITY/*{ENDING}. Unpack "
                     f"leftImg8bit_trainvaltest.zip of Cityscapes there."
                 )
-        super().__init__(INFO, of["train"], [], of["val"], options)
+        super().__init__(
+            INFO, self.images.parent, (of["train"], [], of["val"]), options, (TRAIN, EVALUATION)
+        )
 
     @property
     def paper_counts(self) -> Mapping[Fraction, int]:  # type: ignore[override]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ctt.data.options import SourceOptions
 from ctt.data.pixels import to_rgb
 from ctt.data.source import IGNORE, DatasetInfo, Source
-from ctt.data.split import draw_split
+from ctt.data.split import NO_MASK, draw_split
 from ctt.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -147,8 +147,11 @@ class FileSource(Source):
     """A data set in files; its subclasses know the layout.
 
     Args:
-        train, unlabeled, evaluation: names of images. Without `evaluation`, or with the option
-            `eval_split` tune, a share of `train` is held out and evaluated on.
+        base: the folder that paths in split lists start from.
+        names: of the images that may be labelled, of those that have no label, and of those to
+            evaluate on. Without the last, or with the option `eval_split` tune, a share of the
+            first is held out and evaluated on.
+        published: how many images the whole data set has for training and for evaluation.
 
     Attributes:
         turned: images are turned as their files say; published masks belong to the stored pixels.
@@ -159,14 +162,19 @@ class FileSource(Source):
     def __init__(
         self,
         info: DatasetInfo,
-        train: Iterable[str],
-        unlabeled: Iterable[str],
-        evaluation: Iterable[str],
+        base: Path,
+        names: tuple[Iterable[str], Iterable[str], Iterable[str]],
         options: SourceOptions,
+        published: tuple[int, int] | None = None,
     ) -> None:
-        self.info = info
-        self._train, self._eval = sorted(train), sorted(evaluation)
-        self._unlabeled = sorted(unlabeled)
+        self.info, self.base = info, base
+        self._train, self._unlabeled, self._eval = map(sorted, names)
+        found = (len(self._train), len(self._eval))
+        if published is not None and found != published:
+            self.notes += (
+                f"{base} has {found[0]:,} images for training and {found[1]:,} for evaluation; the "
+                f"published data set has {published[0]:,} and {published[1]:,}.",
+            )
         if options.eval_split == "tune" or not self._eval:
             count = max(1, round(options.holdout * len(self._train)))
             self._eval, self._train = draw_split(self._train, count, "holdout")
@@ -201,6 +209,12 @@ class FileSource(Source):
     def label(self, name: str) -> Tensor:
         path = self.mask_path(name)
         return self.label_map(path)(read_mask(path), path)
+
+    def line(self, name: str) -> str:
+        mask = self.mask_path(name)
+        paths = [self.image_path(name), *([mask] if mask.is_file() else [])]
+        texts = [Path(os.path.relpath(path, self.base)).as_posix() for path in paths]
+        return " ".join([*texts, NO_MASK][:2])
 
     def files(self, name: str, labeled: bool) -> list[Path]:
         return [self.image_path(name), *([self.mask_path(name)] if labeled else [])]

@@ -78,7 +78,7 @@ class Folder(FileSource):
             for name in (evaluation if folder else train)
             if (key := _stem(name.removeprefix(f"{folder}images/"))) in masks
         }
-        super().__init__(description.info, train, unlabeled, evaluation, options)
+        super().__init__(description.info, self.root, (train, unlabeled, evaluation), options)
         self._known: dict[str, str] = {}
         for names, prefix in ((evaluation, ""), (unlabeled, ""), (train, "images/")):
             for name in names:

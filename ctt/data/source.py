@@ -84,6 +84,10 @@ class Source(ABC):
         """The name of the image that `entry` in a split list means; None where there is none."""
         return entry if entry in self._names else None
 
+    def line(self, name: str) -> str:
+        """The image in a split list for other programs: the paths of image and mask."""
+        return name
+
     @cached_property
     def _names(self) -> frozenset[str]:
         return frozenset([*self.train_ids(), *self.unlabeled_ids(), *self.eval_ids()])

@@ -1,6 +1,5 @@
 """Which training images are labelled: by ratio and seed, or by lists."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
@@ -57,8 +56,8 @@ def draw_split(ids: list[str], labeled: int, seed: int | str) -> tuple[list[str]
     )
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a list that are not empty, without their ends.
+def read_lines(path: Path) -> dict[int, str]:
+    """The lines of a list that are not empty, without their ends, by their numbers from 1 on.
 
     Raises:
         UserError: the file cannot be read, is empty or is no text.
@@ -81,8 +80,11 @@ def read_lines(path: Path) -> list[str]:
             f"{path}: the split list cannot be read ({error}). Save it as UTF-8."
         ) from None
     # not splitlines: names may hold what that takes for the end of a line
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    lines = [line for line in lines if line.strip()]
+    lines = {
+        number: line.removesuffix("\r")
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    }
     if not lines:
         raise UserError(f"{path}: the split list is empty. It must hold one image name a line.")
     return lines
@@ -133,6 +135,40 @@ def belongs(mask: str, image: str) -> bool:
     return PurePosixPath(mask).name.startswith(stem)
 
 
+def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str], list[str]]:
+    """Names in a split list of any form that `resolve` reads, and all that is wrong with it.
+
+    Raises:
+        UserError: it cannot be read or is empty.
+    """
+    labelable, evaluation = set(source.train_ids()), set(source.eval_ids())
+    lines_of: dict[str, int] = {}
+    faults = []
+    for number, line in read_lines(path).items():
+        name, fault = "", ""
+        try:
+            name, mask = resolve(line, source.find) or ("", "")
+        except UserError as error:
+            fault = str(error)
+        else:
+            if not name:
+                fault = f"{line.strip()} is no training image of this data set."
+            elif name in evaluation:
+                fault = f"{name} is an image to evaluate on."
+            elif name in lines_of:
+                fault = f"{name} stands in the list more than once (line {lines_of[name]})."
+            elif labeled and (name not in labelable or mask == NO_MASK):
+                fault = (
+                    f"{name} is to be labelled, but it is one of the unlabelled images of this "
+                    f"data set, or has no mask in this line."
+                )
+        if fault:
+            faults.append(f"{path}, line {number}: {fault}")
+        else:
+            lines_of[name] = number
+    return list(lines_of), faults
+
+
 def read_list(path: Path, source: Source, *, labeled: bool) -> list[str]:
     """Names of the images in a split list of any form that `resolve` reads.
 
@@ -140,42 +176,17 @@ def read_list(path: Path, source: Source, *, labeled: bool) -> list[str]:
         UserError: it cannot be read, is empty, repeats a name, or names an image that may not be
             labelled, or not be trained on, in this data set.
     """
-    allowed = set(source.train_ids()) if labeled else None
-    forbidden = set(source.eval_ids())
-    names: list[str] = []
-    unknown: list[str] = []
-    for line in read_lines(path):
-        try:
-            found = resolve(line, source.find)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        if found is None:
-            unknown.append(line.strip())
-            continue
-        name, mask = found
-        if name in forbidden:
-            raise UserError(
-                f"{path} names {name}, which is an image to evaluate on. Take it out of the list."
-            )
-        if allowed is not None and (name not in allowed or mask == NO_MASK):
-            raise UserError(
-                f"{path} names {name} as labelled, but it is one of the unlabelled images of this "
-                f"data set or stands there without a mask. Take it out of the list."
-            )
-        names.append(name)
-    if unknown:
-        raise UserError(
-            f"{path} names {unknown[0]}, which is no training image of this data set "
-            f"({len(unknown)} such names of {len(names) + len(unknown)})."
-        )
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise UserError(f"{path}: {twice[0]} stands in the list more than once.")
+    names, faults = examine_list(path, source, labeled=labeled)
+    if faults:
+        more = f" {len(faults)} lines of the list are wrong in all." if len(faults) > 1 else ""
+        raise UserError(f"{faults[0]} Take it out of the list, or correct it.{more}")
     return names
 
 
-def write_list(path: Path, names: Iterable[str]) -> None:
-    path.write_text("".join(f"{name}\n" for name in names), "utf-8")
+def write_list(path: Path, lines: Iterable[str]) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text("".join(f"{line}\n" for line in lines), "utf-8", newline="\n")
+    part.replace(path)
 
 
 def make_split(
@@ -198,10 +209,14 @@ def make_split(
         pool = source.train_ids() + source.unlabeled_ids()
         return labeled, sorted(name for name in pool if name not in taken)
     unlabeled = read_list(unlabeled_list, source, labeled=False)
-    both = sorted(set(labeled) & set(unlabeled))
+    both = in_both(labeled, unlabeled)
     if both:
         raise UserError(
             f"{both[0]} stands in {labeled_list} and in {unlabeled_list}: an image is either "
             f"labelled or unlabelled ({len(both)} such)."
         )
     return labeled, unlabeled
+
+
+def in_both(labeled: list[str], unlabeled: list[str]) -> list[str]:
+    return sorted(set(labeled) & set(unlabeled))

@@ -29,7 +29,7 @@ AUG_MASKS, CLASSIC_MASKS = "SegmentationClassAug", "SegmentationClass"
 AUG_LISTS = ("train_aug.txt", "trainaug.txt")
 # shares of 10,582 that the paper rounds down; the classic ones are the rounded ones
 AUG_COUNTS = {Fraction(1, 8): 1322, Fraction(1, 4): 2645}
-AUG_TRAIN = 10_582
+AUG_TRAIN, CLASSIC_TRAIN, EVALUATION = 10_582, 1464, 1449
 
 
 def bit_palette(colours: int) -> tuple[tuple[int, int, int], ...]:
@@ -111,7 +111,8 @@ class Voc(FileSource):
                     f"the 12,031 augmented ones into {folder / AUG_MASKS}, or use "
                     f"--data.voc-set classic."
                 )
-        super().__init__(INFO, train, unlabeled, evaluation, options)
+        published = (AUG_TRAIN if options.voc_set == "aug" else CLASSIC_TRAIN, EVALUATION)
+        super().__init__(INFO, folder, (train, unlabeled, evaluation), options, published)
 
     @property
     def paper_counts(self) -> Mapping[Fraction, int]:  # type: ignore[override]
@@ -131,7 +132,7 @@ class Voc(FileSource):
     def _list(self, file: str) -> list[str]:
         """Names in a list that comes with the data set; those without an image are kept as well."""
         names = []
-        for line in read_lines(self.folder / LISTS / file):
+        for line in read_lines(self.folder / LISTS / file).values():
             found = resolve(line, self.find)
             names.append(found[0] if found is not None else line.strip())
         return names

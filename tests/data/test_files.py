@@ -74,6 +74,8 @@ def test_voc_without_augmented_masks_says_where_they_belong(tmp_path: Path) -> N
     source = opened("voc", tmp_path, voc_set="classic")
     assert source.unlabeled_ids() == []
     assert "only those of train.txt" in source.notes[0]
+    assert "3 images for training and 2 for evaluation; the published" in source.notes[1]
+    assert "has 1,464 and 1,449" in source.notes[1]
 
 
 def test_palette_and_grey_masks_hold_the_same_and_colours_are_refused(tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_further_cityscapes_images_only_where_a_list_names_them(tmp_path: Path) 
     labeled.write_text(source.train_ids()[0], "utf-8")
     extra.write_text(place, "utf-8")
     assert make_split(source, "1/2", 0, labeled, extra)[1] == ["bamberg_000001_000019"]
-    with pytest.raises(UserError, match="as labelled"):
+    with pytest.raises(UserError, match="is to be labelled"):
         make_split(source, "1/2", 0, extra, None)
 
 

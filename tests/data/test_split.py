@@ -132,7 +132,7 @@ def test_lists_of_every_form_are_read_as_they_are(
     path.write_bytes(b"\xef\xbb\xbf" * mark + text.encode())
     source = Paths(names)
     if form == "image and None":
-        with pytest.raises(UserError, match="without a mask"):
+        with pytest.raises(UserError, match="has no mask in this line"):
             read_list(path, source, labeled=True)
     assert read_list(path, source, labeled=form == "name") == names
 
@@ -158,12 +158,12 @@ def test_lists_win_over_the_ratio(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labeled", "unlabeled", "text"),
     [
-        ("nobody\n", None, "names nobody"),
+        ("nobody\n", None, "nobody is no training image"),
         ("\n\n", None, "is empty"),
         (f"{IDS[0]}\n{IDS[0]}\n", None, "more than once"),
         (f"{IDS[0]}\n", f"{IDS[0]}\n{IDS[1]}\n", "stands in"),
         (None, f"{IDS[0]}\n", "needs --split-labeled"),
-        ("x 1\n", None, "names x 1 as labelled"),
+        ("x 1\n", None, "x 1 is to be labelled"),
         (f"{IDS[0]}\n", "test 1\n", "an image to evaluate on"),
     ],
 )

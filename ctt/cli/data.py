@@ -1,0 +1,212 @@
+"""ctt-data: check a data set, draw and write splits, fetch what may be fetched."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ctt.cli.common import run_program
+from ctt.data.options import SourceOptions
+from ctt.errors import UserError
+from ctt.train.settings import DataSettings, Settings, validate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.table import Table
+
+    from ctt.data.check import Report
+    from ctt.data.source import Source
+
+FETCH_BY_HAND = {
+    "cityscapes": (
+        "Cityscapes may only be downloaded after registration. From cityscapes-dataset.com take "
+        "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip, and unpack both into one "
+        "folder, which is then --data-root."
+    ),
+    "digits": "The data set digits is made in memory: nothing has to be fetched.",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """Read every image and every mask of a data set, and name all that is wrong."""
+
+    dataset: str = "digits"
+    """One of `ctt.data.names()`."""
+    data_root: Path | None = None
+    """Folder of the images, for data sets that are not embedded."""
+    split_labeled: Path | None = None
+    """List of labelled images; without it all that may be labelled are checked with their masks."""
+    split_unlabeled: Path | None = None
+    """List of unlabelled images."""
+    threads: int = 0
+    """Files read at a time; 0: one for each core."""
+    show: int = 20
+    """Most faults that are printed; 0: all."""
+    data: SourceOptions = field(default_factory=SourceOptions)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Draw labelled images and write the lists that --split-labeled and --split-unlabeled take.
+
+    Draws the images that `ctt-train` draws with the same --ratio and --seed, on any machine.
+    """
+
+    dataset: str = "digits"
+    """One of `ctt.data.names()`."""
+    data_root: Path | None = None
+    """Folder of the images, for data sets that are not embedded."""
+    ratio: str = "1/20"
+    """Labelled share of the training images: a fraction `1/20`, a share `0.05` or a count `50`."""
+    seed: int = 0
+    out: Path | None = None
+    """New folder for labeled.txt and unlabeled.txt; by default split-DATASET-RATIO-SEED."""
+    form: Literal["names", "paths"] = "names"
+    """A line is the name of an image, or the paths of image and mask with a space between them, as
+    other programs have them."""
+    data: SourceOptions = field(default_factory=SourceOptions)
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Download PASCAL VOC 2012 (2 GB) from its official place, or say where to put what.
+
+    A download that was cut off goes on when the command is given again.
+    """
+
+    dataset: Literal["voc", "cityscapes", "digits"]
+    data_root: Path = Path("data")
+    """Folder to unpack into."""
+
+
+def main() -> None:
+    """The program."""
+    run_program("ctt-data", lambda: _main(sys.argv[1:]))
+
+
+def _main(arguments: list[str]) -> int:
+    import tyro
+
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"check": Check, "split": Split, "fetch": Fetch},
+        prog="ctt-data",
+        args=arguments,
+        config=(tyro.conf.PositionalRequiredArgs,),
+    )
+    if isinstance(command, Check):
+        return check(command)
+    return split(command) if isinstance(command, Split) else fetch(command)
+
+
+def check(command: Check) -> int:
+    """Raises UserError where anything is wrong."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ctt.data.check import check_all, examine_split
+
+    source = open_source(command)
+    labeled, unlabeled, faults = examine_split(
+        source, command.split_labeled, command.split_unlabeled
+    )
+    console = Console()
+    with Progress(console=console, transient=True) as progress:
+        total = len(labeled) + len(unlabeled) + len(source.eval_ids())
+        bar = progress.add_task("reading", total=total)
+        report = check_all(
+            source, labeled, unlabeled, command.threads, lambda: progress.advance(bar)
+        )
+    console.print(class_table(source, report))
+    evaluation = len(source.eval_ids())
+    counts = (
+        f"{len(labeled):,} images with masks for training, {len(unlabeled):,} without, "
+        f"{evaluation:,} for evaluation."
+    )
+    for line in (counts, *source.notes):
+        console.print(line, highlight=False, soft_wrap=True)
+    faults += report.faults
+    for fault in faults[: command.show or None]:
+        console.print(fault, highlight=False, markup=False, soft_wrap=True)
+    if faults:
+        hidden = len(faults) - command.show if command.show else 0
+        more = f" ({hidden} more than shown; --show 0 names all)" if hidden > 0 else ""
+        raise UserError(f"{len(faults)} fault{'s' * (len(faults) > 1)} found{more}.")
+    console.print("Nothing is wrong.")
+    return 0
+
+
+def open_source(command: Check | Split) -> Source:
+    """The data set, after a look at the options."""
+    from ctt import data
+
+    options = DataSettings(**dataclasses.asdict(command.data))
+    validate(Settings(data=options))
+    return data.open_source(command.dataset, command.data_root, options)
+
+
+def class_table(source: Source, report: Report) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"{source.info.name}: images with masks")
+    table.add_column("class")
+    table.add_column("images", justify="right")
+    table.add_column("pixels", justify="right")
+    total = max(1, sum(report.pixels))
+    for name, images, pixels in zip(
+        [*source.info.classes, "(ignored)"], report.images, report.pixels, strict=True
+    ):
+        table.add_row(name, str(images), f"{100 * pixels / total:.2f} %")
+    return table
+
+
+def split(command: Split) -> int:
+    """Writes both lists, or none."""
+    from ctt.data.split import make_split, write_list
+
+    source = open_source(command)
+    labeled, unlabeled = make_split(source, command.ratio, command.seed, None, None)
+    ratio = command.ratio.strip().replace("/", "of")
+    out = command.out or Path(f"split-{command.dataset}-{ratio}-{command.seed}")
+    parts = {out / "labeled.txt": labeled, out / "unlabeled.txt": unlabeled}
+    for path in parts:
+        if path.exists():
+            raise UserError(f"{path} is there already. Give another --out.")
+    line: Callable[[str], str] = source.line if command.form == "paths" else str
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path, names in parts.items():
+            write_list(path, map(line, names))
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}).") from None
+    print(f"{len(labeled)} labelled and {len(unlabeled)} unlabelled images are listed in {out}")
+    return 0
+
+
+def fetch(command: Fetch) -> int:
+    """Raises UserError for data sets that cannot be fetched."""
+    if command.dataset in FETCH_BY_HAND:
+        raise UserError(FETCH_BY_HAND[command.dataset])
+    from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
+
+    from ctt.data.fetch import fetch_voc
+    from ctt.data.voc import AUG_MASKS
+
+    columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, transient=True) as progress:
+        bar = progress.add_task("downloading", total=None)
+        folder = fetch_voc(
+            command.data_root,
+            lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    print(
+        f"VOC 2012 is in {folder}. It holds the classic set (--data.voc-set classic). For the "
+        f"augmented one put the 12,031 masks known as SegmentationClassAug into "
+        f"{folder / AUG_MASKS}: they are made from the Semantic Boundaries Dataset and have no "
+        f"official place."
+    )
+    return 0

@@ -1,0 +1,163 @@
+"""Downloads that a user asked for, from the official place, with resume and checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import shutil
+import tarfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from ctt.errors import UserError
+
+BLOCK = 1 << 20
+TIMEOUT = 30  # seconds without a byte
+
+Progress = Callable[[int, int | None], None]  # bytes so far, and in all where that is known
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file to be had, and its MD5 in hexadecimal digits."""
+
+    url: str
+    md5: str
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+VOC = Archive(
+    "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+    "6cd6e144f989b92b3379bac3b3de84fd",
+)
+
+
+def fetch_voc(root: Path, progress: Progress, archive: Archive = VOC) -> Path:
+    """VOC 2012 below `root`; an archive that lies there already is used.
+
+    Returns:
+        the folder VOC2012.
+
+    Raises:
+        UserError: it is there already, cannot be had, or is not what it should be.
+    """
+    folder = root / "VOCdevkit" / "VOC2012"
+    if folder.exists():
+        raise UserError(f"{folder} is there already. Check it with: ctt-data check --dataset voc")
+    by_hand = (
+        f"Without a connection, download {archive.name} elsewhere and put it into {root}; the same "
+        f"command then unpacks it."
+    )
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        tar = download(archive, root, progress, by_hand)
+        unpack(tar, root)
+    except OSError as error:
+        raise UserError(f"--data-root {root} cannot be written ({error.strerror}).") from None
+    tar.unlink()
+    return folder
+
+
+def download(archive: Archive, folder: Path, progress: Progress, by_hand: str = "") -> Path:
+    """The archive in `folder`; what an earlier call left unfinished is gone on with.
+
+    Args:
+        by_hand: what to do where there is no network, for the message.
+
+    Raises:
+        UserError: it cannot be reached, the connection broke, or the checksum is another.
+    """
+    target = folder / archive.name
+    if not target.exists():
+        part = target.with_name(f"{target.name}.part")
+        _receive(archive.url, part, progress, by_hand)
+        part.rename(target)
+    if md5_of(target) != archive.md5:
+        target.unlink()
+        raise UserError(
+            f"{target} was not what {archive.url} should hold (its MD5 is not {archive.md5}) and "
+            f"has been removed. Run the command again. {by_hand}"
+        )
+    return target
+
+
+def _receive(url: str, part: Path, progress: Progress, by_hand: str) -> None:
+    start = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
+            start = start if resumed else 0
+            length = response.headers.get("Content-Length")
+            total = start + int(length) if length is not None else None
+            _check_room(part.parent, total)
+            with part.open("ab" if resumed else "wb") as file:
+                _copy(response, file, start, total, progress)
+    except urllib.error.HTTPError as error:
+        # nothing is left to send: the checksum tells whether it is right
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and start:
+            return
+        raise UserError(f"{url} cannot be had ({error.code} {error.reason}). {by_hand}") from None
+    except (
+        urllib.error.URLError,
+        TimeoutError,
+        ConnectionError,
+        http.client.HTTPException,
+    ) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(f"{url} cannot be reached ({reason}). {by_hand}") from None
+    if total is not None and part.stat().st_size < total:
+        raise UserError(
+            f"{url}: the connection ended after {part.stat().st_size:,} of {total:,} bytes. Run "
+            f"the command again: it goes on from there."
+        )
+
+
+def _copy(
+    source: IO[bytes], target: IO[bytes], start: int, total: int | None, progress: Progress
+) -> None:
+    done = start
+    while block := source.read(BLOCK):
+        target.write(block)
+        done += len(block)
+        progress(done, total)
+
+
+def _check_room(folder: Path, total: int | None) -> None:
+    free = shutil.disk_usage(folder).free
+    if total is not None and free < 2 * total:
+        raise UserError(
+            f"{folder} has room for {free:,} bytes, but the archive and what it holds need "
+            f"{2 * total:,}. Give another --data-root."
+        )
+
+
+def md5_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def unpack(tar: Path, root: Path) -> None:
+    """VOCdevkit/VOC2012 in `root`, all of it or nothing.
+
+    Raises:
+        UserError: the archive is broken or holds something else.
+    """
+    part = root / f"{tar.name}.unpacked"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with tarfile.open(tar) as archive:
+            archive.extractall(part, filter="data")
+        (root / "VOCdevkit").mkdir(exist_ok=True)
+        (part / "VOCdevkit" / "VOC2012").rename(root / "VOCdevkit" / "VOC2012")
+    except (tarfile.TarError, FileNotFoundError, EOFError) as error:
+        raise UserError(f"{tar} does not unpack to VOCdevkit/VOC2012 ({error}).") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

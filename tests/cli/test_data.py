@@ -1,0 +1,147 @@
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ctt import data
+from ctt.cli import data as program
+from ctt.data.options import SourceOptions
+from ctt.data.split import make_split
+from tests.data import trees
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs ctt-data; gives its exit code, what it printed, and its paragraph on stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ctt-data", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "100")
+        with pytest.raises(SystemExit) as stop:
+            program.main()
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.err
+        return int(stop.value.code or 0), shown.out, re.sub(r"[\s│]+", " ", shown.err)
+
+    return run
+
+
+def test_a_whole_data_set_passes(tmp_path: Path, call: Call) -> None:
+    trees.write_folder(tmp_path)
+    code, out, err = call("check", "--dataset", "folder", "--data-root", tmp_path)
+    assert (code, err) == (0, "")
+    assert "6 images with masks for training, 4 without, 2 for evaluation." in out
+    assert re.search(r"red thing +│ +[456] │", out)
+    assert "Nothing is wrong." in out
+
+
+def test_all_that_is_wrong_is_named(tmp_path: Path, call: Call) -> None:
+    folder = trees.write_voc(tmp_path)
+    images, masks = folder / "JPEGImages", folder / "SegmentationClassAug"
+    source = data.open_source("voc", tmp_path, SourceOptions())
+    truncated, size, label, colours, missing = source.train_ids()[:5]
+    path = images / f"{truncated}.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    _, values = trees.picture((40, 50), (1,), 0)
+    trees.save_mask(masks / f"{size}.png", values[1:])
+    trees.save_mask(masks / f"{colours}.png", values, "RGB")
+    (images / f"{missing}.jpg").unlink()
+    values[0, 0], values[1, 0] = 37, 41
+    trees.save_mask(masks / f"{label}.png", values)
+    code, out, err = call("check", "--dataset", "voc", "--data-root", tmp_path)
+    assert code == 2
+    assert "5 faults found." in err
+    for name, text in (
+        (images / f"{truncated}.jpg", "cannot be read as an image"),
+        (masks / f"{size}.png", "the mask has 50x39 pixels"),
+        (masks / f"{label}.png", "holds the labels 37, 41"),
+        (masks / f"{colours}.png", "(mode RGB)"),
+        (images / f"{missing}.jpg", "there is no such"),
+    ):
+        assert any(str(name) in line and text in line for line in out.splitlines()), text
+    code, out, err = call("check", "--dataset", "voc", "--data-root", tmp_path, "--show", 2)
+    assert "5 faults found (3 more than shown" in err
+    assert sum(line.startswith(f"{folder}/") for line in out.splitlines()) == 2
+
+
+def test_faults_of_lists_are_named_by_line(tmp_path: Path, call: Call) -> None:
+    trees.write_voc(tmp_path)
+    labeled, unlabeled = tmp_path / "labeled.txt", tmp_path / "unlabeled.txt"
+    labeled.write_bytes(b"2007_000032\r\nnobody\r\n2007_000032\r\n")
+    unlabeled.write_text("/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png")
+    options = ("--split-labeled", labeled, "--split-unlabeled", unlabeled)
+    code, out, err = call("check", "--dataset", "voc", "--data-root", tmp_path, *options)
+    assert (code, "3 faults found" in err) == (2, True)
+    assert f"{labeled}, line 2: nobody is no training image" in out
+    assert f"{labeled}, line 3: 2007_000032 stands in the list more than once (line 1)" in out
+    assert f"2007_000032 is in {labeled} and in {unlabeled}" in out
+    labeled.write_bytes(b"2007_000032\r\n")
+    options = ("--split-labeled", labeled)
+    code, out, err = call("check", "--dataset", "voc", "--data-root", tmp_path, *options)
+    assert (code, err) == (0, "")
+    assert "1 images with masks" in out
+
+
+@pytest.mark.parametrize(
+    ("content", "text"), [(b"", "is empty"), (b"\x80\x04K\x01.", "Pickles can run any program")]
+)
+def test_lists_that_are_none(tmp_path: Path, call: Call, content: bytes, text: str) -> None:
+    trees.write_voc(tmp_path)
+    (tmp_path / "list").write_bytes(content)
+    options = ("--split-labeled", tmp_path / "list")
+    code, _, err = call("check", "--dataset", "voc", "--data-root", tmp_path, *options)
+    assert (code, text in err) == (2, True)
+
+
+@pytest.mark.parametrize("form", ["names", "paths"])
+@pytest.mark.parametrize("dataset", ["voc", "cityscapes", "folder"])
+def test_written_lists_are_the_split_of_the_same_seed(
+    tmp_path: Path, call: Call, dataset: str, form: str
+) -> None:
+    {"voc": trees.write_voc, "cityscapes": trees.write_cityscapes, "folder": trees.write_folder}[
+        dataset
+    ](tmp_path / "data")
+    out = tmp_path / "lists"
+    base = ("split", "--dataset", dataset, "--data-root", tmp_path / "data", "--ratio", "1/3")
+    code, shown, _ = call(*base, "--seed", 5, "--out", out, "--form", form)
+    assert code == 0
+    source = data.open_source(dataset, tmp_path / "data", SourceOptions())
+    drawn = make_split(source, "1/3", 5, None, None)
+    assert make_split(source, "1", 0, out / "labeled.txt", out / "unlabeled.txt") == drawn
+    assert f"{len(drawn[0])} labelled and {len(drawn[1])} unlabelled" in shown
+    if form == "paths":
+        for line in (out / "labeled.txt").read_text("utf-8").splitlines():
+            at = line.index(" ", line.index(".jpg" if dataset != "cityscapes" else "8bit.png"))
+            for path in (line[:at], line[at + 1 :]):
+                folder = "data/VOCdevkit/VOC2012" if dataset == "voc" else "data"
+                assert (tmp_path / folder / path).is_file()
+    before = (out / "labeled.txt").read_bytes()
+    code, _, err = call(*base, "--out", out)
+    assert (code, "is there already" in err) == (2, True)
+    assert (out / "labeled.txt").read_bytes() == before
+
+
+def test_options_are_looked_at(tmp_path: Path, call: Call) -> None:
+    trees.write_folder(tmp_path)
+    base = ("--dataset", "folder", "--data-root", tmp_path)
+    assert "--data.holdout must be between 0 and 1" in call("check", *base, "--data.holdout", 2)[2]
+    assert "--ratio 1/0 is no ratio" in call("split", *base, "--ratio", "1/0")[2]
+    code, _, err = call("fetch", "cityscapes")
+    assert (code, "gtFine_trainvaltest.zip" in err) == (2, True)
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    code = (
+        "import sys; from ctt.cli.data import main\n"
+        "try: main()\n"
+        "finally: print('torch loaded' if 'torch' in sys.modules else 'light')"
+    )
+    command = [sys.executable, "-c", code, "check", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--data.voc-set" in done.stdout
+    assert done.stdout.rstrip().endswith("light")

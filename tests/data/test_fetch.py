@@ -1,0 +1,138 @@
+"""Downloads, from a server on this machine."""
+
+import hashlib
+import io
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from ctt.data.fetch import VOC, Archive, download, fetch_voc
+from ctt.errors import UserError
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `content`; ends a connection after `limit` bytes."""
+
+    content = b""
+    limit = 10**9
+    ranges = True
+    asked: list[str | None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        self.server.asked.append(wanted)
+        if not self.path.endswith(".tar"):
+            self.send_error(404)
+            return
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
+        start = start if self.server.ranges else 0
+        if start >= len(self.server.content):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(self.server.content) - start))
+        self.end_headers()
+        self.wfile.write(self.server.content[start:][: self.server.limit])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def made_archive(member: str = "VOCdevkit/VOC2012/JPEGImages/a.jpg") -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        info = tarfile.TarInfo(member)
+        info.size = 3_000_000
+        tar.addfile(info, io.BytesIO(bytes(range(256)) * (3_000_000 // 256 + 1)))
+    return file.getvalue()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server(("127.0.0.1", 0), Handler) as running:
+        running.asked = []
+        running.content = made_archive()
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def archive(server: Server, name: str = "voc.tar") -> Archive:
+    url = f"http://127.0.0.1:{server.server_port}/{name}"
+    return Archive(url, hashlib.md5(server.content).hexdigest())
+
+
+def quiet(_done: int, _total: int | None) -> None:
+    pass
+
+
+def test_official_archive_is_named() -> None:
+    assert VOC.url.startswith("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/")
+    assert VOC.name == "VOCtrainval_11-May-2012.tar"
+
+
+def test_voc_is_fetched_and_unpacked(tmp_path: Path, server: Server) -> None:
+    seen: list[tuple[int, int | None]] = []
+    folder = fetch_voc(tmp_path / "new", lambda *at: seen.append(at), archive(server))
+    assert folder == tmp_path / "new" / "VOCdevkit" / "VOC2012"
+    assert (folder / "JPEGImages" / "a.jpg").stat().st_size == 3_000_000
+    assert seen[-1] == (len(server.content), len(server.content))
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["VOCdevkit"]
+    with pytest.raises(UserError, match="is there already"):
+        fetch_voc(tmp_path / "new", quiet, archive(server))
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_download_goes_on(tmp_path: Path, server: Server, ranges: bool) -> None:
+    server.limit = 1_000_000
+    with pytest.raises(UserError, match=r"ended after 1,000,000 of .* it goes on from there"):
+        download(archive(server), tmp_path, quiet)
+    assert [p.name for p in tmp_path.iterdir()] == ["voc.tar.part"]
+    server.limit, server.ranges = 10**9, ranges
+    path = download(archive(server), tmp_path, quiet)
+    assert server.asked == [None, "bytes=1000000-"]
+    assert path.read_bytes() == server.content
+    assert [p.name for p in tmp_path.iterdir()] == ["voc.tar"]
+
+
+def test_a_complete_part_is_checked_and_used(tmp_path: Path, server: Server) -> None:
+    (tmp_path / "voc.tar.part").write_bytes(server.content)
+    assert download(archive(server), tmp_path, quiet).read_bytes() == server.content
+
+
+def test_a_wrong_checksum_leaves_nothing(tmp_path: Path, server: Server) -> None:
+    wanted = Archive(archive(server).url, "0" * 32)
+    with pytest.raises(UserError, match="its MD5 is not 0000"):
+        fetch_voc(tmp_path, quiet, wanted)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_archive_put_there_by_hand_is_used(tmp_path: Path, server: Server) -> None:
+    (tmp_path / "voc.tar").write_bytes(server.content)
+    assert fetch_voc(tmp_path, quiet, archive(server)).is_dir()
+    assert server.asked == []
+
+
+def test_another_archive_unpacks_to_nothing(tmp_path: Path, server: Server) -> None:
+    server.content = made_archive("elsewhere/a.jpg")
+    with pytest.raises(UserError, match="does not unpack to VOCdevkit/VOC2012"):
+        fetch_voc(tmp_path, quiet, archive(server))
+    assert not list(tmp_path.rglob("*.jpg"))
+
+
+def test_without_a_network_it_says_what_to_put_where(tmp_path: Path, server: Server) -> None:
+    with pytest.raises(UserError, match=r"cannot be had \(404 Not Found\).* download missing "):
+        fetch_voc(tmp_path, quiet, archive(server, "missing"))
+    nowhere = Archive("http://127.0.0.1:9/voc.tar", "0" * 32)
+    with pytest.raises(UserError, match=rf"cannot be reached .* put it into {tmp_path}"):
+        fetch_voc(tmp_path, quiet, nowhere)
