@@ -10,8 +10,12 @@ BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
-def run_program(name: str, body: Callable[[], int]) -> None:
-    """Exit with what `body` returns; mistakes of the user become one paragraph on stderr."""
+def run_program(name: str, body: Callable[[], int], extra: str = "train") -> None:
+    """Exit with what `body` returns; mistakes of the user become one paragraph on stderr.
+
+    Args:
+        extra: of the package, that holds what the program needs.
+    """
     try:
         code = body()
     except UserError as error:
@@ -24,7 +28,7 @@ def run_program(name: str, body: Callable[[], int]) -> None:
         missing = error.name or ""
         if missing == "ctt" or missing.startswith("ctt."):
             raise
-        fail(name, f"needs the package {missing}. Install it with: pip install 'ctt[train]'")
+        fail(name, f"needs the package {missing}. Install it with: pip install 'ctt[{extra}]'")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     sys.exit(code)

@@ -23,10 +23,12 @@ def palette_image(label: Tensor, info: DatasetInfo) -> Image.Image:
     return mask
 
 
-def overlay(image: Tensor, label: Tensor, info: DatasetInfo) -> Image.Image:
+def overlay(
+    image: Tensor, label: Tensor, info: DatasetInfo, opacity: float = OVERLAY
+) -> Image.Image:
     """The image (3, H, W) uint8 under the colours of its labels (H, W)."""
     picture = image.cpu().permute(1, 2, 0).float()  # (H, W, 3)
-    coloured = torch.lerp(picture, colorize(label, info).float(), OVERLAY)
+    coloured = torch.lerp(picture, colorize(label, info).float(), opacity)
     # class 0 is the background of every data set with one: it stays as it is
     plain = (label.cpu() == 0)[:, :, None] & (info.classes[0] == "background")
     return Image.fromarray(torch.where(plain, picture, coloured).round().to(torch.uint8).numpy())

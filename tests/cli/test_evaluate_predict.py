@@ -2,7 +2,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,24 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ctt.cli import evaluate, predict, train
+from ctt.cli import evaluate, predict
 from ctt.data.digits import Digits
 from ctt.data.files import read_image
 from ctt.train import checkpoint, inference
-
-Run = Callable[[str], int]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    quick = (
-        "--ratio 6 --data.labeled-pool 24 --data.eval-images 6 --data.batch-size 2 "
-        "--model.width 4 --model.features 8 --train.threads 1 --train.iterations 3"
-    )
-    assert train._main([*shlex.split(quick), "--out", str(out)]) == 0
-    return out
 
 
 @pytest.fixture

@@ -1,0 +1,62 @@
+"""ctt-app: a page to look at what the networks of a run see in an image."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ctt.cli.common import run_program
+from ctt.errors import UserError
+from ctt.train.settings import EvalSettings, validate_eval
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Show masks, overlays and confidence of images in a browser, two networks side by side.
+
+    The page is served to this machine alone and asks for nothing from elsewhere.
+    """
+
+    path: Path
+    """Folder of a run (all students, teachers and their ensemble), or a best.safetensors."""
+    port: int = 7860
+    host: str = "127.0.0.1"
+    """Address to serve at; 0.0.0.0 shows the page to everyone who reaches this machine."""
+    open: bool = False
+    """Also open a browser."""
+    device: str = "auto"
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    """How images are shown to the networks; by default as in the evaluations of the run."""
+
+
+def main() -> None:
+    """The program."""
+    run_program("ctt-app", lambda: _main(sys.argv[1:]), extra="app")
+
+
+def _main(arguments: list[str]) -> int:
+    parsed = _parse(arguments, EvalSettings())
+    if not 1 <= parsed.port < 2**16:
+        raise UserError(f"--port {parsed.port} must be in 1..65535.")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    from ctt.cli.page import Viewer, serve
+    from ctt.train.inference import for_images
+    from ctt.train.loop import pick_device
+    from ctt.train.trained import load_trained
+
+    device = pick_device(parsed.device)
+    trained = load_trained(parsed.path)
+    parsed = _parse(arguments, for_images(trained.settings.eval))
+    validate_eval(parsed.eval)
+    serve(Viewer(trained, device, for_images(parsed.eval)), parsed.host, parsed.port, parsed.open)
+    return 0
+
+
+def _parse(arguments: list[str], protocol: EvalSettings) -> Arguments:
+    import tyro
+
+    default = Arguments(path=tyro.MISSING, eval=protocol)
+    config = (tyro.conf.PositionalRequiredArgs,)
+    return tyro.cli(Arguments, prog="ctt-app", args=arguments, default=default, config=config)

@@ -1,0 +1,282 @@
+"""The page of ctt-app."""
+
+from __future__ import annotations
+
+import html
+import tempfile
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import matplotlib
+import torch
+from PIL import Image
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from torch import Tensor
+
+from ctt.data.files import read_image
+from ctt.data.source import DatasetInfo
+from ctt.errors import UserError
+from ctt.train.inference import in_words
+from ctt.train.loop import open_source
+from ctt.train.render import OVERLAY, colorize, overlay
+from ctt.train.settings import EvalSettings
+from ctt.train.trained import Trained
+
+EXAMPLES = 8  # evaluation images offered
+SHOWN = (320, 1280)  # longer side of a picture on the page, in pixels: smallest and largest
+KEPT = 16  # predictions that are not computed again
+# The browser itself refuses whatever is not from here: fonts, scripts, pictures.
+POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+    "connect-src 'self' data: blob: ws: wss:"
+)
+CSS = """
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.head h1 { font-size: 22px; margin: 0 0 4px; }
+.head p { margin: 0; font-size: 14px; opacity: 0.8; overflow-wrap: anywhere; }
+#image img { object-fit: contain; width: 100%; height: 100%; }
+.picture label[data-testid="block-label"] { position: static; border: 0; background: none; }
+.picture .icon-button-wrapper { transform: translateY(-100%); border: 0; }
+#legend { padding: 0; }
+#legend p { margin: 0 0 8px; font-size: 14px; }
+#legend table, #legend th, #legend td, #legend tr { border: 0; background: none; }
+#legend table { border-collapse: collapse; width: 100%; font-size: 14px; margin: 0; }
+#legend th { font-weight: 600; padding: 2px 0 2px 12px; text-align: right; white-space: nowrap; }
+#legend td { padding: 2px 0 2px 12px; text-align: right; font-variant-numeric: tabular-nums; }
+#legend th:first-child, #legend td:first-child { padding-left: 0; text-align: left; }
+#legend tr.absent td { opacity: 0.45; }
+.swatch { display: inline-block; width: 14px; height: 14px; border-radius: 3px;
+  margin-right: 9px; vertical-align: -2px; border: 1px solid rgba(128, 128, 128, 0.6); }
+.scale { height: 10px; border-radius: 3px; }
+.ends { display: flex; justify-content: space-between; font-size: 12px; opacity: 0.75; }
+"""
+
+
+class Viewer:
+    """Predictions of a run's networks, and the pictures that the page shows of them."""
+
+    def __init__(self, trained: Trained, device: torch.device, settings: EvalSettings) -> None:
+        self.trained, self.device, self.settings = trained, device, settings
+        self.info = trained.info
+        self.names = trained.names()
+        self.predict = lru_cache(KEPT)(self._predict)
+
+    def _predict(self, file: str, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Image (3, H, W) uint8, labels (H, W) uint8 and confidence (H, W) on the CPU."""
+        image = read_image(Path(file))
+        predict = self.trained.choose([name]).predictor(self.device, self.settings)
+        with torch.no_grad():
+            confidence, label = predict(image[None])[0].max(dim=0)
+        return image, label.to(torch.uint8).cpu(), confidence.cpu()
+
+    def show(self, file: str | None, opacity: float, *names: str) -> list[Any]:
+        """Overlay, mask and confidence for each of the networks, and the legend."""
+        if file is None:
+            return [None] * (3 * len(names)) + [legend([], [], self.info)]
+        try:
+            found = [self.predict(file, name) for name in names]
+        except UserError as error:
+            raise gr.Error(str(error)) from None
+        pictures: list[Any] = []
+        for image, label, confidence in found:
+            pictures += [
+                enlarged(overlay(image, label, self.info, opacity)),
+                enlarged(Image.fromarray(colorize(label, self.info).numpy())),
+                enlarged(heat(confidence)),
+            ]
+        return [*pictures, legend(names, [label for _, label, _ in found], self.info)]
+
+    def examples(self, folder: Path) -> list[str]:
+        """Files of some evaluation images of the data set, where it is at hand."""
+        try:
+            source = open_source(self.trained.settings)
+            ids = source.eval_ids()[:EXAMPLES]
+            files = []
+            for number, name in enumerate(ids):
+                picture = Image.fromarray(source.image(name).permute(1, 2, 0).numpy())
+                files.append(str(folder / f"{number}.png"))
+                picture.save(files[-1])
+        except (UserError, OSError):
+            return []
+        return files
+
+
+def heat(confidence: Tensor) -> Image.Image:
+    """Probabilities (H, W) in the colours of matplotlib's viridis, as in the run's samples.png."""
+    colours = matplotlib.colormaps["viridis"](confidence.numpy(), bytes=True)
+    return Image.fromarray(colours[..., :3].copy())
+
+
+def enlarged(picture: Image.Image) -> Image.Image:
+    """Small pictures with every pixel to be seen, large ones no larger than a screen shows."""
+    smallest, largest = SHOWN
+    side = max(picture.size)
+    if side < smallest:
+        factor = -(-smallest // side)
+        size = (picture.width * factor, picture.height * factor)
+        return picture.resize(size, Image.Resampling.NEAREST)
+    picture.thumbnail((largest, largest))
+    return picture
+
+
+def legend(names: tuple[str, ...] | list[str], labels: list[Tensor], info: DatasetInfo) -> str:
+    """HTML: colour and name of each class, and its share of the pixels by network."""
+    counts = [torch.bincount(label.flatten(), minlength=len(info.classes)) for label in labels]
+    head = "".join(f"<th>{html.escape(words(name))}</th>" for name in names)
+    rows = []
+    for c, name in enumerate(info.classes):
+        shares = [float(count[c]) / float(count.sum()) for count in counts]
+        cells = "".join(f"<td>{share:.1%}</td>" if share else "<td>-</td>" for share in shares)
+        colour = "#{:02x}{:02x}{:02x}".format(*info.palette[c])
+        kind = ' class="absent"' if shares and not any(shares) else ""
+        rows.append(
+            f'<tr{kind}><td><span class="swatch" style="background: {colour}"></span>'
+            f"{html.escape(name)}</td>{cells}</tr>"
+        )
+    agree = ""
+    if len(labels) > 1:
+        share = float((labels[0] == labels[1]).float().mean())
+        agree = f"<p>Both see the same class in <b>{share:.1%}</b> of the pixels.</p>"
+    return f"{agree}<table><tr><th>class</th>{head}</tr>{''.join(rows)}</table>"
+
+
+def scale() -> str:
+    """HTML: which colour stands for which confidence."""
+    steps = [matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](i / 8)) for i in range(9)]
+    return (
+        f'<div class="scale" style="background: linear-gradient(90deg, {", ".join(steps)})"></div>'
+        f'<div class="ends"><span>confidence 0</span><span>1</span></div>'
+    )
+
+
+def words(name: str) -> str:
+    """`student_1` -> `student 1`."""
+    return name.replace("_", " ")
+
+
+def build(viewer: Viewer, examples: list[str]) -> gr.Blocks:
+    """The page: an image in, two columns of pictures and the legend out."""
+    teachers = [name for name in viewer.names if name.startswith("teacher")]
+    chosen = [viewer.names[0], *teachers[:1]]  # side by side
+    page: gr.Blocks
+    with gr.Blocks(
+        title="ctt", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True
+    ) as page:
+        gr.HTML(heading(viewer))
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                image = gr.Image(
+                    type="filepath",
+                    sources=["upload", "clipboard"],
+                    label="picture",
+                    height=300,
+                    elem_id="image",
+                )
+                if examples:
+                    gr.Examples(examples, image, label=f"evaluation images of {viewer.info.name}")
+            with gr.Column(scale=1, min_width=280):
+                opacity = gr.Slider(0, 1, OVERLAY, label="opacity of the overlay")
+                table = gr.HTML(legend([], [], viewer.info), elem_id="legend")
+        choices = [(words(name), name) for name in viewer.names]
+        pictures: list[list[gr.Image]] = [[] for _ in chosen]
+        with gr.Row():
+            networks = [
+                gr.Dropdown(
+                    choices,
+                    value=name,
+                    show_label=False,
+                    min_width=130,
+                    elem_id=f"network-{number}",
+                )
+                for number, name in enumerate(chosen)
+            ]
+        for kind in ("overlay", "mask", "confidence"):
+            with gr.Row():
+                for number, column in enumerate(pictures):
+                    column.append(picture(kind, f"{kind}-{number}"))
+        gr.HTML(scale())
+        inputs = [image, opacity, *networks]
+        outputs = [*chain(*pictures), table]
+        changes = [image.change, *(network.change for network in networks)]
+        gr.on(changes, viewer.show, inputs, outputs, show_progress="minimal")
+        opacity.release(viewer.show, inputs, outputs, show_progress="hidden")
+    return page
+
+
+def heading(viewer: Viewer) -> str:
+    """HTML: which networks these are."""
+    facts = (
+        viewer.trained.origin,
+        f"{viewer.info.name}, {len(viewer.info.classes)} classes",
+        f"protocol {in_words(viewer.settings)}",
+    )
+    lines = " &middot; ".join(map(html.escape, facts))
+    return f'<div class="head"><h1>What the network sees</h1><p>{lines}</p></div>'
+
+
+def picture(kind: str, elem_id: str) -> gr.Image:
+    return gr.Image(
+        label=kind,
+        interactive=False,
+        format="png",
+        buttons=["download", "fullscreen"],
+        min_width=130,  # two fit beside each other on a telephone
+        elem_id=elem_id,
+        elem_classes="picture",
+    )
+
+
+class OnlyFromHere:
+    """ASGI middleware: every answer tells the browser to load nothing from other machines."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                policy = (b"content-security-policy", POLICY.encode())
+                message["headers"] = [*message.get("headers", []), policy]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+def serve(viewer: Viewer, host: str, port: int, browser: bool) -> None:
+    """Until Ctrl-C.
+
+    Raises:
+        UserError: the port is taken, or the address is not one of this machine.
+    """
+    system = ("system-ui", "sans-serif")
+    with tempfile.TemporaryDirectory() as folder:
+        page = build(viewer, viewer.examples(Path(folder)))
+        try:
+            page.launch(
+                server_name=host,
+                server_port=port,
+                inbrowser=browser,
+                share=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                footer_links=[],
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+                run_history=False,
+                allowed_paths=[folder],
+                theme=gr.themes.Base(font=system, font_mono=("ui-monospace", "monospace")),
+                css=CSS,
+                app_kwargs={"middleware": [Middleware(OnlyFromHere)]},
+            )
+        except OSError as error:
+            raise UserError(
+                f"--port {port}: nothing can be served at {host} there ({error}). Give another "
+                f"--port."
+            ) from None
+        print(f"The page is at http://{host}:{port} - end with Ctrl-C", flush=True)
+        page.block_thread()

@@ -1,0 +1,156 @@
+"""The page, in a browser without a window."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ctt.cli import app
+from ctt.data.digits import INFO, Digits
+from ctt.errors import UserError
+from ctt.train.settings import EvalSettings
+from ctt.train.trained import load_trained
+
+gradio = pytest.importorskip("gradio")
+from ctt.cli import page  # noqa: E402  (needs gradio)
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+PICTURES = [f"{kind}-{side}" for kind in ("overlay", "mask", "confidence") for side in (0, 1)]
+STARTUP = 120  # seconds that the page may take to appear on a busy machine
+
+
+@pytest.fixture
+def viewer(folder: Path) -> page.Viewer:
+    return page.Viewer(load_trained(folder), torch.device("cpu"), EvalSettings())
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    file = tmp_path / "digit.png"
+    source = Digits(2, 1)
+    Image.fromarray(source.image("val-0").permute(1, 2, 0).numpy()).save(file)
+    return file
+
+
+def test_pictures_of_two_networks(viewer: page.Viewer, picture: Path) -> None:
+    *pictures, table = viewer.show(str(picture), 0.0, "student_1", "ensemble")
+    assert [p.size for p in pictures] == [(320, 320)] * 6
+    plain = Image.open(picture).resize((320, 320), Image.Resampling.NEAREST)
+    assert np.array_equal(np.array(pictures[0]), np.array(plain))  # the overlay is not to be seen
+    _, label, _ = viewer.predict(str(picture), "student_1")
+    colours = np.array(INFO.palette, np.uint8)[label.numpy()]
+    assert np.array_equal(np.array(pictures[1])[4::8, 4::8], colours)
+    assert "student 1" in table
+    assert "Both see the same class in" in table
+    share = float((label == 0).float().mean())
+    assert f"{share:.1%}" in table if share else "-" in table
+    assert viewer.show(None, 0.5, "student_1")[:-1] == [None] * 3
+
+
+def test_what_cannot_be_read_is_told_on_the_page(viewer: page.Viewer, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text("no image")
+    with pytest.raises(gradio.Error, match=r"x.png cannot be read"):
+        viewer.show(str(tmp_path / "x.png"), 0.5, "student_1")
+
+
+def test_a_file_of_weights_has_one_column(folder: Path) -> None:
+    trained = load_trained(folder / "best.safetensors")
+    viewer = page.Viewer(trained, torch.device("cpu"), EvalSettings())
+    blocks = page.build(viewer, []).config["components"]
+    assert len([b for b in blocks if b["type"] == "dropdown"]) == 1
+    assert len([b for b in blocks if b["type"] == "image"]) == 4
+
+
+def test_names_are_escaped() -> None:
+    assert "&lt;b&gt;" in page.legend(["<b>"], [torch.zeros(2, 2, dtype=torch.uint8)], INFO)
+
+
+def test_large_pictures_shrink_and_small_ones_grow() -> None:
+    for size, expected in (((40, 30), (320, 240)), ((4000, 100), (1280, 32)), ((500, 9), (500, 9))):
+        assert page.enlarged(Image.new("RGB", size)).size == expected
+
+
+def test_bad_ports(folder: Path, viewer: page.Viewer) -> None:
+    with pytest.raises(UserError, match="--port 0 must be"):
+        app._main([str(folder), "--port", "0"])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port}: nothing can be served"):
+            page.serve(viewer, "127.0.0.1", port, browser=False)
+
+
+@pytest.fixture
+def address(folder: Path) -> Iterator[str]:
+    """Of a page that runs; on Ctrl-C it ends in peace."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    program = "from ctt.cli.app import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(folder), "--port", str(port)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = next(line for line in process.stdout if "http" in line)
+            yield re.search(r"http://127\.0\.0\.1:\d+", line)[0]  # type: ignore[index]
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(STARTUP) == 0
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+def test_the_page_in_a_browser(address: str, picture: Path, tmp_path: Path) -> None:
+    api = pytest.importorskip("playwright.sync_api")
+    with urllib.request.urlopen(address) as answer:
+        assert answer.headers["content-security-policy"].startswith("default-src 'self'")
+    asked: list[str] = []
+    errors: list[str] = []
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=arguments)
+        tab = browser.new_page(viewport={"width": 1280, "height": 900})
+        tab.set_default_timeout(500 * STARTUP)
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.goto(address)
+        tab.set_input_files("#image input[type=file]", str(picture))
+        check_pictures(tab)
+        assert tab.locator("#legend tr").count() == 1 + len(INFO.classes)
+        first = tab.locator("#mask-1 img").get_attribute("src")
+        tab.locator("#network-1 input").click()
+        tab.get_by_role("option", name="student 2").click()
+        tab.wait_for_function("old => document.querySelector('#mask-1 img')?.src != old", arg=first)
+        assert "student 2" in tab.locator("#legend").inner_text()
+        tab.set_viewport_size({"width": 390, "height": 844})
+        check_pictures(tab)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        tab.screenshot(path=str(tmp_path / "narrow.png"), full_page=True)
+        browser.close()
+    assert (tmp_path / "narrow.png").stat().st_size > 10_000
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+    assert errors == []
+
+
+def check_pictures(tab: Any) -> None:
+    """All six are there, loaded, not distorted and within the window."""
+    for name in PICTURES:
+        shown = tab.locator(f"#{name} img")
+        shown.wait_for()
+        tab.wait_for_function(f"document.querySelector('#{name} img').naturalWidth == 320")
+        box = shown.bounding_box()
+        assert box["width"] >= 100
+        assert box["x"] + box["width"] <= tab.viewport_size["width"]
