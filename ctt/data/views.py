@@ -58,18 +58,19 @@ class GeometricView:
         factor = rng.uniform(*self.scale)
         whole = self.matrix((label.shape[0], label.shape[1]), factor, rng)
         theta, rows, columns = window(whole, (label.shape[0], label.shape[1]), 2 + 2 / factor)
-        grid = F.affine_grid(theta.float()[None], [1, 1, *self.crop], align_corners=False)
-        picture = image[:, rows, columns]  # (3, h, w)
+        grid = sampling_grid(theta.float(), self.crop)
+        picture = image[:, rows, columns].contiguous()  # (3, h, w)
         if factor < REDUCED:
             size = [max(1, round(side * factor)) for side in picture.shape[1:]]
             picture = F.interpolate(
                 picture[None], size, mode="bilinear", antialias=True, align_corners=False
             )[0]
         # what lies outside is sampled as 0: shift so that 0 stands for the mean and for 255
-        picture = F.grid_sample((picture - self.mean)[None], grid, align_corners=False)[0]
-        shifted = label[rows, columns].float() + 1
-        mask = F.grid_sample(shifted[None, None], grid, "nearest", align_corners=False)
-        picture = (picture + self.mean).round().clamp(0, 255).to(torch.uint8)
+        shifted = picture.float().sub_(self.mean)
+        picture = F.grid_sample(shifted[None], grid, align_corners=False)[0]
+        picture = picture.add_(self.mean).round_().clamp_(0, 255).to(torch.uint8)
+        classes = label[rows, columns].float().add_(1)
+        mask = F.grid_sample(classes[None, None], grid, "nearest", align_corners=False)
         return picture, (mask[0, 0].to(torch.int16) - 1).to(torch.uint8)
 
     def matrix(self, size: tuple[int, int], factor: float, rng: random.Random) -> Tensor:
@@ -89,6 +90,16 @@ class GeometricView:
         x = [mirror * cos * width / full_width, -sin * height / full_width, 2 * centre[1] - 1]
         y = [mirror * sin * width / full_height, cos * height / full_height, 2 * centre[0] - 1]
         return torch.tensor([x, y], dtype=torch.float64)
+
+
+def sampling_grid(theta: Tensor, size: tuple[int, int]) -> Tensor:
+    """Where `size` pixels are read by an affine map (2, 3): (1, h, w, 2), x and y in -1..1.
+
+    What F.affine_grid gives, without its product of matrices.
+    """
+    y, x = ((2 * torch.arange(side) + 1) / side - 1 for side in size)  # (h,), (w,)
+    columns, rows = x[:, None] * theta[:, 0], y[:, None] * theta[:, 1] + theta[:, 2]
+    return (columns + rows[:, None])[None]
 
 
 def window(theta: Tensor, size: tuple[int, int], margin: float) -> tuple[Tensor, slice, slice]:
