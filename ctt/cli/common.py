@@ -8,6 +8,7 @@ from ctt.errors import UserError
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+OPTIONAL = {"segmentation_models_pytorch": "smp"}  # libraries of one option, and their extras
 
 
 def run_program(name: str, body: Callable[[], int], extra: str = "train") -> None:
@@ -28,7 +29,8 @@ def run_program(name: str, body: Callable[[], int], extra: str = "train") -> Non
         missing = error.name or ""
         if missing == "ctt" or missing.startswith("ctt."):
             raise
-        fail(name, f"needs the package {missing}. Install it with: pip install 'ctt[{extra}]'")
+        needed = OPTIONAL.get(missing, extra)
+        fail(name, f"needs the package {missing}. Install it with: pip install 'ctt[{needed}]'")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     sys.exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING
 
 from ctt.errors import UserError
@@ -9,13 +10,24 @@ from ctt.errors import UserError
 if TYPE_CHECKING:
     from ctt.models.base import SegmentationModel
 
-BACKBONES = {"deeplabv2": "resnet101", "deeplabv3plus": "resnet101"}
+BACKBONES = {
+    "deeplabv2": "resnet101",
+    "deeplabv3plus": "resnet101",
+    "vit": "vit_small_patch14_dinov2",
+}
 OUTPUT_STRIDES = {"deeplabv2": 8, "deeplabv3plus": 16}
+SMP = "smp:"  # before the name of an architecture of segmentation_models_pytorch
+SMP_BACKBONE = "resnet34"
 
 
 def names() -> list[str]:
-    """The architectures that `build` knows."""
-    return ["small", *BACKBONES]
+    """The architectures that `build` knows; smp:NAME where segmentation_models_pytorch is there."""
+    own = ["small", *BACKBONES]
+    if importlib.util.find_spec("segmentation_models_pytorch") is None:
+        return own
+    from ctt.models.smp import architectures
+
+    return [*own, *(SMP + name for name in architectures())]
 
 
 def build(
@@ -35,11 +47,14 @@ def build(
         output_stride: 8 or 16, of the backbone (deeplabv2, deeplabv3plus); 0: the architecture's.
 
     Raises:
-        UserError: no such architecture or backbone, or one that does not fit the other.
+        UserError: no such architecture or backbone, or options that do not fit each other.
     """
-    if name not in names():
-        raise UserError(f"--model.name {name}: no such architecture. Known: {', '.join(names())}.")
-    backbone = backbone or BACKBONES.get(name, "")
+    if output_stride and name not in OUTPUT_STRIDES:
+        raise UserError(
+            f"--model.output-stride {output_stride}: the network {name} has a stride of its own. "
+            f"Leave it out; it is for {' and '.join(OUTPUT_STRIDES)}."
+        )
+    backbone = backbone or BACKBONES.get(name, SMP_BACKBONE if name.startswith(SMP) else "")
     output_stride = output_stride or OUTPUT_STRIDES.get(name, 0)
     network = _build(name, num_classes, features, width, backbone, output_stride)
     network.options = {
@@ -64,8 +79,17 @@ def _build(
         from ctt.models.small import Small
 
         return Small(num_classes, features, width)
-    from ctt.models import deeplab
+    if name in OUTPUT_STRIDES:
+        from ctt.models import deeplab
 
-    if name == "deeplabv2":
-        return deeplab.DeepLabV2(num_classes, features, backbone, output_stride)
-    return deeplab.DeepLabV3Plus(num_classes, features, backbone, output_stride)
+        kind = deeplab.DeepLabV2 if name == "deeplabv2" else deeplab.DeepLabV3Plus
+        return kind(num_classes, features, backbone, output_stride)
+    if name == "vit":
+        from ctt.models.vit import Vit
+
+        return Vit(num_classes, features, backbone)
+    if name.startswith(SMP):
+        from ctt.models.smp import Smp
+
+        return Smp(name.removeprefix(SMP), num_classes, features, backbone)
+    raise UserError(f"--model.name {name}: no such architecture. Known: {', '.join(names())}.")

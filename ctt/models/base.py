@@ -129,3 +129,9 @@ def to_stride(features: Tensor, images: Tensor, stride: int) -> Tensor:
     """Features bilinearly on the grid of ceil(H / stride) x ceil(W / stride)."""
     height, width = (-(-side // stride) for side in images.shape[-2:])
     return F.interpolate(features, size=(height, width), mode="bilinear", align_corners=False)
+
+
+def crop_to_stride(features: Tensor, images: Tensor, stride: int) -> Tensor:
+    """Features of padded images without those that show the padding alone."""
+    height, width = (-(-side // stride) for side in images.shape[-2:])
+    return features[:, :, :height, :width]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -73,10 +74,10 @@ def create(name: str, **options: Any) -> nn.Module:
     return network
 
 
-def check_name(name: str) -> None:
-    """Refuse what timm does not know, with the names that come near."""
-    if timm.is_model(name):
+def check_name(name: str, others: Sequence[str] = ()) -> None:
+    """Refuse what neither timm nor the list of `others` knows, with the names that come near."""
+    if timm.is_model(name) or name in others:
         return
-    near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.6)
+    near = difflib.get_close_matches(name, [*timm.list_models(), *others], n=5, cutoff=0.6)
     hint = f"Near: {', '.join(near)}." if near else "timm.list_models() lists them."
     raise UserError(f"--model.backbone {name}: timm has no such model. {hint}")

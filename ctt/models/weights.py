@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctt.errors import UserError
 from ctt.models.base import BackboneModel, SegmentationModel
@@ -136,23 +138,17 @@ def published(backbone: str) -> dict[str, Tensor]:
         UserError: there are none, or they can be had neither from the cache nor from the network.
     """
     import huggingface_hub
-    import timm
 
     if backbone == LITE0 and importlib.util.find_spec(LITE0_PACKAGE) is not None:
         return packaged_lite0()
-    if not timm.models.is_model_pretrained(backbone):
-        raise UserError(
-            f"--model.weights {IMAGENET}: timm publishes none for {backbone}. Names that have some "
-            f"are listed by timm.list_models(pretrained=True)."
-        )
-    repository = timm.models.get_pretrained_cfg(backbone).hf_hub_id
+    repository, create = _hub(backbone)
     try:
         cached = huggingface_hub.try_to_load_from_cache(repository, "model.safetensors")
         if isinstance(cached, str):
             return read(Path(cached))
         # fails at once where there is no network, which the download would try for minutes
         huggingface_hub.HfApi().model_info(repository, timeout=30)
-        return dict(timm.create_model(backbone, pretrained=True).state_dict())
+        return dict(create().state_dict())
     except Exception as error:  # the hub's client raises errors of several libraries
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
@@ -161,6 +157,26 @@ def published(backbone: str) -> dict[str, Tensor]:
             f"model.safetensors of {repository} from the Hugging Face hub, and give the file as "
             f"--model.weights PATH."
         ) from None
+
+
+def _hub(backbone: str) -> tuple[str, Callable[[], nn.Module]]:
+    """The repository of a backbone's weights, and what downloads them into a network."""
+    import timm
+
+    if timm.models.is_model_pretrained(backbone):
+        repository = timm.models.get_pretrained_cfg(backbone).hf_hub_id
+        return repository, partial(timm.create_model, backbone, pretrained=True)
+    if not timm.is_model(backbone):  # so it is one of segmentation_models_pytorch's own
+        from segmentation_models_pytorch.encoders import encoders, get_encoder
+
+        settings = encoders.get(backbone, {}).get("pretrained_settings", {})
+        if IMAGENET in settings:
+            repository = settings[IMAGENET]["repo_id"]
+            return repository, partial(get_encoder, backbone, weights=IMAGENET)
+    raise UserError(
+        f"--model.weights {IMAGENET}: none are published for {backbone}. Names that have some are "
+        f"listed by timm.list_models(pretrained=True)."
+    )
 
 
 def packaged_lite0() -> dict[str, Tensor]:

@@ -66,11 +66,12 @@ class ViewSettings:
 @dataclass(frozen=True)
 class ModelSettings:
     name: str = "small"
-    """Architecture: small, deeplabv2 or deeplabv3plus."""
+    """Architecture: small, deeplabv2, deeplabv3plus, vit, or smp:NAME, one of
+    segmentation_models_pytorch such as smp:unet (extra `smp`)."""
     backbone: tuple[str, ...] = ()
     """Name of a timm model, with or without the tag of its weights, such as resnet101 or
-    resnet101.tv_in1k; by default the architecture's own. Of several, pair k takes the k-th, and
-    after the last one the first again."""
+    resnet101.tv_in1k; by default resnet101, vit_small_patch14_dinov2 for vit and resnet34 for smp.
+    Of several, pair k takes the k-th, and after the last one the first again."""
     weights: tuple[str, ...] = ("none",)
     """What students start from: `none`, fresh weights; `imagenet`, the weights that timm publishes
     for the backbone, downloaded unless they are in the cache of its hub; or a file (.safetensors,

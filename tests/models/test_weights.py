@@ -98,8 +98,10 @@ def test_published_weights_without_network_or_cache(
 ) -> None:
     with pytest.raises(UserError, match=r"download model.safetensors of timm/resnet18\.a1_in1k"):
         weights.start_from(network, "imagenet")
-    with pytest.raises(UserError, match="timm publishes none for resnet10t_none"):
-        weights.published("resnet10t_none")
+    with pytest.raises(UserError, match="none are published for efficientnet_b6"):
+        weights.published("efficientnet_b6")
+    with pytest.raises(UserError, match="of smp-hub/mit_b0"):
+        weights.published("mit_b0")
 
 
 def test_published_weights_from_the_cache(network: SegmentationModel, no_network: Path) -> None:
