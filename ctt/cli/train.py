@@ -70,6 +70,7 @@ def parse(arguments: list[str]) -> Arguments:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--recipe", "--config", "--dataset", "--resume"):
         early.add_argument(option)
+    early.add_argument("--data.voc-set", "--data.voc_set", dest="voc_set")
     given, _ = early.parse_known_args(arguments)
     settings = Settings()
     if given.resume is not None:
@@ -79,8 +80,10 @@ def parse(arguments: list[str]) -> Arguments:
     values = recipes.load_file(Path(given.config)) if given.config is not None else {}
     recipe = given.recipe or str(values.pop("recipe", ""))
     dataset = given.dataset or str(values.get("dataset", settings.dataset))
-    if not recipe and given.resume is None and dataset in recipes.names():
-        recipe = dataset
+    if not recipe and given.resume is None:
+        in_file = values.get("data")
+        voc_set = in_file.get("voc_set") if isinstance(in_file, dict) else None
+        recipe = recipes.default(dataset, given.voc_set or voc_set or settings.data.voc_set)
     if recipe:
         settings = update(settings, recipes.load(recipe), f"recipe {recipe}")
     settings = update(settings, values, str(given.config))

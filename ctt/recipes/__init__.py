@@ -13,8 +13,16 @@ def names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
 
 
+def default(dataset: str, voc_set: str) -> str:
+    """The recipe that belongs to a data set, empty where there is none."""
+    if dataset == "voc":
+        return "voc-classic-deeplabv3plus" if voc_set == "classic" else "voc-aug-deeplabv2"
+    named = {"cityscapes": "cityscapes-deeplabv2", "digits": "digits", "folder": "folder"}
+    return named.get(dataset, "")
+
+
 def load(name: str) -> dict[str, Any]:
-    """The settings of a recipe; one that names another under `recipe` is put over that.
+    """The settings of a recipe; one that names others under `recipe` is put over those in turn.
 
     Raises:
         UserError: there is no recipe of that name.
@@ -24,8 +32,10 @@ def load(name: str) -> dict[str, Any]:
     values: dict[str, Any] = parse(
         (resources.files(__name__) / f"{name}.yaml").read_text("utf-8"), name
     )
-    base = values.pop("recipe", "")
-    return merge(load(str(base)), values) if base else values
+    below = values.pop("recipe", [])
+    for base in reversed([below] if isinstance(below, str) else below):
+        values = merge(load(base), values)
+    return values
 
 
 def merge(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
