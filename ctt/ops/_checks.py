@@ -43,7 +43,7 @@ def tensor(
 
 def temperature(operation: str, value: float) -> None:
     # a comparison, because torch.compile with dynamic shapes cannot trace math.isfinite
-    if not (isinstance(value, int | float) and 0 < value < math.inf):
+    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
         raise ValueError(f"{operation}: temperature must be a finite number above 0, got {value!r}")
 
 
@@ -54,7 +54,7 @@ def reduction(operation: str, value: str) -> None:
 
 def positive_int(operation: str, name: str, value: int) -> None:
     # under torch.compile with dynamic shapes a size may be a symbolic integer
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{operation}: {name} must be an integer, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{operation}: {name} must be at least 1, got {value}")

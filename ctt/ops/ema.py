@@ -51,7 +51,7 @@ def _check(teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | 
                 f"ema_update_: decay must be a number or a floating-point tensor of shape (), "
                 f"got {decay.dtype} {tuple(decay.shape)}"
             )
-    elif not (isinstance(decay, int | float) and 0 <= decay <= 1):
+    elif not (isinstance(decay, (int, float)) and 0 <= decay <= 1):
         raise ValueError(f"ema_update_: decay must be in 0..1, got {decay!r}")
     if len(teacher) != len(student):
         raise ValueError(

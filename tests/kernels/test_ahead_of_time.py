@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 tiles = pytest.importorskip("ctt_kernels.tiles")
 
 ARCHITECTURES = (90, 80, 86)
-# ptxas puts a value or two on the stack even where it leaves half the registers unused
-HARMLESS_STACK = 8
+# ptxas puts a few values on the stack even where it leaves half the registers unused
+HARMLESS_STACK = 16
 
 
 def compile_all(arch: int) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+# the interpreter of 3.5 writes histograms past the end of their tensor
+pytest.importorskip("triton", minversion="3.6")
 pytest.importorskip("ctt_kernels")
 
 
