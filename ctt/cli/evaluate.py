@@ -28,7 +28,8 @@ class Arguments:
     path: Path
     """Folder of a run (all students, teachers and their ensemble), or a best.safetensors."""
     network: tuple[str, ...] = ()
-    """Only these of a run's networks: student_1, teacher_2, ensemble."""
+    """Only these of a run's networks: student_1, teacher_2, ensemble. A submission is of one, by
+    default of the ensemble."""
     dataset: str = ""
     """Data set to evaluate on; by default the one that the networks were trained on."""
     data_root: Path | None = None
@@ -37,6 +38,9 @@ class Arguments:
     """Images to evaluate on; by default those of the run, or `val`."""
     out: Path | None = None
     """New folder for summary.json and, for each network, a picture of its confusion matrix."""
+    submission: Path | None = None
+    """Instead of an evaluation: new folder for predictions of the benchmark's test images, whose
+    labels nobody has, as its server wants them (Cityscapes: labelIds; VOC: palette PNGs)."""
     workers: int = 2
     """Processes that load images; 0 loads in the main process."""
     device: str = "auto"
@@ -51,7 +55,8 @@ def main() -> None:
 
 def _main(arguments: list[str]) -> int:
     parsed = _parse(arguments, EvalSettings())
-    _check_out(parsed.out)
+    _check_new("--out", parsed.out)
+    _check_new("--submission", parsed.submission)
     from ctt.train.loop import pick_device
     from ctt.train.trained import load_trained
 
@@ -59,8 +64,11 @@ def _main(arguments: list[str]) -> int:
     trained = load_trained(parsed.path)
     parsed = _parse(arguments, trained.settings.eval)
     validate_eval(parsed.eval)
-    networks = (trained.choose(parsed.network) if parsed.network else trained).networks
     source, settings = _open_source(trained, parsed)
+    if parsed.submission is not None:
+        _submit(trained, source, device, parsed, parsed.submission)
+        return 0
+    networks = (trained.choose(parsed.network) if parsed.network else trained).networks
     ids = source.eval_ids()
     matrices = _confusions(networks, trained.info, source, ids, device, parsed)
     _report(matrices, trained, source, ids, settings, parsed)
@@ -75,9 +83,9 @@ def _parse(arguments: list[str], protocol: EvalSettings) -> Arguments:
     return tyro.cli(Arguments, prog="ctt-eval", args=arguments, default=default, config=config)
 
 
-def _check_out(out: Path | None) -> None:
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: this is there already. Give a new or an empty folder.")
+def _check_new(option: str, folder: Path | None) -> None:
+    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{option} {folder}: this is there already. Give a new or an empty folder.")
 
 
 def _open_source(trained: Trained, parsed: Arguments) -> tuple[Source, Settings]:
@@ -123,6 +131,39 @@ def _choose_split(settings: Settings, split: str, trained: Trained) -> Settings:
         )
     values = {"data": {"eval_split": split}} if split else {}
     return update(settings, values, "--split")
+
+
+def _submit(
+    trained: Trained, source: Source, device: torch.device, parsed: Arguments, folder: Path
+) -> None:
+    from rich.progress import Progress
+
+    from ctt.train.inference import for_images, in_words
+    from ctt.train.submission import images_to_submit, write_submission
+
+    if parsed.split or parsed.out is not None:
+        raise UserError(
+            "--submission is of the test images, without scores: leave out --split and --out."
+        )
+    if len(parsed.network) > 1:
+        raise UserError("--submission is of one network: give one name to --network.")
+    name = parsed.network[0] if parsed.network else trained.names()[-1]
+    protocol = for_images(parsed.eval)
+    total = len(images_to_submit(source)[1])
+    with Progress(transient=True) as bar:
+        task = bar.add_task("segmenting", total=total)
+        write_submission(
+            trained.choose([name]).predictor(device, protocol),
+            source,
+            folder,
+            protocol,
+            parsed.workers,
+            lambda images: bar.advance(task, images),
+        )
+    print(
+        f"{trained.origin}: {total} test images of {source.info.name} as {name} sees them, "
+        f"protocol {in_words(protocol)}, are in {folder}"
+    )
 
 
 def _confusions(

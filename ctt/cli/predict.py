@@ -16,7 +16,6 @@ from ctt.errors import UserError
 from ctt.train.settings import EvalSettings, validate_eval
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
 
     from ctt.data.source import DatasetInfo
@@ -184,9 +183,7 @@ def check_targets(jobs: list[Job], parsed: Arguments) -> list[Job]:
     return left
 
 
-def segment(
-    jobs: list[Job], predict: Predict, info: DatasetInfo, parsed: Arguments
-) -> list[UserError]:
+def segment(jobs: list[Job], predict: Predict, info: DatasetInfo, parsed: Arguments) -> list[str]:
     """Write the results of every image that can be read; images of one size go together.
 
     Returns:
@@ -195,24 +192,23 @@ def segment(
     import torch
     from rich.progress import Progress
 
-    from ctt.train.inference import stacks
+    from ctt.train.inference import memory_is_told, stacks
 
-    failures: list[UserError] = []
+    failures: list[str] = []
     _make_folder(parsed.out)
     with Progress(transient=True) as bar, torch.no_grad():
         task = bar.add_task("segmenting", total=len(jobs))
         pictures = read_all(jobs, parsed.workers, failures)
         for group in stacks(pictures, lambda pair: pair[1].shape[1:], parsed.eval.batch_pixels):
             try:
-                results = predict(torch.stack([image for _, image in group])).max(dim=1)
-            except RuntimeError as error:
-                if not _out_of_memory(error):
-                    raise
-                failures += [_too_large(job.file, parsed.eval) for job, _ in group]
+                with memory_is_told(parsed.eval):
+                    results = predict(torch.stack([image for _, image in group])).max(dim=1)
+            except UserError as error:
+                failures += [f"{job.file}: {error}" for job, _ in group]
                 continue
             for (job, image), confidence, label in zip(group, *results, strict=True):
                 write(job, image, label.cpu(), confidence.cpu(), info, parsed)
-            bar.update(task, completed=bar.tasks[0].completed + len(group))
+            bar.advance(task, len(group))
     return failures
 
 
@@ -223,55 +219,17 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"--out {folder} cannot be written ({error.strerror}).") from None
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _too_large(file: Path, settings: EvalSettings) -> UserError:
-    windows = settings.protocol == "sliding"
-    mend = "smaller --eval.window" if windows else "--eval.protocol sliding --eval.window 513 513"
-    return UserError(f"{file}: not enough memory for an image of this size. Try {mend}.")
-
-
-class Pictures:
-    """For a DataLoader: images (3, H, W) uint8, or what is wrong with one, in plain text."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor | UserError:
-        from ctt.data.files import read_image
-
-        try:
-            return read_image(self.files[index])
-        except UserError as error:
-            return error
-
-
-def read_all(
-    jobs: list[Job], workers: int, failures: list[UserError]
-) -> Iterator[tuple[Job, Tensor]]:
+def read_all(jobs: list[Job], workers: int, failures: list[str]) -> Iterator[tuple[Job, Tensor]]:
     """Each image (3, H, W) uint8, in order; of those that cannot be read, why, into `failures`."""
-    from torch.utils.data import DataLoader
+    from ctt.data.files import read_image
+    from ctt.data.loader import in_order
 
-    from ctt.data.loader import leave_signals_to_the_parent
-
-    loader: DataLoader[Tensor | UserError] = DataLoader(
-        Pictures([job.file for job in jobs]),  # type: ignore[arg-type]
-        batch_size=None,
-        num_workers=min(workers, len(jobs)),
-        worker_init_fn=leave_signals_to_the_parent,
-    )
-    for job, found in zip(jobs, loader, strict=True):
-        if isinstance(found, UserError):
-            failures.append(found)
+    found = in_order(read_image, [job.file for job in jobs], workers)
+    for job, image in zip(jobs, found, strict=True):
+        if isinstance(image, UserError):
+            failures.append(str(image))
         else:
-            yield job, found
+            yield job, image
 
 
 def write(
@@ -283,21 +241,11 @@ def write(
     parsed: Arguments,
 ) -> None:
     """The results of one image; the mask last, so that where it is the others are too."""
-    from ctt.train.render import confidence_image, overlay, palette_image
+    from ctt.train.render import confidence_image, overlay, palette_image, save_png
 
     job.stem.parent.mkdir(parents=True, exist_ok=True)
     if parsed.overlay:
-        save(overlay(image, label, info), job.target("overlay"))
+        save_png(overlay(image, label, info), job.target("overlay"))
     if parsed.confidence:
-        save(confidence_image(confidence), job.target("confidence"))
-    save(palette_image(label, info), job.target("mask"))
-
-
-def save(picture: Image.Image, path: Path) -> None:
-    """A PNG that is there as a whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        picture.save(part, format="PNG")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        save_png(confidence_image(confidence), job.target("confidence"))
+    save_png(palette_image(label, info), job.target("mask"))

@@ -18,7 +18,7 @@ from ctt.data.files import (
     same_name,
 )
 from ctt.data.options import SourceOptions
-from ctt.data.source import IGNORE, DatasetInfo
+from ctt.data.source import IGNORE, DatasetInfo, Submission
 from ctt.errors import UserError
 
 LAYOUT = "holds leftImg8bit and gtFine"
@@ -69,6 +69,10 @@ class Cityscapes(FileSource):
         UserError: the layout is not complete.
     """
 
+    submission = Submission(
+        tuple(number for number, _ in CLASSES.values()), "_labelIds.png", False, f"{IMAGES}/test"
+    )
+
     def __init__(self, root: Path | None, options: SourceOptions) -> None:
         root = require_root(root, "cityscapes", LAYOUT)
         self.images = self._find(root, IMAGES)
@@ -98,6 +102,9 @@ class Cityscapes(FileSource):
         super().__init__(
             INFO, self.images.parent, (of["train"], [], of["val"]), options, (TRAIN, EVALUATION)
         )
+
+    def test_ids(self) -> list[str]:
+        return sorted(name for name, place in self._places.items() if place.startswith("test/"))
 
     @property
     def paper_counts(self) -> Mapping[Fraction, int]:  # type: ignore[override]

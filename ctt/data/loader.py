@@ -1,8 +1,8 @@
 """Batches in an order that is a function of the seed and the step alone."""
 
 import signal
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ctt.data.views import GeometricView
 from ctt.errors import UserError
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 
 class DrawSampler(Sampler[list[tuple[int, int]]]):
@@ -122,6 +123,33 @@ def load(
         collate_fn=_collate,
     )
     yield from raised(loader)
+
+
+class InOrder(Dataset[T | UserError], Generic[K, T]):
+    """`read` of each key; a mistake of the user is a result, as above."""
+
+    def __init__(self, read: Callable[[K], T], keys: Sequence[K]) -> None:
+        self.read, self.keys = read, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> T | UserError:
+        try:
+            return self.read(self.keys[index])
+        except UserError as error:
+            return error
+
+
+def in_order(read: Callable[[K], T], keys: Sequence[K], workers: int) -> Iterable[T | UserError]:
+    """`read` of each key, one by one, done ahead of time by `workers` processes; 0: by this one."""
+    return DataLoader(
+        InOrder(read, keys),
+        batch_size=None,
+        num_workers=min(workers, len(keys)),
+        worker_init_fn=leave_signals_to_the_parent,
+        generator=generator("loader", "in order"),  # checkpoints keep the global one
+    )
 
 
 def raised(items: Iterable[T | UserError]) -> Iterator[T]:

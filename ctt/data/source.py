@@ -31,15 +31,34 @@ class DatasetInfo:
     std: tuple[float, float, float]
 
 
+@dataclass(frozen=True)
+class Submission:
+    """How the server of a benchmark wants predictions of its test images.
+
+    Attributes:
+        values: the number in the file for each class.
+        ending: of the file, after the name of the image.
+        palette: the file has the data set's colours; else it is grey.
+        images: where the test images are expected, for the message that there are none.
+    """
+
+    values: tuple[int, ...]
+    ending: str
+    palette: bool
+    images: str
+
+
 class Source(ABC):
     """A data set. `image` and `label` are called from loader processes and must not keep state.
 
     Attributes:
+        submission: None where no server evaluates test images.
         notes: sentences on what was found and what follows from it, for the user.
         paper_counts: labelled images of a ratio where the paper's count is not the rounded one.
     """
 
     info: DatasetInfo
+    submission: ClassVar[Submission | None] = None
     notes: tuple[str, ...] = ()
     paper_counts: ClassVar[Mapping[Fraction, int]] = {}
 
@@ -58,6 +77,10 @@ class Source(ABC):
     @abstractmethod
     def label(self, name: str) -> Tensor:
         """(H, W) uint8, class or 255. Never asked for of an unlabelled image."""
+
+    def test_ids(self) -> list[str]:
+        """Names of the test images, whose labels only the benchmark's server has; sorted."""
+        return []
 
     def unlabeled_ids(self) -> list[str]:
         """Names of the training images that have no label whatever the split, sorted."""

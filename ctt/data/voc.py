@@ -18,7 +18,7 @@ from ctt.data.files import (
     same_name,
 )
 from ctt.data.options import SourceOptions
-from ctt.data.source import DatasetInfo
+from ctt.data.source import DatasetInfo, Submission
 from ctt.data.split import read_lines, resolve
 from ctt.errors import UserError
 
@@ -79,6 +79,8 @@ class Voc(FileSource):
         UserError: the layout is not complete.
     """
 
+    submission = Submission(tuple(range(len(CLASSES))), ".png", True, f"{LISTS / 'test.txt'}")
+
     def __init__(self, root: Path | None, options: SourceOptions) -> None:
         root = require_root(root, "voc", LAYOUT)
         folder = first_with(root, PLACES, "JPEGImages")
@@ -113,6 +115,10 @@ class Voc(FileSource):
                 )
         published = (AUG_TRAIN if options.voc_set == "aug" else CLASSIC_TRAIN, EVALUATION)
         super().__init__(INFO, folder, (train, unlabeled, evaluation), options, published)
+
+    def test_ids(self) -> list[str]:
+        has_list = (self.folder / LISTS / "test.txt").is_file()
+        return sorted(self._list("test.txt")) if has_list else []
 
     @property
     def paper_counts(self) -> Mapping[Fraction, int]:  # type: ignore[override]

@@ -2,21 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from ctt.data.loader import leave_signals_to_the_parent, raised
-from ctt.data.random import generator
+from ctt.data.loader import in_order, raised
 from ctt.data.source import IGNORE, DatasetInfo, Source
 from ctt.errors import UserError
 from ctt.models.base import SegmentationModel
-from ctt.train.inference import predictor, prepare, stacks, stated
+from ctt.train.inference import memory_is_told, predictor, prepare, stacks, stated
 from ctt.train.settings import EvalSettings
 
 ENSEMBLE = "ensemble"  # the mean of the teachers' probabilities
@@ -92,7 +91,7 @@ def confusions(
         progress: called with the number of images after each batch.
 
     Raises:
-        UserError: a label that is no class.
+        UserError: a label that is no class, a file that cannot be read, or too little memory.
     """
     settings = settings or EvalSettings()
     classes = len(source.info.classes)
@@ -110,7 +109,8 @@ def confusions(
             images, label = images.to(device), label.to(device).long()
             total: Tensor | None = None  # of the teachers; as good as the mean for argmax
             for name, predict in predictors.items():
-                probability = predict(images)  # (B, C, H, W)
+                with memory_is_told(settings):
+                    probability = predict(images)  # (B, C, H, W)
                 count(matrices[name], probability.argmax(dim=1), label)
                 if name in teachers:
                     total = probability if total is None else total.add_(probability)
@@ -134,26 +134,15 @@ def count(matrix: Tensor, predicted: Tensor, label: Tensor) -> None:
     matrix += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
-class Pairs(Dataset[tuple[Tensor, Tensor] | UserError]):
-    """Images (3, H, W) uint8 and labels (H, W) uint8 as the protocol wants them.
+def read_pair(source: Source, settings: EvalSettings, name: str) -> tuple[Tensor, Tensor]:
+    """Image (3, H, W) uint8 and label (H, W) uint8 as the protocol wants them.
 
-    A mistake in the data is returned: raised in a loader process it would lose its plain text.
+    Raises:
+        UserError: they cannot be read, or hold what is no class.
     """
-
-    def __init__(self, source: Source, ids: Sequence[str], settings: EvalSettings) -> None:
-        self.source, self.ids, self.settings = source, ids, settings
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | UserError:
-        name = self.ids[index]
-        try:
-            image, label = self.source.pair(name)
-            check_label(label, name, self.source.info)
-        except UserError as error:
-            return error
-        return prepare(image, label, self.settings)
+    image, label = source.pair(name)
+    check_label(label, name, source.info)
+    return prepare(image, label, settings)
 
 
 def check_label(label: Tensor, name: str, info: DatasetInfo) -> None:
@@ -174,14 +163,8 @@ def batches(
     source: Source, ids: Iterable[str], settings: EvalSettings, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (B, 3, H, W) and labels (B, H, W), neighbours of one size together."""
-    loader = DataLoader(
-        Pairs(source, list(ids), settings),
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=leave_signals_to_the_parent,
-        generator=generator("loader", "evaluation"),  # checkpoints keep the global one
-    )
-    for group in stacks(raised(loader), lambda pair: pair[1].shape, settings.batch_pixels):
+    pairs = raised(in_order(partial(read_pair, source, settings), list(ids), workers))
+    for group in stacks(pairs, lambda pair: pair[1].shape, settings.batch_pixels):
         images, labels = zip(*group, strict=True)
         yield torch.stack(images), torch.stack(labels)
 

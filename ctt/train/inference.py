@@ -6,6 +6,7 @@ Windows, flips and scales are combined as means of probabilities.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice, product
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from ctt.data.prepare import resize_image, resize_label
 from ctt.data.source import DatasetInfo
+from ctt.errors import UserError
 from ctt.methods.losses import upsample
 from ctt.models.base import SegmentationModel
 from ctt.train.settings import EvalSettings
@@ -136,6 +138,27 @@ def for_images(settings: EvalSettings) -> EvalSettings:
     if settings.protocol == "center-crop":
         return replace(settings, protocol="whole")
     return settings
+
+
+@contextmanager
+def memory_is_told(settings: EvalSettings) -> Iterator[None]:
+    """Too little memory becomes a UserError that says what needs less of it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(
+            error
+        ):
+            raise
+        mend = (
+            "a smaller --eval.window"
+            if settings.protocol == "sliding"
+            else "--eval.protocol sliding --eval.window 513 513"
+        )
+        raise UserError(
+            f"There is not enough memory for images of this size. Try {mend}, or a smaller "
+            f"--eval.batch-pixels."
+        ) from None
 
 
 def prepare(image: Tensor, label: Tensor, settings: EvalSettings) -> tuple[Tensor, Tensor]:

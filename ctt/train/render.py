@@ -1,5 +1,7 @@
 """Predictions as pictures: colours, palette PNGs, overlays."""
 
+from pathlib import Path
+
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,6 +23,16 @@ def palette_image(label: Tensor, info: DatasetInfo) -> Image.Image:
     mask = Image.fromarray(label.to(torch.uint8).cpu().numpy(), mode="P")
     mask.putpalette([channel for colour in info.palette for channel in colour])
     return mask
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """A file that is there as a whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        picture.save(part, format="PNG")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def overlay(

@@ -280,7 +280,7 @@ def test_too_little_memory_names_the_image_and_the_mend(
     assert call(predict.main, [str(folder), str(images), "--out", str(out)], monkeypatch) == 2
     shown = capsys.readouterr()
     assert "3 of 4 images" in shown.out
-    assert "grey.jpg: not enough memory" in shown.err
+    assert "grey.jpg: There is not enough memory" in shown.err
     assert "--eval.protocol sliding" in shown.err
 
 

@@ -1,0 +1,74 @@
+"""Predictions of a benchmark's test images, as its server wants them."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ctt.data.loader import in_order, raised
+from ctt.data.source import DatasetInfo, Source, Submission
+from ctt.errors import UserError
+from ctt.train.inference import Predict, memory_is_told, stacks
+from ctt.train.render import palette_image, save_png
+from ctt.train.settings import EvalSettings
+
+
+def images_to_submit(source: Source) -> tuple[Submission, list[str]]:
+    """How to write predictions of the test images, and their names.
+
+    Raises:
+        UserError: the data set has no server, or its test images are not there.
+    """
+    wanted, ids = source.submission, source.test_ids()
+    if wanted is None:
+        raise UserError(
+            f"--submission: there is no server that evaluates {source.info.name}. Segment its "
+            f"images with ctt-predict."
+        )
+    if not ids:
+        raise UserError(
+            f"--submission: {source.info.name} has no test images here. Unpack those of the "
+            f"official archive below --data-root, so that {wanted.images} is there."
+        )
+    return wanted, ids
+
+
+@torch.no_grad()
+def write_submission(
+    predict: Predict,
+    source: Source,
+    folder: Path,
+    settings: EvalSettings,
+    workers: int,
+    progress: Callable[[int], object],
+) -> None:
+    """One PNG for each test image, in `folder`.
+
+    Args:
+        progress: called with the number of images after each batch.
+
+    Raises:
+        UserError: see `images_to_submit`; or an image cannot be read, or memory is too little.
+    """
+    wanted, ids = images_to_submit(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    images = raised(in_order(partial(_read, source), ids, workers))
+    for group in stacks(images, lambda pair: pair[1].shape[1:], settings.batch_pixels):
+        with memory_is_told(settings):
+            labels = predict(torch.stack([image for _, image in group])).argmax(dim=1).cpu()
+        for (name, _), label in zip(group, labels, strict=True):
+            save_png(picture(label, wanted, source.info), folder / f"{name}{wanted.ending}")
+        progress(len(group))
+
+
+def _read(source: Source, name: str) -> tuple[str, Tensor]:
+    return name, source.image(name)
+
+
+def picture(label: Tensor, wanted: Submission, info: DatasetInfo) -> Image.Image:
+    """Labels (H, W) int64 as the server's numbers."""
+    values = torch.tensor(wanted.values, dtype=torch.uint8)[label]
+    return palette_image(values, info) if wanted.palette else Image.fromarray(values.numpy())
