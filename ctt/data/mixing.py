@@ -4,31 +4,35 @@ import torch
 from torch import Tensor
 
 
-def classmix_mask(label: Tensor, num_classes: int, rng: torch.Generator) -> Tensor:
+def classmix_mask(label: Tensor, draw: Tensor) -> Tensor:
     """Keep the pixels of half of the classes that an image shows (Olsson et al., ClassMix, 2021).
 
     Args:
         label: (B, H, W) int64; pixels outside 0..C-1 are not kept.
+        draw: (B, C) uniform random numbers; the lowest of the classes shown are kept.
 
     Returns:
         (B, H, W) bool.
     """
-    member = label[:, None] == torch.arange(num_classes, device=label.device)[:, None, None]
+    classes = torch.arange(draw.shape[1], device=label.device)
+    member = label[:, None] == classes[:, None, None]  # (B, C, H, W)
     present = member.flatten(2).any(dim=2)  # (B, C)
-    ticket = torch.rand(present.shape, generator=rng, device=label.device)
-    place = ticket.masked_fill(~present, 2).argsort(dim=1).argsort(dim=1)
+    place = draw.masked_fill(~present, 2).argsort(dim=1).argsort(dim=1)
     kept = present & (place < (present.sum(dim=1, keepdim=True) + 1) // 2)  # (B, C)
     return (member & kept[:, :, None, None]).any(dim=1)
 
 
-def cutmix_mask(shape: tuple[int, int, int], rng: torch.Generator, device: torch.device) -> Tensor:
+def cutmix_mask(size: tuple[int, int], draw: Tensor) -> Tensor:
     """Keep all but a random box of a quarter to a half of the area (French et al., 2020).
 
+    Args:
+        size: H and W. draw: (4, B) uniform random numbers.
+
     Returns:
-        (B, H, W) bool for shape (B, H, W).
+        (B, H, W) bool.
     """
-    batch, height, width = shape
-    share, aspect, top, left = torch.rand(4, batch, generator=rng, device=device)
+    (height, width), device = size, draw.device
+    share, aspect, top, left = draw
     area = 0.25 + 0.25 * share
     box_height = (area * torch.exp2(2 * aspect - 1)).sqrt().clamp(max=1)  # of 1
     box_width = (area / box_height).clamp(max=1)
@@ -41,8 +45,6 @@ def cutmix_mask(shape: tuple[int, int, int], rng: torch.Generator, device: torch
     return keep
 
 
-def mix(values: Tensor, keep: Tensor) -> Tensor:
-    """`values` (B, H, W) or (B, C, H, W) where `keep` (B, H, W), else those of the next in line."""
-    if values.dim() == 4:
-        keep = keep[:, None]
-    return torch.where(keep, values, values.roll(1, dims=0))
+def mix(values: Tensor, other: Tensor, keep: Tensor) -> Tensor:
+    """`values` (B, H, W) or (B, C, H, W) where `keep` (B, H, W), else those of the `other` images."""
+    return torch.where(keep if values.dim() == 3 else keep[:, None], values, other)

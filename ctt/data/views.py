@@ -126,7 +126,7 @@ def window(theta: Tensor, size: tuple[int, int], margin: float) -> tuple[Tensor,
 
 
 class PhotometricView:
-    """Colour jitter and blur of a batch, drawn for each image from a generator.
+    """Colour jitter and blur of a batch, drawn for each image.
 
     Args:
         strength: brightness, contrast and saturation change by a factor in 1 - s .. 1 + s, hue by
@@ -134,6 +134,8 @@ class PhotometricView:
         jitter_probability, blur_probability: share of the images that each is applied to.
         blur_sigma: range of the blur, in pixels.
     """
+
+    DRAWS = 7  # random numbers that an image takes
 
     def __init__(
         self,
@@ -145,16 +147,15 @@ class PhotometricView:
         self.strength, self.jitter_probability = strength, jitter_probability
         self.blur_probability, self.blur_sigma = blur_probability, blur_sigma
 
-    def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        """Images (B, 3, H, W) in 0..1 -> the same, changed."""
+    def __call__(self, images: Tensor, draw: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in 0..1 and uniform random numbers (7, B) -> the same, changed."""
         if self.strength and self.jitter_probability:
-            images = self._jitter(images, rng)
+            images = self._jitter(images, draw[:5, :, None, None, None])
         if self.blur_probability:
-            images = self._blur(images, rng)
+            images = self._blur(images, draw[5:])
         return images
 
-    def _jitter(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        draw = torch.rand(5, len(images), 1, 1, 1, generator=rng, device=images.device)
+    def _jitter(self, images: Tensor, draw: Tensor) -> Tensor:
         chosen = draw[4] < self.jitter_probability
         change = torch.where(chosen, 2 * draw[:4] - 1, 0)  # (4, B, 1, 1, 1) in -1..1
         brightness, contrast, saturation = 1 + self.strength * change[:3]
@@ -163,9 +164,8 @@ class PhotometricView:
         images = blend(images, grey(images), saturation)
         return rotate_hue(images, change[3] * self.strength / 4 * 2 * math.pi)
 
-    def _blur(self, images: Tensor, rng: torch.Generator) -> Tensor:
+    def _blur(self, images: Tensor, draw: Tensor) -> Tensor:
         low, high = self.blur_sigma
-        draw = torch.rand(2, len(images), generator=rng, device=images.device)
         sigma = low + (high - low) * draw[0]
         radius = max(1, math.ceil(3 * high))
         blurred = gaussian_blur(images, sigma, radius)

@@ -3,7 +3,7 @@
 Shapes: B images of H x W pixels, features and contrast on the grid h x w of the network.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,22 +31,42 @@ def as_pixels(maps: Tensor) -> Tensor:
     return maps.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def pixel_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
+Total = Callable[[Tensor], Tensor]
+"""Sum of a count over all processes that share a batch."""
+
+
+def alone(count: Tensor) -> Tensor:
+    """The total of one process."""
+    return count
+
+
+def valid_pixels(label: Tensor, total: Total = alone) -> Tensor:
+    """How many pixels of all processes are not 255; at least 1, so that none gives 0, not 0/0."""
+    return total((label != IGNORE).sum()).clamp(min=1)
+
+
+def pixel_cross_entropy(
+    logits: Tensor, label: Tensor, pixels: Tensor, weight: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy over the pixels whose label is not 255; 0 where there is none.
 
     Args:
         logits: (B, C, h, w). label: (B, H, W) int64. weight: (), a factor on the mean.
+        pixels: (), `valid_pixels` of the whole batch, of which these images may be a part; the
+            means of the parts then add up to that of the whole.
     """
     scores = upsample(logits, (label.shape[-2], label.shape[-1]))
     # summed here, because on CUDA the reduced form has no deterministic algorithm
-    total = F.cross_entropy(scores, label, ignore_index=IGNORE, reduction="none").sum()
-    # a crop without any valid pixel must give 0, not 0/0
-    mean = total / (label != IGNORE).sum().clamp(min=1)
+    mean = F.cross_entropy(scores, label, ignore_index=IGNORE, reduction="none").sum() / pixels
     return mean if weight is None else mean * weight
 
 
 def weigh_pseudo_label(
-    pseudo_label: Tensor, confidence: Tensor, rule: str, threshold: float
+    pseudo_label: Tensor,
+    confidence: Tensor,
+    rule: str,
+    threshold: float,
+    total: Total = alone,
 ) -> tuple[Tensor, Tensor | None]:
     """The cross-teacher target under the option `confidence_weight`.
 
@@ -64,7 +84,7 @@ def weigh_pseudo_label(
     if rule == "threshold":
         return pseudo_label.masked_fill(~sure, IGNORE), None
     valid = pseudo_label != IGNORE
-    return pseudo_label, (sure & valid).sum() / valid.sum().clamp(min=1)
+    return pseudo_label, total((sure & valid).sum()) / valid_pixels(pseudo_label, total)
 
 
 def usable_counts(banks: Sequence[MemoryBank], start: str) -> list[Tensor]:
@@ -98,17 +118,28 @@ def high_level_contrast(
     count: Tensor,
     temperature: float,
     reduction: str,
+    total: Total | None = None,
 ) -> Tensor:
-    """Equation (6) for features (B, D, h, w), label and mask (B, h, w)."""
-    return info_nce(
+    """Equation (6) for features (B, D, h, w), label and mask (B, h, w).
+
+    Args:
+        total: sum over the processes; the means are then those of the joined batch, and the result
+            is this process's part of them. None: there is one process.
+    """
+    label, mask = label.flatten(), mask.flatten()
+    loss = info_nce(
         as_pixels(features),
-        label.flatten(),
+        label,
         bank.keys,
         count,
         temperature=temperature,
-        mask=mask.flatten(),
-        reduction=reduction,
+        mask=mask,
+        reduction="none" if total else reduction,
     )
+    if total is None:
+        return loss
+    holds = count > 0
+    return part_of_mean(loss, label, mask, holds & (holds.sum() > 1), reduction, total)
 
 
 def low_level_contrast(
@@ -116,17 +147,45 @@ def low_level_contrast(
     peer_features: Tensor,
     label: Tensor,
     mask: Tensor,
-    banks: list[tuple[Tensor, Tensor | None]],
+    banks: list[tuple[Tensor, Tensor]],
     temperature: float,
     reduction: str,
+    total: Total | None = None,
 ) -> Tensor:
-    """Equation (8) for features of both (B, D, h, w), label and mask (B, h, w)."""
-    return pair_info_nce(
+    """Equation (8) for features of both (B, D, h, w), label and mask (B, h, w).
+
+    Args:
+        banks: keys and counts. total: as in `high_level_contrast`.
+    """
+    label, mask = label.flatten(), mask.flatten()
+    loss = pair_info_nce(
         as_pixels(features),
         as_pixels(peer_features.detach()),
-        label.flatten(),
+        label,
         banks,
         temperature=temperature,
-        mask=mask.flatten(),
-        reduction=reduction,
+        mask=mask,
+        reduction="none" if total else reduction,
     )
+    if total is None:
+        return loss
+    holds = torch.stack([count for _, count in banks]).amax(dim=0) > 0
+    return part_of_mean(loss, label, mask, holds.sum() > holds.long(), reduction, total)
+
+
+def part_of_mean(
+    values: Tensor, label: Tensor, mask: Tensor, joins: Tensor, reduction: str, total: Total
+) -> Tensor:
+    """This process's part of the mean that `reduction` of `info_nce` takes over all processes.
+
+    Args:
+        values: (N,) losses, 0 where a pixel does not count. label: (N,) int64. mask: (N,) bool.
+        joins: (C,) bool, the classes whose pixels count.
+    """
+    classes = torch.arange(len(joins), device=label.device)
+    counts = (label[:, None] == classes) & mask[:, None] & joins  # (N, C)
+    pixels = total(counts.sum(dim=0))  # (C,)
+    if reduction == "mean":
+        return values.sum() / pixels.sum().clamp(min=1)
+    share = 1 / (pixels.clamp(min=1) * (pixels > 0).sum().clamp(min=1))  # (C,)
+    return values @ (counts * share).sum(dim=1)

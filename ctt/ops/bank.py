@@ -47,6 +47,7 @@ class MemoryBank(nn.Module):
         top_k: int,
         per_class: int,
         generator: torch.Generator | None = None,
+        ticket: Tensor | None = None,
     ) -> None:
         """Store some of the most confident pixels of each class.
 
@@ -62,6 +63,9 @@ class MemoryBank(nn.Module):
             top_k, per_class: at least 1.
             generator: source of the draw; None: torch's default generator of the device. Ranks use
                 the draw of rank 0.
+            ticket: (C, top_k) uniform random numbers of the device, the same on every rank, instead
+                of a generator: the candidates with the highest are pushed. A captured graph can be
+                replayed with others.
 
         Raises:
             TypeError, ValueError: an argument of another dtype, shape or range.
@@ -69,11 +73,16 @@ class MemoryBank(nn.Module):
         _checks.tensor("MemoryBank.push", "features", features, ("N", self.dim), None)
         _checks.tensor("MemoryBank.push", "label", label, (features.shape[0],), torch.int64)
         _checks.positive_int("MemoryBank.push", "per_class", per_class)
+        if ticket is not None:
+            shape = (self.num_classes, top_k)
+            _checks.tensor("MemoryBank.push", "ticket", ticket, shape, None, features.device)
         index, _ = class_topk(confidence, label, top_k, self.num_classes, valid=valid)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             features, index = self._pool_ranks(features, confidence, index)
         if top_k > per_class:
-            index = _draw(index, per_class, generator)
+            if ticket is None:
+                ticket = _tickets(index, generator)
+            index = _draw(index, per_class, ticket)
         queue_push_(self.keys, self.count, self.cursor, features, index)
 
     def _pool_ranks(
@@ -120,11 +129,16 @@ class MemoryBank(nn.Module):
         return f"num_classes={self.num_classes}, capacity={self.capacity}, dim={self.dim}"
 
 
-def _draw(index: Tensor, per_class: int, generator: torch.Generator | None) -> Tensor:
-    """At most `per_class` entries of each row of index (C, k) at random, in their order."""
+def _tickets(index: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform random numbers (C, k), on every rank those of rank 0."""
     ticket = torch.rand(index.shape, generator=generator, device=index.device)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(ticket, 0)
+    return ticket
+
+
+def _draw(index: Tensor, per_class: int, ticket: Tensor) -> Tensor:
+    """At most `per_class` entries of each row of index (C, k), in their order."""
     ticket = ticket.masked_fill(index < 0, -1)  # padding is drawn last
     place = ticket.topk(min(per_class, index.shape[1]), dim=1).indices.sort(dim=1).values
     return index.gather(1, place)

@@ -25,7 +25,8 @@ class DataSettings(SourceOptions):
     crop: tuple[int, int] = (321, 321)
     """Height and width of the training crop, in pixels."""
     batch_size: int = 10
-    """Labelled images a step; as many unlabelled ones come with them."""
+    """Labelled images a step and process; as many unlabelled ones come with them. With N processes
+    a step sees N times as many, and the learning rate is used as it is given."""
     workers: int = 2
     """Processes that load images; 0 loads in the main process."""
     resize: tuple[int, int] | None = None
@@ -180,6 +181,11 @@ class TrainSettings:
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     threads: int = 0
     """CPU threads; 0: one for each core."""
+    accumulate: int = 1
+    """Parts in which a process takes the images of a step through the students, for batches that
+    memory does not hold at once; --data.batch-size counts all parts together. Cross-entropies are
+    exact means over the step, the contrast is the mean over the parts, and batch norm sees a part.
+    The optimiser, the teachers and the banks move once a step."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Automatic mixed precision."""
     deterministic: bool = False
@@ -431,6 +437,13 @@ def validate(settings: Settings) -> None:
         ("--bank.start-after", s.bank.start_after, s.bank.start_after >= 0, at_least_0),
         ("--train.iterations", s.train.iterations, s.train.iterations >= 1, at_least_1),
         ("--train.threads", s.train.threads, s.train.threads >= 0, at_least_0),
+        (
+            "--train.accumulate",
+            s.train.accumulate,
+            1 <= s.train.accumulate <= s.data.batch_size
+            and s.data.batch_size % s.train.accumulate == 0,
+            f"must divide --data.batch-size {s.data.batch_size}",
+        ),
         ("--train.log-every", s.train.log_every, s.train.log_every >= 1, at_least_1),
         ("--train.eval-every", s.train.eval_every, s.train.eval_every >= 0, at_least_0),
         (

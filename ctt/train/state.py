@@ -1,10 +1,13 @@
 """Everything that changes while training: networks, optimiser, banks, iteration."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ctt import models
 from ctt.data.random import derive_seed
@@ -12,6 +15,7 @@ from ctt.errors import UserError
 from ctt.models.base import BackboneModel, SegmentationModel
 from ctt.models.weights import start_from
 from ctt.ops import MemoryBank, ema_update_
+from ctt.train.distributed import World, replicate, synchronize_batch_norm
 from ctt.train.settings import EmaSettings, Settings
 
 
@@ -23,6 +27,7 @@ class TrainState:
 
     Args:
         initialize: read `model.weights`; not needed where a checkpoint follows.
+        world: the processes that share the batch; None: this one alone.
     """
 
     def __init__(
@@ -32,6 +37,7 @@ class TrainState:
         num_classes: int,
         device: torch.device,
         initialize: bool = True,
+        world: World | None = None,
     ) -> None:
         self.students: list[SegmentationModel] = []
         self.origins: list[str] = []  # what was found in the weights that students start from
@@ -44,6 +50,11 @@ class TrainState:
             self.students.append(student.to(memory_format=torch.channels_last).to(device))
         check_alike(self.students)
         self.teachers = [copy.deepcopy(s).requires_grad_(False).eval() for s in self.students]
+        self.replicas: list[nn.Module] = list(self.students)  # what a step calls
+        if world is not None and world.size > 1:
+            for student in self.students:
+                synchronize_batch_norm(student, device)
+            self.replicas = [replicate(student, device) for student in self.students]
         self.banks = [
             MemoryBank(num_classes, settings.bank.capacity, settings.model.features).to(device)
             for _ in range(pairs)
@@ -56,6 +67,15 @@ class TrainState:
     @property
     def pairs(self) -> int:
         return len(self.students)
+
+    @contextlib.contextmanager
+    def keep_gradients(self, keep: bool) -> Iterator[None]:
+        """Where `keep`, a backward pass leaves the gradients of this process unsummed."""
+        with contextlib.ExitStack() as stack:
+            for network in self.replicas:
+                if keep and isinstance(network, DistributedDataParallel):
+                    stack.enter_context(network.no_sync())
+            yield
 
     def _groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
@@ -74,8 +94,6 @@ class TrainState:
             "banks": [bank.state_dict() for bank in self.banks],
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -93,9 +111,6 @@ class TrainState:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.iteration = int(state["iteration"])
-        torch.set_rng_state(state["torch_rng"])
-        if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
 
 
 def make_student(
@@ -167,6 +182,7 @@ def make_optimizer(students: list[SegmentationModel], settings: Settings) -> tor
         momentum=optim.momentum,
         nesterov=optim.nesterov,
         weight_decay=optim.weight_decay,
+        fused=True,  # one pass over all tensors; a GradScaler then needs no word of the host
     )
 
 
@@ -202,9 +218,12 @@ class EmaUpdate:
         lists[0].append(teacher)
         lists[1].append(student)
 
-    def step(self, iteration: int) -> None:
-        """Update after optimiser step number `iteration`, counted from 1."""
-        decay = min(1 - 1 / (iteration + 1), self.settings.decay)
+    def decay(self, iteration: int) -> float:
+        """Of the update after optimiser step number `iteration`, counted from 1."""
+        return min(1 - 1 / (iteration + 1), self.settings.decay)
+
+    def step(self, decay: float | Tensor) -> None:
+        """Teachers follow their students."""
         ema_update_(*self.averaged, decay)
         if self.copied[0]:
             torch._foreach_copy_(*self.copied)

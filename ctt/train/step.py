@@ -3,24 +3,32 @@
 Teachers on the weak view (first, because ClassMix cuts by their labels) -> students on labelled and
 unlabelled images (strong view) -> losses -> backward -> optimiser -> EMA -> teachers' features of
 the labelled images into the banks.
+
+Nothing here waits for a GPU. What a step computes depends on the tensors it is given and on those
+of the state alone, so that it can be recorded and replayed as a CUDA graph.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ctt.data import mixing
-from ctt.data.random import generator
+from ctt.data.random import derive_seed
 from ctt.data.source import IGNORE, DatasetInfo
 from ctt.data.views import PhotometricView, constant
 from ctt.methods import losses
 from ctt.methods.base import Method
-from ctt.models.base import Output
+from ctt.models.base import Output, SegmentationModel
+from ctt.train.distributed import World
+from ctt.train.draws import Draws
+from ctt.train.phases import Phases
 from ctt.train.settings import Settings
 from ctt.train.state import TrainState, learning_rate
 
 TERMS = ("sup", "ct", "hc", "lc")
+Batch = tuple[Tensor, Tensor]
 
 
 class Target(NamedTuple):
@@ -30,6 +38,40 @@ class Target(NamedTuple):
     confidence: Tensor  # probability
 
 
+class Lesson(NamedTuple):
+    """What a student learns of unlabelled images: equations (3)-(5)."""
+
+    target: Target
+    label: Tensor  # (B, H, W) int64, 255 also where the target is not trusted
+    pixels: Tensor  # (), those of the whole batch that are not 255
+    weight: Tensor | None  # (), factor of the loss
+
+
+class Part(NamedTuple):
+    """What the students look at at once: the batch, or a share of it.
+
+    Attributes:
+        images, label: labelled, (b, 3, H, W) in 0..1 and (b, H, W). mixed: unlabelled images.
+        lessons: of each student, on the mixed images; empty where there are none.
+        draws_labeled, draws_mixed: (7, b) for the strong view of each student.
+    """
+
+    images: Tensor
+    label: Tensor
+    mixed: Tensor
+    lessons: list[Lesson]
+    draws_labeled: list[Tensor]
+    draws_mixed: list[Tensor]
+
+
+class Pace(NamedTuple):
+    """What changes with the iteration alone; tensors of shape () where a graph is to read them."""
+
+    rate: float | Tensor  # learning rate
+    ramp: float | Tensor  # factor on the weight of the cross-teacher term
+    decay: float | Tensor  # of the teachers
+
+
 class Step:
     """Runs one step on a `TrainState`.
 
@@ -37,8 +79,16 @@ class Step:
         labeled: size of the labelled set, for the number of keys pushed a step.
     """
 
-    def __init__(self, settings: Settings, method: Method, info: DatasetInfo, labeled: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        method: Method,
+        info: DatasetInfo,
+        labeled: int,
+        world: World | None = None,
+    ) -> None:
         self.settings, self.method, self.info = settings, method, info
+        self.world = world or World()
         views = settings.views
         self.photometric = PhotometricView(
             views.jitter, views.jitter_probability, views.blur_probability, views.blur_sigma
@@ -46,41 +96,116 @@ class Step:
         bank = settings.bank
         self.per_class = bank.per_class or max(1, bank.capacity // labeled)
         self.contrast = method.contrast and (settings.loss.hc > 0 or settings.loss.lc > 0)
+        self.phases = Phases(torch.device("cpu"))
 
     def __call__(
-        self,
-        state: TrainState,
-        labeled: tuple[Tensor, Tensor],
-        unlabeled: tuple[Tensor, Tensor] | None,
+        self, state: TrainState, labeled: Batch, unlabeled: Batch | None
     ) -> dict[str, Tensor]:
         """Train on images (B, 3, H, W) uint8 with labels (B, H, W) uint8.
 
-        Returns:
-            each term of the objective, unweighted and summed over the students, and `total`.
-        """
-        rate = learning_rate(self.settings, state.iteration)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate * group["lr_factor"]
-        images, label = to_unit(labeled[0]), labeled[1].long()
-        terms = self._losses(state, images, label, unlabeled)
-        total = self._weigh(terms, state.iteration)
-        self._optimize(state, total)
-        state.iteration += 1
-        state.ema.step(state.iteration)
-        if self.contrast:
-            self._fill_banks(state, images, label)
-        return {name: value.detach() for name, value in {**terms, "total": total}.items()}
+        With several processes these are the images of this one. With `train.accumulate` N they go
+        through the students in N parts, one after the other, before the optimiser's step.
 
-    def _weigh(self, terms: dict[str, Tensor], iteration: int) -> Tensor:
+        Returns:
+            each term of the objective, unweighted and summed over the students, and `total`; with
+            several processes this one's part of them.
+        """
+        device = labeled[0].device
+        self.phases.device = device
+        with self.phases("views"):
+            draws = self._draws(state, len(labeled[0]), unlabeled is not None)
+            numbers = upload(draws(state.iteration), device)
+        # layers that draw numbers, such as dropout, do so alike after a resume
+        torch.manual_seed(derive_seed("layers", draws.seed, state.iteration, self.world.rank))
+        contrast = self.contrast and state.iteration >= self.settings.bank.start_after
+        terms = self._run(
+            state, labeled, unlabeled, draws, numbers, self._pace(state), contrast
+        )
+        state.iteration += 1
+        return terms
+
+    def _draws(self, state: TrainState, images: int, unlabeled: bool) -> Draws:
+        pushes = images * self.world.size if self.settings.bank.per_image else 1
+        return Draws(
+            self.settings,
+            state.pairs,
+            len(self.info.classes),
+            images,
+            unlabeled,
+            pushes if self.contrast and self._draws_keys else 0,
+            self.world.rank,
+            self.world.size,
+        )
+
+    @property
+    def _draws_keys(self) -> bool:
+        bank = self.settings.bank
+        return bank.random_choice and bank.top_k > self.per_class
+
+    def _pace(self, state: TrainState) -> Pace:
+        ramp, iteration = self.settings.loss.ct_ramp, state.iteration
+        return Pace(
+            learning_rate(self.settings, iteration),
+            min(1.0, (iteration + 1) / ramp) if ramp else 1.0,
+            state.ema.decay(iteration + 1),
+        )
+
+    def _run(
+        self,
+        state: TrainState,
+        labeled: Batch,
+        unlabeled: Batch | None,
+        draws: Draws,
+        numbers: Tensor,
+        pace: Pace,
+        contrast: bool,
+    ) -> dict[str, Tensor]:
+        images, label = to_unit(labeled[0]), labeled[1].long()  # (B, 3, H, W), (B, H, W)
+        numbers_of = draws.split(numbers)
+        mixed, lessons = images.new_empty(0, *images.shape[1:]), []
+        if unlabeled is not None:
+            mixed, lessons = self._teach(
+                state, to_unit(unlabeled[0]), unlabeled[1] == IGNORE, numbers_of.mix
+            )
+        whole = Part(images, label, mixed, lessons, numbers_of.labeled, numbers_of.unlabeled)
+        pixels = losses.valid_pixels(label, self.world.total)
+        state.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        parts = self.settings.train.accumulate
+        for i, part in enumerate(split(whole, parts)):
+            with state.keep_gradients(i < parts - 1):
+                terms = self._losses(state, part, pixels, contrast)
+                terms["total"] = self._weigh(terms, pace)
+                with self.phases("backward"):
+                    self._backward(state, terms["total"])
+            for name, value in terms.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        with self.phases("optimizer"):
+            self._optimize(state, pace)
+        with self.phases("ema"):
+            state.ema.step(pace.decay)
+        if self.contrast:
+            self._fill_banks(state, images, label, numbers_of.bank)
+        return sums
+
+    def _weigh(self, terms: dict[str, Tensor], pace: Pace) -> Tensor:
         """Equation (10)."""
         weights = self.settings.loss
-        ramp = min(1.0, (iteration + 1) / weights.ct_ramp) if weights.ct_ramp else 1.0
-        factor = {"sup": weights.sup, "ct": weights.ct * ramp, "hc": weights.hc, "lc": weights.lc}
+        factor = {
+            "sup": weights.sup,
+            "ct": weights.ct * pace.ramp,
+            "hc": weights.hc,
+            "lc": weights.lc,
+        }
         return torch.stack([factor[name] * value for name, value in terms.items()]).sum()
 
-    def _optimize(self, state: TrainState, total: Tensor) -> None:
-        state.optimizer.zero_grad(set_to_none=True)
-        state.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+    def _backward(self, state: TrainState, total: Tensor) -> None:
+        # gradients are averaged over the processes, but a loss is a part of the mean over all
+        state.scaler.scale(self.world.size * total).backward()  # type: ignore[no-untyped-call]
+
+    def _optimize(self, state: TrainState, pace: Pace) -> None:
+        for group in state.optimizer.param_groups:
+            group["lr"] = pace.rate * group["lr_factor"]
         if self.settings.optim.clip_norm:
             state.scaler.unscale_(state.optimizer)
             for student in state.students:
@@ -89,106 +214,116 @@ class Step:
         state.scaler.update()
 
     def _losses(
-        self,
-        state: TrainState,
-        images: Tensor,
-        label: Tensor,
-        unlabeled: tuple[Tensor, Tensor] | None,
+        self, state: TrainState, part: Part, pixels: Tensor, contrast: bool
     ) -> dict[str, Tensor]:
-        rng = self._generator("mix", state.iteration, images.device)
-        weak = images.new_empty(0, *images.shape[1:])
-        targets: list[Target] = []
-        if unlabeled is not None:
-            weak = to_unit(unlabeled[0])
-            targets, keep = self._targets(state, weak, unlabeled[1] == IGNORE, rng)
-            weak = weak if keep is None else mixing.mix(weak, keep)
-        outputs = self._forward_students(state, images, weak)
-        size = len(images)
-        terms = {
-            "sup": sum_of(losses.pixel_cross_entropy(out.logits[:size], label) for out in outputs)
-        }
-        if unlabeled is not None:
-            terms["ct"] = sum_of(
-                self._cross_teacher(out.logits[size:], target)
-                for out, target in zip(outputs, targets, strict=True)
-            )
+        outputs = self._forward_students(state, part)
+        size = len(part.images)
+        with self.phases("cross-entropy"):
+            terms = {
+                "sup": sum_of(
+                    losses.pixel_cross_entropy(out.logits[:size], part.label, pixels)
+                    for out in outputs
+                )
+            }
+            if part.lessons:
+                terms["ct"] = sum_of(
+                    losses.pixel_cross_entropy(out.logits[size:], label, count, weight)
+                    for out, (_, label, count, weight) in zip(outputs, part.lessons, strict=True)
+                )
         if self.contrast:
-            terms |= self._contrast(state, outputs, label, targets)
+            with self.phases("contrast"):
+                terms |= self._contrast(state, outputs, part, contrast)
         return terms
 
-    def _cross_teacher(self, logits: Tensor, target: Target) -> Tensor:
-        """Equations (3)-(5)."""
-        loss = self.settings.loss
-        label, weight = losses.weigh_pseudo_label(
-            *target, loss.confidence_weight, loss.confidence_threshold
-        )
-        return losses.pixel_cross_entropy(logits, label, weight)
-
     @torch.no_grad()
-    def _targets(
-        self, state: TrainState, weak: Tensor, padding: Tensor, rng: torch.Generator
-    ) -> tuple[list[Target], Tensor | None]:
-        """Each student's target, and which pixels of each image the mix keeps (None: all)."""
-        normalized = self._normalize(weak)
-        size = (weak.shape[-2], weak.shape[-1])
-        probability = []  # of each teacher, (B, C, H, W)
-        for teacher in state.teachers:
-            with self._autocast(weak.device):
-                logits = teacher(normalized).logits
-            probability.append(losses.upsample(logits, size).softmax(dim=1))
-        keep = self._mix_mask(torch.stack(probability).mean(dim=0), padding, rng)
-        targets = []
-        for k in range(state.pairs):
-            chosen = [probability[j] for j in self.method.teachers_of(k, state.pairs)]
-            confidence, label = torch.stack(chosen).mean(dim=0).max(dim=1)
-            target = Target(label.masked_fill(padding, IGNORE), confidence)
-            if keep is not None:
-                target = Target(*(mixing.mix(values, keep) for values in target))
-            targets.append(target)
-        return targets, keep
+    def _teach(
+        self, state: TrainState, weak: Tensor, padding: Tensor, draw: Tensor
+    ) -> tuple[Tensor, list[Lesson]]:
+        """The mixed images (B, 3, H, W) and each student's lesson on them.
 
-    def _mix_mask(
-        self, probability: Tensor, padding: Tensor, rng: torch.Generator
-    ) -> Tensor | None:
+        Args:
+            weak: (B, 3, H, W) in 0..1. padding: (B, H, W) bool, where there is no image.
+            draw: random numbers of the mix, as `StepDraws` has them.
+        """
+        size = (weak.shape[-2], weak.shape[-1])
+        with self.phases("teachers"):
+            probability = [  # of each teacher, (B, C, H, W)
+                losses.upsample(self._ask(teacher, weak).logits, size).softmax(dim=1)
+                for teacher in state.teachers
+            ]
+        with self.phases("views"):
+            keep = self._mix_mask(torch.stack(probability).mean(dim=0), padding, draw)
+            lessons = []
+            for k in range(state.pairs):
+                chosen = [probability[j] for j in self.method.teachers_of(k, state.pairs)]
+                confidence, label = torch.stack(chosen).mean(dim=0).max(dim=1)
+                target = Target(
+                    self._mix(label.masked_fill(padding, IGNORE), keep),
+                    self._mix(confidence, keep),
+                )
+                lessons.append(self._lesson(target))
+            return self._mix(weak, keep), lessons
+
+    def _lesson(self, target: Target) -> Lesson:
+        loss, total = self.settings.loss, self.world.total
+        label, weight = losses.weigh_pseudo_label(
+            *target, loss.confidence_weight, loss.confidence_threshold, total
+        )
+        return Lesson(target, label, losses.valid_pixels(label, total), weight)
+
+    def _mix(self, values: Tensor, keep: Tensor | None) -> Tensor:
+        """What is not kept of an image comes from the one before it, also across processes."""
+        return values if keep is None else mixing.mix(values, self.world.roll(values), keep)
+
+    def _mix_mask(self, probability: Tensor, padding: Tensor, draw: Tensor) -> Tensor | None:
+        """Which pixels (B, H, W) of each image the mix keeps; None: all."""
         rule = self.settings.views.mix
         if rule == "none":
             return None
         if rule == "cutmix":
-            batch, _, height, width = probability.shape
-            return mixing.cutmix_mask((batch, height, width), rng, probability.device)
-        label = probability.argmax(dim=1).masked_fill(padding, IGNORE)
-        return mixing.classmix_mask(label, probability.shape[1], rng)
+            return mixing.cutmix_mask((padding.shape[-2], padding.shape[-1]), draw)
+        return mixing.classmix_mask(probability.argmax(dim=1).masked_fill(padding, IGNORE), draw)
 
-    def _forward_students(self, state: TrainState, images: Tensor, weak: Tensor) -> list[Output]:
+    def _ask(self, teacher: SegmentationModel, images: Tensor) -> Output:
+        """A teacher's output for images (B, 3, H, W) in 0..1, as many at a time as students see."""
+        outputs = []
+        for some in images.chunk(self.settings.train.accumulate):
+            with self._autocast(images.device):
+                outputs.append(teacher(self._normalize(some)))
+        return Output(*(torch.cat(maps) if len(maps) > 1 else maps[0] for maps in zip(*outputs)))
+
+    def _forward_students(self, state: TrainState, part: Part) -> list[Output]:
         """Of labelled and unlabelled images together: one set of batch-norm statistics."""
         outputs = []
-        views = self.settings.views
-        for k, student in enumerate(state.students):
-            purpose = f"strong-{k}" if views.per_student else "strong"
-            rng = self._generator(purpose, state.iteration, images.device)
-            labeled = self.photometric(images, rng) if views.strong_labeled else images
-            strong = self.photometric(weak, rng) if len(weak) else weak
-            batch = self._normalize(torch.cat([labeled, strong]))
-            with self._autocast(images.device):
+        for k, student in enumerate(state.replicas):
+            with self.phases("views"):
+                labeled, mixed = part.images, part.mixed
+                if part.draws_labeled:
+                    labeled = self.photometric(labeled, part.draws_labeled[k])
+                if len(mixed):
+                    mixed = self.photometric(mixed, part.draws_mixed[k])
+                batch = self._normalize(torch.cat([labeled, mixed]))
+            with self.phases("students"), self._autocast(batch.device):
                 outputs.append(student(batch))
         return outputs
 
     def _contrast(
-        self, state: TrainState, outputs: list[Output], label: Tensor, targets: list[Target]
+        self, state: TrainState, outputs: list[Output], part: Part, started: bool
     ) -> dict[str, Tensor]:
         """Equations (6)-(9), summed over the students."""
         loss, bank_settings = self.settings.loss, self.settings.bank
         zero = outputs[0].features.new_zeros((), dtype=torch.float32)
         high_terms, low_terms = [zero], [zero]
-        if state.iteration < bank_settings.start_after:
+        if not started:
             return {"hc": zero, "lc": zero}
+        total = self.world.total if self.world.size > 1 else None
         grid = (outputs[0].features.shape[-2], outputs[0].features.shape[-1])
-        truth = losses.to_grid(label, grid)
+        truth = losses.to_grid(part.label, grid)
         counts = losses.usable_counts(state.banks, bank_settings.start)
         # confidence and class that each student's own classifier gives on the grid
         own = [out.logits.detach().float().softmax(dim=1).max(dim=1) for out in outputs]
         for k, out in enumerate(outputs):
-            target = Target(*(losses.to_grid(values, grid) for values in targets[k]))
+            target = Target(*(losses.to_grid(values, grid) for values in part.lessons[k].target))
             pixel_label = torch.cat([truth, target.label])  # (B, h, w)
             confidence = own[k].values
             decisive = confidence
@@ -206,6 +341,7 @@ class Step:
                         counts[k],
                         loss.tau_hc,
                         loss.contrast_reduction,
+                        total,
                     )
                 )
             peers = [j for j in range(state.pairs) if j != k] if loss.lc > 0 else []
@@ -220,38 +356,49 @@ class Step:
                         [(state.banks[i].keys, counts[i]) for i in (k, j)],
                         loss.tau_lc,
                         loss.contrast_reduction,
+                        total,
                     )
                     / len(peers)
                 )
-        return {"hc": sum_of(high_terms), "lc": sum_of(low_terms)}
+        parts = self.settings.train.accumulate
+        return {"hc": sum_of(high_terms) / parts, "lc": sum_of(low_terms) / parts}
 
     @torch.no_grad()
-    def _fill_banks(self, state: TrainState, images: Tensor, label: Tensor) -> None:
-        """Push teacher k's features of well classified labelled pixels into bank k."""
-        settings = self.settings.bank
-        normalized = self._normalize(images)
-        rng = self._generator("bank", state.iteration, images.device)
-        for teacher, bank in zip(state.teachers, state.banks, strict=True):
-            with self._autocast(images.device):
-                out = teacher(normalized)
-            truth = losses.to_grid(label, (out.logits.shape[-2], out.logits.shape[-1]))
-            confidence, predicted = out.logits.float().softmax(dim=1).max(dim=1)
-            valid = (predicted == truth) & (confidence >= settings.min_confidence)
-            size = 1 if settings.per_image else len(images)
-            for first in range(0, len(images), size):
-                part = slice(first, first + size)
-                bank.push(
-                    losses.as_pixels(out.features[part]),
-                    truth[part].flatten(),
-                    confidence[part].flatten(),
-                    valid=valid[part].flatten(),
-                    top_k=settings.top_k if settings.random_choice else self.per_class,
-                    per_class=self.per_class,
-                    generator=rng,
-                )
+    def _fill_banks(
+        self, state: TrainState, images: Tensor, label: Tensor, tickets: Tensor
+    ) -> None:
+        """Push teacher k's features of well classified labelled pixels into bank k.
 
-    def _generator(self, purpose: str, iteration: int, device: torch.device) -> torch.Generator:
-        return generator(purpose, self.settings.seed, iteration, device=device)
+        Args:
+            images: (B, 3, H, W) in 0..1. label: (B, H, W). tickets: (K, P, C, top_k).
+        """
+        settings = self.settings.bank
+        for k, (teacher, bank) in enumerate(zip(state.teachers, state.banks, strict=True)):
+            with self.phases("teachers"):
+                out = self._ask(teacher, images)
+            with self.phases("banks"):
+                truth = losses.to_grid(label, (out.logits.shape[-2], out.logits.shape[-1]))
+                confidence, predicted = out.logits.float().softmax(dim=1).max(dim=1)
+                valid = (predicted == truth) & (confidence >= settings.min_confidence)
+                for i, part in enumerate(self._pushes(len(images))):
+                    bank.push(
+                        losses.as_pixels(out.features[part]),
+                        truth[part].flatten(),
+                        confidence[part].flatten(),
+                        valid=valid[part].flatten(),
+                        top_k=settings.top_k if settings.random_choice else self.per_class,
+                        per_class=self.per_class,
+                        ticket=tickets[k, i] if self._draws_keys else None,
+                    )
+
+    def _pushes(self, images: int) -> Iterator[slice]:
+        """Which of its images a process gives to each push: all, or one image of one process."""
+        if not self.settings.bank.per_image:
+            yield slice(None)
+            return
+        for i in range(images * self.world.size):
+            rank, image = divmod(i, images)
+            yield slice(image, image + 1) if rank == self.world.rank else slice(0, 0)
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         amp = self.settings.train.amp
@@ -260,6 +407,32 @@ class Step:
 
     def _normalize(self, images: Tensor) -> Tensor:
         return normalize(images, self.info)
+
+
+def split(whole: Part, parts: int) -> Iterator[Part]:
+    """Shares of a batch, in order; the counts of its lessons stay those of the whole."""
+    size = len(whole.images) // parts
+    for first in range(0, size * parts, size):
+        some = slice(first, first + size)
+        lessons = [
+            Lesson(Target(*(x[some] for x in target)), label[some], pixels, weight)
+            for target, label, pixels, weight in whole.lessons
+        ]
+        yield Part(
+            whole.images[some],
+            whole.label[some],
+            whole.mixed[some],
+            lessons,
+            [draw[:, some] for draw in whole.draws_labeled],
+            [draw[:, some] for draw in whole.draws_mixed],
+        )
+
+
+def upload(numbers: Tensor, device: torch.device) -> Tensor:
+    """The numbers on the device, copied there behind the work that it has."""
+    if device.type != "cuda":
+        return numbers.to(device)
+    return numbers.pin_memory().to(device, non_blocking=True)
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -94,16 +94,17 @@ def test_view_depends_on_its_seed_alone() -> None:
 def test_photometric_view_is_seeded_and_stays_in_range() -> None:
     images = torch.rand(6, 3, 17, 19)
     strong = PhotometricView(0.5, 0.8, 0.5, (0.1, 2.0))
-    first = strong(images, generator("a"))
-    assert torch.equal(first, strong(images, generator("a")))
-    assert not torch.equal(first, strong(images, generator("b")))
+    draws = [torch.rand(7, len(images), generator=generator(name)) for name in "aab"]
+    first = strong(images, draws[0])
+    assert torch.equal(first, strong(images, draws[1]))
+    assert not torch.equal(first, strong(images, draws[2]))
     assert first.min() >= 0
     assert first.max() <= 1
 
 
 def test_probability_0_changes_nothing() -> None:
     images = torch.rand(4, 3, 9, 9)
-    assert torch.equal(PhotometricView(0.5, 0, 0, (1, 2))(images, generator("a")), images)
+    assert torch.equal(PhotometricView(0.5, 0, 0, (1, 2))(images, torch.rand(7, len(images))), images)
 
 
 def test_hue_keeps_grey_and_turns_around() -> None:

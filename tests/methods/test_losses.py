@@ -14,13 +14,14 @@ def test_cross_entropy_is_the_mean_over_valid_pixels() -> None:
     logits[0, 0] = torch.tensor([[math.log(3), 0.0, 5.0]])
     label = torch.tensor([[[0, 1, 255]]])
     expected = (-math.log(3 / 4) - math.log(1 / 2)) / 2
-    assert losses.pixel_cross_entropy(logits, label).item() == pytest.approx(expected)
+    assert losses.pixel_cross_entropy(logits, label, losses.valid_pixels(label)).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_ignored_crops_give_0_not_nan(dtype: torch.dtype) -> None:
     logits = torch.randn(2, 3, 4, 4, dtype=dtype, requires_grad=True)
-    loss = losses.pixel_cross_entropy(logits, torch.full((2, 8, 8), 255))
+    label = torch.full((2, 8, 8), 255)
+    loss = losses.pixel_cross_entropy(logits, label, losses.valid_pixels(label))
     loss.backward()
     assert loss.item() == 0
     assert logits.grad is not None

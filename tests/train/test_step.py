@@ -62,17 +62,16 @@ def test_both_students_and_the_labels_show_the_same_pixels(
     for student in state.students:
         student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     targets: list[Target] = []
-    monkeypatch.setattr(
-        Step, "_cross_teacher", lambda _, logits, target: targets.append(target) or logits.sum()
-    )
+    lesson = Step._lesson
+    monkeypatch.setattr(Step, "_lesson", lambda s, t: targets.append(t) or lesson(s, t))
     monkeypatch.setattr(Step, "_fill_banks", lambda *_: None)
     monkeypatch.setattr(EmaUpdate, "step", lambda *_: None)
     classes = batch(4, seed=3)[1]
     images = torch.stack([20 * classes, classes, classes], dim=1)
-    step(state, batch(), (images, torch.zeros_like(classes)))
+    step(state, batch(4), (images, torch.zeros_like(classes)))
     for strong, target in zip(seen, targets, strict=True):
         assert torch.equal(strong, seen[0])
-        shown = ((strong[3:, 0] * INFO.std[0] + INFO.mean[0]) * 255 / 20).round().long()
+        shown = ((strong[4:, 0] * INFO.std[0] + INFO.mean[0]) * 255 / 20).round().long()
         assert torch.equal(target.label, shown)
     changed = not torch.equal(targets[0].label, classes.long())
     assert changed == (mix != "none")
@@ -94,22 +93,20 @@ def test_colours_may_differ_between_students(tiny: Settings, per_student: bool) 
 def test_padding_of_unlabelled_images_is_never_a_label(tiny: Settings) -> None:
     state, step = make(update(tiny, {"views": {"mix": "none"}}, "test"), 2)
     images, padding = unlabelled()
-    rng = torch.Generator().manual_seed(0)
-    targets, keep = step._targets(state, to_unit(images), padding == IGNORE, rng)
-    assert keep is None
-    for target in targets:
-        assert torch.equal(target.label == IGNORE, padding == IGNORE)
+    mixed, lessons = step._teach(state, to_unit(images), padding == IGNORE, torch.empty(0))
+    assert torch.equal(mixed, to_unit(images))
+    for lesson in lessons:
+        assert torch.equal(lesson.target.label == IGNORE, padding == IGNORE)
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 3])
 def test_labels_come_from_the_other_teachers(tiny: Settings, pairs: int) -> None:
     state, step = make(update(tiny, {"views": {"mix": "none"}}, "test"), pairs)
     images, padding = unlabelled()
-    rng = torch.Generator().manual_seed(0)
     weak = to_unit(images)
-    targets, _ = step._targets(state, weak, padding == IGNORE, rng)
+    _, lessons = step._teach(state, weak, padding == IGNORE, torch.empty(0))
     normalized = normalize(weak, INFO)
-    for k, target in enumerate(targets):
+    for k, (target, *_) in enumerate(lessons):
         others = [j for j in range(pairs) if j != k] or [k]
         mean = torch.zeros(3, 11, 24, 24)
         for j in others:
@@ -239,7 +236,7 @@ def test_banks_hold_well_classified_pixels_of_the_teacher(tiny: Settings) -> Non
     shown = labels.clone()
     shown[labels == 2] = 3  # the teacher will say 3 where the truth is 2
     images = torch.stack([20 * shown, shown, shown], dim=1)
-    step._fill_banks(state, to_unit(images), labels.long())
+    step._fill_banks(state, to_unit(images), labels.long(), torch.rand(2, 1, 11, 256))
     for bank in state.banks:
         held = bank.count.tolist()
         assert held[2] == 0

@@ -1,0 +1,222 @@
+"""One process or many: what they sum, shift, agree on, and how they end together.
+
+Every process trains on its own part of the batch. A loss is the process's part of the mean over the
+whole batch, so that the parts add up to what one process would compute with the joined batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ctt.errors import UserError
+
+TIMEOUT = timedelta(minutes=10)  # of a message; evaluation and checkpoints are shorter
+
+
+class AlreadyReported(UserError):
+    """An error that another process has told the user of."""
+
+
+@dataclass
+class World:
+    """The processes of a run.
+
+    Attributes:
+        rank: number of this one. size: how many there are.
+        messages: a group on the CPU, whose messages no GPU waits for.
+    """
+
+    rank: int = 0
+    size: int = 1
+    store: Any = None
+    messages: Any = None
+    _asked: tuple[Tensor, Any] | None = field(default=None, repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks to the user."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over the processes, without gradient."""
+        if self.size == 1:
+            return values
+        values = values.detach().clone()
+        dist.all_reduce(values)
+        return values
+
+    def roll(self, values: Tensor) -> Tensor:
+        """`values.roll(1, dims=0)` of the joined batch: the first comes from the rank before."""
+        if self.size == 1:
+            return values.roll(1, dims=0)
+        last, before = values[-1].contiguous(), torch.empty_like(values[0])
+        requests = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, last, (self.rank + 1) % self.size),
+                dist.P2POp(dist.irecv, before, (self.rank - 1) % self.size),
+            ]
+        )
+        for request in requests:
+            request.wait()
+        return torch.cat([before[None], values[:-1]])
+
+    def tell(self, text: str) -> str:
+        """What the first process says, to all."""
+        if self.size == 1:
+            return text
+        held = [text]
+        dist.broadcast_object_list(held, src=0, group=self.messages)
+        return held[0]
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any process raised its flag; with several, in the call before this one.
+
+        Asking and reading are one step apart, so that nothing waits for the answer.
+        """
+        if self.size == 1:
+            return flag
+        raised = torch.tensor(int(flag))
+        before, self._asked = (
+            self._asked,
+            (raised, dist.all_reduce(raised, dist.ReduceOp.MAX, self.messages, async_op=True)),
+        )
+        if before is None:
+            return False
+        before[1].wait()
+        return bool(before[0])
+
+    def report_first(self) -> bool:
+        """Whether no other process has reported an error yet."""
+        try:
+            return bool(self.store.add("reported", 1) == 1)
+        except (RuntimeError, dist.DistError):  # it was kept by a process that is gone
+            return True
+
+
+@contextlib.contextmanager
+def join(device: torch.device) -> Iterator[World]:
+    """The processes that torchrun started; alone where it did not.
+
+    An error of one process ends all: it is raised here, and `AlreadyReported` in the others.
+
+    Raises:
+        UserError: a process is lost.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World()
+        return
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+        timeout=TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    own_store = dist.PrefixStore("ctt", store)
+    world = World(rank, size, own_store, dist.new_group(backend="gloo", timeout=TIMEOUT))
+    try:
+        yield world
+    except UserError:
+        if not world.report_first():
+            raise AlreadyReported from None
+        raise
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        if not world.report_first():
+            raise AlreadyReported from None
+        raise UserError(
+            f"Another process of this run has ended, so process {rank} of {size} ends too "
+            f"({str(error).splitlines()[0]}). The run goes on from its last checkpoint, with as "
+            f"many processes as you like: --resume with its folder."
+        ) from None
+    dist.destroy_process_group()
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because a process it needs is gone."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(
+        word in text for word in ("gloo", "nccl", "connection closed", "connection reset")
+    )
+
+
+def local_rank() -> int:
+    """Number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_size() -> int:
+    """Processes of this run on its machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def replicate(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network with its gradients averaged over the processes during backward."""
+    return DistributedDataParallel(
+        network,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,  # equal on all ranks, because batch norm is synchronised
+        gradient_as_bucket_view=True,
+    )
+
+
+def synchronize_batch_norm(network: nn.Module, device: torch.device) -> None:
+    """Make every batch norm of the network, in place, take its statistics from all processes."""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:  # as it is, so that parameters and hooks stay
+            module.__class__ = CpuSyncBatchNorm
+
+
+class CpuSyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the joined batch, for the CPU, where torch.nn.SyncBatchNorm does not run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same."""
+        if not self.training:
+            return super().forward(x)
+        pixels = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = _Sum.apply(x.sum(dim=(0, 2, 3))) / pixels  # (C,)
+        centred = x - mean[:, None, None]
+        variance = _Sum.apply(centred.square().sum(dim=(0, 2, 3))) / pixels
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (pixels / (pixels - 1)), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the processes; the gradient of every process's loss flows back to every one."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
