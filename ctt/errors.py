@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints the text as one paragraph and ends with exit code 2.
     """
+
+
+class AlreadyReportedError(UserError):
+    """An error of which another process of the same run tells the user."""

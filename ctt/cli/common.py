@@ -4,7 +4,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 
-from ctt.errors import UserError
+from ctt.errors import AlreadyReportedError, UserError
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -19,6 +19,8 @@ def run_program(name: str, body: Callable[[], int], extra: str = "train") -> Non
     """
     try:
         code = body()
+    except AlreadyReportedError:
+        sys.exit(BAD_INPUT)
     except UserError as error:
         fail(name, str(error))
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from ctt import recipes
 from ctt.cli.common import INTERRUPTED, run_program
-from ctt.errors import UserError
+from ctt.errors import AlreadyReportedError, UserError
 from ctt.train.settings import Settings, to_dict, update, validate
 
 
@@ -38,25 +39,48 @@ def main() -> None:
 
 
 def _main(arguments: list[str]) -> int:
-    parsed = parse(arguments)
-    settings = Settings(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Settings)})
-    validate(settings)
-    from ctt.train import run
+    try:
+        parsed, settings = read(arguments)
+    except UserError:
+        if first_process():
+            raise
+        raise AlreadyReportedError from None
     from ctt.train.loop import Stopped, train
 
-    if parsed.resume is not None and parsed.out is not None:
-        raise UserError("--out and --resume exclude each other: a resumed run stays in its folder.")
-    if parsed.resume is not None:
-        run.check_resumable(run.read_settings(run.find(parsed.resume)), settings)
     try:
         train(settings, out=parsed.out, resume=parsed.resume)
     except Stopped as stopped:
-        print(
-            f"Stopped after iteration {stopped.iteration}; a checkpoint is written. "
-            f"Go on with: ctt-train --resume {shlex.quote(str(stopped.folder))}"
-        )
+        if stopped.is_main:
+            print(
+                f"Stopped after iteration {stopped.iteration}; a checkpoint is written. "
+                f"Go on with: ctt-train --resume {shlex.quote(str(stopped.folder))}"
+            )
         return INTERRUPTED
     return 0
+
+
+def first_process() -> bool:
+    """Whether this is the process to tell what is wrong with the arguments of all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def read(arguments: list[str]) -> tuple[Arguments, Settings]:
+    """The arguments, and the settings among them, checked.
+
+    Raises:
+        UserError: values that cannot work, or that the resumed run does not fit.
+        SystemExit: usage, with exit code 2.
+    """
+    parsed = parse(arguments)
+    settings = Settings(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Settings)})
+    validate(settings)
+    if parsed.resume is not None and parsed.out is not None:
+        raise UserError("--out and --resume exclude each other: a resumed run stays in its folder.")
+    if parsed.resume is not None:
+        from ctt.train import run
+
+        run.check_resumable(run.read_settings(run.find(parsed.resume)), settings)
+    return parsed, settings
 
 
 def parse(arguments: list[str]) -> Arguments:
@@ -88,4 +112,10 @@ def parse(arguments: list[str]) -> Arguments:
         settings = update(settings, recipes.load(recipe), f"recipe {recipe}")
     settings = update(settings, values, str(given.config))
     default = update(Arguments(), to_dict(settings), "settings")
-    return tyro.cli(Arguments, prog="ctt-train", args=arguments, default=default)
+    return tyro.cli(
+        Arguments,
+        prog="ctt-train",
+        args=arguments,
+        default=default,
+        console_outputs=first_process(),
+    )

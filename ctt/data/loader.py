@@ -24,31 +24,31 @@ class DrawSampler(Sampler[list[tuple[int, int]]]):
     share of a batch of W times `batch_size`, so W processes see what one would with that batch.
 
     Args:
-        length: images to choose from. start, stop: steps, first included and last excluded.
-        purpose: tells this stream of random numbers from others.
+        length: images to choose from. first: draw that the first step begins with, on rank 0.
+        steps: how many. purpose: tells this stream of random numbers from others.
     """
 
     def __init__(
         self,
         length: int,
         batch_size: int,
-        start: int,
-        stop: int,
+        first: int,
+        steps: int,
         seed: int,
         purpose: str,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.length, self.batch_size, self.start, self.stop = length, batch_size, start, stop
+        self.length, self.batch_size, self.first, self.steps = length, batch_size, first, steps
         self.seed, self.purpose, self.rank, self.world = seed, purpose, rank, world
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return self.steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, torch.empty(0)
-        for step in range(self.start, self.stop):
-            first = (step * self.world + self.rank) * self.batch_size
+        for step in range(self.steps):
+            first = self.first + (step * self.world + self.rank) * self.batch_size
             batch = []
             for draw in range(first, first + self.batch_size):
                 if draw // self.length != epoch:

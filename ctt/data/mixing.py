@@ -46,5 +46,5 @@ def cutmix_mask(size: tuple[int, int], draw: Tensor) -> Tensor:
 
 
 def mix(values: Tensor, other: Tensor, keep: Tensor) -> Tensor:
-    """`values` (B, H, W) or (B, C, H, W) where `keep` (B, H, W), else those of the `other` images."""
+    """`values` (B, H, W) or (B, C, H, W) where `keep` (B, H, W), else those of `other`."""
     return torch.where(keep if values.dim() == 3 else keep[:, None], values, other)

@@ -188,4 +188,4 @@ def part_of_mean(
     if reduction == "mean":
         return values.sum() / pixels.sum().clamp(min=1)
     share = 1 / (pixels.clamp(min=1) * (pixels > 0).sum().clamp(min=1))  # (C,)
-    return values @ (counts * share).sum(dim=1)
+    return values @ (counts * share).sum(dim=1).to(values.dtype)

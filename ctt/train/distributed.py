@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,15 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from ctt.errors import UserError
+from ctt.errors import AlreadyReportedError, UserError
+from ctt.models.base import PooledNorm
 
 TIMEOUT = timedelta(minutes=10)  # of a message; evaluation and checkpoints are shorter
-
-
-class AlreadyReported(UserError):
-    """An error that another process has told the user of."""
 
 
 @dataclass
@@ -95,6 +95,14 @@ class World:
         before[1].wait()
         return bool(before[0])
 
+    def leave(self) -> None:
+        """The orderly end; the processes need not come here at the same time."""
+        if self.size == 1:
+            return
+        if self._asked is not None:
+            self._asked[1].wait()
+        dist.destroy_process_group()
+
     def report_first(self) -> bool:
         """Whether no other process has reported an error yet."""
         try:
@@ -104,10 +112,10 @@ class World:
 
 
 @contextlib.contextmanager
-def join(device: torch.device) -> Iterator[World]:
+def join() -> Iterator[World]:
     """The processes that torchrun started; alone where it did not.
 
-    An error of one process ends all: it is raised here, and `AlreadyReported` in the others.
+    An error of one process ends all: it is raised here, and `AlreadyReportedError` in the others.
 
     Raises:
         UserError: a process is lost.
@@ -115,34 +123,33 @@ def join(device: torch.device) -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
-    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("group", store),
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=PrefixStore("group", store),
         rank=rank,
         world_size=size,
         timeout=TIMEOUT,
-        device_id=device if device.type == "cuda" else None,
     )
-    own_store = dist.PrefixStore("ctt", store)
+    own_store = PrefixStore("ctt", store)
     world = World(rank, size, own_store, dist.new_group(backend="gloo", timeout=TIMEOUT))
     try:
         yield world
     except UserError:
         if not world.report_first():
-            raise AlreadyReported from None
+            raise AlreadyReportedError from None
         raise
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise
         if not world.report_first():
-            raise AlreadyReported from None
+            raise AlreadyReportedError from None
         raise UserError(
             f"Another process of this run has ended, so process {rank} of {size} ends too "
             f"({str(error).splitlines()[0]}). The run goes on from its last checkpoint, with as "
             f"many processes as you like: --resume with its folder."
         ) from None
-    dist.destroy_process_group()
+    world.leave()
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
@@ -165,22 +172,26 @@ def local_size() -> int:
 
 def replicate(network: nn.Module, device: torch.device) -> nn.Module:
     """The network with its gradients averaged over the processes during backward."""
-    return DistributedDataParallel(
-        network,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # equal on all ranks, because batch norm is synchronised
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers, the name until 2.14
+        return DistributedDataParallel(
+            network,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # see TrainState.average_buffers
+            gradient_as_bucket_view=True,
+        )
 
 
-def synchronize_batch_norm(network: nn.Module, device: torch.device) -> None:
-    """Make every batch norm of the network, in place, take its statistics from all processes."""
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        return
+def synchronize_on_cpu(network: nn.Module) -> None:
+    """Make the batch norms of the network, in place, take their statistics from all processes."""
     for module in network.modules():
-        if type(module) is nn.BatchNorm2d:  # as it is, so that parameters and hooks stay
+        if type(module) in (nn.BatchNorm2d, PooledNorm):  # parameters and hooks stay
             module.__class__ = CpuSyncBatchNorm
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UserError(
+                f"--model.sync-batch-norm: a {type(module).__name__} of this network cannot be "
+                f"synchronised on the CPU. Leave it out, or take a backbone with plain batch norms."
+            )
 
 
 class CpuSyncBatchNorm(nn.BatchNorm2d):
@@ -203,7 +214,8 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (pixels / (pixels - 1)), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        result: Tensor = centred * scale[:, None, None] + self.bias[:, None, None]
+        return result
 
 
 class _Sum(torch.autograd.Function):

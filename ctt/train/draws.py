@@ -92,7 +92,7 @@ class Draws:
 
     def split(self, numbers: Tensor) -> StepDraws:
         """The parts of what a call gave, as views on its device."""
-        flat = numbers.split([math.prod(shape) for shape in self.shapes])
+        flat = numbers.split_with_sizes([math.prod(shape) for shape in self.shapes])
         mix, *views, bank = (x.view(s) for x, s in zip(flat, self.shapes, strict=True))
         of_kind: dict[str, list[Tensor]] = {"labeled": [], "unlabeled": []}
         for i, view in enumerate(views):

@@ -36,7 +36,8 @@ from ctt.data.views import GeometricView
 from ctt.errors import UserError
 from ctt.ops import prefer_backend
 from ctt.train import checkpoint, run
-from ctt.train.evaluate import Score, as_json, evaluate, score_table, write_json
+from ctt.train.distributed import World, join, local_rank, local_size
+from ctt.train.evaluate import Score, as_json, confusions, score, score_table, write_json
 from ctt.train.record import Recorder, draw_curves, draw_samples
 from ctt.train.settings import Settings, to_dict
 from ctt.train.state import TrainState
@@ -49,12 +50,13 @@ class Stopped(Exception):  # noqa: N818  (not an error)
     """The user asked to stop; a checkpoint has been written.
 
     Attributes:
-        folder: of the run. iteration: after which it stopped.
+        folder: of the run. iteration: after which it stopped. is_main: whether this process is the
+            one to say so.
     """
 
-    def __init__(self, folder: Path, iteration: int) -> None:
-        super().__init__(folder, iteration)
-        self.folder, self.iteration = folder, iteration
+    def __init__(self, folder: Path, iteration: int, is_main: bool) -> None:
+        super().__init__(folder, iteration, is_main)
+        self.folder, self.iteration, self.is_main = folder, iteration, is_main
 
 
 def train(
@@ -65,19 +67,28 @@ def train(
     Returns:
         what summary.json holds.
 
+    In the processes that torchrun starts, all train one run together.
+
     Raises:
         UserError: settings or data that cannot work. Stopped: interrupted, checkpoint written.
     """
-    return Trainer(settings, out, resume).train()
+    with join() as world:
+        return Trainer(settings, out, resume, world).train()
 
 
 class Trainer:
     """One run, from its data to its summary."""
 
-    def __init__(self, settings: Settings, out: Path | None, resume: Path | None) -> None:
-        self.settings = settings
-        self.console = Console()
-        self.device = pick_device(settings.train.device)
+    def __init__(
+        self,
+        settings: Settings,
+        out: Path | None,
+        resume: Path | None,
+        world: World,
+    ) -> None:
+        self.settings, self.world = settings, world
+        self.device = device = pick_device(settings.train.device)
+        self.console = Console(quiet=not world.is_main)
         set_up_torch(settings)
         self.method = methods.get(settings.method)
         self.pairs = settings.pairs or self.method.default_pairs
@@ -87,15 +98,14 @@ class Trainer:
             self.labeled, self.unlabeled = self._new_split()
         classes = len(self.source.info.classes)
         fresh = resume is None
-        self.state = TrainState(settings, self.pairs, classes, self.device, initialize=fresh)
+        self.state = TrainState(
+            settings, self.pairs, classes, device, initialize=fresh, world=world
+        )
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
         self.sums: dict[str, Tensor] = {}  # of each loss since the last row of metrics.csv
         if resume is None:
-            self.folder = run.create(out, settings)
-            (self.folder / run.LABELED_LIST).parent.mkdir(exist_ok=True)
-            write_list(self.folder / run.LABELED_LIST, self.labeled)
-            write_list(self.folder / run.UNLABELED_LIST, self.unlabeled)
+            self.folder = Path(world.tell(str(self._create(out)) if world.is_main else ""))
         else:
             self.folder = run.find(resume)
             self.labeled = read_list(self.folder / run.LABELED_LIST, self.source, labeled=True)
@@ -105,8 +115,16 @@ class Trainer:
             )
             check_quickly(self.source, self.labeled, self.unlabeled)
             self._load(checkpoint.load(self.folder / run.CHECKPOINT))
-            run.write_settings(self.folder, settings)  # for the next time it is resumed
-        self.step = Step(settings, self.method, self.source.info, len(self.labeled))
+            if world.is_main:
+                run.write_settings(self.folder, settings)  # for the next time it is resumed
+        self.step = Step(settings, self.method, self.source.info, len(self.labeled), world)
+
+    def _create(self, out: Path | None) -> Path:
+        folder = run.create(out, self.settings)
+        (folder / run.LABELED_LIST).parent.mkdir(exist_ok=True)
+        write_list(folder / run.LABELED_LIST, self.labeled)
+        write_list(folder / run.UNLABELED_LIST, self.unlabeled)
+        return folder
 
     def _new_split(self) -> tuple[list[str], list[str]]:
         s = self.settings
@@ -126,9 +144,11 @@ class Trainer:
         settings, state = self.settings, self.state
         total = settings.train.iterations
         networks = [*state.networks(), "ensemble"]
-        recorder = Recorder(
-            self.folder, networks, state.iteration, tensorboard=settings.train.tensorboard
-        )
+        recorder: Recorder | None = None
+        if self.world.is_main:
+            recorder = Recorder(
+                self.folder, networks, state.iteration, tensorboard=settings.train.tensorboard
+            )
         self._announce()
         scores: dict[str, Score] = {}
         try:
@@ -140,13 +160,15 @@ class Trainer:
                         self._evaluate(recorder)
                     if state.iteration % self._every("checkpoint_every") == 0:
                         self._save()
-                    if interrupted and state.iteration < total:
+                    if self.world.agree(bool(interrupted)) and state.iteration < total:
                         self._save()
-                        raise Stopped(self.folder, state.iteration)
+                        self.world.leave()
+                        raise Stopped(self.folder, state.iteration, self.world.is_main)
                 self._save()
                 scores = self._evaluate(recorder)
         finally:
-            recorder.close()
+            if recorder is not None:
+                recorder.close()
         return self._finish(scores)
 
     def _every(self, name: str) -> int:
@@ -154,7 +176,7 @@ class Trainer:
         evaluation = settings.eval_every or max(1, math.ceil(settings.iterations / 10))
         return evaluation if name == "eval_every" else settings.checkpoint_every or evaluation
 
-    def _steps(self, recorder: Recorder, progress: Progress, bar: Any) -> Iterator[None]:
+    def _steps(self, recorder: Recorder | None, progress: Progress, bar: Any) -> Iterator[None]:
         """Do the steps that are left; yields after each one."""
         settings, state = self.settings, self.state
         labeled = self._batches(self.labeled, labeled=True)
@@ -171,11 +193,10 @@ class Trainer:
             due = taken == settings.train.log_every
             due |= state.iteration == settings.train.iterations
             # waits for the device, and so belongs to the time that the steps took
-            means = {name: float(value) / taken for name, value in self.sums.items()} if due else {}
+            means = {n: value / taken for n, value in self._finite_sums().items()} if due else {}
             now = time.perf_counter()
             self.seconds += now - clock
             if due:
-                self._check_finite()
                 speed = taken * self._images_a_step() / (now - start)
                 self._log(recorder, progress, bar, means, speed)
                 self.sums, taken, start = {}, 0, now
@@ -186,26 +207,37 @@ class Trainer:
             start, clock = start + pause, now + pause
 
     def _images_a_step(self) -> int:
-        return self.settings.data.batch_size * (2 if self.uses_unlabeled else 1)
+        kinds = 2 if self.uses_unlabeled else 1
+        return self.settings.data.batch_size * kinds * self.world.size
 
-    def _check_finite(self) -> None:
-        """Of the steps since the last row; called before anything that they led to is kept."""
-        if self.sums and not math.isfinite(float(self.sums["total"])):
-            bad = ", ".join(f"{name} {float(value)}" for name, value in self.sums.items())
+    def _finite_sums(self) -> dict[str, float]:
+        """Losses of all processes, summed over the steps since the last row.
+
+        Called before anything that these steps led to is kept.
+        """
+        if not self.sums:
+            return {}
+        values = self.world.total(torch.stack(list(self.sums.values()))).tolist()
+        sums = dict(zip(self.sums, values, strict=True))
+        if not math.isfinite(sums["total"]):
+            bad = ", ".join(f"{name} {value}" for name, value in sums.items())
             raise UserError(
                 f"Training diverged: by iteration {self.state.iteration} the objective is no "
                 f"number any more ({bad}). Lower --optim.lr or set --optim.clip-norm; the last "
                 f"checkpoint in {self.folder} is from before."
             )
+        return sums
 
     def _log(
         self,
-        recorder: Recorder,
+        recorder: Recorder | None,
         progress: Progress,
         bar: Any,
         means: dict[str, float],
         speed: float,
     ) -> None:
+        if recorder is None:
+            return
         values = {f"loss_{name}": value for name, value in means.items()}
         full = [bank.full.float().mean() for bank in self.state.banks] if self.step.contrast else []
         if full:
@@ -224,7 +256,14 @@ class Trainer:
         source = Prepared(self.source, d.resize, d.cache)
         dataset = ViewDataset(source, ids, view, labeled, s.seed, purpose)
         sampler = DrawSampler(
-            len(ids), d.batch_size, self.state.iteration, s.train.iterations, s.seed, purpose
+            len(ids),
+            d.batch_size,
+            self.state.drawn,
+            s.train.iterations - self.state.iteration,
+            s.seed,
+            purpose,
+            self.world.rank,
+            self.world.size,
         )
         on_gpu = self.device.type == "cuda"
         for image, label in load(dataset, sampler, d.workers, pin_memory=on_gpu):
@@ -233,16 +272,19 @@ class Trainer:
                 label.to(self.device, non_blocking=on_gpu),
             )
 
-    def _evaluate(self, recorder: Recorder) -> dict[str, Score]:
-        state = self.state
-        scores = evaluate(
+    def _evaluate(self, recorder: Recorder | None) -> dict[str, Score]:
+        state, world = self.state, self.world
+        matrices = confusions(
             state.networks(),
             self.source,
-            self.source.eval_ids(),
+            self.source.eval_ids()[world.rank :: world.size],
             self.device,
             self.settings.eval,
             self.settings.data.workers,
         )
+        scores = {name: score(world.total(matrix)) for name, matrix in matrices.items()}
+        if recorder is None:
+            return scores
         recorder.write(
             state.iteration, {f"miou_{name}": score.miou for name, score in scores.items()}
         )
@@ -269,7 +311,9 @@ class Trainer:
         return scores
 
     def _save(self) -> None:
-        self._check_finite()
+        self._finite_sums()
+        if not self.world.is_main:
+            return
         checkpoint.save(
             self.folder / run.CHECKPOINT,
             {
@@ -314,8 +358,11 @@ class Trainer:
             "seconds": round(self.seconds, 1),
             "images_per_second": round(images / self.seconds, 1) if self.seconds else None,
             "settings_hash": s.hash(),
+            "processes": self.world.size,
             "versions": versions(),
         }
+        if not self.world.is_main:
+            return summary
         write_json(self.folder / "summary.json", summary)
         draw_curves(self.folder)
         best = self.state.teachers[0]
@@ -342,10 +389,16 @@ class Trainer:
         s = self.settings
         start = f", going on after iteration {self.state.iteration}" if self.state.iteration else ""
         unlabeled = len(self.unlabeled) if self.uses_unlabeled else 0
+        where = str(self.device)
+        if self.world.size > 1:
+            where = (
+                f"{self.world.size} processes ({self.device.type}), "
+                f"{s.data.batch_size * self.world.size} labelled images a step"
+            )
         self.console.print(
             f"{s.method} with {self.pairs} pair{'s' * (self.pairs > 1)} on {s.dataset}: "
             f"{len(self.labeled)} labelled and {unlabeled} unlabelled images, "
-            f"{s.train.iterations} iterations on {self.device}{start}. Run folder: {self.folder}",
+            f"{s.train.iterations} iterations on {where}{start}. Run folder: {self.folder}",
             *self.source.notes,
             sep="\n",
             highlight=False,
@@ -372,16 +425,22 @@ def open_source(settings: Settings) -> Source:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`: a GPU where there is one.
+    """`auto`: a GPU where there is one; under torchrun each process has its own.
 
     Raises:
         UserError: not a device, or one that is not here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and "WORLD_SIZE" in os.environ:
+            if name != device.type:
+                raise RuntimeError("torchrun gives every process a device; leave the number out")
+            device = torch.device("cuda", local_rank())
         torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--train.device {name} cannot be used here ({reason}).") from None
@@ -389,8 +448,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def set_up_torch(settings: Settings) -> None:
-    if settings.train.threads:
-        torch.set_num_threads(settings.train.threads)
+    if settings.train.threads or local_size() > 1:
+        own_share = max(1, (os.cpu_count() or 1) // local_size())
+        torch.set_num_threads(settings.train.threads or own_share)
     prefer_backend(settings.train.backend)
     if settings.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -24,7 +24,7 @@ UNLABELED_LIST = Path("split") / "unlabeled.txt"
 # What a checkpoint's tensors and data order stand for: a resumed run cannot change it.
 FIXED = ("dataset", "ratio", "method", "pairs", "seed", "split_labeled", "split_unlabeled", "model")
 FIXED_IN = {
-    "data": ("batch_size", "eval_split", "labeled_pool", "voc_set", "holdout"),
+    "data": ("eval_split", "labeled_pool", "voc_set", "holdout"),
     "bank": ("capacity",),
 }
 

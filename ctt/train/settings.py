@@ -84,7 +84,9 @@ class ModelSettings:
     """Keep statistics, scale and shift of the backbone's batch norms as --model.weights has them;
     for batches too small to estimate statistics from. Those of the head are trained."""
     sync_batch_norm: bool = False
-    """Batch-norm statistics of the batches of all GPUs together; without effect on one device."""
+    """Batch-norm statistics of the batches of all processes together; without effect in one.
+    Otherwise each process normalises its own batch, and the running statistics, which the teachers
+    take over, are the mean over the processes."""
     features: int = 256
     """D, channels of the features that the last 1x1 classifier reads and that contrast compares."""
     width: int = 32
@@ -180,7 +182,7 @@ class TrainSettings:
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     threads: int = 0
-    """CPU threads; 0: one for each core."""
+    """CPU threads of a process; 0: one for each core, shared with the other processes."""
     accumulate: int = 1
     """Parts in which a process takes the images of a step through the students, for batches that
     memory does not hold at once; --data.batch-size counts all parts together. Cross-entropies are

@@ -15,7 +15,7 @@ from ctt.errors import UserError
 from ctt.models.base import BackboneModel, SegmentationModel
 from ctt.models.weights import start_from
 from ctt.ops import MemoryBank, ema_update_
-from ctt.train.distributed import World, replicate, synchronize_batch_norm
+from ctt.train.distributed import World, replicate, synchronize_on_cpu
 from ctt.train.settings import EmaSettings, Settings
 
 
@@ -52,9 +52,13 @@ class TrainState:
         self.teachers = [copy.deepcopy(s).requires_grad_(False).eval() for s in self.students]
         self.replicas: list[nn.Module] = list(self.students)  # what a step calls
         if world is not None and world.size > 1:
-            for student in self.students:
-                synchronize_batch_norm(student, device)
             self.replicas = [replicate(student, device) for student in self.students]
+        self.averaged_buffers = [
+            buffer
+            for student in self.students
+            for buffer in student.buffers()
+            if buffer.is_floating_point() and not settings.model.sync_batch_norm
+        ]
         self.banks = [
             MemoryBank(num_classes, settings.bank.capacity, settings.model.features).to(device)
             for _ in range(pairs)
@@ -63,6 +67,7 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.train.amp == "fp16")
         self.ema = EmaUpdate(self.teachers, self.students, settings.ema)
         self.iteration = 0
+        self.drawn = 0  # labelled images of all steps and processes, and unlabelled ones as many
 
     @property
     def pairs(self) -> int:
@@ -77,6 +82,16 @@ class TrainState:
                     stack.enter_context(network.no_sync())
             yield
 
+    def average_buffers(self, world: World) -> None:
+        """Running statistics of the students, on every process the mean over the processes."""
+        if world.size == 1 or not self.averaged_buffers:
+            return
+        flat = torch.cat([buffer.flatten() for buffer in self.averaged_buffers])
+        mean = world.total(flat) / world.size
+        parts = mean.split_with_sizes([buffer.numel() for buffer in self.averaged_buffers])
+        views = [p.view_as(b) for p, b in zip(parts, self.averaged_buffers, strict=True)]
+        torch._foreach_copy_(self.averaged_buffers, views)
+
     def _groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
@@ -89,6 +104,7 @@ class TrainState:
         """All that the next step depends on, in tensors, numbers and strings."""
         return {
             "iteration": self.iteration,
+            "drawn": self.drawn,
             "students": [net.state_dict() for net in self.students],
             "teachers": [net.state_dict() for net in self.teachers],
             "banks": [bank.state_dict() for bank in self.banks],
@@ -110,7 +126,7 @@ class TrainState:
             group.update(own)  # the settings of this run, not those of the one that was stopped
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.iteration = int(state["iteration"])
+        self.iteration, self.drawn = int(state["iteration"]), int(state["drawn"])
 
 
 def make_student(
@@ -138,18 +154,12 @@ def make_student(
 
 
 def synchronized(student: SegmentationModel, device: torch.device) -> SegmentationModel:
-    """The student with batch norms that take the batches of all processes as one.
-
-    Raises:
-        UserError: several processes on a device whose batch norms cannot.
-    """
+    """The student with batch norms that take the batches of all processes as one."""
     if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         return student
-    if device.type != "cuda":
-        raise UserError(
-            f"--model.sync-batch-norm: batch norms of several processes work together on GPUs "
-            f"alone, and this run is on {device.type}. Leave it out."
-        )
+    if device.type == "cpu":
+        synchronize_on_cpu(student)
+        return student
     from timm.layers import convert_sync_batchnorm  # knows timm's norms with an activation in them
 
     converted: SegmentationModel = convert_sync_batchnorm(student)

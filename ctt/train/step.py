@@ -118,10 +118,9 @@ class Step:
         # layers that draw numbers, such as dropout, do so alike after a resume
         torch.manual_seed(derive_seed("layers", draws.seed, state.iteration, self.world.rank))
         contrast = self.contrast and state.iteration >= self.settings.bank.start_after
-        terms = self._run(
-            state, labeled, unlabeled, draws, numbers, self._pace(state), contrast
-        )
+        terms = self._run(state, labeled, unlabeled, draws, numbers, self._pace(state), contrast)
         state.iteration += 1
+        state.drawn += len(labeled[0]) * self.world.size
         return terms
 
     def _draws(self, state: TrainState, images: int, unlabeled: bool) -> Draws:
@@ -162,7 +161,8 @@ class Step:
     ) -> dict[str, Tensor]:
         images, label = to_unit(labeled[0]), labeled[1].long()  # (B, 3, H, W), (B, H, W)
         numbers_of = draws.split(numbers)
-        mixed, lessons = images.new_empty(0, *images.shape[1:]), []
+        mixed = images.new_empty(0, *images.shape[1:])
+        lessons: list[Lesson] = []
         if unlabeled is not None:
             mixed, lessons = self._teach(
                 state, to_unit(unlabeled[0]), unlabeled[1] == IGNORE, numbers_of.mix
@@ -183,6 +183,7 @@ class Step:
         with self.phases("optimizer"):
             self._optimize(state, pace)
         with self.phases("ema"):
+            state.average_buffers(self.world)
             state.ema.step(pace.decay)
         if self.contrast:
             self._fill_banks(state, images, label, numbers_of.bank)
@@ -286,11 +287,13 @@ class Step:
 
     def _ask(self, teacher: SegmentationModel, images: Tensor) -> Output:
         """A teacher's output for images (B, 3, H, W) in 0..1, as many at a time as students see."""
-        outputs = []
+        outputs: list[Output] = []
         for some in images.chunk(self.settings.train.accumulate):
             with self._autocast(images.device):
                 outputs.append(teacher(self._normalize(some)))
-        return Output(*(torch.cat(maps) if len(maps) > 1 else maps[0] for maps in zip(*outputs)))
+        if len(outputs) == 1:
+            return outputs[0]
+        return Output(*(torch.cat(maps) for maps in zip(*outputs, strict=True)))
 
     def _forward_students(self, state: TrainState, part: Part) -> list[Output]:
         """Of labelled and unlabelled images together: one set of batch-norm statistics."""

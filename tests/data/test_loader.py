@@ -30,7 +30,7 @@ class Images(Source):
 
 
 def sampler(start: int, stop: int, batch: int = 4, rank: int = 0, world: int = 1) -> DrawSampler:
-    return DrawSampler(11, batch, start, stop, 7, "test", rank, world)
+    return DrawSampler(11, batch, start * batch * world, stop - start, 7, "test", rank, world)
 
 
 def test_each_epoch_shows_every_image_once() -> None:

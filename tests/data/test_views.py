@@ -104,7 +104,9 @@ def test_photometric_view_is_seeded_and_stays_in_range() -> None:
 
 def test_probability_0_changes_nothing() -> None:
     images = torch.rand(4, 3, 9, 9)
-    assert torch.equal(PhotometricView(0.5, 0, 0, (1, 2))(images, torch.rand(7, len(images))), images)
+    assert torch.equal(
+        PhotometricView(0.5, 0, 0, (1, 2))(images, torch.rand(7, len(images))), images
+    )
 
 
 def test_hue_keeps_grey_and_turns_around() -> None:

@@ -14,7 +14,9 @@ def test_cross_entropy_is_the_mean_over_valid_pixels() -> None:
     logits[0, 0] = torch.tensor([[math.log(3), 0.0, 5.0]])
     label = torch.tensor([[[0, 1, 255]]])
     expected = (-math.log(3 / 4) - math.log(1 / 2)) / 2
-    assert losses.pixel_cross_entropy(logits, label, losses.valid_pixels(label)).item() == pytest.approx(expected)
+    assert losses.pixel_cross_entropy(
+        logits, label, losses.valid_pixels(label)
+    ).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

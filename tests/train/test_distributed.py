@@ -1,0 +1,186 @@
+"""Several processes on the CPU that train one run together."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ctt.cli import train as program
+from ctt.cli.common import run_program
+from ctt.errors import UserError
+from ctt.methods import losses
+from ctt.train import checkpoint, loop, run
+from ctt.train.distributed import join
+from ctt.train.settings import Settings, update
+from ctt.train.state import TrainState
+from ctt.train.step import Step
+from tests.train.processes import finish, shown, start
+
+EVERYTHING: list[dict[str, Any]] = [
+    {"views": {"mix": "cutmix"}, "loss": {"confidence_weight": "none"}},
+    {
+        "views": {"mix": "classmix"},
+        "loss": {
+            "confidence_weight": "uniform",
+            "confidence_threshold": 0.2,
+            "contrast_reduction": "mean",
+        },
+        "bank": {"per_image": True},
+    },
+]
+
+
+class ExactState(TrainState):
+    """In double precision."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        torch.set_default_dtype(torch.float64)
+        try:
+            super().__init__(*arguments, **options)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for network in self.networks().values():
+            network.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
+
+
+def record_steps(settings: Settings, folder: Path) -> None:
+    """Train in double precision, where no rounding error decides which of two classes is larger."""
+    seen: list[dict[str, float]] = []
+    banks: list[Any] = []
+    step = Step.__call__
+
+    def call(self: Step, state: Any, *batches: Any) -> dict[str, Tensor]:
+        terms = step(self, state, *batches)
+        seen.append({name: float(self.world.total(value)) for name, value in terms.items()})
+        banks[:] = [self.world.rank, [bank.state_dict() for bank in state.banks]]
+        return terms
+
+    def exact(logits: Tensor, size: tuple[int, int]) -> Tensor:
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "__call__", call)
+        patch.setattr(losses, "upsample", exact)
+        patch.setattr(loop, "TrainState", ExactState)
+        loop.train(settings, out=folder / "run")
+    torch.save({"seen": seen, "banks": banks[1]}, folder / f"rank-{banks[0]}.pt")
+
+
+@pytest.mark.parametrize("change", EVERYTHING)
+def test_two_processes_equal_one_with_twice_the_batch(
+    tiny: Settings, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    common = {
+        "model": {"sync_batch_norm": True},
+        "train": {"iterations": 20, "deterministic": False, "tensorboard": False},
+    }
+    settings = update(update(tiny, common, "test"), change, "test")
+    both = start(2, tmp_path / "two", record_steps, settings, tmp_path / "two")
+    (tmp_path / "one").mkdir()
+    record_steps(update(settings, {"data": {"batch_size": 6}}, "test"), tmp_path / "one")
+    assert finish(both) == [0, 0], shown(tmp_path / "two")
+    one = torch.load(tmp_path / "one" / "rank-0.pt")
+    first, second = (torch.load(tmp_path / "two" / f"rank-{r}.pt") for r in (0, 1))
+    assert len(one["seen"]) == 20
+    for terms in ("ct", "hc", "lc"):
+        assert sum(step[terms] for step in one["seen"]) > 0
+    for expected, step in zip(one["seen"], first["seen"], strict=True):
+        assert step == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    for expected, mine, other in zip(one["banks"], first["banks"], second["banks"], strict=True):
+        for name in ("keys", "count", "cursor"):
+            assert torch.equal(mine[name], other[name])
+        torch.testing.assert_close(mine["keys"], expected["keys"])
+    summaries = [json.loads((tmp_path / n / "run" / "summary.json").read_text()) for n in EITHER]
+    assert summaries[0]["miou"] == summaries[1]["miou"]
+    assert [s["processes"] for s in summaries] == [1, 2]
+    assert sorted(p.name for p in (tmp_path / "two" / "run").iterdir()) == sorted(
+        p.name for p in (tmp_path / "one" / "run").iterdir()
+    )
+    assert shown(tmp_path / "two")[1] == ""
+
+
+EITHER = ("one", "two")
+
+
+def command_line(arguments: str) -> None:
+    sys.argv = ["ctt-train", *shlex.split(arguments)]
+    program.main()
+
+
+QUICK = (
+    "--ratio 6 --data.labeled-pool 24 --data.eval-images 6 --data.batch-size 2 --model.width 4 "
+    "--model.features 8 --train.threads 1 --train.log-every 1 --train.checkpoint-every 1 "
+    "--train.iterations 100000 --train.eval-every 100000 --train.no-tensorboard"
+)
+
+
+def wait_for_rows(out: Path, rows: int, processes: list[Any]) -> None:
+    deadline = time.monotonic() + 120
+    metrics = out / "metrics.csv"
+    while not metrics.exists() or metrics.read_text().count("\n") < rows:
+        assert all(p.is_alive() for p in processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_lost_process_ends_the_run_which_goes_on_with_another_number(tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    both = start(2, log, command_line, f"{QUICK} --out {out}")
+    wait_for_rows(out, 4, both)
+    both[1].kill()
+    assert finish(both[:1]) == [2]
+    told = shown(log)[0]
+    assert "Another process of this run has ended" in told
+    assert "Traceback" not in told
+    saved = checkpoint.load(out / run.CHECKPOINT)
+    assert saved["drawn"] == 4 * saved["iteration"]
+    total = saved["iteration"] + 2
+    settings = update(run.read_settings(out), {"train": {"iterations": total}}, "test")
+    assert loop.train(settings, resume=out)["iterations"] == total
+    assert checkpoint.load(out / run.CHECKPOINT)["drawn"] == saved["drawn"] + 2 * 2
+
+
+def test_all_processes_stop_after_the_same_step(tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    both = start(2, log, command_line, f"{QUICK} --out {out}")
+    wait_for_rows(out, 3, both)
+    assert both[1].pid is not None
+    os.kill(both[1].pid, signal.SIGTERM)
+    assert finish(both) == [130, 130], shown(log)
+    iteration = checkpoint.load(out / run.CHECKPOINT)["iteration"]
+    first, second = shown(log)
+    assert f"Stopped after iteration {iteration}" in first
+    assert second == ""
+
+
+def one_fails(message: str) -> None:
+    def body() -> int:
+        with join() as world:
+            if world.rank == 1:
+                raise UserError(message)
+            world.total(torch.ones(3))
+        return 0
+
+    run_program("ctt-train", body)
+
+
+def test_an_error_of_one_process_ends_all_with_one_paragraph(tmp_path: Path) -> None:
+    assert finish(start(3, tmp_path, one_fails, "The image x.png is broken.")) == [2, 2, 2]
+    assert shown(tmp_path) == ["", "ctt-train: The image x.png is broken.\n", ""]
+
+
+@pytest.mark.parametrize("arguments", ["--loss.tau-hc -1", "--loss.nonsense 3", "--ratio 5000"])
+def test_bad_arguments_are_told_once(tmp_path: Path, arguments: str) -> None:
+    assert finish(start(2, tmp_path, command_line, arguments)) == [2, 2]
+    told = [text for text in shown(tmp_path) if text]
+    assert len(told) == 1
+    assert "Traceback" not in told[0]
