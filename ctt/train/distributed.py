@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from ctt.errors import AlreadyReportedError, UserError
 from ctt.models.base import PooledNorm
 
 TIMEOUT = timedelta(minutes=10)  # of a message; evaluation and checkpoints are shorter
+PATIENCE = 3.0  # seconds that the first process waits for others that fail for the same reason
 
 
 @dataclass
@@ -106,9 +108,15 @@ class World:
     def report_first(self) -> bool:
         """Whether no other process has reported an error yet."""
         try:
-            return bool(self.store.add("reported", 1) == 1)
-        except (RuntimeError, dist.DistError):  # it was kept by a process that is gone
+            first = bool(self.store.add("reported", 1) == 1)
+        except RuntimeError:  # the store ended with the process that kept it
             return True
+        if self.is_main and "TORCHELASTIC_RUN_ID" not in os.environ:
+            # this process keeps the store, and others may be about to ask
+            end = time.monotonic() + PATIENCE
+            while self.store.add("reported", 0) < self.size and time.monotonic() < end:
+                time.sleep(0.05)
+        return first
 
 
 @contextlib.contextmanager
@@ -202,9 +210,10 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         pixels = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = _Sum.apply(x.sum(dim=(0, 2, 3))) / pixels  # (C,)
-        centred = x - mean[:, None, None]
-        variance = _Sum.apply(centred.square().sum(dim=(0, 2, 3))) / pixels
+        own_variance, own_mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)  # (C,)
+        means, variances = _Gather.apply(torch.stack([own_mean, own_variance])).unbind(dim=1)
+        mean = means.mean(dim=0)
+        variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
@@ -214,21 +223,24 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (pixels / (pixels - 1)), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        result: Tensor = centred * scale[:, None, None] + self.bias[:, None, None]
+        result: Tensor = x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
         return result
 
 
-class _Sum(torch.autograd.Function):
-    """Sum over the processes; the gradient of every process's loss flows back to every one."""
+class _Gather(torch.autograd.Function):
+    """Values of all processes in a new first axis; gradients flow back to the one they came from.
+
+    Batches are of one size, so the mean over that axis is the mean over the joined batch.
+    """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        values = values.clone()
-        dist.all_reduce(values)
-        return values
+        gathered = values.new_empty(dist.get_world_size(), *values.shape)
+        dist.all_gather(list(gathered.unbind()), values)
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.clone()
         dist.all_reduce(grad)
-        return grad
+        return grad[dist.get_rank()]

@@ -81,7 +81,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
 ) -> None:
     common = {
         "model": {"sync_batch_norm": True},
-        "train": {"iterations": 20, "deterministic": False, "tensorboard": False},
+        "train": {"iterations": 20, "eval_every": 20, "tensorboard": False},
     }
     settings = update(update(tiny, common, "test"), change, "test")
     both = start(2, tmp_path / "two", record_steps, settings, tmp_path / "two")
