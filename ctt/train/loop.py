@@ -38,6 +38,8 @@ from ctt.ops import prefer_backend
 from ctt.train import checkpoint, run
 from ctt.train.distributed import World, join, local_rank, local_size
 from ctt.train.evaluate import Score, as_json, confusions, score, score_table, write_json
+from ctt.train.feed import Feed
+from ctt.train.profile import Profile
 from ctt.train.record import Recorder, draw_curves, draw_samples
 from ctt.train.settings import Settings, to_dict
 from ctt.train.state import TrainState
@@ -101,7 +103,7 @@ class Trainer:
         self.state = TrainState(
             settings, self.pairs, classes, device, initialize=fresh, world=world
         )
-        self.seconds = 0.0
+        self.seconds, self.waited = 0.0, 0.0  # of training, and of it without a batch
         self.best: dict[str, Any] | None = None
         self.sums: dict[str, Tensor] = {}  # of each loss since the last row of metrics.csv
         if resume is None:
@@ -117,7 +119,12 @@ class Trainer:
             self._load(checkpoint.load(self.folder / run.CHECKPOINT))
             if world.is_main:
                 run.write_settings(self.folder, settings)  # for the next time it is resumed
-        self.step = Step(settings, self.method, self.source.info, len(self.labeled), world)
+        if settings.train.cuda_graph and (self.device.type != "cuda" or world.size > 1):
+            raise UserError(
+                f"--train.cuda-graph records the work of one process on a GPU, and this run has "
+                f"{world.size} on {self.device.type}. Leave it out."
+            )
+        self.step = Step(settings, self.method, self.source.info, len(self.labeled), device, world)
 
     def _create(self, out: Path | None) -> Path:
         folder = run.create(out, self.settings)
@@ -179,15 +186,19 @@ class Trainer:
     def _steps(self, recorder: Recorder | None, progress: Progress, bar: Any) -> Iterator[None]:
         """Do the steps that are left; yields after each one."""
         settings, state = self.settings, self.state
-        labeled = self._batches(self.labeled, labeled=True)
-        unlabeled = self._batches(self.unlabeled, labeled=False) if self.uses_unlabeled else None
+        feed = Feed(
+            self._batches(self.labeled, labeled=True),
+            self._batches(self.unlabeled, labeled=False) if self.uses_unlabeled else None,
+            self.step.phases,
+        )
+        profile: Profile | None = None
+        if settings.train.profile and self.world.is_main:
+            profile = Profile(settings.train.profile, self.step.phases, self.folder)
         self.sums = {}
         taken, start = 0, time.perf_counter()
         clock = start
         while state.iteration < settings.train.iterations:
-            batch = next(labeled)
-            more = next(unlabeled) if unlabeled is not None else None
-            for name, value in self.step(state, batch, more).items():
+            for name, value in self.step(state, *feed()).items():
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
             taken += 1
             due = taken == settings.train.log_every
@@ -197,14 +208,21 @@ class Trainer:
             now = time.perf_counter()
             self.seconds += now - clock
             if due:
-                speed = taken * self._images_a_step() / (now - start)
-                self._log(recorder, progress, bar, means, speed)
+                spent, waited = now - start, feed.waited()
+                self.waited += waited
+                speed = taken * self._images_a_step() / spent
+                self._log(recorder, progress, bar, means, speed, waited / spent)
                 self.sums, taken, start = {}, 0, now
             progress.update(bar, completed=state.iteration)
+            table = profile and profile.after_step()
+            if table:
+                self.console.print(table)
             yield
             # evaluation and checkpoints are not training time
             pause = time.perf_counter() - now
             start, clock = start + pause, now + pause
+        if profile is not None:
+            profile.close()
 
     def _images_a_step(self) -> int:
         kinds = 2 if self.uses_unlabeled else 1
@@ -235,6 +253,7 @@ class Trainer:
         bar: Any,
         means: dict[str, float],
         speed: float,
+        waiting: float,
     ) -> None:
         if recorder is None:
             return
@@ -243,7 +262,8 @@ class Trainer:
         if full:
             values["queues_full"] = float(torch.stack(full).mean())
         rate = self.state.optimizer.param_groups[0]["lr"]
-        recorder.write(self.state.iteration, {"lr": rate, **values, "images_per_second": speed})
+        values |= {"lr": float(rate), "images_per_second": speed, "input_wait": waiting}
+        recorder.write(self.state.iteration, values)
         shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items() if name != "total")
         progress.update(bar, losses=f"{shown}  {speed:.0f} images/s")
 
@@ -265,12 +285,7 @@ class Trainer:
             self.world.rank,
             self.world.size,
         )
-        on_gpu = self.device.type == "cuda"
-        for image, label in load(dataset, sampler, d.workers, pin_memory=on_gpu):
-            yield (
-                image.to(self.device, non_blocking=on_gpu),
-                label.to(self.device, non_blocking=on_gpu),
-            )
+        return iter(load(dataset, sampler, d.workers, pin_memory=self.device.type == "cuda"))
 
     def _evaluate(self, recorder: Recorder | None) -> dict[str, Score]:
         state, world = self.state, self.world
@@ -320,6 +335,7 @@ class Trainer:
                 **self.state.state_dict(),
                 "settings": to_dict(self.settings),
                 "seconds": self.seconds,
+                "waited": self.waited,
                 "best": self.best,
             },
         )
@@ -338,7 +354,7 @@ class Trainer:
                 f"--train.iterations {total}: the run has been trained for "
                 f"{self.state.iteration} iterations already."
             )
-        self.seconds = float(saved["seconds"])
+        self.seconds, self.waited = float(saved["seconds"]), float(saved["waited"])
         self.best = saved["best"]
 
     def _finish(self, scores: dict[str, Score]) -> dict[str, Any]:
@@ -357,6 +373,7 @@ class Trainer:
             "iterations": s.train.iterations,
             "seconds": round(self.seconds, 1),
             "images_per_second": round(images / self.seconds, 1) if self.seconds else None,
+            "input_wait": round(self.waited / self.seconds, 4) if self.seconds else None,
             "settings_hash": s.hash(),
             "processes": self.world.size,
             "versions": versions(),

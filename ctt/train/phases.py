@@ -10,7 +10,7 @@ import torch
 
 from ctt.ops._nvtx import named_range
 
-# in the order of a step; "input" is the wait for the next batch
+# in the order of a step; "input" is the wait for a batch
 NAMES = (
     "input",
     "views",
@@ -28,7 +28,7 @@ NAMES = (
 class Phases:
     """Names what runs inside `with phases(name)`, and times it while `timing` is set.
 
-    On a GPU the time is between events on its stream, so that nothing waits while it is taken.
+    On a GPU times are between events on its stream, so that nothing waits while they are taken.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,28 +37,37 @@ class Phases:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = self._now() if self.timing else None
+        start = self.now() if self.timing else None
         with torch.profiler.record_function(name), named_range(name, self.device):
             yield
         if start is not None:
-            self._spans.append((name, start, self._now()))
+            self._spans.append((name, start, self.now()))
 
-    def _now(self) -> Any:
+    def now(self) -> Any:
+        """A moment of the device, for `between`."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def seconds(self) -> dict[str, float]:
-        """Of each phase, since the last call; waits for the device."""
-        spent: defaultdict[str, float] = defaultdict(float)
+    def between(self, start: Any, end: Any) -> float:
+        """Seconds; on a GPU both moments must be over."""
+        seconds: float = (
+            start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
+        )
+        return seconds
+
+    def wait(self) -> None:
+        """Until the device has done all that it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def seconds(self) -> dict[str, float]:
+        """Of each phase, since the last call; waits for the device."""
+        self.wait()
+        spent: defaultdict[str, float] = defaultdict(float)
         for name, start, end in self._spans:
-            if self.device.type == "cuda":
-                spent[name] += start.elapsed_time(end) / 1000
-            else:
-                spent[name] += end - start
+            spent[name] += self.between(start, end)
         self._spans = []
         return {name: spent[name] for name in (*NAMES, *spent) if name in spent}

@@ -31,6 +31,7 @@ class Recorder:
             *(f"loss_{term}" for term in (*TERMS, "total")),
             "queues_full",
             "images_per_second",
+            "input_wait",
             *(f"miou_{name}" for name in networks),
         ]
         # a line that a crash cut short has no number

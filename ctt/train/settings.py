@@ -19,6 +19,8 @@ from typing import Any, Literal, TypeVar
 from ctt.data.options import SourceOptions
 from ctt.errors import UserError
 
+PROFILE_WARM_UP = 10  # steps of a run before those that are looked at
+
 
 @dataclass(frozen=True)
 class DataSettings(SourceOptions):
@@ -190,6 +192,15 @@ class TrainSettings:
     The optimiser, the teachers and the banks move once a step."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Automatic mixed precision."""
+    compile: bool = False
+    """Compile the networks by torch.compile: some minutes at the start, faster steps."""
+    cuda_graph: bool = False
+    """Record a step as a CUDA graph and replay it, which frees the host from starting every kernel;
+    one process and GPU. Takes the memory of a step for good, and records anew when the contrast
+    begins."""
+    profile: int = 0
+    """Steps to look at after the first ten: prints the time of each phase of a step, and writes
+    trace.json into the run folder; 0: none."""
     deterministic: bool = False
     """Only deterministic algorithms; a resumed run then ends bit-equal to one never stopped."""
     log_every: int = 20
@@ -445,6 +456,19 @@ def validate(settings: Settings) -> None:
             1 <= s.train.accumulate <= s.data.batch_size
             and s.data.batch_size % s.train.accumulate == 0,
             f"must divide --data.batch-size {s.data.batch_size}",
+        ),
+        (
+            "--train.profile",
+            s.train.profile,
+            0 <= 2 * s.train.profile <= max(0, s.train.iterations - PROFILE_WARM_UP),
+            f"must be at least 0, and {PROFILE_WARM_UP} and twice as many steps must fit into "
+            f"--train.iterations {s.train.iterations}",
+        ),
+        (
+            "--train.cuda-graph",
+            s.train.cuda_graph,
+            not (s.train.cuda_graph and s.train.profile),
+            "excludes --train.profile: a replayed step has no phases",
         ),
         ("--train.log-every", s.train.log_every, s.train.log_every >= 1, at_least_1),
         ("--train.eval-every", s.train.eval_every, s.train.eval_every >= 0, at_least_0),

@@ -50,9 +50,14 @@ class TrainState:
             self.students.append(student.to(memory_format=torch.channels_last).to(device))
         check_alike(self.students)
         self.teachers = [copy.deepcopy(s).requires_grad_(False).eval() for s in self.students]
-        self.replicas: list[nn.Module] = list(self.students)  # what a step calls
+        self._compiled: dict[nn.Module, Any] = {}
+        if settings.train.compile:
+            # beside the networks, so that evaluation with its many sizes compiles nothing
+            networks = [*self.students, *self.teachers]
+            self._compiled = {net: torch.compile(net, dynamic=False) for net in networks}
+        self.replicas: list[nn.Module] = [self.runner(net) for net in self.students]
         if world is not None and world.size > 1:
-            self.replicas = [replicate(student, device) for student in self.students]
+            self.replicas = [replicate(net, device) for net in self.replicas]
         self.averaged_buffers = [
             buffer
             for student in self.students
@@ -72,6 +77,11 @@ class TrainState:
     @property
     def pairs(self) -> int:
         return len(self.students)
+
+    def runner(self, network: nn.Module) -> nn.Module:
+        """What a step calls to run a network: itself, or its compiled form."""
+        compiled: nn.Module = self._compiled.get(network, network)
+        return compiled
 
     @contextlib.contextmanager
     def keep_gradients(self, keep: bool) -> Iterator[None]:
@@ -186,7 +196,7 @@ def make_optimizer(students: list[SegmentationModel], settings: Settings) -> tor
         body = [p for p in student.parameters() if id(p) not in in_head and p.requires_grad]
         groups.append({"params": body, "lr_factor": 1.0})
         groups.append({"params": head, "lr_factor": optim.head_lr_factor})
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         groups,
         lr=optim.lr,
         momentum=optim.momentum,
@@ -194,6 +204,12 @@ def make_optimizer(students: list[SegmentationModel], settings: Settings) -> tor
         weight_decay=optim.weight_decay,
         fused=True,  # one pass over all tensors; a GradScaler then needs no word of the host
     )
+    if optim.momentum:
+        # of a first step that a GradScaler skips, the fused form would leave them unwritten
+        for parameter in (p for student in students for p in student.parameters()):
+            if parameter.requires_grad:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def learning_rate(settings: Settings, iteration: int) -> float:

@@ -8,7 +8,7 @@ Nothing here waits for a GPU. What a step computes depends on the tensors it is 
 of the state alone, so that it can be recorded and replayed as a CUDA graph.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,8 +22,9 @@ from ctt.methods import losses
 from ctt.methods.base import Method
 from ctt.models.base import Output, SegmentationModel
 from ctt.train.distributed import World
-from ctt.train.draws import Draws
+from ctt.train.draws import Draws, StepDraws
 from ctt.train.phases import Phases
+from ctt.train.replay import Replay
 from ctt.train.settings import Settings
 from ctt.train.state import TrainState, learning_rate
 
@@ -72,11 +73,15 @@ class Pace(NamedTuple):
     decay: float | Tensor  # of the teachers
 
 
+PACE_DTYPES = (torch.float32, torch.float32, torch.float64)  # of a tensor that a graph reads
+
+
 class Step:
     """Runs one step on a `TrainState`.
 
     Args:
         labeled: size of the labelled set, for the number of keys pushed a step.
+        device: that of the state. world: the processes that share the batch; None: this one alone.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class Step:
         method: Method,
         info: DatasetInfo,
         labeled: int,
+        device: torch.device,
         world: World | None = None,
     ) -> None:
         self.settings, self.method, self.info = settings, method, info
@@ -96,7 +102,8 @@ class Step:
         bank = settings.bank
         self.per_class = bank.per_class or max(1, bank.capacity // labeled)
         self.contrast = method.contrast and (settings.loss.hc > 0 or settings.loss.lc > 0)
-        self.phases = Phases(torch.device("cpu"))
+        self.phases = Phases(device)
+        self._replay = Replay()
 
     def __call__(
         self, state: TrainState, labeled: Batch, unlabeled: Batch | None
@@ -110,18 +117,39 @@ class Step:
             each term of the objective, unweighted and summed over the students, and `total`; with
             several processes this one's part of them.
         """
-        device = labeled[0].device
-        self.phases.device = device
         with self.phases("views"):
             draws = self._draws(state, len(labeled[0]), unlabeled is not None)
-            numbers = upload(draws(state.iteration), device)
+            numbers = upload(draws(state.iteration), self.phases.device)
         # layers that draw numbers, such as dropout, do so alike after a resume
         torch.manual_seed(derive_seed("layers", draws.seed, state.iteration, self.world.rank))
         contrast = self.contrast and state.iteration >= self.settings.bank.start_after
-        terms = self._run(state, labeled, unlabeled, draws, numbers, self._pace(state), contrast)
+        pace = self._pace(state)
+        if self.settings.train.cuda_graph:
+            inputs = [*labeled, *(unlabeled or ()), numbers]
+            terms = self._replayed(state, inputs, draws, pace, contrast)
+        else:
+            terms = self._run(state, labeled, unlabeled, draws.split(numbers), pace, contrast)
         state.iteration += 1
         state.drawn += len(labeled[0]) * self.world.size
         return terms
+
+    def _replayed(
+        self, state: TrainState, inputs: list[Tensor], draws: Draws, pace: Pace, contrast: bool
+    ) -> dict[str, Tensor]:
+        """`_run` as a CUDA graph, recorded anew when the contrast joins."""
+
+        def body(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+            *batches, numbers, rate, ramp, decay = tensors
+            unlabeled = (batches[2], batches[3]) if len(batches) > 2 else None
+            pace = Pace(rate, ramp, decay)
+            labeled = (batches[0], batches[1])
+            return self._run(state, labeled, unlabeled, draws.split(numbers), pace, contrast)
+
+        numbers = [
+            torch.full((), float(value), dtype=dtype, device=self.phases.device)
+            for value, dtype in zip(pace, PACE_DTYPES, strict=True)
+        ]
+        return self._replay(contrast, [*inputs, *numbers], body)
 
     def _draws(self, state: TrainState, images: int, unlabeled: bool) -> Draws:
         pushes = images * self.world.size if self.settings.bank.per_image else 1
@@ -154,20 +182,18 @@ class Step:
         state: TrainState,
         labeled: Batch,
         unlabeled: Batch | None,
-        draws: Draws,
-        numbers: Tensor,
+        draws: StepDraws,
         pace: Pace,
         contrast: bool,
     ) -> dict[str, Tensor]:
         images, label = to_unit(labeled[0]), labeled[1].long()  # (B, 3, H, W), (B, H, W)
-        numbers_of = draws.split(numbers)
         mixed = images.new_empty(0, *images.shape[1:])
         lessons: list[Lesson] = []
         if unlabeled is not None:
             mixed, lessons = self._teach(
-                state, to_unit(unlabeled[0]), unlabeled[1] == IGNORE, numbers_of.mix
+                state, to_unit(unlabeled[0]), unlabeled[1] == IGNORE, draws.mix
             )
-        whole = Part(images, label, mixed, lessons, numbers_of.labeled, numbers_of.unlabeled)
+        whole = Part(images, label, mixed, lessons, draws.labeled, draws.unlabeled)
         pixels = losses.valid_pixels(label, self.world.total)
         state.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
@@ -186,7 +212,7 @@ class Step:
             state.average_buffers(self.world)
             state.ema.step(pace.decay)
         if self.contrast:
-            self._fill_banks(state, images, label, numbers_of.bank)
+            self._fill_banks(state, images, label, draws.bank)
         return sums
 
     def _weigh(self, terms: dict[str, Tensor], pace: Pace) -> Tensor:
@@ -249,7 +275,7 @@ class Step:
         size = (weak.shape[-2], weak.shape[-1])
         with self.phases("teachers"):
             probability = [  # of each teacher, (B, C, H, W)
-                losses.upsample(self._ask(teacher, weak).logits, size).softmax(dim=1)
+                losses.upsample(self._ask(state, teacher, weak).logits, size).softmax(dim=1)
                 for teacher in state.teachers
             ]
         with self.phases("views"):
@@ -285,12 +311,12 @@ class Step:
             return mixing.cutmix_mask((padding.shape[-2], padding.shape[-1]), draw)
         return mixing.classmix_mask(probability.argmax(dim=1).masked_fill(padding, IGNORE), draw)
 
-    def _ask(self, teacher: SegmentationModel, images: Tensor) -> Output:
+    def _ask(self, state: TrainState, teacher: SegmentationModel, images: Tensor) -> Output:
         """A teacher's output for images (B, 3, H, W) in 0..1, as many at a time as students see."""
         outputs: list[Output] = []
         for some in images.chunk(self.settings.train.accumulate):
             with self._autocast(images.device):
-                outputs.append(teacher(self._normalize(some)))
+                outputs.append(state.runner(teacher)(self._normalize(some)))
         if len(outputs) == 1:
             return outputs[0]
         return Output(*(torch.cat(maps) for maps in zip(*outputs, strict=True)))
@@ -378,7 +404,7 @@ class Step:
         settings = self.settings.bank
         for k, (teacher, bank) in enumerate(zip(state.teachers, state.banks, strict=True)):
             with self.phases("teachers"):
-                out = self._ask(teacher, images)
+                out = self._ask(state, teacher, images)
             with self.phases("banks"):
                 truth = losses.to_grid(label, (out.logits.shape[-2], out.logits.shape[-1]))
                 confidence, predicted = out.logits.float().softmax(dim=1).max(dim=1)

@@ -34,7 +34,7 @@ def unlabelled(size: int = 3, seed: int = 1) -> Batch:
 
 def make(settings: Settings, pairs: int) -> tuple[TrainState, Step]:
     state = TrainState(settings, pairs, 11, CPU)
-    return state, Step(settings, methods.get(settings.method), INFO, labeled=6)
+    return state, Step(settings, methods.get(settings.method), INFO, 6, CPU)
 
 
 class ByColour(SegmentationModel):
