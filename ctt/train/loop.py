@@ -221,6 +221,8 @@ class Trainer:
             # evaluation and checkpoints are not training time
             pause = time.perf_counter() - now
             start, clock = start + pause, now + pause
+            if profile is not None:
+                profile.leave_out(pause)
         if profile is not None:
             profile.close()
 

@@ -44,6 +44,10 @@ class Profile:
             self.close()
         return table
 
+    def leave_out(self, seconds: float) -> None:
+        """Time between steps that belongs to none, such as an evaluation."""
+        self._start += seconds
+
     def close(self) -> None:
         """Write the trace, if it was begun."""
         if self._profiler is not None:
