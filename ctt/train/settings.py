@@ -77,9 +77,9 @@ class ModelSettings:
     Of several, pair k takes the k-th, and after the last one the first again."""
     weights: tuple[str, ...] = ("none",)
     """What students start from: `none`, fresh weights; `imagenet`, the weights that timm publishes
-    for the backbone, downloaded unless they are in the cache of its hub; or a file (.safetensors,
-    or .pth that holds tensors) of the whole network or of the backbone. Of several, pair k takes
-    the k-th, and after the last one the first again."""
+    for the backbone, once `ctt-data fetch weights` has brought them; or a file (.safetensors, or
+    .pth that holds tensors) of the whole network or of the backbone. Of several, pair k takes the
+    k-th, and after the last one the first again."""
     output_stride: int = 0
     """Of a dilated backbone: 8 or 16; 0: 8 for deeplabv2, 16 for deeplabv3plus."""
     freeze_batch_norm: bool = False

@@ -133,6 +133,8 @@ def test_options_are_looked_at(tmp_path: Path, call: Call) -> None:
     assert "--ratio 1/0 is no ratio" in call("split", *base, "--ratio", "1/0")[2]
     code, _, err = call("fetch", "cityscapes")
     assert (code, "gtFine_trainvaltest.zip" in err) == (2, True)
+    code, _, err = call("fetch", "weights", "--backbone", "resnet1000")
+    assert (code, "none are published for resnet1000" in err) == (2, True)
 
 
 def test_help_is_quick_and_loads_no_torch() -> None:

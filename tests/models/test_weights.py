@@ -96,8 +96,11 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_published_weights_without_network_or_cache(
     network: SegmentationModel, no_network: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"download model.safetensors of timm/resnet18\.a1_in1k"):
+    fetch = "ctt-data fetch weights --backbone resnet18"
+    with pytest.raises(UserError, match=rf"{fetch}.*model.safetensors of timm/resnet18\.a1_in1k"):
         weights.start_from(network, "imagenet")
+    with pytest.raises(UserError, match=r"cannot be downloaded .* of timm/resnet18\.a1_in1k"):
+        weights.fetch_published("resnet18")
     with pytest.raises(UserError, match="none are published for efficientnet_b6"):
         weights.published("efficientnet_b6")
     with pytest.raises(UserError, match="of smp-hub/mit_b0"):
