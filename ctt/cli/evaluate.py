@@ -37,7 +37,7 @@ class Arguments:
     split: str = ""
     """Images to evaluate on; by default those of the run, or `val`."""
     out: Path | None = None
-    """New folder for summary.json and, for each network, a picture of its confusion matrix."""
+    """New folder for summary.json and, for each network, its confusion matrix as CSV and PNG."""
     submission: Path | None = None
     """Instead of an evaluation: new folder for predictions of the benchmark's test images, whose
     labels nobody has, as its server wants them (Cityscapes: labelIds; VOC: palette PNGs)."""
@@ -208,7 +208,7 @@ def _report(
 
     from ctt.train.evaluate import as_json, hash_of_list, score, score_table, write_json
     from ctt.train.inference import in_words
-    from ctt.train.record import draw_confusion
+    from ctt.train.record import draw_confusion, write_confusion
 
     scores = {name: score(matrix) for name, matrix in matrices.items()}
     console = Console()
@@ -233,6 +233,7 @@ def _report(
     }
     parsed.out.mkdir(parents=True, exist_ok=True)
     for name, matrix in matrices.items():
+        write_confusion(parsed.out / f"confusion_{name}.csv", matrix, source.info)
         draw_confusion(parsed.out / f"confusion_{name}.png", matrix, source.info, name)
     write_json(parsed.out / "summary.json", result)
     console.print(f"Everything is in {parsed.out}", highlight=False, soft_wrap=True)

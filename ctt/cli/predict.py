@@ -45,7 +45,7 @@ class Arguments:
     network: str = "best"
     """Of a run: the best one, or student_1, teacher_2, ensemble as they are in its checkpoint."""
     workers: int = 2
-    """Processes that read images; 0 reads in the main process."""
+    """Processes that read images, and threads that write results; 0 reads in the main process."""
     device: str = "auto"
     eval: EvalSettings = field(default_factory=EvalSettings)
     """How images are shown to the network; by default as in the evaluations of the run."""
@@ -193,10 +193,11 @@ def segment(jobs: list[Job], predict: Predict, info: DatasetInfo, parsed: Argume
     from rich.progress import Progress
 
     from ctt.train.inference import memory_is_told, stacks
+    from ctt.train.render import in_threads
 
     failures: list[str] = []
     _make_folder(parsed.out)
-    with Progress(transient=True) as bar, torch.no_grad():
+    with Progress(transient=True) as bar, torch.no_grad(), in_threads(parsed.workers) as call:
         task = bar.add_task("segmenting", total=len(jobs))
         pictures = read_all(jobs, parsed.workers, failures)
         for group in stacks(pictures, lambda pair: pair[1].shape[1:], parsed.eval.batch_pixels):
@@ -207,7 +208,7 @@ def segment(jobs: list[Job], predict: Predict, info: DatasetInfo, parsed: Argume
                 failures += [f"{job.file}: {error}" for job, _ in group]
                 continue
             for (job, image), confidence, label in zip(group, *results, strict=True):
-                write(job, image, label.cpu(), confidence.cpu(), info, parsed)
+                call(write, job, image, label.cpu(), confidence.cpu(), info, parsed)
             bar.advance(task, len(group))
     return failures
 

@@ -129,9 +129,9 @@ def count(matrix: Tensor, predicted: Tensor, label: Tensor) -> None:
     Not torchmetrics: with deterministic algorithms it needs C**2 numbers for each pixel.
     """
     classes = len(matrix)
-    valid = label != IGNORE
-    pairs = classes * label[valid] + predicted[valid]
-    matrix += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    pairs = torch.where(label != IGNORE, classes * label + predicted, classes**2)
+    counts = torch.bincount(pairs.flatten(), minlength=classes**2 + 1)
+    matrix += counts[:-1].view(classes, classes)
 
 
 def read_pair(source: Source, settings: EvalSettings, name: str) -> tuple[Tensor, Tensor]:

@@ -149,6 +149,15 @@ def draw_samples(
     plt.close(figure)
 
 
+def write_confusion(path: Path, confusion: Tensor, info: DatasetInfo) -> None:
+    """A confusion matrix (C, C) of pixel counts as CSV: labels in rows, predictions in columns."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label", *info.classes])
+        for name, row in zip(info.classes, confusion.tolist(), strict=True):
+            writer.writerow([name, *row])
+
+
 def draw_confusion(path: Path, confusion: Tensor, info: DatasetInfo, title: str) -> None:
     """A confusion matrix (C, C) of pixel counts; every row in percent of its label's pixels."""
     import matplotlib

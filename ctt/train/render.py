@@ -1,5 +1,9 @@
 """Predictions as pictures: colours, palette PNGs, overlays."""
 
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,6 +37,25 @@ def save_png(picture: Image.Image, path: Path) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def in_threads(threads: int) -> Iterator[Callable[..., None]]:
+    """A function that calls another in a thread, for files to be written while networks run.
+
+    Waits when more than a few calls are open, and for all of them at the end; raises what they do.
+    """
+    pending: deque[Future[object]] = deque()
+
+    def call(function: Callable[..., object], *arguments: object) -> None:
+        pending.append(pool.submit(function, *arguments))
+        if len(pending) > 4 * threads:
+            pending.popleft().result()
+
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        yield call
+        for future in pending:
+            future.result()
 
 
 def overlay(

@@ -12,7 +12,7 @@ from ctt.data.loader import in_order, raised
 from ctt.data.source import DatasetInfo, Source, Submission
 from ctt.errors import UserError
 from ctt.train.inference import Predict, memory_is_told, stacks
-from ctt.train.render import palette_image, save_png
+from ctt.train.render import in_threads, palette_image, save_png
 from ctt.train.settings import EvalSettings
 
 
@@ -56,12 +56,14 @@ def write_submission(
     wanted, ids = images_to_submit(source)
     folder.mkdir(parents=True, exist_ok=True)
     images = raised(in_order(partial(_read, source), ids, workers))
-    for group in stacks(images, lambda pair: pair[1].shape[1:], settings.batch_pixels):
-        with memory_is_told(settings):
-            labels = predict(torch.stack([image for _, image in group])).argmax(dim=1).cpu()
-        for (name, _), label in zip(group, labels, strict=True):
-            save_png(picture(label, wanted, source.info), folder / f"{name}{wanted.ending}")
-        progress(len(group))
+    with in_threads(workers) as call:
+        for group in stacks(images, lambda pair: pair[1].shape[1:], settings.batch_pixels):
+            with memory_is_told(settings):
+                labels = predict(torch.stack([image for _, image in group])).argmax(dim=1).cpu()
+            for (name, _), label in zip(group, labels, strict=True):
+                file = folder / f"{name}{wanted.ending}"
+                call(save_png, picture(label, wanted, source.info), file)
+            progress(len(group))
 
 
 def _read(source: Source, name: str) -> tuple[str, Tensor]:

@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import hashlib
 import json
@@ -55,6 +56,11 @@ def test_evaluation_of_a_run_repeats_its_summary(
     checkpoint = (folder / "checkpoints" / "last.pt").read_bytes()
     assert scores["weights_sha256"] == hashlib.sha256(checkpoint).hexdigest()
     assert len(list(out.glob("confusion_*.png"))) == 5
+    rows = list(csv.reader((out / "confusion_ensemble.csv").open(encoding="utf-8")))
+    counts = np.array([row[1:] for row in rows[1:]], dtype=int)
+    assert counts.sum() == 6 * 40 * 40
+    accuracy = 100 * counts.trace() / counts.sum()
+    assert scores["pixel_accuracy"]["ensemble"] == pytest.approx(accuracy, abs=0.01)
     assert call(evaluate.main, arguments, monkeypatch) == 2  # the folder is not empty
 
 

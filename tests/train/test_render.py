@@ -1,0 +1,74 @@
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ctt.data.digits import INFO
+from ctt.train.render import colorize, in_threads, overlay, palette_image, save_png
+
+
+def test_threads_do_all_calls_and_their_mistakes_are_raised() -> None:
+    done: list[int] = []
+    with in_threads(2) as call:
+        for number in range(50):
+            call(done.append, number)
+    assert sorted(done) == list(range(50))
+    with pytest.raises(OSError, match="disk"), in_threads(0) as call:
+        call(fail)
+
+
+def fail() -> None:
+    raise OSError("disk full")
+
+
+def test_only_a_few_calls_wait() -> None:
+    """Or else all pictures of a long list would be in memory."""
+    gate, started = threading.Event(), []
+
+    def wait(number: int) -> None:
+        started.append(number)
+        gate.wait()
+
+    asked = []
+
+    def ask() -> None:
+        with in_threads(1) as call:
+            for number in range(20):
+                call(wait, number)
+                asked.append(number)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while len(asked) < 4:
+        asking.join(0.01)
+    asking.join(0.2)
+    assert len(asked) == 4
+    gate.set()
+    asking.join()
+    assert started == list(range(20))
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    class Broken:
+        def save(self, path: Path, format: str) -> None:
+            path.write_bytes(b"half of")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_png(Broken(), tmp_path / "x.png")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overlay_leaves_the_background() -> None:
+    image = torch.full((3, 1, 2), 100, dtype=torch.uint8)
+    label = torch.tensor([[0, 3]])
+    shown = np.array(overlay(image, label, INFO, 0.5))
+    assert shown[0, 0].tolist() == [100, 100, 100]
+    expected = (100 + np.array(INFO.palette[3])) / 2
+    assert np.abs(shown[0, 1] - expected).max() <= 0.5
+    mask = palette_image(label, INFO)
+    assert np.array(mask).tolist() == [[0, 3]]
+    assert np.array(mask.convert("RGB")).tolist() == colorize(label, INFO).tolist()
+    assert colorize(torch.tensor([255]), INFO).tolist() == [[255, 255, 255]]
