@@ -150,6 +150,9 @@ class LossSettings:
     the teacher which labels the unlabelled pixels, with every labelled pixel kept."""
     directional: bool = True
     """Low-level contrast only where the peer is more confident, equation (9)."""
+    contrast_stride: int = 1
+    """Contrast every n-th pixel of the features in both directions: a share of the cost. The banks
+    are filled from all pixels."""
     contrast_reduction: Literal["class", "mean"] = "class"
     """Mean over the pixels of each class and then over classes, or over all pixels at once."""
     confidence_weight: Literal["none", "uniform", "threshold"] = "none"
@@ -442,6 +445,12 @@ def validate(settings: Settings) -> None:
             s.loss.confidence_threshold,
             0 <= s.loss.confidence_threshold <= 1,
             share,
+        ),
+        (
+            "--loss.contrast-stride",
+            s.loss.contrast_stride,
+            s.loss.contrast_stride >= 1,
+            at_least_1,
         ),
         ("--bank.capacity", s.bank.capacity, s.bank.capacity >= 1, at_least_1),
         ("--bank.top-k", s.bank.top_k, s.bank.top_k >= 1, at_least_1),

@@ -347,12 +347,16 @@ class Step:
             return {"hc": zero, "lc": zero}
         total = self.world.total if self.world.size > 1 else None
         grid = (outputs[0].features.shape[-2], outputs[0].features.shape[-1])
-        truth = losses.to_grid(part.label, grid)
+        stride = loss.contrast_stride
+        outputs = [Output(*(maps[..., ::stride, ::stride] for maps in out)) for out in outputs]
+        truth = losses.to_grid(part.label, grid)[..., ::stride, ::stride]
         counts = losses.usable_counts(state.banks, bank_settings.start)
         # confidence and class that each student's own classifier gives on the grid
         own = [out.logits.detach().float().softmax(dim=1).max(dim=1) for out in outputs]
         for k, out in enumerate(outputs):
-            target = Target(*(losses.to_grid(values, grid) for values in part.lessons[k].target))
+            target = Target(
+                *(losses.to_grid(x, grid)[..., ::stride, ::stride] for x in part.lessons[k].target)
+            )
             pixel_label = torch.cat([truth, target.label])  # (B, h, w)
             confidence = own[k].values
             decisive = confidence

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from ctt import methods
 from ctt.data.digits import INFO
 from ctt.data.source import IGNORE
+from ctt.methods import losses
 from ctt.methods.losses import usable_counts
 from ctt.models.base import Output, SegmentationModel
 from ctt.train.settings import Settings, update
@@ -164,6 +166,29 @@ class WithFeatures(ByColour):
     def forward(self, images: Tensor) -> Output:
         out = super().forward(images[:, :, ::2, ::2])
         return Output(out.logits, out.logits[:, :8])
+
+
+def test_contrast_of_every_other_pixel(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[Tensor]] = []
+    contrast = losses.high_level_contrast
+
+    def spy(features: Tensor, label: Tensor, mask: Tensor, *rest: Any) -> Tensor:
+        seen.append([features.detach(), label, mask])
+        return contrast(features, label, mask, *rest)
+
+    monkeypatch.setattr(losses, "high_level_contrast", spy)
+    for stride in (1, 2):
+        settings = update(tiny, {"loss": {"contrast_stride": stride}}, "test")
+        state, step = make(settings, 2)
+        for _ in range(3):  # the first one fills the banks
+            terms = step(state, batch(), unlabelled())
+        assert terms["hc"] > 0
+        assert terms["lc"] > 0
+    calls = len(seen) // 2
+    first_step = 2  # before it the weights are the same, later ones have learnt from other pixels
+    for whole, thin in zip(seen[:first_step], seen[calls : calls + first_step], strict=True):
+        for maps, some in zip(whole, thin, strict=True):
+            assert torch.equal(maps[..., ::2, ::2], some)
 
 
 def test_teachers_follow_but_never_learn(tiny: Settings) -> None:
