@@ -1,7 +1,7 @@
 """Batches in an order that is a function of the seed and the step alone."""
 
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -104,7 +104,7 @@ class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
 
 def load(
     dataset: ViewDataset, sampler: DrawSampler, workers: int, pin_memory: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor]]:
     """Batches of images (B, 3, h, w) and labels (B, h, w), uint8.
 
     Raises:

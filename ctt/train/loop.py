@@ -8,7 +8,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -105,6 +105,7 @@ class Trainer:
         )
         self.seconds, self.waited = 0.0, 0.0  # of training, and of it without a batch
         self.best: dict[str, Any] | None = None
+        self.streams: list[Generator[tuple[Tensor, Tensor]]] = []  # of batches
         self.sums: dict[str, Tensor] = {}  # of each loss since the last row of metrics.csv
         if resume is None:
             self.folder = Path(world.tell(str(self._create(out)) if world.is_main else ""))
@@ -174,6 +175,9 @@ class Trainer:
                 self._save()
                 scores = self._evaluate(recorder)
         finally:
+            for stream in self.streams:
+                # its processes ignore SIGTERM: at the end of Python they would be waited for
+                stream.close()
             if recorder is not None:
                 recorder.close()
         return self._finish(scores)
@@ -287,7 +291,9 @@ class Trainer:
             self.world.rank,
             self.world.size,
         )
-        return iter(load(dataset, sampler, d.workers, pin_memory=self.device.type == "cuda"))
+        stream = load(dataset, sampler, d.workers, pin_memory=self.device.type == "cuda")
+        self.streams.append(stream)
+        return stream
 
     def _evaluate(self, recorder: Recorder | None) -> dict[str, Score]:
         state, world = self.state, self.world

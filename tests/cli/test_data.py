@@ -147,3 +147,26 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--data.voc-set" in done.stdout
     assert done.stdout.rstrip().endswith("light")
+
+
+def test_training_ends_with_the_name_of_a_broken_file(tmp_path: Path) -> None:
+    """Where a loader process meets it while others are at work."""
+    root = trees.write_folder(tmp_path / "data", unlabeled=20)
+    broken = root / "unlabeled" / "photo 18.JPG"
+    broken.write_bytes(broken.read_bytes()[:-200])
+    command = (
+        "--dataset folder --recipe digits --ratio 1/1 --model.width 4 --model.features 8 "
+        "--data.crop 16 16 --data.batch-size 4 --data.workers 2 --train.threads 1 "
+        "--train.iterations 99 --train.eval-every 99"
+    )
+    code = "from ctt.cli.train import main; main()"
+    places = ["--data-root", str(root), "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command.split(), *places],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"{broken} cannot be read as an image" in re.sub(r"\s+", " ", done.stderr)
+    assert "Traceback" not in done.stderr
