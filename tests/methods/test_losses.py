@@ -116,3 +116,37 @@ def test_low_contrast_by_hand_and_without_gradient_to_the_peer() -> None:
     assert features.grad is not None
     assert features.grad.abs().sum() > 0
     assert peer.grad is None
+
+
+@pytest.mark.parametrize("reduction", ["class", "mean"])
+def test_parts_of_the_contrast_add_up_to_the_mean(reduction: str) -> None:
+    torch.manual_seed(0)
+    banks = [MemoryBank(5, 4, 8) for _ in range(2)]
+    for bank in banks:
+        label = torch.randint(0, 4, (60,))  # class 4 has no key
+        bank.push(torch.randn(60, 8), label, torch.rand(60), top_k=4, per_class=4)
+    features, peer = torch.randn(2, 4, 8, 3, 3)
+    label = torch.randint(0, 5, (4, 3, 3))
+    label[:, 0, 0] = 255
+    mask = torch.rand(4, 3, 3) < 0.7
+    pairs = [(bank.keys, bank.count) for bank in banks]
+
+    def both(part: slice, total: losses.Total | None) -> list[Tensor]:
+        own = (label[part], mask[part])
+        high = losses.high_level_contrast(
+            features[part], *own, banks[0], banks[0].count, 0.5, reduction, total
+        )
+        low = losses.low_level_contrast(
+            features[part], peer[part], *own, pairs, 0.5, reduction, total
+        )
+        return [high, low]
+
+    counts: list[Tensor] = []
+    everything = slice(0, 4)
+    both(everything, lambda count: counts.append(count) or count)  # type: ignore[func-returns-value]
+    parts = []
+    for part in (slice(0, 1), slice(1, 4)):
+        answers = iter(counts)
+        parts.append(both(part, lambda _, answers=answers: next(answers)))  # type: ignore[misc]
+    for expected, first, second in zip(both(everything, None), *parts, strict=True):
+        torch.testing.assert_close(first + second, expected)

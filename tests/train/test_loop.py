@@ -224,3 +224,18 @@ def test_every_option_of_the_objective_trains(tiny: Settings, tmp_path: Path) ->
         settings = update(tiny, {**change}, "test")
         settings = update(settings, {"train": {"iterations": 2}}, "test")
         assert train(settings, out=tmp_path / str(i))["iterations"] == 2
+
+
+def test_a_profile_of_the_phases(
+    tiny: Settings, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change = {"train": {"profile": 2, "iterations": 15, "eval_every": 15, "tensorboard": False}}
+    summary = train(update(tiny, change, "test"), out=out)
+    assert 0 < summary["input_wait"] < 1
+    shown = capsys.readouterr().out
+    assert "a step, mean of 2" in shown
+    for phase in ("teachers", "contrast", "the rest"):
+        assert phase in shown
+    trace = json.loads((out / "trace.json").read_text())
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {"teachers", "students", "backward", "banks"} <= names

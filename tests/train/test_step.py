@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from ctt.data.source import IGNORE
 from ctt.methods import losses
 from ctt.methods.losses import usable_counts
 from ctt.models.base import Output, SegmentationModel
+from ctt.train.draws import Draws
+from ctt.train.feed import Feed
+from ctt.train.phases import NAMES
 from ctt.train.settings import Settings, update
 from ctt.train.state import EmaUpdate, TrainState, learning_rate
 from ctt.train.step import Step, Target, normalize, to_unit
@@ -277,3 +281,96 @@ def test_learning_rate_warms_up_and_decays(tiny: Settings) -> None:
     settings = dataclasses.replace(tiny, optim=optim, train=train)
     assert [learning_rate(settings, i) for i in (0, 1)] == [0.5, 1.0]
     assert learning_rate(settings, 5) == pytest.approx(0.5**0.9)
+
+
+def test_parts_of_a_batch_add_up_to_it(tiny: Settings) -> None:
+    """But for batch norm, which is held still here, and for the contrast."""
+    change = {"loss": {"hc": 0, "lc": 0, "confidence_weight": "uniform"}, "optim": {"lr": 0.01}}
+    images, label = batch(4)
+    label[0] = IGNORE  # parts with unequal numbers of labelled pixels
+    ends = []
+    for parts in (1, 2, 4):
+        settings = update(update(tiny, change, "test"), {"train": {"accumulate": parts}}, "test")
+        state, step = make(settings, 2)
+        for student in state.students:
+            student.eval()
+        terms = step(state, (images, label), unlabelled(4))
+        ends.append((terms, state.students[1].state_dict()))
+    for terms, weights in ends[1:]:
+        for name in ("sup", "ct", "total"):
+            assert float(terms[name]) == pytest.approx(float(ends[0][0][name]), rel=1e-5)
+        for name, value in weights.items():
+            torch.testing.assert_close(value, ends[0][1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_contrast_of_parts_is_finite(tiny: Settings) -> None:
+    settings = update(tiny, {"train": {"accumulate": 2}}, "test")
+    state, step = make(settings, 2)
+    for i in range(4):
+        terms = step(state, batch(4, seed=i), unlabelled(4, seed=i))
+    assert all(torch.isfinite(value) for value in terms.values())
+    assert float(terms["hc"] + terms["lc"]) > 0
+
+
+def test_draws_of_processes_are_those_of_one(tiny: Settings) -> None:
+    for mix in ("cutmix", "classmix"):
+        settings = update(tiny, {"views": {"mix": mix}}, "test")
+        whole = Draws(settings, 2, 11, 6, True, 3)
+        parts = [Draws(settings, 2, 11, 3, True, 3, rank, 2) for rank in (0, 1)]
+        expected = whole.split(whole(7))
+        first, second = (part.split(part(7)) for part in parts)
+        axis = 1 if mix == "cutmix" else 0
+        assert torch.equal(torch.cat([first.mix, second.mix], dim=axis), expected.mix)
+        for name in ("labeled", "unlabeled"):
+            for k in range(2):
+                joined = torch.cat([getattr(first, name)[k], getattr(second, name)[k]], dim=1)
+                assert torch.equal(joined, getattr(expected, name)[k])
+        assert torch.equal(first.bank, expected.bank)
+        assert torch.equal(second.bank, expected.bank)
+        assert not torch.equal(whole(8), whole(7))
+
+
+def test_compiled_networks_in_bf16_train_alike(
+    tiny: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the tracing of torch.compile; generating code takes too long here."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    ends = []
+    for change in ({}, {"compile": True, "amp": "bf16"}):
+        settings = update(tiny, {"train": change, "optim": {"lr": 0.01}}, "test")
+        state, step = make(settings, 2)
+        terms = [step(state, batch(seed=i), unlabelled(seed=i)) for i in range(4)]
+        ends.append([float(values["sup"]) for values in terms])
+        assert all(torch.isfinite(x).all() for x in state.students[0].state_dict().values())
+    assert ends[1] == pytest.approx(ends[0], rel=0.03)
+    assert ends[1] != ends[0]
+
+
+def test_phases_of_a_step_are_timed(tiny: Settings) -> None:
+    state, step = make(tiny, 2)
+    step.phases.timing = True
+    feed = Feed(iter([batch()]), iter([unlabelled()]), step.phases)
+    step(state, *feed())
+    spent = step.phases.seconds()
+    assert tuple(spent) == NAMES
+    assert all(value > 0 for value in spent.values())
+    assert step.phases.seconds() == {}
+    assert feed.waited() > 0
+    assert feed.waited() == 0
+
+
+def test_what_a_graph_records_is_the_step(tiny: Settings) -> None:
+    """Learning rate, ramp and decay then come as tensors; here an ordinary call reads them."""
+    change = {"loss": {"ct_ramp": 5, "confidence_weight": "none"}, "optim": {"warmup": 3}}
+    ends = []
+    for graph in (False, True):
+        settings = update(update(tiny, change, "test"), {"train": {"cuda_graph": graph}}, "test")
+        state, step = make(settings, 2)
+        step._replay = lambda _, inputs, body: body([x.clone() for x in inputs])  # type: ignore
+        for i in range(4):
+            terms = step(state, batch(seed=i), unlabelled(seed=i))
+        ends.append((terms, state.teachers[0].state_dict()))
+    for name, value in ends[0][0].items():
+        assert float(ends[1][0][name]) == pytest.approx(float(value), rel=1e-4)
+    for name, value in ends[0][1].items():
+        torch.testing.assert_close(ends[1][1][name], value, rtol=1e-4, atol=1e-6)
