@@ -90,6 +90,11 @@ class Trainer:
     ) -> None:
         self.settings, self.world = settings, world
         self.device = device = pick_device(settings.train.device)
+        if settings.train.cuda_graph and (self.device.type != "cuda" or world.size > 1):
+            raise UserError(
+                f"--train.cuda-graph records the work of one process on a GPU, and this run has "
+                f"{world.size} on {self.device.type}. Leave it out."
+            )
         self.console = Console(quiet=not world.is_main)
         set_up_torch(settings)
         self.method = methods.get(settings.method)
@@ -120,11 +125,6 @@ class Trainer:
             self._load(checkpoint.load(self.folder / run.CHECKPOINT))
             if world.is_main:
                 run.write_settings(self.folder, settings)  # for the next time it is resumed
-        if settings.train.cuda_graph and (self.device.type != "cuda" or world.size > 1):
-            raise UserError(
-                f"--train.cuda-graph records the work of one process on a GPU, and this run has "
-                f"{world.size} on {self.device.type}. Leave it out."
-            )
         self.step = Step(settings, self.method, self.source.info, len(self.labeled), device, world)
 
     def _create(self, out: Path | None) -> Path:
