@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
+import io
 import shutil
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
+import numpy as np
+from PIL import Image
+
+from ctt.data.files import first_with, list_names
+from ctt.data.voc import AUG_MASKS, CLASSIC_MASKS, PLACES, bit_palette
 from ctt.errors import UserError
 
 BLOCK = 1 << 20
@@ -39,6 +46,13 @@ VOC = Archive(
 )
 
 
+SBD = Archive(
+    "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
+    "benchmark.tgz",
+    "82b4d87ceb2ed10f6038a1cba92111cb",
+)
+
+
 def fetch_voc(root: Path, progress: Progress, archive: Archive = VOC) -> Path:
     """VOC 2012 below `root`; an archive that lies there already is used.
 
@@ -51,30 +65,99 @@ def fetch_voc(root: Path, progress: Progress, archive: Archive = VOC) -> Path:
     folder = root / "VOCdevkit" / "VOC2012"
     if folder.exists():
         raise UserError(f"{folder} is there already. Check it with: ctt-data check --dataset voc")
-    by_hand = (
-        f"Without a connection, download {archive.name} elsewhere and put it into {root}; the same "
-        f"command then unpacks it."
-    )
-    try:
+    with _writable(root):
         root.mkdir(parents=True, exist_ok=True)
-        tar = download(archive, root, progress, by_hand)
+        tar = download(archive, root, progress)
         unpack(tar, root)
-    except OSError as error:
-        raise UserError(f"--data-root {root} cannot be written ({error.strerror}).") from None
-    tar.unlink()
+        tar.unlink()
     return folder
 
 
-def download(archive: Archive, folder: Path, progress: Progress, by_hand: str = "") -> Path:
-    """The archive in `folder`; what an earlier call left unfinished is gone on with.
+def fetch_augmented(root: Path, progress: Progress, archive: Archive = SBD) -> tuple[Path, int]:
+    """The augmented masks of a VOC 2012 below `root`, from the Semantic Boundaries Dataset (SBD).
 
-    Args:
-        by_hand: what to do where there is no network, for the message.
+    SBD labels the classes of VOC in more of its images (Hariharan et al., ICCV 2011). Where VOC
+    has a mask itself, that is taken: it is finer, and marks borders to be ignored.
+
+    Returns:
+        the folder of the masks, and how many there are.
+
+    Raises:
+        UserError: VOC 2012 is not there, the masks are, or SBD cannot be had or read.
+    """
+    folder = first_with(root, PLACES, CLASSIC_MASKS)
+    if folder is None:
+        raise UserError(
+            f"--data-root {root}: there is no VOC 2012 to be augmented. First: ctt-data fetch voc "
+            f"--data-root {root}"
+        )
+    target = folder / AUG_MASKS
+    if target.exists():
+        raise UserError(f"{target} is there already. Check it with: ctt-data check --dataset voc")
+    part = folder / f"{AUG_MASKS}.part"
+    with _writable(root):
+        tar = download(archive, root, progress)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            convert_sbd(tar, part)
+            for file in list_names(folder / CLASSIC_MASKS):
+                shutil.copyfile(folder / CLASSIC_MASKS / file, part / file)
+            part.rename(target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        tar.unlink()
+    return target, len(list_names(target))
+
+
+def convert_sbd(tar: Path, target: Path) -> None:
+    """Write the classes of SBD's archive as palette PNGs of the same names.
+
+    Raises:
+        UserError: the archive is broken or holds something else.
+    """
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    written = 0
+    try:
+        with tarfile.open(tar) as archive:
+            for member in archive:
+                path = PurePosixPath(member.name)
+                if path.parent.name != "cls" or path.suffix != ".mat":
+                    continue
+                content = archive.extractfile(member)
+                assert content is not None
+                truth = loadmat(io.BytesIO(content.read()))["GTcls"][0, 0]["Segmentation"]
+                mask = Image.fromarray(truth.astype(np.uint8), mode="P")
+                mask.putpalette([channel for colour in bit_palette(256) for channel in colour])
+                mask.save(target / f"{path.stem}.png")
+                written += 1
+    except (tarfile.TarError, EOFError, MatReadError, KeyError, ValueError) as error:
+        raise UserError(f"{tar} cannot be read as the archive of SBD ({error}).") from None
+    if not written:
+        raise UserError(f"{tar} holds no masks (cls/*.mat), so it is not the archive of SBD.")
+
+
+@contextlib.contextmanager
+def _writable(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--data-root {root} cannot be written ({error.strerror}).") from None
+
+
+def download(archive: Archive, folder: Path, progress: Progress) -> Path:
+    """The archive in `folder`; what an earlier call left unfinished is gone on with.
 
     Raises:
         UserError: it cannot be reached, the connection broke, or the checksum is another.
     """
     target = folder / archive.name
+    by_hand = (
+        f"Without a connection, download {archive.name} elsewhere and put it into {folder}; the "
+        f"same command then uses it."
+    )
     if not target.exists():
         part = target.with_name(f"{target.name}.part")
         _receive(archive.url, part, progress, by_hand)

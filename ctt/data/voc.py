@@ -110,8 +110,8 @@ class Voc(FileSource):
             if not others:
                 raise UserError(
                     f"--data.voc-set aug: {folder} holds the masks of the classic set only. Put "
-                    f"the 12,031 augmented ones into {folder / AUG_MASKS}, or use "
-                    f"--data.voc-set classic."
+                    f"the 12,031 augmented ones into {folder / AUG_MASKS}, or make them with "
+                    f"ctt-data fetch voc-aug, or use --data.voc-set classic."
                 )
         published = (AUG_TRAIN if options.voc_set == "aug" else CLASSIC_TRAIN, EVALUATION)
         super().__init__(INFO, folder, (train, unlabeled, evaluation), options, published)

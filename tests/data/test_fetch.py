@@ -8,10 +8,16 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from ctt.data.fetch import VOC, Archive, download, fetch_voc
+from ctt import data
+from ctt.data.fetch import SBD, VOC, Archive, download, fetch_augmented, fetch_voc
+from ctt.data.options import SourceOptions
+from ctt.data.source import Source
+from ctt.data.voc import AUG_MASKS
 from ctt.errors import UserError
+from tests.data.trees import Array, write_voc
 
 
 class Server(ThreadingHTTPServer):
@@ -70,6 +76,10 @@ def server() -> Iterator[Server]:
 def archive(server: Server, name: str = "voc.tar") -> Archive:
     url = f"http://127.0.0.1:{server.server_port}/{name}"
     return Archive(url, hashlib.md5(server.content).hexdigest())
+
+
+def opened(root: Path) -> Source:
+    return data.open_source("voc", root, SourceOptions())
 
 
 def quiet(_done: int, _total: int | None) -> None:
@@ -134,5 +144,57 @@ def test_without_a_network_it_says_what_to_put_where(tmp_path: Path, server: Ser
     with pytest.raises(UserError, match=r"cannot be had \(404 Not Found\).* download missing "):
         fetch_voc(tmp_path, quiet, archive(server, "missing"))
     nowhere = Archive("http://127.0.0.1:9/voc.tar", "0" * 32)
-    with pytest.raises(UserError, match=rf"cannot be reached .* put it into {tmp_path}"):
+    with pytest.raises(UserError, match=rf"cannot be reached .* put it into {tmp_path}; the"):
         fetch_voc(tmp_path, quiet, nowhere)
+
+
+def sbd_archive(masks: dict[str, Array]) -> bytes:
+    from scipy.io import savemat
+
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as tar:
+        for name, mask in masks.items():
+            content = io.BytesIO()
+            savemat(content, {"GTcls": {"Segmentation": mask}})
+            info = tarfile.TarInfo(f"benchmark_RELEASE/dataset/cls/{name}.mat")
+            info.size = len(content.getvalue())
+            tar.addfile(info, io.BytesIO(content.getvalue()))
+    return file.getvalue()
+
+
+def test_augmented_masks_are_made_from_sbd_and_those_of_voc(tmp_path: Path, server: Server) -> None:
+    folder = write_voc(tmp_path, classic=2, augmented=3, evaluation=1)
+    before = opened(tmp_path)
+    truth = {name: before.label(name) for name in before.train_ids()}
+    coarse = {name: label.where(label != 255, 0).numpy() for name, label in truth.items()}
+    for name in (folder / AUG_MASKS).iterdir():
+        name.unlink()
+    (folder / AUG_MASKS).rmdir()
+    server.content = sbd_archive(coarse)
+    target, masks = fetch_augmented(tmp_path, quiet, archive(server, "sbd.tar"))
+    assert (target, masks) == (folder / AUG_MASKS, 6)
+    after = opened(tmp_path)
+    assert after.train_ids() == before.train_ids()
+    classic = (folder / "ImageSets" / "Segmentation" / "train.txt").read_text("utf-8").splitlines()
+    for name in after.train_ids():
+        expected = truth[name].numpy() if name in classic else coarse[name]
+        assert np.array_equal(after.label(name).numpy(), expected)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["VOCdevkit"]
+    with pytest.raises(UserError, match="is there already"):
+        fetch_augmented(tmp_path, quiet, archive(server, "sbd.tar"))
+
+
+@pytest.mark.parametrize("content", [b"no archive", made_archive()])
+def test_other_archives_make_no_masks(tmp_path: Path, server: Server, content: bytes) -> None:
+    folder = write_voc(tmp_path, aug_folder="")
+    server.content = content
+    with pytest.raises(UserError, match=r"archive of SBD"):
+        fetch_augmented(tmp_path, quiet, archive(server, "sbd.tar"))
+    assert not (folder / AUG_MASKS).exists()
+    assert not (folder / f"{AUG_MASKS}.part").exists()
+
+
+def test_augmenting_needs_voc(tmp_path: Path) -> None:
+    assert SBD.name == "benchmark.tgz"
+    with pytest.raises(UserError, match="First: ctt-data fetch voc"):
+        fetch_augmented(tmp_path, quiet)

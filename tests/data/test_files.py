@@ -69,7 +69,7 @@ def test_augmented_masks_may_lie_in_the_classic_folder(tmp_path: Path, list_form
 
 def test_voc_without_augmented_masks_says_where_they_belong(tmp_path: Path) -> None:
     folder = trees.write_voc(tmp_path, aug_folder="")
-    with pytest.raises(UserError, match=f"{folder}/SegmentationClassAug, or use --data.voc-set"):
+    with pytest.raises(UserError, match=f"{folder}/SegmentationClassAug, or make them with"):
         opened("voc", tmp_path)
     source = opened("voc", tmp_path, voc_set="classic")
     assert source.unlabeled_ids() == []
