@@ -66,6 +66,12 @@ def record(request: pytest.FixtureRequest) -> Callable[[list[harness.Row]], None
     return keep
 
 
+@pytest.fixture
+def note(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Keeps a text for the summary."""
+    return lambda text: request.config.stash[TABLES].append(f"{text}\n")
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:

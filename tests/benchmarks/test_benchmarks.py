@@ -81,5 +81,6 @@ def test_every_way_of_the_benchmarks_is_right() -> None:
         "_foreach_lerp_",
         "swa_utils",
         "one flat lerp_",
+        "plain rendering",
     ):
         assert way in done.stdout
