@@ -79,17 +79,14 @@ class Folder(FileSource):
             if (key := _stem(name.removeprefix(f"{folder}images/"))) in masks
         }
         super().__init__(description.info, self.root, (train, unlabeled, evaluation), options)
-        self._known: dict[str, str] = {}
-        for names, prefix in ((evaluation, ""), (unlabeled, ""), (train, "images/")):
-            for name in names:
-                short = name.removeprefix(prefix)
-                for spelling in (
-                    name,
-                    str(PurePosixPath(name).with_suffix("")),
-                    short,
-                    _stem(short),
-                ):
-                    self._known[same_name(spelling)] = name
+        everything = [*train, *unlabeled, *evaluation]
+        self._known = {same_name(name): name for name in everything}
+        for name in everything:
+            self._known.setdefault(_stem(name), name)
+        for name in train:  # other programs' lists leave the folder out
+            short = name.removeprefix("images/")
+            self._known.setdefault(same_name(short), name)
+            self._known.setdefault(_stem(short), name)
 
     def image_path(self, name: str) -> Path:
         return self.root / name
@@ -192,6 +189,11 @@ def _classes(value: Any, path: Path) -> tuple[str, ...]:
             f"{path}: classes must be a list of 2 to {MOST_CLASSES} names, or names by their "
             f"numbers from 0 on, got {value!r}."
         )
+    for name in value:
+        if not isinstance(name, str | int) or isinstance(name, bool):
+            raise UserError(
+                f"{path}: YAML reads one of the names of the classes as {name!r}. Put it in quotes."
+            )
     names = tuple(str(name) for name in value)
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two classes have the same name ({', '.join(names)}).")

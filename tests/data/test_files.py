@@ -189,6 +189,18 @@ def test_folder_with_unlabelled_images_and_val(tmp_path: Path) -> None:
         assert len(unlabeled) == 5 + 4
 
 
+def test_whole_names_win_over_shortened_ones(tmp_path: Path) -> None:
+    root = trees.write_folder(tmp_path)
+    image, label = trees.picture((40, 48), (1,), 0)
+    trees.save_image(root / "images" / "unlabeled" / "photo 0.JPG", image)
+    trees.save_mask(root / "masks" / "unlabeled" / "photo 0.png", label)
+    source = opened("folder", root)
+    assert source.find("unlabeled/photo 0.JPG") == "unlabeled/photo 0.JPG"
+    assert source.find("unlabeled/photo 0") == "unlabeled/photo 0.JPG"
+    assert source.find("images/unlabeled/photo 0") == "images/unlabeled/photo 0.JPG"
+    assert all(source.find(name) == name for name in source.train_ids() + source.unlabeled_ids())
+
+
 def test_folder_without_val_holds_images_out(tmp_path: Path) -> None:
     root = trees.write_folder(tmp_path, labeled=10, evaluation=0)
     source = opened("folder", root, holdout=0.3)
@@ -246,6 +258,7 @@ def test_numbers_beyond_a_byte_can_be_mapped(tmp_path: Path) -> None:
         ("classes: a", "classes must be a list"),
         ("classes: {1: a, 2: b}", "classes must be a list"),
         ("classes: [a, a]", "same name"),
+        ("classes: [no, yes]", "as False. Put it in quotes"),
         ("classes: [a, b]\npalette: [[0, 0, 0]]", "palette must be a list of 2 colours"),
         ("classes: [a, b]\npalette: [[0, 0, 0], [0, 0, 300]]", "palette must be"),
         ("classes: [a, b]\nignore_index: none", "ignore_index must be a number"),
