@@ -12,10 +12,21 @@ from ctt.cli import evaluate, predict, train
 from tests.data import trees
 
 # the real network; only what makes it slow is small
-SMALL = (
-    "--model.weights none --train.iterations 2 --train.log-every 1 --train.no-tensorboard "
-    "--train.eval-every 2 --data.workers 0 --data.batch-size 2"
-).split()
+SMALL = [
+    "--model.weights",
+    "none",
+    "--train.iterations",
+    "2",
+    "--train.log-every",
+    "1",
+    "--train.no-tensorboard",
+    "--train.eval-every",
+    "2",
+    "--data.workers",
+    "0",
+    "--data.batch-size",
+    "2",
+]
 
 
 def run(program: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
