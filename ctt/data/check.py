@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ctt.data.source import IGNORE, Source
-from ctt.data.split import examine_list, in_both
+from ctt.data.split import UNLABELED_ALONE, all_others, examine_list, in_both
 from ctt.errors import UserError
 
 HANDFUL = 5  # pairs read by the quick check, of the labelled and of the evaluation images
@@ -71,19 +71,18 @@ def examine_split(
         labelled names, unlabelled names, faults.
 
     Raises:
-        UserError: a list cannot be read or is empty.
+        UserError: a list cannot be read or is empty, or that of the labelled images is missing.
     """
     if labeled_list is None and unlabeled_list is None:
         return source.train_ids(), source.unlabeled_ids(), []
-    labeled: list[str] = []
-    unlabeled: list[str] = []
-    faults: list[str] = []
-    if labeled_list is not None:
-        labeled, faults = examine_list(labeled_list, source, labeled=True)
-    if unlabeled_list is not None:
-        unlabeled, more = examine_list(unlabeled_list, source, labeled=False)
-        both = in_both(labeled, unlabeled)
-        faults += more + [f"{name} is in {labeled_list} and in {unlabeled_list}." for name in both]
+    if labeled_list is None:
+        raise UserError(UNLABELED_ALONE)
+    labeled, faults = examine_list(labeled_list, source, labeled=True)
+    if unlabeled_list is None:
+        return labeled, all_others(source, labeled), faults
+    unlabeled, more = examine_list(unlabeled_list, source, labeled=False)
+    both = in_both(labeled, unlabeled)
+    faults += more + [f"{name} is in {labeled_list} and in {unlabeled_list}." for name in both]
     return labeled, unlabeled, faults
 
 

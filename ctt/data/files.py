@@ -77,7 +77,8 @@ def read_mask(path: Path) -> np.ndarray[tuple[int, int], np.dtype[np.integer]]:
 
 def _broken(path: Path, what: str, error: Exception) -> UserError:
     if isinstance(error, FileNotFoundError):
-        return UserError(f"{path}: there is no such file.")
+        hint = " The image that it belongs to can only be an unlabelled one." * (what == "a mask")
+        return UserError(f"{path}: there is no such file.{hint}")
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return UserError(
         f"{path} cannot be read as {what} ({reason}). Replace the file by a whole one, or leave "

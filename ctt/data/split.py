@@ -11,6 +11,7 @@ from ctt.data.source import Source
 from ctt.errors import UserError
 
 NO_MASK = "None"  # as the mask of an unlabelled image is written in some lists
+UNLABELED_ALONE = "--split-unlabeled needs --split-labeled beside it."
 # first bytes of pickles (protocols 2 to 5), .npy and .npz or .pt
 BINARY = (b"\x80", b"\x93NUMPY", b"PK\x03\x04")
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth")
@@ -199,15 +200,13 @@ def make_split(
     """
     if labeled_list is None:
         if unlabeled_list is not None:
-            raise UserError("--split-unlabeled needs --split-labeled beside it.")
+            raise UserError(UNLABELED_ALONE)
         ids = source.train_ids()
         labeled, rest = draw_split(ids, parse_ratio(ratio, len(ids), source.paper_counts), seed)
         return labeled, sorted(rest + source.unlabeled_ids())
     labeled = read_list(labeled_list, source, labeled=True)
     if unlabeled_list is None:
-        taken = set(labeled)
-        pool = source.train_ids() + source.unlabeled_ids()
-        return labeled, sorted(name for name in pool if name not in taken)
+        return labeled, all_others(source, labeled)
     unlabeled = read_list(unlabeled_list, source, labeled=False)
     both = in_both(labeled, unlabeled)
     if both:
@@ -216,6 +215,11 @@ def make_split(
             f"labelled or unlabelled ({len(both)} such)."
         )
     return labeled, unlabeled
+
+
+def all_others(source: Source, labeled: list[str]) -> list[str]:
+    """The training images that are not labelled, sorted."""
+    return sorted({*source.train_ids(), *source.unlabeled_ids()} - set(labeled))
 
 
 def in_both(labeled: list[str], unlabeled: list[str]) -> list[str]:

@@ -84,7 +84,10 @@ def test_faults_of_lists_are_named_by_line(tmp_path: Path, call: Call) -> None:
     options = ("--split-labeled", labeled)
     code, out, err = call("check", "--dataset", "voc", "--data-root", tmp_path, *options)
     assert (code, err) == (0, "")
-    assert "1 images with masks" in out
+    assert "1 images with masks for training, 7 without, 2 for evaluation" in out
+    options = ("--split-unlabeled", labeled)
+    code, _, err = call("check", "--dataset", "voc", "--data-root", tmp_path, *options)
+    assert (code, "needs --split-labeled" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
