@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 import matplotlib
 import torch
+from gradio.data_classes import ImageData
 from PIL import Image
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -80,7 +81,8 @@ class Viewer:
         try:
             found = [self.predict(file, name) for name in names]
         except UserError as error:
-            raise gr.Error(str(error)) from None
+            text = str(error).replace(file, Path(file).name)
+            raise gr.Error(text, print_exception=False) from None
         pictures: list[Any] = []
         for image, label, confidence in found:
             pictures += [
@@ -103,6 +105,27 @@ class Viewer:
         except (UserError, OSError):
             return []
         return files
+
+
+def upload() -> gr.Image:
+    """Where an image is dropped; its file comes as it is, see `read_image`."""
+    image = gr.Image(
+        type="filepath",
+        image_mode=None,
+        sources=["upload", "clipboard"],
+        label="picture",
+        height=300,
+        elem_id="image",
+    )
+    decode = image.preprocess
+
+    def hand_on(payload: ImageData | None) -> Any:
+        return payload.path if payload is not None and payload.path else decode(payload)
+
+    # gradio opens the file itself, and of a broken one the user would read no word; a subclass
+    # makes it write a .pyi beside this file
+    image.preprocess = hand_on  # type: ignore[method-assign]
+    return image
 
 
 def heat(confidence: Tensor) -> Image.Image:
@@ -169,13 +192,7 @@ def build(viewer: Viewer, examples: list[str]) -> gr.Blocks:
         gr.HTML(heading(viewer))
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                image = gr.Image(
-                    type="filepath",
-                    sources=["upload", "clipboard"],
-                    label="picture",
-                    height=300,
-                    elem_id="image",
-                )
+                image = upload()
                 if examples:
                     gr.Examples(examples, image, label=f"evaluation images of {viewer.info.name}")
             with gr.Column(scale=1, min_width=280):

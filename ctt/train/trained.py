@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ctt import methods
+from ctt import models
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
 from ctt.models.base import SegmentationModel
@@ -17,7 +17,6 @@ from ctt.train import checkpoint, run
 from ctt.train.evaluate import ENSEMBLE
 from ctt.train.inference import Predict, mean_of, predictor
 from ctt.train.settings import EvalSettings, Settings
-from ctt.train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -97,16 +96,17 @@ def _of_run(folder: Path) -> Trained:
     _, info, _ = checkpoint.load_network(folder / run.WEIGHTS)
     settings = run.read_settings(folder)
     saved = checkpoint.load(folder / run.CHECKPOINT)
-    pairs = settings.pairs or methods.get(settings.method).default_pairs
-    cpu = torch.device("cpu")
-    state = TrainState(settings, pairs, len(info.classes), cpu, initialize=False)
+    networks: dict[str, SegmentationModel] = {}
     try:
-        state.load_state_dict(saved)
+        for kind in ("student", "teacher"):
+            for k, tensors in enumerate(saved[f"{kind}s"]):
+                network = models.build(num_classes=len(info.classes), **settings.model.of_pair(k))
+                network.load_state_dict(tensors)
+                networks[f"{kind}_{k + 1}"] = network.eval()
+        origin = f"{folder} after {saved['iteration']} iterations"
     except (RuntimeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: checkpoint and config.yaml do not fit ({reason}).") from None
-    networks = {name: network.eval() for name, network in state.networks().items()}
-    origin = f"{folder} after {state.iteration} iterations"
     return Trained(networks, info, settings, origin, sha256(folder / run.CHECKPOINT))
 
 

@@ -64,6 +64,19 @@ def test_evaluation_of_a_run_repeats_its_summary(
     assert call(evaluate.main, arguments, monkeypatch) == 2  # the folder is not empty
 
 
+def test_a_checkpoint_of_another_network_is_refused(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text("utf-8").replace("width: 4", "width: 5"), "utf-8")
+    assert call(evaluate.main, [str(tmp_path / "run")], monkeypatch) == 2
+    assert "checkpoint and config.yaml do not fit" in " ".join(capsys.readouterr().err.split())
+
+
 def test_only_the_networks_asked_for(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
