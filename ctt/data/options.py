@@ -15,7 +15,7 @@ class SourceOptions:
     `classic`: the 1,464 of train.txt; the other 9,118 are unlabelled images."""
     holdout: float = 0.1
     """Share of the training images that is held out for evaluation, the same ones for every seed:
-    of a `folder` without val/, and of any data set with --data.eval-split tune."""
+    of a `folder` without val/, and of data in files with --data.eval-split tune."""
     labeled_pool: int = 1000
     """digits: images made for training, labelled and unlabelled together."""
     eval_images: int = 300

@@ -1,5 +1,6 @@
 """VOC, Cityscapes and plain folders, in their true layouts; and everything that can be wrong."""
 
+import pickle
 from fractions import Fraction
 from pathlib import Path
 
@@ -359,6 +360,18 @@ def test_unlabelled_images_need_no_mask(tmp_path: Path) -> None:
     view = GeometricView((8, 8), (1, 1), False, 0, 0, source.info.mean)
     dataset = ViewDataset(source, unlabeled, view, False, 0, "test")
     assert len(list(load(dataset, DrawSampler(6, 3, 0, 2, 0, "test"), 0, False))) == 2
+
+
+@pytest.mark.parametrize("name", ["voc", "cityscapes", "folder"])
+def test_sources_travel_to_processes_that_are_started_anew(tmp_path: Path, name: str) -> None:
+    write = {"voc": trees.write_voc, "cityscapes": trees.write_cityscapes}
+    write.get(name, trees.write_folder)(tmp_path)
+    source = opened(name, tmp_path)
+    there = pickle.loads(pickle.dumps(source))
+    for one, other in zip(
+        source.pair(source.train_ids()[0]), there.pair(source.train_ids()[0]), strict=True
+    ):
+        assert torch.equal(one, other)
 
 
 def test_images_of_any_mode_are_read_in_colour(tmp_path: Path) -> None:
