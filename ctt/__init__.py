@@ -1,3 +1,33 @@
 """Semi-supervised semantic segmentation by cross-teacher training."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ctt.models.segmenter import Segmenter
+
 __version__ = "0.1.0"
+
+
+def load(path: str | Path, network: str = "best") -> Segmenter:
+    """A trained network, ready for inference on the CPU, without gradients (needs the extra
+    `train`).
+
+    It is a module that maps RGB images (B, 3, H, W) in 0..1 to class probabilities (B, C, H, W),
+    with a method `predict` for one image of uint8, and with `classes`, `palette`, `mean`, `std`.
+
+    Args:
+        path: the folder of a run, or the best.safetensors of one.
+        network: student_1, teacher_2 and so on, as the run's last checkpoint has them, or `best`,
+            the one in its best.safetensors.
+
+    Raises:
+        ctt.errors.UserError: there is no such file or network, or it cannot be read.
+    """
+    from ctt.models.segmenter import Segmenter
+    from ctt.train.trained import load_trained
+
+    trained = load_trained(Path(path), network)
+    return Segmenter(trained.only(), trained.info, trained.origin).requires_grad_(False)

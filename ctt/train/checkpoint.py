@@ -52,7 +52,19 @@ def load(path: Path) -> dict[str, Any]:
 
 def save_network(path: Path, network: SegmentationModel, info: DatasetInfo, note: str) -> None:
     """Write one network, ready for inference: weights, and how to build it and read its output."""
-    meta = {
+    meta = description(network, info, note)
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata={"ctt": json.dumps(meta)})
+    part.replace(path)
+
+
+def description(network: SegmentationModel, info: DatasetInfo, note: str) -> dict[str, Any]:
+    """How to build the network and read its output, as JSON takes it."""
+    return {
         "format": WEIGHTS_FORMAT,
         "model": network.options,
         "dataset": info.name,
@@ -62,13 +74,6 @@ def save_network(path: Path, network: SegmentationModel, info: DatasetInfo, note
         "std": info.std,
         "note": note,
     }
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"ctt": json.dumps(meta)})
-    part.replace(path)
 
 
 def load_network(path: Path) -> tuple[SegmentationModel, DatasetInfo, str]:

@@ -60,6 +60,18 @@ class Trained:
         }
         return replace(self, networks=networks)
 
+    def only(self) -> SegmentationModel:
+        """The one network, where one was chosen.
+
+        Raises:
+            UserError: there are several.
+        """
+        if len(self.networks) != 1:
+            raise UserError(
+                f"--network must name one network here: best, {', '.join(self.networks)}."
+            )
+        return next(iter(self.networks.values()))
+
     def predictor(self, device: torch.device, settings: EvalSettings) -> Predict:
         """Mean of the probabilities of the networks, which are moved to `device`."""
         networks = [network.to(device) for network in self.networks.values()]

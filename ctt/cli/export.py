@@ -1,0 +1,89 @@
+"""ctt-export: one network as a file that other programs run."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ctt.cli.common import run_program
+from ctt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Write one network as ONNX, as a program of torch.export, or as weights for ctt.load.
+
+    A graph takes RGB images (batch, 3, height, width), float32 in 0..1, as `images`, and gives
+    `classes`, (batch, class, height, width); normalisation and upsampling are in it. The file is
+    compared with the network before it gets its name. Names and colours of the classes are in its
+    metadata, as JSON under `ctt`.
+    """
+
+    path: Path
+    """Folder of a run, or a best.safetensors."""
+    out: Path | None = None
+    """File to write; by default NETWORK.onnx, .pt2 or .safetensors in the folder of PATH."""
+    network: str = "best"
+    """student_1, teacher_2 and so on, as the run's last checkpoint has them, or `best`, the one
+    in its best.safetensors."""
+    format: Literal["onnx", "torch-export", "safetensors"] = "onnx"
+    """onnx (opset 18), torch-export (.pt2, for torch.export.load), or safetensors (for ctt.load
+    and ctt-predict)."""
+    output: Literal["probabilities", "logits"] = "probabilities"
+    """What a graph gives."""
+    normalized: bool = False
+    """The graph takes images that are normalised already, by the mean and std in its metadata."""
+    size: tuple[int, int] | None = None
+    """Height and width of the images; by default any. Vision transformers and networks with
+    TensorFlow's padding (tf_...) need it."""
+    overwrite: bool = False
+    """Replace a file that is there already."""
+
+
+def main() -> None:
+    """The program."""
+    run_program("ctt-export", lambda: _main(sys.argv[1:]), extra="export")
+
+
+def _main(arguments: list[str]) -> int:
+    import tyro
+
+    parsed = tyro.cli(
+        Arguments, prog="ctt-export", args=arguments, config=(tyro.conf.PositionalRequiredArgs,)
+    )
+    if parsed.size is not None and min(parsed.size) < 1:
+        raise UserError(f"--size must be at least 1 1, got {parsed.size}.")
+    if parsed.format == "safetensors" and (
+        parsed.normalized or parsed.size or parsed.output != "probabilities"
+    ):
+        raise UserError(
+            "--output, --normalized and --size say what a graph computes, and --format safetensors "
+            "writes weights alone. Leave them out."
+        )
+    from ctt.train.export import OPSET, SUFFIXES, export
+    from ctt.train.trained import load_trained
+
+    folder = parsed.path if parsed.path.is_dir() else parsed.path.parent
+    out = parsed.out or folder / f"{parsed.network}{SUFFIXES[parsed.format]}"
+    check_target(out, parsed)
+    trained = load_trained(parsed.path, parsed.network)
+    difference = export(trained, out, parsed.format, parsed.output, parsed.normalized, parsed.size)
+    details = f", opset {OPSET}" if parsed.format == "onnx" else ""
+    checked = f"; largest difference from the network {difference:.1g}" if difference else ""
+    print(f"{out}: {parsed.network} of {trained.origin} as {parsed.format}{details}{checked}")
+    return 0
+
+
+def check_target(out: Path, parsed: Arguments) -> None:
+    """Refuse to write over the network itself, or over anything without --overwrite."""
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}.")
+    if out.is_dir():
+        raise UserError(f"--out {out}: this is a folder; give the name of a file.")
+    source = parsed.path / "best.safetensors" if parsed.path.is_dir() else parsed.path
+    if out.resolve() == source.resolve():
+        raise UserError(f"{out} is the network itself. Give another --out.")
+    if out.exists() and not parsed.overwrite:
+        raise UserError(f"{out} is there already. Give another --out, or --overwrite.")

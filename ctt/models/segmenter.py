@@ -1,0 +1,83 @@
+"""A trained network with all that stands before and after it: from an image to its classes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from ctt.data.source import DatasetInfo
+    from ctt.models.base import SegmentationModel
+
+
+class Segmenter(nn.Module):
+    """Normalisation, network, and its output at the resolution of the image.
+
+    Args:
+        network: any network of `ctt.models`. info: of the data set it was trained on.
+        note: on the origin of the weights.
+
+    Attributes:
+        classes: C names. palette: C colours (r, g, b) in 0..255.
+        mean, std: of the channels in 0..1, by which images are normalised.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: SegmentationModel, info: DatasetInfo, note: str = "") -> None:
+        super().__init__()
+        self.network = network
+        self.classes, self.palette, self.note = info.classes, info.palette, note
+        for name, values in (("mean", info.mean), ("std", info.std)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """RGB images (B, 3, H, W) in 0..1 -> class probabilities (B, C, H, W)."""
+        return self.logits(self.normalize(images)).softmax(dim=1)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in 0..1 -> mean 0 and deviation 1, as the network was trained on."""
+        return (images - self.mean) / self.std
+
+    def logits(self, normalized: Tensor) -> Tensor:
+        """Images (B, 3, H, W), normalised -> logits (B, C, H, W)."""
+        logits = self.network(normalized).logits.float()  # (B, C, h, w)
+        size = normalized.shape[-2:]
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+    @torch.no_grad()
+    def predict(self, image: Any) -> Tensor:
+        """The class of every pixel of one RGB image.
+
+        Args:
+            image: (H, W, 3) uint8, an array or a PIL image; or a tensor (3, H, W) uint8.
+
+        Returns:
+            (H, W) uint8, on the CPU.
+
+        Raises:
+            ValueError: another shape or type of numbers.
+        """
+        pixels = image if isinstance(image, Tensor) else from_array(image)
+        if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8:
+            raise ValueError(
+                f"predict takes an RGB image of uint8, an array (H, W, 3) or a tensor (3, H, W); "
+                f"got {tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__} "
+                f"of {pixels.dtype}."
+            )
+        unit = pixels.to(self.mean.device)[None].float() / 255
+        probability: Tensor = self(unit)  # (1, C, H, W)
+        return probability[0].argmax(dim=0).to(torch.uint8).cpu()
+
+
+def from_array(image: Any) -> Tensor:
+    """(H, W, 3) array or picture -> (3, H, W)."""
+    import numpy as np
+
+    pixels = torch.from_numpy(np.array(image))  # a copy: pictures share memory not to be written
+    return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels

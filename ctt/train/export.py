@@ -1,0 +1,175 @@
+"""One trained network as a file that other programs run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from timm.layers import Conv2dSame
+from timm.layers.pool2d_same import MaxPool2dSame
+from torch import Tensor, nn
+
+from ctt.errors import UserError
+from ctt.models.segmenter import Segmenter
+from ctt.train.checkpoint import description, save_network
+from ctt.train.trained import Trained
+
+OPSET = 18  # of ONNX: the first whose resizing knows all that PyTorch's does
+TOLERANCE = 1e-4  # of the outputs of the file, against those of the network
+EXAMPLE = (2, 3, 161, 190)  # what open sizes are traced with
+TRIED = ((1, 3, 129, 160), (3, 3, 144, 205))  # what they are checked with
+
+PADDED_BY_SIZE = (Conv2dSame, MaxPool2dSame)  # the tracer's expressions of sizes grow with each one
+
+Format = Literal["onnx", "torch-export", "safetensors"]
+Result = Literal["probabilities", "logits"]
+SUFFIXES: dict[Format, str] = {
+    "onnx": ".onnx",
+    "torch-export": ".pt2",
+    "safetensors": ".safetensors",
+}
+
+
+class Graph(nn.Module):
+    """What a file computes: images (B, 3, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, segmenter: Segmenter, result: Result, normalized: bool) -> None:
+        super().__init__()
+        self.segmenter, self.result, self.normalized = segmenter, result, normalized
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.segmenter.logits(
+            images if self.normalized else self.segmenter.normalize(images)
+        )
+        return logits.softmax(dim=1) if self.result == "probabilities" else logits
+
+
+def export(
+    trained: Trained,
+    out: Path,
+    file_format: Format,
+    result: Result = "probabilities",
+    normalized: bool = False,
+    size: tuple[int, int] | None = None,
+) -> float:
+    """Write the one network of `trained` to `out`; whoever reads it sees the whole file or none.
+
+    Args:
+        result: what a graph gives. normalized: its images are, else they are in 0..1.
+        size: height and width of its images; None leaves them open.
+
+    Returns:
+        the largest difference of the file's outputs from the network's, relative to the largest
+        output where that is over 1; 0 for safetensors, which holds the weights themselves.
+
+    Raises:
+        UserError: the network cannot be put into a graph, or the graph computes something else.
+    """
+    network = trained.only()
+    if file_format == "safetensors":
+        save_network(out, network, trained.info, trained.origin)
+        return 0.0
+    graph = Graph(Segmenter(network, trained.info), result, normalized)
+    shape = EXAMPLE if size is None else (*EXAMPLE[:2], *size)
+    program = trace(graph, torch.rand(shape), size is None)
+    meta = {
+        **description(network, trained.info, trained.origin),
+        "input": "normalised" if normalized else "0..1",
+        "output": result,
+    }
+    part = out.with_name(f"{out.stem}.part{out.suffix}")
+    try:
+        write = write_onnx if file_format == "onnx" else write_torch_export
+        run = write(program, part, json.dumps(meta))
+        tried = TRIED if size is None else ((1, 3, *size), (3, 3, *size))
+        difference = max(largest_difference(graph, run, torch.rand(s)) for s in tried)
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"The file would not compute what the network computes (the outputs differ by "
+                f"{difference:.2g}), and is not written.{_mend(size is None)}"
+            )
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+    return difference
+
+
+def trace(graph: Graph, images: Tensor, open_sizes: bool) -> torch.export.ExportedProgram:
+    """The graph with an open batch, and with open height and width or those of `images`."""
+    if open_sizes and any(isinstance(module, PADDED_BY_SIZE) for module in graph.modules()):
+        raise UserError(
+            "The network has convolutions that pad as TensorFlow does, by the size of the image, "
+            "and putting them into a graph of open sizes takes too long." + _mend(open_sizes)
+        )
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = {0: dynamic, 2: dynamic, 3: dynamic} if open_sizes else {0: dynamic}
+    try:
+        return torch.export.export(graph, (images,), dynamic_shapes={"images": shapes})
+    except Exception as error:  # of the network's code, or of the tracer: of many kinds
+        raise _not_exportable(error, open_sizes) from None
+
+
+def write_onnx(
+    program: torch.export.ExportedProgram, path: Path, meta: str
+) -> Callable[[Tensor], Tensor]:
+    """Returns what runs the file with onnxruntime."""
+    import onnxruntime
+
+    with warnings.catch_warnings(action="ignore"):  # about the exporter's own insides
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        converted = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["classes"],
+            verbose=False,
+        )
+    assert converted is not None
+    converted.model.metadata_props["ctt"] = meta
+    converted.save(path, external_data=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        (found,) = session.run(None, {"images": images.numpy()})
+        return torch.from_numpy(found)
+
+    return run
+
+
+def write_torch_export(
+    program: torch.export.ExportedProgram, path: Path, meta: str
+) -> Callable[[Tensor], Tensor]:
+    """Returns what runs the file with torch."""
+    torch.export.save(program, path, extra_files={"ctt.json": meta})
+    run: Callable[[Tensor], Tensor] = torch.export.load(path).module()
+    return run
+
+
+@torch.no_grad()
+def largest_difference(graph: Graph, run: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    """Of the outputs for `images`; infinite where the file refuses them."""
+    expected = graph(images)
+    try:
+        found = run(images)
+    except Exception:  # a runtime has errors of its own for sizes that were traced away
+        return float("inf")
+    if found.shape != expected.shape:
+        return float("inf")
+    scale = max(1.0, float(expected.abs().max()))
+    return float((found - expected).abs().max()) / scale
+
+
+def _not_exportable(error: Exception, open_sizes: bool) -> UserError:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return UserError(f"The network cannot be put into a graph ({reason}).{_mend(open_sizes)}")
+
+
+def _mend(open_sizes: bool) -> str:
+    return " Fix the size of the images by --size HEIGHT WIDTH." if open_sizes else ""

@@ -1,0 +1,132 @@
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ctt
+from ctt import models
+from ctt.cli import export, train
+from ctt.data.digits import INFO
+from ctt.train import checkpoint
+from ctt.train import export as graphs
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    quick = (
+        "--ratio 6 --data.labeled-pool 24 --data.eval-images 6 --data.batch-size 2 "
+        "--model.width 4 --model.features 8 --train.threads 1 --train.iterations 2"
+    )
+    assert train._main([*shlex.split(quick), "--out", str(out)]) == 0
+    return out
+
+
+def call(arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["ctt-export", *shlex.split(arguments)])
+    with pytest.raises(SystemExit) as stop:
+        export.main()
+    return int(stop.value.code or 0)
+
+
+def file_of(name: str, backbone: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    network = models.build(name, 11, 16, 8, backbone=backbone)
+    checkpoint.save_network(folder / "net.safetensors", network, INFO, name)
+    return folder / "net.safetensors"
+
+
+def test_onnx_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = file_of("deeplabv3plus", "test_resnet", tmp_path)
+    assert call(f"{weights}", monkeypatch) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "best.onnx")
+    meta = json.loads(session.get_modelmeta().custom_metadata_map["ctt"])
+    assert meta["classes"] == list(INFO.classes)
+    assert (meta["input"], meta["output"]) == ("0..1", "probabilities")
+    segmenter = ctt.load(weights)
+    for size in ((1, 3, 65, 97), (3, 3, 40, 40)):
+        images = torch.rand(size)
+        (found,) = session.run(["classes"], {"images": images.numpy()})
+        np.testing.assert_allclose(found, segmenter(images).numpy(), atol=1e-4)
+
+
+def test_program_of_torch_export_from_a_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "net.pt2"
+    options = "--network teacher_2 --format torch-export --output logits --normalized"
+    assert call(f"{folder} {options} --out {out}", monkeypatch) == 0
+    segmenter = ctt.load(folder, "teacher_2")
+    extra = {"ctt.json": ""}
+    program = torch.export.load(out, extra_files=extra)
+    assert json.loads(extra["ctt.json"])["input"] == "normalised"
+    images = torch.randn(1, 3, 33, 52)
+    torch.testing.assert_close(program.module()(images), segmenter.logits(images))
+    assert call(f"{folder} {options} --out {out}", monkeypatch) == 2
+    assert call(f"{folder} --network student_1 --format safetensors", monkeypatch) == 0
+    again = ctt.load(folder / "student_1.safetensors")
+    torch.testing.assert_close(again(images), ctt.load(folder, "student_1")(images))
+
+
+def test_transformers_have_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = file_of("vit", "test_vit", tmp_path)
+    assert call(f"{weights} --size 50 40", monkeypatch) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "best.onnx")
+    images = torch.rand(3, 3, 50, 40)
+    (found,) = session.run(None, {"images": images.numpy()})
+    np.testing.assert_allclose(found, ctt.load(weights)(images).numpy(), atol=1e-4)
+
+
+def test_a_file_that_computes_something_else_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = file_of("deeplabv2", "test_resnet", tmp_path)
+    assert call(f"{weights} --format torch-export --out {tmp_path}/good.pt2", monkeypatch) == 0
+    (tmp_path / "good.pt2").unlink()
+    monkeypatch.setattr(graphs, "TOLERANCE", -1.0)
+    assert call(f"{weights} --format torch-export", monkeypatch) == 2
+    assert "is not written. Fix the size of the images" in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == [weights]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("{nowhere}", "there is no such file"),
+        ("{text}", "is no safetensors file"),
+        ("{net} --network teacher_1", "there is none of that name"),
+        ("{net} --out {net}", "is the network itself"),
+        ("{net} --out {text}", "is there already"),
+        ("{net} --out {nowhere}/x.onnx", "there is no folder"),
+        ("{net} --out {folder}", "this is a folder"),
+        ("{net} --size 0 40", "--size must be at least 1 1"),
+        ("{net} --format safetensors --output logits", "writes weights alone"),
+        ("{same}", "pad as TensorFlow does"),
+    ],
+)
+def test_bad_input(
+    arguments: str,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = {name: tmp_path / name for name in ("nowhere", "text", "folder", "same")}
+    paths["text"].write_text("hello")
+    paths["folder"].mkdir()
+    paths["net"] = file_of("small", "", tmp_path)
+    if "same" in arguments:
+        paths["same"] = file_of("deeplabv2", "tf_efficientnet_lite0", tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert call(arguments.format(**paths), monkeypatch) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    assert text in " ".join(shown.split())
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

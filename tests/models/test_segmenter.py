@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ctt
+from ctt import models
+from ctt.data.digits import INFO
+from ctt.errors import UserError
+from ctt.methods.losses import upsample
+from ctt.train.checkpoint import save_network
+from ctt.train.step import normalize, to_unit
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    save_network(tmp_path / "net.safetensors", models.build("small", 11, 8, 4), INFO, "a note")
+    return tmp_path / "net.safetensors"
+
+
+def test_a_loaded_network_segments_as_evaluation_does(weights: Path) -> None:
+    segmenter = ctt.load(weights)
+    assert segmenter.classes == INFO.classes
+    assert segmenter.palette == INFO.palette
+    assert segmenter.note == "a note"
+    assert not segmenter.training
+    image = torch.randint(0, 256, (3, 33, 47), dtype=torch.uint8)
+    normalized = normalize(to_unit(image[None]), INFO)
+    expected = upsample(segmenter.network(normalized).logits, (33, 47)).softmax(dim=1)
+    torch.testing.assert_close(segmenter(image[None].float() / 255), expected)
+    label = segmenter.predict(image)
+    assert label.dtype == torch.uint8
+    assert torch.equal(label.long(), expected[0].argmax(dim=0))
+    pixels = image.permute(1, 2, 0).numpy()
+    assert torch.equal(segmenter.predict(pixels), label)
+    assert torch.equal(segmenter.predict(Image.fromarray(pixels)), label)
+
+
+def test_what_is_no_image(weights: Path) -> None:
+    segmenter = ctt.load(str(weights))
+    for bad in (
+        np.zeros((5, 5), np.uint8),
+        np.zeros((5, 5, 4), np.uint8),
+        torch.zeros(3, 5, 5),
+        torch.zeros(1, 3, 5, 5, dtype=torch.uint8),
+    ):
+        with pytest.raises(ValueError, match="takes an RGB image of uint8"):
+            segmenter.predict(bad)
+
+
+def test_what_is_no_network(weights: Path) -> None:
+    with pytest.raises(UserError, match="there is no such file"):
+        ctt.load(weights.parent / "other.safetensors")
+    with pytest.raises(UserError, match="there is none of that name"):
+        ctt.load(weights, network="teacher_1")
