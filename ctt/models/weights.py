@@ -178,8 +178,9 @@ def _repository(backbone: str) -> str:
     """Where on the hub the weights of a backbone are."""
     import timm
 
-    if timm.models.is_model_pretrained(backbone):
-        return str(timm.models.get_pretrained_cfg(backbone).hf_hub_id)
+    facts = timm.models.get_pretrained_cfg(backbone)
+    if facts is not None and facts.hf_hub_id:
+        return str(facts.hf_hub_id)
     if not timm.is_model(backbone):  # so it is one of segmentation_models_pytorch's own
         from segmentation_models_pytorch.encoders import encoders
 

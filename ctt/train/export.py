@@ -86,7 +86,12 @@ def export(
     part = out.with_name(f"{out.stem}.part{out.suffix}")
     try:
         write = write_onnx if file_format == "onnx" else write_torch_export
-        run = write(program, part, json.dumps(meta))
+        try:
+            run = write(program, part, json.dumps(meta))
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:  # operations that a format does not know: of many kinds
+            raise _not_exportable(error, size is None) from None
         tried = TRIED if size is None else ((1, 3, *size), (3, 3, *size))
         difference = max(largest_difference(graph, run, torch.rand(s)) for s in tried)
         if not difference <= TOLERANCE:

@@ -87,13 +87,24 @@ def test_transformers_have_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_file_that_computes_something_else_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights = file_of("deeplabv2", "test_resnet", tmp_path)
-    assert call(f"{weights} --format torch-export --out {tmp_path}/good.pt2", monkeypatch) == 0
-    (tmp_path / "good.pt2").unlink()
+    weights = file_of("small", "", tmp_path)
     monkeypatch.setattr(graphs, "TOLERANCE", -1.0)
     assert call(f"{weights} --format torch-export", monkeypatch) == 2
     assert "is not written. Fix the size of the images" in " ".join(capsys.readouterr().err.split())
     assert list(tmp_path.iterdir()) == [weights]
+
+
+def test_operations_that_a_format_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pooling that rounds up has no open sizes in a .pt2 file."""
+    weights = file_of("deeplabv2", "test_resnet", tmp_path)
+    assert call(f"{weights} --format torch-export", monkeypatch) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "cannot be put into a graph" in shown
+    assert "by --size HEIGHT WIDTH" in shown
+    assert list(tmp_path.iterdir()) == [weights]
+    assert call(f"{weights} --format torch-export --size 40 56", monkeypatch) == 0
 
 
 @pytest.mark.parametrize(
