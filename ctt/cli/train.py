@@ -31,6 +31,8 @@ class Arguments(Settings):
     """New folder for the run; by default a numbered one in runs/."""
     resume: Path | None = None
     """Go on with the stopped run in this folder, with its settings."""
+    dry_run: bool = False
+    """Check settings and data, tell how much memory the run takes, and write nothing."""
 
 
 def main() -> None:
@@ -45,8 +47,12 @@ def _main(arguments: list[str]) -> int:
         if first_process():
             raise
         raise AlreadyReportedError from None
-    from ctt.train.loop import Stopped, train
+    from ctt.train.loop import Stopped, dry_run, train
 
+    if parsed.dry_run:
+        if first_process():
+            dry_run(settings)
+        return 0
     try:
         train(settings, out=parsed.out, resume=parsed.resume)
     except Stopped as stopped:

@@ -39,6 +39,7 @@ from ctt.train import checkpoint, run
 from ctt.train.distributed import World, join, local_rank, local_size
 from ctt.train.evaluate import Score, as_json, confusions, score, score_table, write_json
 from ctt.train.feed import Feed
+from ctt.train.memory import estimate, memory_table
 from ctt.train.profile import Profile
 from ctt.train.record import Recorder, draw_curves, draw_samples
 from ctt.train.settings import Settings, to_dict
@@ -102,7 +103,7 @@ class Trainer:
         self.source = open_source(settings)
         self.uses_unlabeled = bool(self.method.teachers_of(0, self.pairs))
         if resume is None:
-            self.labeled, self.unlabeled = self._new_split()
+            self.labeled, self.unlabeled = new_split(settings, self.source, self.uses_unlabeled)
         classes = len(self.source.info.classes)
         fresh = resume is None
         self.state = TrainState(
@@ -133,19 +134,6 @@ class Trainer:
         write_list(folder / run.LABELED_LIST, self.labeled)
         write_list(folder / run.UNLABELED_LIST, self.unlabeled)
         return folder
-
-    def _new_split(self) -> tuple[list[str], list[str]]:
-        s = self.settings
-        labeled, unlabeled = make_split(
-            self.source, s.ratio, s.seed, s.split_labeled, s.split_unlabeled
-        )
-        check_quickly(self.source, labeled, unlabeled if self.uses_unlabeled else [])
-        if self.uses_unlabeled and not unlabeled:
-            raise UserError(
-                f"--method {s.method} learns from unlabelled images, but all {len(labeled)} "
-                f"training images are labelled. Lower --ratio, or use --method supervised."
-            )
-        return labeled, unlabeled
 
     def train(self) -> dict[str, Any]:
         """Run to the last iteration, evaluate, and write everything the run folder holds."""
@@ -443,6 +431,48 @@ class Trainer:
             console=self.console,
             transient=True,
         )
+
+
+def new_split(
+    settings: Settings, source: Source, uses_unlabeled: bool
+) -> tuple[list[str], list[str]]:
+    """Names of the labelled and unlabelled images of a new run, with a quick look at their files.
+
+    Raises:
+        UserError: lists or files that cannot be used, or nothing left to learn from.
+    """
+    s = settings
+    labeled, unlabeled = make_split(source, s.ratio, s.seed, s.split_labeled, s.split_unlabeled)
+    check_quickly(source, labeled, unlabeled if uses_unlabeled else [])
+    if uses_unlabeled and not unlabeled:
+        raise UserError(
+            f"--method {s.method} learns from unlabelled images, but all {len(labeled)} "
+            f"training images are labelled. Lower --ratio, or use --method supervised."
+        )
+    return labeled, unlabeled
+
+
+def dry_run(settings: Settings) -> None:
+    """Look at settings and data as a start does, and tell what memory a run takes; no file.
+
+    Raises:
+        UserError: settings or data that cannot work.
+    """
+    device = pick_device(settings.train.device)
+    method = methods.get(settings.method)
+    pairs = settings.pairs or method.default_pairs
+    source = open_source(settings)
+    uses_unlabeled = bool(method.teachers_of(0, pairs))
+    labeled, unlabeled = new_split(settings, source, uses_unlabeled)
+    parts = estimate(settings, pairs, len(source.info.classes), uses_unlabeled)
+    console = Console()
+    console.print(
+        f"{settings.method} with {pairs} pairs on {settings.dataset} would start with "
+        f"{len(labeled)} labelled and {len(unlabeled)} unlabelled images. Nothing is written.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(memory_table(parts, settings, device))
 
 
 def open_source(settings: Settings) -> Source:

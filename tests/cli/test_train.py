@@ -156,3 +156,16 @@ def test_resume_refuses_what_the_checkpoint_does_not_fit(
     for change in ("--model.width 5", "--method supervised", "--pairs 3", "--bank.capacity 9"):
         assert run(f"--resume {out} {change}", monkeypatch) == 2
         assert change.split()[0] in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_the_memory_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(f"{QUICK} --dry-run", monkeypatch) == 0
+    shown = capsys.readouterr().out
+    assert "6 labelled and 18 unlabelled images" in shown
+    for row in ("activations", "their momenta", "cpu has", "largest --data.batch-size"):
+        assert row in shown
+    assert list(tmp_path.iterdir()) == []
+    assert run("--ratio 5000 --dry-run", monkeypatch) == 2

@@ -1,0 +1,55 @@
+import pytest
+import torch
+from torch import Tensor
+
+from ctt.methods import losses
+from ctt.train.memory import ACTIVATIONS, _forward, estimate, size_of
+from ctt.train.settings import Settings, update
+from ctt.train.state import TrainState, make_student
+
+
+def test_networks_banks_and_optimiser_are_those_of_a_run(tiny: Settings) -> None:
+    parts = estimate(tiny, 2, 11, True)
+    state = TrainState(tiny, 2, 11, torch.device("cpu"))
+    for name, networks in (("students", state.students), ("teachers", state.teachers)):
+        tensors = [x for net in networks for x in (*net.parameters(), *net.buffers())]
+        assert parts[name] == sum(map(size_of, tensors))
+    momenta = [x for held in state.optimizer.state.values() for x in held.values()]
+    assert parts["their momenta"] == parts["their gradients"] == sum(map(size_of, momenta))
+    assert parts["banks"] == sum(size_of(bank.keys) for bank in state.banks)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_activations_are_those_that_autograd_keeps(tiny: Settings, amp: str) -> None:
+    settings = update(tiny, {"train": {"amp": amp}}, "test")
+    network, _ = make_student(settings, 0, 11, False)
+    own = {x.untyped_storage().data_ptr() for x in (*network.parameters(), *network.buffers())}
+    held: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in own:
+            held[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        label = torch.zeros(6, 24, 24, dtype=torch.int64)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp != "off"):
+            out = network(torch.rand(6, 3, 24, 24))
+        losses.pixel_cross_entropy(out.logits, label, losses.valid_pixels(label))
+    expected = sum(x.untyped_storage().nbytes() for x in held.values())
+    kept, features = _forward(network, settings, (6, 3, 24, 24))
+    assert sum(kept) == pytest.approx(expected, rel=0.02)
+    assert features == 4 * out.features.numel()
+
+
+def test_activations_grow_with_the_batch_and_shrink_with_its_parts(tiny: Settings) -> None:
+    sizes = [
+        estimate(update(tiny, change, "test"), 2, 11, True)[ACTIVATIONS]
+        for change in (
+            {"data": {"batch_size": 4}},
+            {"data": {"batch_size": 8}},
+            {"data": {"batch_size": 8}, "train": {"accumulate": 2}},
+        )
+    ]
+    assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.05)
+    assert sizes[2] == sizes[0]
