@@ -46,7 +46,8 @@ class Smp(BackboneModel):
         self.backbone_name = backbone
         net = _create(architecture, backbone)
         self.backbone, self.decoder = net.encoder, allow_single_values(net.decoder)
-        self.multiple = int(net.encoder.output_stride)
+        # the coarsest stage of a DPT is at twice the stride of its encoder
+        self.multiple = int(net.encoder.output_stride) * (2 if architecture == "dpt" else 1)
         channels, self.stride = self._probe(f"smp:{architecture}")
         # where nothing is to be converted the classifier reads the decoder itself
         self.project = nn.Identity() if channels == features else conv_bn(channels, features)
@@ -67,13 +68,18 @@ class Smp(BackboneModel):
         return decoded
 
     def _probe(self, name: str) -> tuple[int, int]:
-        """Channels and stride of what the decoder gives."""
+        """Channels and stride of what the decoder gives; what it leaves unread is not trained.
+
+        Several processes would wait for the gradients of stages and layers that none reads.
+        """
         empty = copy.deepcopy(self).eval().to("meta")
         try:
-            with torch.no_grad():
-                decoded = empty._decode(torch.empty(1, 3, PROBE, PROBE, device="meta"))
+            decoded = empty._decode(torch.empty(1, 3, PROBE, PROBE, device="meta"))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise _not_fitting(name, self.backbone_name, error) from None
+        decoded.sum().backward()  # type: ignore[no-untyped-call]
+        for key, parameter in empty.named_parameters():
+            self.get_parameter(key).requires_grad_(parameter.grad is not None)
         return decoded.shape[1], PROBE // decoded.shape[2]
 
 

@@ -179,17 +179,14 @@ def dense(conv: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["deeplabv2", "deeplabv3plus"])
-@pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto", "tf_efficientnet_lite0"])
-@pytest.mark.parametrize("size", [(33, 65), (50, 40)])
-def test_any_size_in_training_alone_in_the_batch(
-    name: str, backbone: str, size: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_convnext", "tf_efficientnet_lite0"])
+def test_any_size_in_training_alone_in_the_batch(name: str, backbone: str) -> None:
     network = models.build(name, 5, 16, backbone=backbone)
-    out = network(torch.randn(1, 3, *size))
-    grid = tuple(-(-side // network.stride) for side in size)
+    out = network(torch.randn(1, 3, 33, 50))
+    grid = tuple(-(-side // network.stride) for side in (33, 50))
     assert out.features.shape == (1, 16, *grid)
     out.logits.sum().backward()
-    assert all(p.grad is not None for p in network.head_parameters())
+    assert all(p.grad is not None for p in network.parameters())
 
 
 def test_output_stride_8_doubles_the_rates() -> None:

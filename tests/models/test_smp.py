@@ -1,7 +1,10 @@
+import sys
+
 import pytest
 import torch
 
 from ctt import models
+from ctt.cli.common import run_program
 from ctt.errors import UserError
 
 smp = pytest.importorskip("segmentation_models_pytorch")
@@ -20,7 +23,7 @@ def test_every_architecture(name: str) -> None:
     assert (features == 256) == (name in OWN_256)
     assert isinstance(network.project, torch.nn.Identity) == (name in OWN_256)
     out.logits.sum().backward()
-    assert all(p.grad is not None for p in network.head_parameters())
+    assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
 
 
 def test_features_are_what_the_head_reads() -> None:
@@ -40,6 +43,28 @@ def test_encoders_of_the_library_itself() -> None:
     network = models.build("smp:segformer", 5, 256, backbone="mit_b0").eval()
     assert network(torch.randn(1, 3, 70, 50)).features.shape == (1, 256, 18, 13)
     assert "smp:segformer" in models.names()
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone"), [("pspnet", "mit_b0"), ("dpt", "vit_tiny_patch16_224")]
+)
+def test_what_a_decoder_leaves_unread_is_not_trained(name: str, backbone: str) -> None:
+    network = models.build(f"smp:{name}", 5, 8, backbone=backbone)
+    network(torch.randn(2, 3, 130, 131)).logits.sum().backward()
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in network.named_parameters() if p.grad is not None}
+    assert any(key.startswith("backbone.") for key in trained)
+
+
+def test_the_library_is_asked_for_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
+    monkeypatch.delitem(sys.modules, "ctt.models.smp")
+    with pytest.raises(SystemExit) as stop:
+        run_program("ctt-train", lambda: models.build("smp:unet", 5) and 0)
+    assert stop.value.code == 2
+    assert "pip install 'ctt[smp]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,18 @@ from ctt.errors import UserError
 from ctt.train import checkpoint
 
 
-def test_saved_networks_come_back(tmp_path: Path) -> None:
-    network = models.build("small", 11, 8, 4).eval()
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [
+        ("small", ""),
+        ("deeplabv2", "test_resnet"),
+        ("deeplabv3plus", "test_convnext"),
+        ("vit", "test_vit"),
+        ("smp:fpn", "resnet18"),
+    ],
+)
+def test_saved_networks_come_back(tmp_path: Path, name: str, backbone: str) -> None:
+    network = models.build(name, 11, 8, 4, backbone).eval()
     path = tmp_path / "folder" / "net.safetensors"
     checkpoint.save_network(path, network, INFO, "a note")
     again, info, note = checkpoint.load_network(path)
