@@ -37,7 +37,15 @@ from ctt.errors import UserError
 from ctt.ops import prefer_backend
 from ctt.train import checkpoint, run
 from ctt.train.distributed import World, join, local_rank, local_size
-from ctt.train.evaluate import Score, as_json, confusions, score, score_table, write_json
+from ctt.train.evaluate import (
+    Score,
+    as_json,
+    confusions,
+    hash_of_list,
+    score,
+    score_table,
+    write_json,
+)
 from ctt.train.feed import Feed
 from ctt.train.memory import estimate, memory_table
 from ctt.train.profile import Profile
@@ -360,6 +368,8 @@ class Trainer:
             **as_json(scores, info, s.eval),
             "dataset": s.dataset,
             "eval_split": s.data.eval_split,
+            "images": len(self.source.eval_ids()),
+            "images_sha256": hash_of_list(self.source.eval_ids()),
             "method": s.method,
             "pairs": self.pairs,
             "seed": s.seed,

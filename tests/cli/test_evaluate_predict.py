@@ -19,6 +19,8 @@ from ctt.data.digits import Digits
 from ctt.data.files import read_image
 from ctt.train import checkpoint, inference
 
+SCORES = ("miou", "class_iou", "absent", "pixel_accuracy")
+
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
@@ -48,7 +50,7 @@ def test_evaluation_of_a_run_repeats_its_summary(
     assert call(evaluate.main, arguments, monkeypatch) == 0
     scores = json.loads((out / "summary.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
-    for key in ("miou", "class_iou", "absent", "pixel_accuracy", "protocol"):
+    for key in (*SCORES, "protocol", "images", "images_sha256"):
         assert scores[key] == summary[key]
     assert scores["protocol"] == {"name": "whole", "scales": [1.0], "flip": False, "amp": "off"}
     names = "".join(f"{name}\n" for name in Digits(24, 6).eval_ids())
