@@ -111,6 +111,40 @@ def test_two_processes_equal_one_with_twice_the_batch(
 EITHER = ("one", "two")
 
 
+def keep_state(settings: Settings, folder: Path) -> None:
+    """Train, and write what this process ends with."""
+    states: list[Any] = []
+
+    class Kept(TrainState):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            states.append((self, options["world"].rank))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "TrainState", Kept)
+        loop.train(settings, out=folder / "run")
+    state, rank = states[0]
+    torch.save(state.state_dict(), folder / f"rank-{rank}.pt")
+
+
+def test_processes_end_alike_without_synchronised_batch_norm(
+    tiny: Settings, tmp_path: Path
+) -> None:
+    """The gradients of the parts are summed once, and running statistics are shared."""
+    change = {
+        "data": {"batch_size": 4},
+        "train": {"iterations": 3, "eval_every": 3, "accumulate": 2, "tensorboard": False},
+    }
+    both = start(2, tmp_path, keep_state, update(tiny, change, "test"), tmp_path)
+    assert finish(both) == [0, 0], shown(tmp_path)
+    first, second = (torch.load(tmp_path / f"rank-{r}.pt") for r in (0, 1))
+    for kind in ("students", "teachers", "banks"):
+        for mine, other in zip(first[kind], second[kind], strict=True):
+            for name, value in mine.items():
+                assert torch.equal(value, other[name]), f"{kind} {name}"
+    assert first["drawn"] == 3 * 2 * 4
+
+
 def command_line(arguments: str) -> None:
     sys.argv = ["ctt-train", *shlex.split(arguments)]
     program.main()
