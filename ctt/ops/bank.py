@@ -77,39 +77,51 @@ class MemoryBank(nn.Module):
             shape = (self.num_classes, top_k)
             _checks.tensor("MemoryBank.push", "ticket", ticket, shape, None, features.device)
         index, _ = class_topk(confidence, label, top_k, self.num_classes, valid=valid)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            features, index = self._pool_ranks(features, confidence, index)
+        pooled = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        chosen = self._pool_ranks(confidence, index) if pooled else index
         if top_k > per_class:
             if ticket is None:
-                ticket = _tickets(index, generator)
-            index = _draw(index, per_class, ticket)
-        queue_push_(self.keys, self.count, self.cursor, features, index)
+                ticket = _tickets(chosen, generator)
+            chosen = _draw(chosen, per_class, ticket)
+        if pooled:
+            features, chosen = self._fetch(features, index, chosen)
+        queue_push_(self.keys, self.count, self.cursor, features, chosen)
 
-    def _pool_ranks(
-        self, features: Tensor, confidence: Tensor, index: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Every rank's candidates as features (W * C * k, D), and the top k of them all (C, k)."""
+    def _pool_ranks(self, confidence: Tensor, index: Tensor) -> Tensor:
+        """The top k (C, k) of every rank's candidates, as positions among all (W, C, k) of them."""
         num_classes, k = index.shape
-        world = dist.get_world_size()
-        taken = index.clamp(min=0).flatten()
-        mine = features.new_zeros(num_classes * k, self.dim)
         score = confidence.new_zeros(num_classes * k)
-        if features.shape[0]:
-            mine, score = features[taken].contiguous(), confidence[taken].contiguous()
-        present = (index >= 0).flatten()
+        if len(confidence):
+            score = confidence[index.clamp(min=0).flatten()].contiguous()
         owner = torch.arange(num_classes, device=index.device).repeat_interleave(k)
-        owner = torch.where(present, owner, -1)
+        owner = torch.where((index >= 0).flatten(), owner, -1)
         pooled = [
-            torch.empty((world, *x.shape), dtype=x.dtype, device=x.device)
-            for x in (mine, score, owner)
+            torch.empty((dist.get_world_size(), *x.shape), dtype=x.dtype, device=x.device)
+            for x in (score, owner)
         ]
-        for target, source in zip(pooled, (mine, score, owner), strict=True):
+        for target, source in zip(pooled, (score, owner), strict=True):
             dist.all_gather(list(target.unbind()), source)
-        all_features, all_scores, all_owners = (x.flatten(0, 1) for x in pooled)
         # a rank lists its candidates by falling confidence and, among equals, by position, so the
         # order of the pool decides ties as the joined batch would
-        chosen, _ = class_topk(all_scores, all_owners, k, num_classes)
-        return all_features, chosen
+        scores, owners = (x.flatten() for x in pooled)
+        chosen, _ = class_topk(scores, owners, k, num_classes)
+        return chosen
+
+    def _fetch(self, features: Tensor, index: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (C * p, D) of the pooled positions `chosen` (C, p), and their index (C, p).
+
+        Only what is pushed travels: each rank fills in its own rows, and the sum joins them.
+        """
+        own = chosen - dist.get_rank() * index.numel()
+        mine = (chosen >= 0) & (own >= 0) & (own < index.numel())
+        dtype = torch.promote_types(features.dtype, torch.float32)  # which every group can sum
+        rows = features.new_zeros(chosen.numel(), self.dim, dtype=dtype)
+        if features.shape[0]:
+            place = index.flatten()[own.clamp(0, index.numel() - 1)].clamp(min=0).flatten()
+            rows = torch.where(mine.flatten()[:, None], features[place].to(dtype), 0)
+        dist.all_reduce(rows)
+        numbers = torch.arange(chosen.numel(), device=chosen.device).view_as(chosen)
+        return rows, torch.where(chosen >= 0, numbers, -1)
 
     @property
     def full(self) -> Tensor:

@@ -210,7 +210,8 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         pixels = x.numel() // x.shape[1] * dist.get_world_size()
-        own_variance, own_mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)  # (C,)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        own_variance, own_mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)  # (C,)
         means, variances = _Gather.apply(torch.stack([own_mean, own_variance])).unbind(dim=1)
         mean = means.mean(dim=0)
         variance = variances.mean(dim=0) + (means - mean).square().mean(dim=0)
@@ -223,8 +224,9 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (pixels / (pixels - 1)), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        result: Tensor = x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
-        return result
+        result = wide * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        normalized: Tensor = result.to(x.dtype)
+        return normalized
 
 
 class _Gather(torch.autograd.Function):

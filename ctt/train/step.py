@@ -121,7 +121,11 @@ class Step:
             draws = self._draws(state, len(labeled[0]), unlabeled is not None)
             numbers = upload(draws(state.iteration), self.phases.device)
         # layers that draw numbers, such as dropout, do so alike after a resume
-        torch.manual_seed(derive_seed("layers", draws.seed, state.iteration, self.world.rank))
+        seed = derive_seed("layers", draws.seed, state.iteration, self.world.rank)
+        if self.phases.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        else:  # torch.manual_seed takes milliseconds to note it for GPUs that may come
+            torch.default_generator.manual_seed(seed)
         contrast = self.contrast and state.iteration >= self.settings.bank.start_after
         pace = self._pace(state)
         if self.settings.train.cuda_graph:

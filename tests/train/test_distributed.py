@@ -127,13 +127,14 @@ def keep_state(settings: Settings, folder: Path) -> None:
     torch.save(state.state_dict(), folder / f"rank-{rank}.pt")
 
 
-def test_processes_end_alike_without_synchronised_batch_norm(
-    tiny: Settings, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("sync", [True, False])
+def test_processes_end_alike(tiny: Settings, tmp_path: Path, sync: bool) -> None:
     """The gradients of the parts are summed once, and running statistics are shared."""
+    train = {"iterations": 3, "eval_every": 3, "accumulate": 2, "tensorboard": False}
     change = {
         "data": {"batch_size": 4},
-        "train": {"iterations": 3, "eval_every": 3, "accumulate": 2, "tensorboard": False},
+        "model": {"sync_batch_norm": sync},
+        "train": {**train, "amp": "bf16"},
     }
     both = start(2, tmp_path, keep_state, update(tiny, change, "test"), tmp_path)
     assert finish(both) == [0, 0], shown(tmp_path)
