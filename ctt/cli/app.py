@@ -46,7 +46,7 @@ def _main(arguments: list[str]) -> int:
     from ctt.train.loop import pick_device
     from ctt.train.trained import load_trained
 
-    device = pick_device(parsed.device)
+    device = pick_device(parsed.device, "--device")
     trained = load_trained(parsed.path)
     parsed = _parse(arguments, for_images(trained.settings.eval))
     validate_eval(parsed.eval)

@@ -57,10 +57,12 @@ def _main(arguments: list[str]) -> int:
     parsed = _parse(arguments, EvalSettings())
     _check_new("--out", parsed.out)
     _check_new("--submission", parsed.submission)
+    if parsed.workers < 0:
+        raise UserError(f"--workers {parsed.workers} must be at least 0.")
     from ctt.train.loop import pick_device
     from ctt.train.trained import load_trained
 
-    device = pick_device(parsed.device)
+    device = pick_device(parsed.device, "--device")
     trained = load_trained(parsed.path)
     parsed = _parse(arguments, trained.settings.eval)
     validate_eval(parsed.eval)

@@ -81,10 +81,13 @@ def _main(arguments: list[str]) -> int:
         )
     jobs = check_targets(jobs, parsed)
     from ctt.train.inference import for_images
+
+    if parsed.workers < 0:
+        raise UserError(f"--workers {parsed.workers} must be at least 0.")
     from ctt.train.loop import pick_device
     from ctt.train.trained import load_trained
 
-    device = pick_device(parsed.device)
+    device = pick_device(parsed.device, "--device")
     trained = load_trained(parsed.weights, parsed.network)
     parsed = _parse(arguments, for_images(trained.settings.eval))
     validate_eval(parsed.eval)

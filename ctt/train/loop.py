@@ -489,8 +489,11 @@ def open_source(settings: Settings) -> Source:
     return data.open_source(settings.dataset, settings.data_root, settings.data)
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, option: str = "--train.device") -> torch.device:
     """`auto`: a GPU where there is one; under torchrun each process has its own.
+
+    Args:
+        option: where the name comes from, for the message.
 
     Raises:
         UserError: not a device, or one that is not here.
@@ -508,7 +511,7 @@ def pick_device(name: str) -> torch.device:
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--train.device {name} cannot be used here ({reason}).") from None
+        raise UserError(f"{option} {name} cannot be used here ({reason}).") from None
     return device
 
 

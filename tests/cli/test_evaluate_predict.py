@@ -110,6 +110,8 @@ def test_only_the_networks_asked_for(
         ("--eval.window 4 4", "--eval.window must be at least 8 8"),
         ("--eval.stride 900", "--eval.stride must be a share"),
         ("--dataset nope", "no such data set"),
+        ("--device cuda:99", "--device cuda:99 cannot be used here"),
+        ("--workers -1", "--workers -1 must be at least 0"),
     ],
 )
 def test_bad_options_of_evaluation(
@@ -306,7 +308,19 @@ def test_too_little_memory_names_the_image_and_the_mend(
 
 
 @pytest.mark.parametrize(
-    "kind", ["missing", "none", "pattern", "broken", "empty", "twice", "weights", "network", "crop"]
+    "kind",
+    [
+        "missing",
+        "none",
+        "pattern",
+        "broken",
+        "empty",
+        "twice",
+        "weights",
+        "network",
+        "crop",
+        "workers",
+    ],
 )
 def test_bad_input(
     kind: str,
@@ -325,6 +339,8 @@ def test_bad_input(
         paths = [images / "*.tiff"]
     elif kind == "network":
         options = ["--network", "teacher_3"]
+    elif kind == "workers":
+        options = ["--workers", "-2"]
     elif kind == "crop":
         options = ["--eval.protocol", "center-crop"]
     elif kind == "broken":
@@ -346,6 +362,7 @@ def test_bad_input(
         "none": "Which images?",
         "pattern": "no such image",
         "network": "Networks: student_1, student_2, teacher_1, teacher_2, ensemble.",
+        "workers": "--workers -2 must be at least 0",
         "crop": "a mask is made of the whole image",
         "broken": "grey.jpg cannot be read as an image",
         "empty": "No image found",
