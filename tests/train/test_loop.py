@@ -12,7 +12,7 @@ from PIL import Image
 
 from ctt.errors import UserError
 from ctt.train import checkpoint, run
-from ctt.train.loop import Stopped, train
+from ctt.train.loop import Stopped, pick_device, train
 from ctt.train.settings import Settings, update
 from ctt.train.step import Step
 
@@ -239,3 +239,16 @@ def test_a_profile_of_the_phases(
     trace = json.loads((out / "trace.json").read_text())
     names = {event.get("name") for event in trace["traceEvents"]}
     assert {"teachers", "students", "backward", "banks"} <= names
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_gpu_has_a_number(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Streams and the current device are asked for by number."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
+    assert pick_device(name) == torch.device("cuda", 0)
+    assert chosen == [torch.device("cuda", 0)]
