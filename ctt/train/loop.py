@@ -363,7 +363,7 @@ class Trainer:
 
     def _finish(self, scores: dict[str, Score]) -> dict[str, Any]:
         s, info = self.settings, self.source.info
-        images = s.train.iterations * self._images_a_step()
+        images = self.state.drawn * (2 if self.uses_unlabeled else 1)
         summary = {
             **as_json(scores, info, s.eval),
             "dataset": s.dataset,

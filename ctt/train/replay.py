@@ -36,7 +36,8 @@ class Replay:
         if self._graph is None:
             self._inputs = [x.clone() for x in inputs]
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # the loader pins memory in a thread of its own meanwhile, which is no mistake
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._outputs = body(self._inputs)
             self._graph = graph
         for own, given in zip(self._inputs, inputs, strict=True):

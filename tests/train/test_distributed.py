@@ -127,14 +127,18 @@ def keep_state(settings: Settings, folder: Path) -> None:
     torch.save(state.state_dict(), folder / f"rank-{rank}.pt")
 
 
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA devices")
+
+
 @pytest.mark.parametrize("sync", [True, False])
-def test_processes_end_alike(tiny: Settings, tmp_path: Path, sync: bool) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
+def test_processes_end_alike(tiny: Settings, tmp_path: Path, sync: bool, device: str) -> None:
     """The gradients of the parts are summed once, and running statistics are shared."""
     train = {"iterations": 3, "eval_every": 3, "accumulate": 2, "tensorboard": False}
     change = {
         "data": {"batch_size": 4},
         "model": {"sync_batch_norm": sync},
-        "train": {**train, "amp": "bf16"},
+        "train": {**train, "amp": "bf16", "device": device, "deterministic": False},
     }
     both = start(2, tmp_path, keep_state, update(tiny, change, "test"), tmp_path)
     assert finish(both) == [0, 0], shown(tmp_path)
