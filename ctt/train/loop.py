@@ -506,7 +506,7 @@ def pick_device(name: str, option: str = "--train.device") -> torch.device:
             if name != device.type:
                 raise RuntimeError("torchrun gives every process a device; leave the number out")
             device = torch.device("cuda", local_rank())
-        elif device.type == "cuda" and device.index is None:
+        elif name == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
