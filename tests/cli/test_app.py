@@ -26,7 +26,9 @@ from ctt.train.trained import load_trained
 gradio = pytest.importorskip("gradio")
 from ctt.cli import page  # noqa: E402  (needs gradio)
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 PICTURES = [f"{kind}-{side}" for kind in ("overlay", "mask", "confidence") for side in (0, 1)]
 STARTUP = 120  # seconds that the page may take to appear on a busy machine
 
