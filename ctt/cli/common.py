@@ -1,5 +1,6 @@
 """What the programs share: one paragraph for a mistake, exit code 2, no traceback."""
 
+import errno
 import sys
 import textwrap
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from ctt.errors import AlreadyReportedError, UserError
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a share of it, or a file
 OPTIONAL = {"segmentation_models_pytorch": "smp"}  # libraries of one option, and their extras
 
 
@@ -24,9 +26,10 @@ def run_program(name: str, body: Callable[[], int], extra: str = "train") -> Non
     except UserError as error:
         fail(name, str(error))
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in NO_ROOM:
             raise
-        fail(name, f"{error.filename}: {error.strerror}.")
+        where = "" if error.filename is None else f"{error.filename}: "
+        fail(name, f"{where}{error.strerror}.")
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if missing == "ctt" or missing.startswith("ctt."):

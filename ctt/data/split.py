@@ -9,6 +9,7 @@ import torch
 from ctt.data.random import generator
 from ctt.data.source import Source
 from ctt.errors import UserError
+from ctt.files import written
 
 NO_MASK = "None"  # as the mask of an unlabelled image is written in some lists
 UNLABELED_ALONE = "--split-unlabeled needs --split-labeled beside it."
@@ -185,9 +186,8 @@ def read_list(path: Path, source: Source, *, labeled: bool) -> list[str]:
 
 
 def write_list(path: Path, lines: Iterable[str]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text("".join(f"{line}\n" for line in lines), "utf-8", newline="\n")
-    part.replace(path)
+    with written(path) as part:
+        part.write_text("".join(f"{line}\n" for line in lines), "utf-8", newline="\n")
 
 
 def make_split(

@@ -1,7 +1,6 @@
 """Checkpoints of a run and weights of one network; both written atomically."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from ctt import models
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
+from ctt.files import written
 from ctt.models.base import SegmentationModel
 
 FORMAT = "ctt-checkpoint-1"
@@ -20,14 +20,15 @@ WEIGHTS_FORMAT = "ctt-weights-1"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint; whoever reads `path` sees the old file or the new one, never a part."""
+    """Write a checkpoint; whoever reads `path` sees the old file or the new one, never a part.
+
+    Raises:
+        UnwritableError: there is no room for it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
+    # through a file of Python, which names what torch's own writer hides
+    with written(path) as part, part.open("wb") as file:
         torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -51,15 +52,21 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save_network(path: Path, network: SegmentationModel, info: DatasetInfo, note: str) -> None:
-    """Write one network, ready for inference: weights, and how to build it and read its output."""
+    """Write one network, ready for inference: weights, and how to build it and read its output.
+
+    Raises:
+        UnwritableError: there is no room for it.
+    """
     meta = description(network, info, note)
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"ctt": json.dumps(meta)})
-    part.replace(path)
+    with written(path) as part:
+        try:
+            save_file(tensors, part, metadata={"ctt": json.dumps(meta)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
 
 
 def description(network: SegmentationModel, info: DatasetInfo, note: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from ctt.data.loader import in_order, raised
 from ctt.data.source import IGNORE, DatasetInfo, Source
 from ctt.errors import UserError
+from ctt.files import written
 from ctt.models.base import SegmentationModel
 from ctt.train.inference import memory_is_told, predictor, prepare, stacks, stated
 from ctt.train.settings import EvalSettings
@@ -213,7 +215,6 @@ def hash_of_list(ids: Iterable[str]) -> str:
     return hashlib.sha256("".join(f"{name}\n" for name in ids).encode()).hexdigest()
 
 
-def write_json(path: Any, values: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-    part.replace(path)
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    with written(path) as part:
+        part.write_text(json.dumps(values, indent=2) + "\n", "utf-8")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ctt.data.source import DatasetInfo, Source
+from ctt.files import told, written
 from ctt.models.base import SegmentationModel
 from ctt.train.inference import predictor
 from ctt.train.render import colorize
@@ -37,12 +38,10 @@ class Recorder:
         # a line that a crash cut short has no number
         rows = [row for row in read_rows(self.path) if (row["iteration"] or "").isdecimal()]
         kept = [row for row in rows if int(row["iteration"]) <= iteration]
-        part = self.path.with_suffix(".part")
-        with part.open("w", newline="", encoding="utf-8") as file:
+        with written(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
-        part.replace(self.path)
         self.writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -51,18 +50,20 @@ class Recorder:
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """One row; columns that `values` does not name stay empty."""
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with told(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             row = {name: f"{value:.6g}" for name, value in values.items()}
             csv.DictWriter(file, self.columns).writerow({"iteration": iteration, **row})
         if self.writer is not None:
             for name, value in values.items():
                 group, _, rest = name.partition("_")
                 tag = f"{group}/{rest}" if group in ("loss", "miou") else f"train/{name}"
-                self.writer.add_scalar(tag, value, iteration)
+                with told(self.path.parent):
+                    self.writer.add_scalar(tag, value, iteration)
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with told(self.path.parent):
+                self.writer.close()
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -99,8 +100,7 @@ def draw_curves(folder: Path) -> None:
         if axis.lines:
             axis.legend(fontsize="small")
     axes[0].set_yscale("symlog", linthresh=0.01)
-    figure.savefig(folder / "curves.png", dpi=110)
-    plt.close(figure)
+    save_figure(figure, folder / "curves.png")
 
 
 @torch.no_grad()
@@ -145,13 +145,12 @@ def draw_samples(
         axis.set(xticks=[], yticks=[])
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def write_confusion(path: Path, confusion: Tensor, info: DatasetInfo) -> None:
     """A confusion matrix (C, C) of pixel counts as CSV: labels in rows, predictions in columns."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with written(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["label", *info.classes])
         for name, row in zip(info.classes, confusion.tolist(), strict=True):
@@ -183,5 +182,13 @@ def draw_confusion(path: Path, confusion: Tensor, info: DatasetInfo, title: str)
     axis.set_yticks(range(classes), info.classes)
     axis.set(xlabel="predicted", ylabel="label", title=f"{title}: % of the label's pixels")
     figure.colorbar(picture, shrink=0.7)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """A figure of matplotlib as a PNG; it is closed."""
+    from matplotlib import pyplot as plt
+
+    with written(path) as part:
+        figure.savefig(part, format="png", dpi=110)
     plt.close(figure)

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from ctt import recipes
-from ctt.errors import UserError
+from ctt.errors import UnwritableError, UserError
+from ctt.files import written
 from ctt.train.settings import Settings, to_dict, update
 
 CONFIG = "config.yaml"
@@ -49,7 +50,7 @@ def create(out: Path | None, settings: Settings) -> Path:
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_settings(folder, settings)
-    except OSError as error:
+    except (OSError, UnwritableError) as error:
         raise UserError(
             f"--out {folder}: the folder cannot be written ({error.strerror}). Give one that you "
             f"may write to."
@@ -70,9 +71,8 @@ def _new_numbered(parent: Path, stem: str) -> Path:
 
 def write_settings(folder: Path, settings: Settings) -> None:
     """config.yaml, which the next --resume reads."""
-    part = folder / f"{CONFIG}.part"
-    part.write_text(yaml.safe_dump(to_dict(settings), sort_keys=False), "utf-8")
-    part.replace(folder / CONFIG)
+    with written(folder / CONFIG) as part:
+        part.write_text(yaml.safe_dump(to_dict(settings), sort_keys=False), "utf-8")
 
 
 def find(path: Path) -> Path:

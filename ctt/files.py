@@ -1,0 +1,46 @@
+"""Files that are there as a whole or not at all, and one word for those that cannot be written."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ctt.errors import UnwritableError, UserError
+
+
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """What keeps a file from being written, such as a full disk, becomes an `UnwritableError`.
+
+    Libraries that write through a file of ours tell it by errors of their own, after ours.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
+        if cause is None:
+            raise
+        raise UnwritableError(path, cause.strerror or str(cause)) from None
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """The path of a part, which becomes `path` when the block ends and is dropped when it fails.
+
+    Whoever reads `path` sees the old file or the new one, also after the machine has lost power.
+
+    Raises:
+        UnwritableError: the part cannot be written.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with told(path):
+            yield part
+            with part.open("r+b") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
