@@ -140,15 +140,18 @@ def for_images(settings: EvalSettings) -> EvalSettings:
     return settings
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it was raised because a device, or the CPU, has too little memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 @contextmanager
 def memory_is_told(settings: EvalSettings) -> Iterator[None]:
     """Too little memory becomes a UserError that says what needs less of it."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(
-            error
-        ):
+        if not is_out_of_memory(error):
             raise
         mend = (
             "a smaller --eval.window"

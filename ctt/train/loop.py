@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import platform
+import shlex
 import signal
 import time
 from collections.abc import Generator, Iterator
@@ -33,7 +34,7 @@ from ctt.data.prepare import Prepared
 from ctt.data.source import Source
 from ctt.data.split import make_split, read_list, write_list
 from ctt.data.views import GeometricView
-from ctt.errors import UserError
+from ctt.errors import UnwritableError, UserError
 from ctt.ops import prefer_backend
 from ctt.train import checkpoint, run
 from ctt.train.distributed import World, join, local_rank, local_size
@@ -47,6 +48,7 @@ from ctt.train.evaluate import (
     write_json,
 )
 from ctt.train.feed import Feed
+from ctt.train.inference import is_out_of_memory
 from ctt.train.memory import estimate, memory_table
 from ctt.train.profile import Profile
 from ctt.train.record import Recorder, draw_curves, draw_samples
@@ -81,10 +83,32 @@ def train(
     In the processes that torchrun starts, all train one run together.
 
     Raises:
-        UserError: settings or data that cannot work. Stopped: interrupted, checkpoint written.
+        UserError: settings or data that cannot work, too little memory, or a full disk.
+        Stopped: interrupted, checkpoint written.
     """
+    folder = resume
     with join() as world:
-        return Trainer(settings, out, resume, world).train()
+        try:
+            trainer = Trainer(settings, out, resume, world)
+            folder = trainer.folder
+            return trainer.train()
+        except UnwritableError as error:
+            raise UserError(f"{error}{way_on(folder)}") from None
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"There is not enough memory for a step of this run. Give a smaller "
+                f"--data.batch-size, --train.accumulate N to take it in N parts, or --train.amp "
+                f"bf16; --dry-run tells what a run takes.{way_on(folder)}"
+            ) from None
+
+
+def way_on(folder: Path | None) -> str:
+    """What is left of a run that failed, as the end of a message."""
+    if folder is None or not (folder / run.CHECKPOINT).is_file():
+        return ""
+    return f" The last checkpoint is whole: --resume {shlex.quote(str(folder))} goes on from it."
 
 
 class Trainer:

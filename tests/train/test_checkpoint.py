@@ -1,3 +1,5 @@
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from ctt import models
 from ctt.data.digits import INFO
 from ctt.errors import UserError
 from ctt.train import checkpoint
+from ctt.train.evaluate import write_json
 
 
 @pytest.mark.parametrize(
@@ -38,12 +41,33 @@ def test_a_failed_write_leaves_the_old_checkpoint(
     checkpoint.save(path, {"iteration": 1})
 
     def broken(state: object, file: object) -> None:
-        raise OSError("disk full")
+        raise RuntimeError("a fault of the program")
 
     monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RuntimeError, match="a fault"):
         checkpoint.save(path, {"iteration": 2})
     assert checkpoint.load(path)["iteration"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_full_disk_is_told_and_leaves_the_old_files(
+    tmp_path: Path, no_room: Callable[[], AbstractContextManager[None]]
+) -> None:
+    last, best, text = (tmp_path / name for name in ("last.pt", "best.safetensors", "a.json"))
+    network = models.build("small", 11, 64, 32)
+    checkpoint.save(last, {"iteration": 1})
+    checkpoint.save_network(best, network, INFO, "old")
+    writes: dict[Path, Callable[[], None]] = {
+        last: lambda: checkpoint.save(last, {"students": network.state_dict()}),
+        best: lambda: checkpoint.save_network(best, network, INFO, "new"),
+        text: lambda: write_json(text, {str(i): i for i in range(2000)}),
+    }
+    for path, write in writes.items():
+        with no_room(), pytest.raises(UserError, match=rf"{path.name} cannot be written \(.*arge"):
+            write()
+    assert checkpoint.load(last)["iteration"] == 1
+    assert checkpoint.load_network(best)[2] == "old"
+    assert {p.name for p in tmp_path.iterdir()} == {last.name, best.name}
 
 
 class Evil:

@@ -1,8 +1,11 @@
+import contextlib
 import csv
 import dataclasses
 import json
 import os
 import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +141,59 @@ def test_divergence_is_told_and_the_checkpoint_stays(tiny: Settings, out: Path) 
         train(settings, out=out)
     saved = checkpoint.load(out / run.CHECKPOINT)
     assert all(torch.isfinite(value).all() for value in saved["students"][0].values())
+
+
+def fail_after(monkeypatch: pytest.MonkeyPatch, iteration: int, error: Exception) -> None:
+    """Raise the error instead of the step after that iteration."""
+    original = Step.__call__
+
+    def call(self: Step, state: Any, *batches: Any) -> dict[str, torch.Tensor]:
+        if state.iteration == iteration:
+            raise error
+        return original(self, state, *batches)
+
+    monkeypatch.setattr(Step, "__call__", call)
+
+
+def test_too_little_memory_is_told_with_the_way_on(
+    tiny: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = update(tiny, {"train": {"checkpoint_every": 2, "eval_every": 6}}, "test")
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with monkeypatch.context() as patch:
+        fail_after(patch, 1, full)
+        with pytest.raises(UserError, match=r"--data\.batch-size.*--train\.accumulate") as told:
+            train(settings, out=out)
+        assert "--resume" not in str(told.value)  # there is no checkpoint yet
+    out = out.with_name("other run")
+    with monkeypatch.context() as patch:
+        fail_after(patch, 3, full)
+        with pytest.raises(UserError, match=f"--resume '{out}' goes on"):
+            train(settings, out=out)
+    assert train(settings, resume=out)["iterations"] == 6
+    fail_after(monkeypatch, 0, RuntimeError("a fault of the program"))
+    with pytest.raises(RuntimeError, match="a fault"):
+        train(settings, out=out.with_name("third"))
+
+
+def test_a_full_disk_ends_a_run_with_the_way_on(
+    tiny: Settings,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_room: Callable[[], AbstractContextManager[None]],
+) -> None:
+    change = {"train": {"checkpoint_every": 2, "tensorboard": False}, "data": {"workers": 0}}
+    save, times = checkpoint.save, iter((True, False))
+
+    def first_only(path: Path, state: dict[str, Any]) -> None:
+        with contextlib.nullcontext() if next(times) else no_room():
+            save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", first_only)
+    with pytest.raises(UserError, match=r"last\.pt cannot be written .* is whole: --resume"):
+        train(update(tiny, change, "test"), out=out)
+    assert checkpoint.load(out / run.CHECKPOINT)["iteration"] == 2
+    assert not list(out.rglob("*.part"))
 
 
 def test_settings_given_on_resume_hold_from_then_on(
