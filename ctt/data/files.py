@@ -177,11 +177,21 @@ class FileSource(Source):
                 f"published data set has {published[0]:,} and {published[1]:,}.",
             )
         if options.eval_split == "tune" or not self._eval:
-            count = max(1, round(options.holdout * len(self._train)))
-            self._eval, self._train = draw_split(self._train, count, "holdout")
+            self._eval, self._train = self._hold_out(options.holdout)
             self.notes += (
                 f"{len(self._eval)} of the images with masks are held out and evaluated on.",
             )
+
+    def _hold_out(self, share: float) -> tuple[list[str], list[str]]:
+        """Names to evaluate on and to train on, at least one of each."""
+        names = self.train_ids()
+        if len(names) < 2:
+            raise UserError(
+                f"{self.base}: one image with a mask cannot be both learned and evaluated. Add "
+                f"images with masks, or images to evaluate on."
+            )
+        count = max(1, round(share * len(names)))
+        return draw_split(names, min(count, len(names) - 1), "holdout")
 
     @abstractmethod
     def image_path(self, name: str) -> Path:

@@ -143,7 +143,8 @@ def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str
     Raises:
         UserError: it cannot be read or is empty.
     """
-    labelable, evaluation = set(source.train_ids()), set(source.eval_ids())
+    labelable = set(source.train_ids())
+    evaluation, test = set(source.eval_ids()), set(source.test_ids())
     lines_of: dict[str, int] = {}
     faults = []
     for number, line in read_lines(path).items():
@@ -157,6 +158,8 @@ def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str
                 fault = f"{line.strip()} is no training image of this data set."
             elif name in evaluation:
                 fault = f"{name} is an image to evaluate on."
+            elif name in test:
+                fault = f"{name} is a test image of the benchmark."
             elif name in lines_of:
                 fault = f"{name} stands in the list more than once (line {lines_of[name]})."
             elif labeled and (name not in labelable or mask == NO_MASK):
@@ -196,12 +199,15 @@ def make_split(
     """The labelled and the unlabelled names.
 
     Raises:
-        UserError: a list names an image that is not there, or one image is in both lists.
+        UserError: no image may be labelled, a list names an image that is not there, or one image
+            is in both lists.
     """
     if labeled_list is None:
         if unlabeled_list is not None:
             raise UserError(UNLABELED_ALONE)
         ids = source.train_ids()
+        if not ids:
+            raise UserError(f"The data set {source.info.name} has no image that may be labelled.")
         labeled, rest = draw_split(ids, parse_ratio(ratio, len(ids), source.paper_counts), seed)
         return labeled, sorted(rest + source.unlabeled_ids())
     labeled = read_list(labeled_list, source, labeled=True)

@@ -144,6 +144,11 @@ def test_the_mask_of_another_image_is_no_mask() -> None:
         resolve("a.jpg b.png", known.get)
 
 
+def test_nothing_to_label() -> None:
+    with pytest.raises(UserError, match="no image that may be labelled"):
+        make_split(Names(["x 1"]), "1/2", 0, None, None)
+
+
 def test_lists_win_over_the_ratio(tmp_path: Path) -> None:
     source = Names(IDS)
     write_list(tmp_path / "labeled.txt", IDS[5:8])

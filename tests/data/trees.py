@@ -95,6 +95,7 @@ def write_cityscapes(
     train: int = 4,
     evaluation: int = 2,
     extra: int = 0,
+    test: int = 0,
     size: tuple[int, int] = (32, 64),
     train_ids: bool = False,
 ) -> Path:
@@ -104,6 +105,7 @@ def write_cityscapes(
         ("train", train, ("aachen", "zürich west")),
         ("val", evaluation, ("lindau",)),
         ("train_extra", extra, ("bamberg",)),
+        ("test", test, ("berlin",)),
     ):
         for i in range(count):
             city = cities[i % len(cities)]
@@ -113,7 +115,7 @@ def write_cityscapes(
             save_image(
                 root / cityscapes.IMAGES / split / city / f"{name}{cityscapes.ENDING}", image
             )
-            if split == "train_extra":
+            if split in ("train_extra", "test"):
                 continue
             stem = root / cityscapes.MASKS / split / city / f"{name}_gtFine"
             ids = np.full(256, 4, np.uint8)  # 4 is `static`, which is not evaluated
