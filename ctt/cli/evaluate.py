@@ -105,7 +105,8 @@ def _open_source(trained: Trained, parsed: Arguments) -> tuple[Source, Settings]
             f"installation. Say by --dataset and --data-root what to evaluate on "
             f"({', '.join(data.names())})."
         )
-    settings = _choose_split(settings, parsed.split, trained)
+    values = {"data": {"eval_split": parsed.split}} if parsed.split else {}
+    settings = update(settings, values, "--split")
     source = open_source(settings)
     if source.info.classes != trained.info.classes:
         raise UserError(
@@ -114,6 +115,7 @@ def _open_source(trained: Trained, parsed: Arguments) -> tuple[Source, Settings]
             f"own: {_first_difference(trained.info, source.info)}. Give the data set that the "
             f"network was trained on."
         )
+    _check_held_out(trained, source, settings)
     return source, settings
 
 
@@ -124,15 +126,21 @@ def _first_difference(trained: DatasetInfo, found: DatasetInfo) -> str:
     return f"{len(trained.classes)} and {len(found.classes)} classes"
 
 
-def _choose_split(settings: Settings, split: str, trained: Trained) -> Settings:
-    trained_on = trained.settings.data.eval_split
-    if settings.dataset == "digits" and split == "tune" and trained_on == "val":
+def _check_held_out(trained: Trained, source: Source, settings: Settings) -> None:
+    """Refuse to tune on images that the run, which held none out, was trained on."""
+    from ctt.train.loop import open_source
+
+    before = trained.settings
+    if (settings.data.eval_split, before.data.eval_split) != ("tune", "val"):
+        return
+    if settings.dataset != before.dataset:
+        return
+    as_trained = open_source(dataclasses.replace(settings, data=before.data))
+    if source.eval_ids() != as_trained.eval_ids():  # a folder without val/ holds out always
         raise UserError(
-            "--split tune: this run was trained with those digits. Train with "
-            "--data.eval-split tune to hold them out."
+            f"--split tune: the networks of {trained.origin} were trained with those images. "
+            f"Train with --data.eval-split tune to hold them out."
         )
-    values = {"data": {"eval_split": split}} if split else {}
-    return update(settings, values, "--split")
 
 
 def _submit(

@@ -107,14 +107,20 @@ class Voc(FileSource):
                 )
         else:
             train, unlabeled = augmented, []
-            if not others:
-                raise UserError(
-                    f"--data.voc-set aug: {folder} holds the masks of the classic set only. Put "
-                    f"the 12,031 augmented ones into {folder / AUG_MASKS}, or make them with "
-                    f"ctt-data fetch voc-aug, or use --data.voc-set classic."
-                )
+        self._incomplete = options.voc_set == "aug" and not others
         published = (AUG_TRAIN if options.voc_set == "aug" else CLASSIC_TRAIN, EVALUATION)
         super().__init__(INFO, folder, (train, unlabeled, evaluation), options, published)
+
+    def train_ids(self) -> list[str]:
+        """Raises UserError where they should be the augmented ones and those have no masks here,
+        which an evaluation does not need."""
+        if self._incomplete:
+            raise UserError(
+                f"--data.voc-set aug: {self.folder} holds the masks of the classic set only. Put "
+                f"the 12,031 augmented ones into {self.folder / AUG_MASKS}, or make them with "
+                f"ctt-data fetch voc-aug, or use --data.voc-set classic."
+            )
+        return super().train_ids()
 
     def test_ids(self) -> list[str]:
         has_list = (self.folder / LISTS / "test.txt").is_file()

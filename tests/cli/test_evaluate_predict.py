@@ -104,7 +104,7 @@ def test_only_the_networks_asked_for(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ("--split tune", "this run was trained with those digits"),
+        ("--split tune", "were trained with those images"),
         ("--network teacher_9", "Networks: student_1, student_2, teacher_1, teacher_2, ensemble."),
         ("--eval.scales 0 1", "--eval.scales must be factors in 0.1..10"),
         ("--eval.window 4 4", "--eval.window must be at least 8 8"),

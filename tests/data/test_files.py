@@ -70,8 +70,11 @@ def test_augmented_masks_may_lie_in_the_classic_folder(tmp_path: Path, list_form
 
 def test_voc_without_augmented_masks_says_where_they_belong(tmp_path: Path) -> None:
     folder = trees.write_voc(tmp_path, aug_folder="")
-    with pytest.raises(UserError, match=f"{folder}/SegmentationClassAug, or make them with"):
-        opened("voc", tmp_path)
+    where = f"{folder}/SegmentationClassAug, or make them with"
+    with pytest.raises(UserError, match=where):
+        make_split(opened("voc", tmp_path), "1/2", 0, None, None)
+    with pytest.raises(UserError, match=where):
+        opened("voc", tmp_path, eval_split="tune")
     source = opened("voc", tmp_path, voc_set="classic")
     assert source.unlabeled_ids() == []
     assert "only those of train.txt" in source.notes[0]
@@ -150,6 +153,16 @@ def test_further_cityscapes_images_only_where_a_list_names_them(tmp_path: Path) 
         make_split(source, "1/2", 0, extra, None)
 
 
+def test_test_images_of_cityscapes_are_not_trained_on(tmp_path: Path) -> None:
+    trees.write_cityscapes(tmp_path, test=1)
+    source = opened("cityscapes", tmp_path)
+    labeled, unlabeled = tmp_path / "labeled.txt", tmp_path / "unlabeled.txt"
+    labeled.write_text(source.train_ids()[0], "utf-8")
+    unlabeled.write_text("berlin_000000_000019", "utf-8")
+    with pytest.raises(UserError, match="berlin_000000_000019 is a test image of the benchmark"):
+        make_split(source, "1/2", 0, labeled, unlabeled)
+
+
 def test_ratios_of_the_paper() -> None:
     def counts(total: int, table: dict[Fraction, int], *ratios: str) -> list[int]:
         return [parse_ratio(ratio, total, table) for ratio in ratios]
@@ -208,6 +221,15 @@ def test_folder_without_val_holds_images_out(tmp_path: Path) -> None:
     assert (len(source.train_ids()), len(source.eval_ids())) == (7, 3)
     assert "3 of the images with masks are held out" in source.notes[0]
     assert opened("folder", root, holdout=0.3).eval_ids() == source.eval_ids()
+
+
+@pytest.mark.parametrize("holdout", [0.1, 0.99])
+def test_something_is_left_to_learn_and_to_evaluate(tmp_path: Path, holdout: float) -> None:
+    two = opened("folder", trees.write_folder(tmp_path / "2", labeled=2, evaluation=0))
+    assert (len(two.train_ids()), len(two.eval_ids())) == (1, 1)
+    one = trees.write_folder(tmp_path / "1", labeled=1, evaluation=0)
+    with pytest.raises(UserError, match="one image with a mask cannot be both learned"):
+        opened("folder", one, holdout=holdout)
 
 
 def test_tuning_leaves_the_validation_images_alone(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
-"""ctt-eval on VOC and Cityscapes: weights from elsewhere, protocols, submissions."""
+"""ctt-eval on data sets in files: weights from elsewhere, protocols, splits, submissions."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ctt import models
+from ctt import data, models
 from ctt.cli import evaluate
 from ctt.cli.common import BAD_INPUT
 from ctt.data import cityscapes, voc
+from ctt.data.options import SourceOptions
 from ctt.data.source import DatasetInfo
 from ctt.train import checkpoint
 from tests.cli.test_evaluate_predict import call
@@ -29,12 +29,7 @@ def weights(path: Path, info: DatasetInfo) -> Path:
 @pytest.fixture
 def street(tmp_path: Path) -> Path:
     """Cityscapes with two test images."""
-    root = trees.write_cityscapes(tmp_path / "data")
-    test = root / "leftImg8bit" / "test" / "berlin"
-    test.mkdir(parents=True)
-    for number, file in enumerate(sorted(root.glob("leftImg8bit/val/*/*.png"))[:2]):
-        shutil.copy(file, test / f"berlin_{number:06}_000019_leftImg8bit.png")
-    return root
+    return trees.write_cityscapes(tmp_path / "data", test=2)
 
 
 def test_weights_find_their_data_set_by_data_root(
@@ -64,6 +59,39 @@ def test_weights_find_their_data_set_by_data_root(
     wrong = [str(path), "--dataset", "digits"]
     assert call(evaluate.main, wrong, monkeypatch) == BAD_INPUT
     assert "class 0 is 'road' to the network" in " ".join(capsys.readouterr().err.split())
+
+
+def test_classic_voc_is_enough_for_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trees.write_voc(tmp_path / "data", aug_folder="")
+    path = weights(tmp_path / "voc.safetensors", voc.INFO)
+    arguments = [str(path), "--data-root", str(tmp_path / "data"), "--workers", "0"]
+    assert call(evaluate.main, arguments, monkeypatch) == 0
+    assert "2 images of voc/val" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dataset", ["voc", "cityscapes", "folder", "folder without val"])
+def test_nothing_is_tuned_on_training_images(
+    dataset: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write = {"voc": trees.write_voc, "cityscapes": trees.write_cityscapes}
+    if dataset == "folder without val":
+        trees.write_folder(tmp_path / "data", evaluation=0)
+    else:
+        write.get(dataset, trees.write_folder)(tmp_path / "data")
+    name = dataset.split()[0]
+    info = data.open_source(name, tmp_path / "data", SourceOptions()).info
+    path = weights(tmp_path / "net.safetensors", info)
+    arguments = [str(path), "--data-root", str(tmp_path / "data"), "--workers", "0"]
+    held_out = dataset == "folder without val"
+    code = call(evaluate.main, [*arguments, "--split", "tune"], monkeypatch)
+    shown = capsys.readouterr()
+    assert code == (0 if held_out else BAD_INPUT)
+    assert ("trained with those images" in " ".join(shown.err.split())) != held_out
 
 
 def test_submission_of_cityscapes_holds_its_own_numbers(
