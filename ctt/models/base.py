@@ -127,11 +127,21 @@ def resize_like(x: Tensor, other: Tensor, *, align_corners: bool = False) -> Ten
 
 def to_stride(features: Tensor, images: Tensor, stride: int) -> Tensor:
     """Features bilinearly on the grid of ceil(H / stride) x ceil(W / stride)."""
-    height, width = (-(-side // stride) for side in images.shape[-2:])
-    return F.interpolate(features, size=(height, width), mode="bilinear", align_corners=False)
+    return F.interpolate(
+        features, size=grid_of(images, stride), mode="bilinear", align_corners=False
+    )
 
 
 def crop_to_stride(features: Tensor, images: Tensor, stride: int) -> Tensor:
     """Features of padded images without those that show the padding alone."""
-    height, width = (-(-side // stride) for side in images.shape[-2:])
+    height, width = grid_of(images, stride)
     return features[:, :, :height, :width]
+
+
+def grid_of(images: Tensor, stride: int) -> tuple[int, int]:
+    """ceil(H / stride) and ceil(W / stride).
+
+    Without negative numbers, which the division of ONNX rounds the other way.
+    """
+    height, width = images.shape[-2:]
+    return (height + stride - 1) // stride, (width + stride - 1) // stride

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctt.errors import UserError
-from ctt.models.base import BackboneModel, PooledNorm, conv_bn, crop_to_stride
+from ctt.models.base import BackboneModel, PooledNorm, conv_bn, crop_to_stride, grid_of
 from ctt.models.timm_backbone import check_name
 
 PROBE = 448  # whole patches of 14, 16 and 32 pixels
@@ -54,9 +54,10 @@ class Smp(BackboneModel):
         self.classifier = nn.Conv2d(features, num_classes, 1)
 
     def extract(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        padding = (0, -width % self.multiple, 0, -height % self.multiple)
-        decoded = self._decode(F.pad(images, padding))
+        height, width = grid_of(images, self.multiple)
+        bottom = height * self.multiple - images.shape[-2]
+        right = width * self.multiple - images.shape[-1]
+        decoded = self._decode(F.pad(images, (0, right, 0, bottom)))
         return crop_to_stride(self.project(decoded), images, self.stride)
 
     def _decode(self, images: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -95,9 +96,11 @@ def export(
         tried = TRIED if size is None else ((1, 3, *size), (3, 3, *size))
         difference = max(largest_difference(graph, run, torch.rand(s)) for s in tried)
         if not difference <= TOLERANCE:
+            how = f"the outputs differ by {difference:.2g}"
             raise UserError(
-                f"The file would not compute what the network computes (the outputs differ by "
-                f"{difference:.2g}), and is not written.{_mend(size is None)}"
+                f"The file would not compute what the network computes "
+                f"({how if math.isfinite(difference) else 'it refuses images of other sizes'}), "
+                f"and is not written.{_mend(size is None)}"
             )
         part.replace(out)
     finally:

@@ -43,8 +43,13 @@ def file_of(name: str, backbone: str, folder: Path) -> Path:
     return folder / "net.safetensors"
 
 
-def test_onnx_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = file_of("deeplabv3plus", "test_resnet", tmp_path)
+@pytest.mark.parametrize(
+    ("name", "backbone"), [("deeplabv3plus", "test_resnet"), ("smp:fpn", "resnet18")]
+)
+def test_onnx_of_any_size(
+    name: str, backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = file_of(name, backbone, tmp_path)
     assert call(f"{weights}", monkeypatch) == 0
     session = onnxruntime.InferenceSession(tmp_path / "best.onnx")
     meta = json.loads(session.get_modelmeta().custom_metadata_map["ctt"])
