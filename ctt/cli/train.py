@@ -26,7 +26,8 @@ class Arguments(Settings):
     recipe: str = ""
     """Settings by name, see ctt/recipes; by default the recipe of the data set."""
     config: Path | None = None
-    """YAML file of settings, put over the recipe; the command line wins over both."""
+    """YAML file of settings, put over the recipe, or the list of recipes, that it names under
+    `recipe`; the command line wins over both."""
     out: Path | None = None
     """New folder for the run; by default a numbered one in runs/."""
     resume: Path | None = None
@@ -108,14 +109,17 @@ def parse(arguments: list[str]) -> Arguments:
 
         settings = run.read_settings(run.find(Path(given.resume)))
     values = recipes.load_file(Path(given.config)) if given.config is not None else {}
-    recipe = given.recipe or str(values.pop("recipe", ""))
+    recipe = values.pop("recipe", [])
+    if not isinstance(recipe, str | list):
+        raise UserError(f"{given.config}: recipe must be a name or a list of names, got {recipe}.")
+    recipe = given.recipe or recipe
     dataset = given.dataset or str(values.get("dataset", settings.dataset))
     if not recipe and given.resume is None:
         in_file = values.get("data")
         voc_set = in_file.get("voc_set") if isinstance(in_file, dict) else None
         recipe = recipes.default(dataset, given.voc_set or voc_set or settings.data.voc_set)
     if recipe:
-        settings = update(settings, recipes.load(recipe), f"recipe {recipe}")
+        settings = update(settings, recipes.load_all(recipe), f"recipe {recipe}")
     settings = update(settings, values, str(given.config))
     default = update(Arguments(), to_dict(settings), "settings")
     return tyro.cli(

@@ -32,9 +32,18 @@ def load(name: str) -> dict[str, Any]:
     values: dict[str, Any] = parse(
         (resources.files(__name__) / f"{name}.yaml").read_text("utf-8"), name
     )
-    below = values.pop("recipe", [])
-    for base in reversed([below] if isinstance(below, str) else below):
-        values = merge(load(base), values)
+    return merge(load_all(values.pop("recipe", [])), values)
+
+
+def load_all(names: str | list[str]) -> dict[str, Any]:
+    """The settings of one recipe, or of several put over each other, the last on top.
+
+    Raises:
+        UserError: there is no recipe of such a name.
+    """
+    values: dict[str, Any] = {}
+    for name in [names] if isinstance(names, str) else names:
+        values = merge(values, load(name))
     return values
 
 

@@ -41,7 +41,7 @@ def run(arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         ("--resume {broken}", "no checkpoint that can be read"),
         ("--config {nowhere}", "cannot be read"),
         ("--config {yaml}", "there is no setting losses"),
-        ("--recipe nope", "no such recipe. Recipes: digits"),
+        ("--recipe nope", "no such recipe. Recipes: cityscapes"),
         ("--method nope", "no such method"),
         ("--model.name nope", "no such architecture"),
         ("--model.weights {nowhere}", "there is no such file"),
@@ -98,6 +98,18 @@ def test_command_line_wins_over_file_over_recipe_in_any_order(tmp_path: Path) ->
     assert one.model.width == program.parse(["--recipe", "digits"]).model.width
     with pytest.raises(UserError, match="no such recipe"):
         program.parse(["--recipe", "none"])
+
+
+def test_recipes_of_a_file_are_those_of_its_list(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("recipe: [digits, released]\nloss: {tau_lc: 0.3}\n")
+    found = program.parse(["--config", str(file)])
+    assert (found.model.width, found.bank.capacity, found.loss.tau_lc) == (16, 256, 0.3)
+    assert program.parse(["--config", str(file), "--recipe", "digits"]).bank.capacity == 64
+    for names, text in (("[digits, none]", "none: no such recipe"), ("3", "a name or a list of")):
+        file.write_text(f"recipe: {names}\n")
+        with pytest.raises(UserError, match=text):
+            program.parse(["--config", str(file)])
 
 
 def test_help_is_quick_and_loads_no_torch() -> None:
