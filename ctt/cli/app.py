@@ -48,7 +48,7 @@ def _main(arguments: list[str]) -> int:
 
     device = pick_device(parsed.device, "--device")
     trained = load_trained(parsed.path)
-    parsed = _parse(arguments, for_images(trained.settings.eval))
+    parsed = _parse(arguments, trained.settings.eval)
     validate_eval(parsed.eval)
     serve(Viewer(trained, device, for_images(parsed.eval)), parsed.host, parsed.port, parsed.open)
     return 0

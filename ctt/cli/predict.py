@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import os
 import sys
@@ -51,6 +52,9 @@ class Arguments:
     """How images are shown to the network; by default as in the evaluations of the run."""
 
 
+KINDS = ("mask", "overlay", "confidence")  # of results
+
+
 class Job(NamedTuple):
     """An image, and the path of its results up to _mask.png."""
 
@@ -72,7 +76,7 @@ def main() -> None:
 
 def _main(arguments: list[str]) -> int:
     parsed = _parse(arguments, EvalSettings())
-    jobs = list(find_jobs(parsed.images, parsed.out, parsed.recursive))
+    jobs = find_jobs(parsed.images, parsed.out, parsed.recursive)
     if not parsed.images:
         raise UserError("Which images? Give files, folders or patterns after the weights.")
     if not jobs:
@@ -80,16 +84,18 @@ def _main(arguments: list[str]) -> int:
             f"No image found in {', '.join(parsed.images)} ({', '.join(IMAGE_SUFFIXES)})."
         )
     jobs = check_targets(jobs, parsed)
-    from ctt.train.inference import for_images
-
     if parsed.workers < 0:
         raise UserError(f"--workers {parsed.workers} must be at least 0.")
+    from ctt.train.inference import for_images
     from ctt.train.loop import pick_device
     from ctt.train.trained import load_trained
 
     device = pick_device(parsed.device, "--device")
     trained = load_trained(parsed.weights, parsed.network)
-    parsed = _parse(arguments, for_images(trained.settings.eval))
+    protocol = trained.settings.eval
+    if protocol.protocol == "center-crop":
+        protocol = dataclasses.replace(protocol, protocol="whole")
+    parsed = _parse(arguments, protocol)
     validate_eval(parsed.eval)
     if parsed.eval.protocol == "center-crop":
         raise UserError("--eval.protocol center-crop: a mask is made of the whole image.")
@@ -110,31 +116,48 @@ def _parse(arguments: list[str], protocol: EvalSettings) -> Arguments:
     return tyro.cli(Arguments, prog="ctt-predict", args=arguments, default=default, config=config)
 
 
-def find_jobs(paths: Iterable[str], out: Path, recursive: bool) -> Iterator[Job]:
-    """The images that `paths` name: files, folders, patterns.
+def find_jobs(paths: Iterable[str], out: Path, recursive: bool) -> list[Job]:
+    """The images that `paths` name: files, folders, patterns; each once.
 
     Raises:
         UserError: there is no such file, or nothing fits a pattern.
     """
+    jobs: dict[Path, Job] = {}
     for text in paths:
-        path = Path(text)
-        if path.is_dir():
-            for file in _images_below(path, out, recursive):
-                yield Job(file, out / file.relative_to(path).with_name(file.stem))
-        elif path.is_file():
-            yield Job(path, out / path.stem)
-        else:
-            files = sorted(map(Path, glob.glob(text, recursive=True)))  # noqa: PTH207 (absolute)
-            files = [
-                file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
-            ]
-            if not files:
-                raise UserError(f"{text}: there is no such image or folder.")
-            yield from (Job(file, out / file.stem) for file in files)
+        for job in _find(text, out, recursive):
+            jobs.setdefault(_place(job.file), job)
+    return list(jobs.values())
+
+
+def _place(path: Path) -> Path:
+    """The one path of a file; of a link its own, whose results have its own name."""
+    return path.parent.resolve() / path.name
+
+
+def _find(text: str, out: Path, recursive: bool) -> list[Job]:
+    path = Path(text)
+    if path.is_file():
+        return [Job(path, out / path.stem)]
+    if path.is_dir():
+        jobs = [
+            Job(file, out / file.relative_to(path).with_name(file.stem))
+            for file in _images_below(path, out, recursive)
+        ]
+    else:
+        files = sorted(map(Path, glob.glob(text, recursive=True)))  # noqa: PTH207 (absolute)
+        jobs = [
+            Job(file, out / file.stem)
+            for file in files
+            if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+        ]
+        if not jobs:
+            raise UserError(f"{text}: there is no such image or folder.")
+    results = {_place(job.target(kind)) for job in jobs for kind in KINDS}
+    return [job for job in jobs if _place(job.file) not in results]  # of an earlier call
 
 
 def _images_below(folder: Path, out: Path, recursive: bool) -> list[Path]:
-    """Sorted; neither hidden ones nor results of an earlier call."""
+    """Sorted; neither hidden ones nor those in the folder of the results."""
     found = []
     for parent, folders, names in os.walk(folder):
         here = Path(parent)

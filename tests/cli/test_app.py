@@ -1,5 +1,6 @@
 """The page, in a browser without a window."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from PIL import Image
 from ctt.cli import app
 from ctt.data.digits import INFO, Digits
 from ctt.errors import UserError
+from ctt.train import run
 from ctt.train.settings import EvalSettings
 from ctt.train.trained import load_trained
 
@@ -82,6 +84,18 @@ def test_names_are_escaped() -> None:
 def test_large_pictures_shrink_and_small_ones_grow() -> None:
     for size, expected in (((40, 30), (320, 240)), ((4000, 100), (1280, 32)), ((500, 9), (500, 9))):
         assert page.enlarged(Image.new("RGB", size)).size == expected
+
+
+def test_half_is_halved_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[page.Viewer] = []
+    monkeypatch.setattr(page, "serve", lambda viewer, *_: seen.append(viewer))
+    shutil.copytree(folder, tmp_path / "run")
+    settings = run.read_settings(folder)
+    halved = dataclasses.replace(settings, eval=EvalSettings(protocol="half"))
+    run.write_settings(tmp_path / "run", halved)
+    for options in ([], ["--eval.protocol", "half"]):
+        assert app._main([str(tmp_path / "run"), *options]) == 0
+    assert [(v.settings.protocol, v.settings.scales) for v in seen] == [("whole", (0.5,))] * 2
 
 
 def test_bad_ports(folder: Path, viewer: page.Viewer) -> None:

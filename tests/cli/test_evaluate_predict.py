@@ -17,8 +17,11 @@ from torch import Tensor
 from ctt.cli import evaluate, predict
 from ctt.data.digits import Digits
 from ctt.data.files import read_image
-from ctt.train import checkpoint, inference
+from ctt.train import checkpoint, inference, run
+from ctt.train.settings import EvalSettings
+from ctt.train.trained import Trained
 
+RESULTS = ("_mask.png", "_overlay.png", "_confidence.png")
 SCORES = ("miou", "class_iou", "absent", "pixel_accuracy")
 
 
@@ -259,6 +262,74 @@ def test_patterns_and_subfolders(
     assert call(predict.main, again, monkeypatch) == 0  # its own results are no images
 
 
+def test_results_beside_the_images_are_no_images(
+    folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(folder / "best.safetensors"), str(images), "--out", str(images)]
+    options = ["--confidence", "--workers", "0"]
+    assert call(predict.main, [*arguments, *options], monkeypatch) == 0
+    before = sorted(images.iterdir())
+    assert len(before) == 5 + 3 * 4
+    shutil.copy(images / "grey.jpg", images / "new.jpg")
+    assert call(predict.main, [*arguments, *options, "--skip-existing"], monkeypatch) == 0
+    assert "1 of 1 images" in capsys.readouterr().out
+    expected = [*before, *(images / f"new{end}" for end in (".jpg", *RESULTS))]
+    assert sorted(images.iterdir()) == sorted(expected)
+    pattern = [arguments[0], f"{images}/*g", *arguments[2:], *options, "--overwrite"]
+    assert call(predict.main, pattern, monkeypatch) == 0
+    assert "5 of 5 images" in capsys.readouterr().out
+
+
+def test_an_image_that_is_named_twice_is_segmented_once(
+    folder: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(images)
+    (images / "link.jpg").symlink_to(images / "grey.jpg")
+    paths = [f"{images}/*.jpg", "grey.jpg", f"{images}/../{images.name}/link.jpg", "."]
+    options = ["--out", str(tmp_path / "out"), "--workers", "0", "--no-overlay"]
+    assert call(predict.main, [str(folder), *paths, *options], monkeypatch) == 0
+    assert "5 of 5 images" in capsys.readouterr().out
+    assert (tmp_path / "out" / "link_mask.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("trained", "chosen", "protocol", "scales"),
+    [
+        ("half", "", "whole", (0.5, 1.0)),
+        ("half", "half", "whole", (0.5, 1.0)),
+        ("half", "whole", "whole", (1.0, 2.0)),
+        ("center-crop", "", "whole", (1.0, 2.0)),
+        ("whole", "half", "whole", (0.5, 1.0)),
+    ],
+)
+def test_images_are_shown_as_in_the_evaluations(
+    trained: str,
+    chosen: str,
+    protocol: str,
+    scales: tuple[float, ...],
+    folder: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[EvalSettings] = []
+    monkeypatch.setattr(
+        Trained, "predictor", lambda self, device, settings: seen.append(settings) or sys.exit(7)
+    )
+    shutil.copytree(folder, tmp_path / "run")
+    settings = run.read_settings(folder)
+    as_trained = EvalSettings(protocol=trained, scales=(1.0, 2.0))  # type: ignore[arg-type]
+    run.write_settings(tmp_path / "run", dataclasses.replace(settings, eval=as_trained))
+    options = ["--eval.protocol", chosen] if chosen else []
+    arguments = [str(tmp_path / "run"), str(images), "--out", str(tmp_path / "out"), *options]
+    assert call(predict.main, arguments, monkeypatch) == 7
+    assert [(s.protocol, s.scales) for s in seen] == [(protocol, scales)]
+
+
 def test_a_broken_image_costs_only_itself(
     folder: Path,
     images: Path,
@@ -350,7 +421,8 @@ def test_bad_input(
         paths = [tmp_path / "no images"]
         paths[0].mkdir()
     elif kind == "twice":
-        paths = [images, images / "grey.jpg"]
+        (tmp_path / "grey.png").write_bytes(b"another image of that name")
+        paths = [images, tmp_path / "grey.png"]
     else:
         weights = images / "notes.txt"
     arguments = [str(weights), *map(str, paths), "--out", str(tmp_path / "out"), *options]
