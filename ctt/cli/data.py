@@ -109,16 +109,16 @@ def _main(arguments: list[str]) -> int:
 
 def check(command: Check) -> int:
     """Raises UserError where anything is wrong."""
-    from rich.console import Console
     from rich.progress import Progress
 
+    from ctt.console import plain_console
     from ctt.data.check import check_all, examine_split
 
     source = open_source(command)
     labeled, unlabeled, faults = examine_split(
         source, command.split_labeled, command.split_unlabeled
     )
-    console = Console()
+    console = plain_console()
     with Progress(console=console, transient=True) as progress:
         total = len(labeled) + len(unlabeled) + len(source.eval_ids())
         bar = progress.add_task("reading", total=total)
@@ -132,10 +132,10 @@ def check(command: Check) -> int:
         f"{evaluation:,} for evaluation."
     )
     for line in (counts, *source.notes):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     faults += report.faults
     for fault in faults[: command.show or None]:
-        console.print(fault, highlight=False, markup=False, soft_wrap=True)
+        console.print(fault, soft_wrap=True)
     if faults:
         hidden = len(faults) - command.show if command.show else 0
         more = f" ({hidden} more than shown; --show 0 names all)" if hidden > 0 else ""

@@ -214,20 +214,18 @@ def _report(
     parsed: Arguments,
 ) -> None:
     """Print the table; write summary.json and the pictures if wanted."""
-    from rich.console import Console
-
+    from ctt.console import plain_console
     from ctt.train.evaluate import as_json, hash_of_list, score, score_table, write_json
     from ctt.train.inference import in_words
     from ctt.train.record import draw_confusion, write_confusion
 
     scores = {name: score(matrix) for name, matrix in matrices.items()}
-    console = Console()
+    console = plain_console()
     console.print(score_table(scores, source.info))
     split = settings.data.eval_split
     console.print(
         f"{trained.origin}; protocol {in_words(parsed.eval)}; {len(ids)} images of "
         f"{settings.dataset}/{split}",
-        highlight=False,
         soft_wrap=True,
     )
     if parsed.out is None:
@@ -246,4 +244,4 @@ def _report(
         write_confusion(parsed.out / f"confusion_{name}.csv", matrix, source.info)
         draw_confusion(parsed.out / f"confusion_{name}.png", matrix, source.info, name)
     write_json(parsed.out / "summary.json", result)
-    console.print(f"Everything is in {parsed.out}", highlight=False, soft_wrap=True)
+    console.print(f"Everything is in {parsed.out}", soft_wrap=True)

@@ -33,7 +33,8 @@ class Arguments(Settings):
     resume: Path | None = None
     """Go on with the stopped run in this folder, with its settings."""
     dry_run: bool = False
-    """Check settings and data, tell how much memory the run takes, and write nothing."""
+    """Check settings, data, weights and folders, tell how much memory the run takes, and write
+    nothing."""
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def _main(arguments: list[str]) -> int:
 
     if parsed.dry_run:
         if first_process():
-            dry_run(settings)
+            dry_run(settings, out=parsed.out, resume=parsed.resume)
         return 0
     try:
         train(settings, out=parsed.out, resume=parsed.resume)

@@ -52,22 +52,6 @@ def score(confusion: Tensor) -> Score:
     return Score(tuple(iou.tolist()), float(accuracy))
 
 
-def evaluate(
-    networks: dict[str, SegmentationModel],
-    source: Source,
-    ids: Iterable[str],
-    device: torch.device,
-    settings: EvalSettings | None = None,
-    workers: int = 0,
-) -> dict[str, Score]:
-    """Score of each network, and, where there are teachers, of their mean probability.
-
-    Arguments and errors are those of `confusions`.
-    """
-    matrices = confusions(networks, source, ids, device, settings, workers)
-    return {name: score(matrix) for name, matrix in matrices.items()}
-
-
 @torch.no_grad()
 def confusions(
     networks: dict[str, SegmentationModel],

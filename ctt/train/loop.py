@@ -15,7 +15,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,8 +25,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor
+from torch.profiler import record_function
 
 from ctt import __version__, data, methods
+from ctt.console import plain_console
 from ctt.data.check import check_quickly
 from ctt.data.loader import DrawSampler, ViewDataset, load
 from ctt.data.prepare import Prepared
@@ -53,7 +54,7 @@ from ctt.train.memory import estimate, memory_table
 from ctt.train.profile import Profile
 from ctt.train.record import Recorder, draw_curves, draw_samples
 from ctt.train.settings import Settings, to_dict
-from ctt.train.state import TrainState
+from ctt.train.state import TrainState, check_alike, check_batch_norm, make_student
 from ctt.train.step import Step
 
 SAMPLES = 8  # images on the picture sheet
@@ -123,12 +124,8 @@ class Trainer:
     ) -> None:
         self.settings, self.world = settings, world
         self.device = device = pick_device(settings.train.device)
-        if settings.train.cuda_graph and (self.device.type != "cuda" or world.size > 1):
-            raise UserError(
-                f"--train.cuda-graph records the work of one process on a GPU, and this run has "
-                f"{world.size} on {self.device.type}. Leave it out."
-            )
-        self.console = Console(quiet=not world.is_main)
+        check_cuda_graph(settings, device, world.size)
+        self.console = plain_console(quiet=not world.is_main)
         set_up_torch(settings)
         self.method = methods.get(settings.method)
         self.pairs = settings.pairs or self.method.default_pairs
@@ -141,6 +138,8 @@ class Trainer:
         self.state = TrainState(
             settings, self.pairs, classes, device, initialize=fresh, world=world
         )
+        for student in self.state.students:
+            check_batch_norm(student, settings, self.uses_unlabeled)
         self.seconds, self.waited = 0.0, 0.0  # of training, and of it without a batch
         self.best: dict[str, Any] | None = None
         self.streams: list[Generator[tuple[Tensor, Tensor]]] = []  # of batches
@@ -149,12 +148,7 @@ class Trainer:
             self.folder = Path(world.tell(str(self._create(out)) if world.is_main else ""))
         else:
             self.folder = run.find(resume)
-            self.labeled = read_list(self.folder / run.LABELED_LIST, self.source, labeled=True)
-            unlabeled = self.folder / run.UNLABELED_LIST
-            self.unlabeled = (
-                read_list(unlabeled, self.source, labeled=False) if unlabeled.stat().st_size else []
-            )
-            check_quickly(self.source, self.labeled, self.unlabeled)
+            self.labeled, self.unlabeled = split_of_run(self.folder, self.source)
             self._load(checkpoint.load(self.folder / run.CHECKPOINT))
             if world.is_main:
                 run.write_settings(self.folder, settings)  # for the next time it is resumed
@@ -180,9 +174,13 @@ class Trainer:
         self._announce()
         scores: dict[str, Score] = {}
         try:
-            with interrupt_flag() as interrupted, self._progress() as progress:
+            with (
+                interrupt_flag() as interrupted,
+                self._progress() as progress,
+                self._profile() as profile,
+            ):
                 bar = progress.add_task("", total=total, completed=state.iteration, losses="")
-                for _ in self._steps(recorder, progress, bar):
+                for _ in self._steps(recorder, progress, bar, profile):
                     due = state.iteration % self._every("eval_every") == 0
                     if due and state.iteration < total:
                         self._evaluate(recorder)
@@ -207,7 +205,21 @@ class Trainer:
         evaluation = settings.eval_every or max(1, math.ceil(settings.iterations / 10))
         return evaluation if name == "eval_every" else settings.checkpoint_every or evaluation
 
-    def _steps(self, recorder: Recorder | None, progress: Progress, bar: Any) -> Iterator[None]:
+    @contextlib.contextmanager
+    def _profile(self) -> Iterator[Profile | None]:
+        """What looks at the steps, if wanted; however they end, the trace so far is written."""
+        if not (self.settings.train.profile and self.world.is_main):
+            yield None
+            return
+        profile = Profile(self.settings.train.profile, self.step.phases, self.folder)
+        try:
+            yield profile
+        finally:
+            profile.close()
+
+    def _steps(
+        self, recorder: Recorder | None, progress: Progress, bar: Any, profile: Profile | None
+    ) -> Iterator[None]:
         """Do the steps that are left; yields after each one."""
         settings, state = self.settings, self.state
         feed = Feed(
@@ -215,9 +227,6 @@ class Trainer:
             self._batches(self.unlabeled, labeled=False) if self.uses_unlabeled else None,
             self.step.phases,
         )
-        profile: Profile | None = None
-        if settings.train.profile and self.world.is_main:
-            profile = Profile(settings.train.profile, self.step.phases, self.folder)
         self.sums = {}
         taken, start = 0, time.perf_counter()
         clock = start
@@ -247,8 +256,6 @@ class Trainer:
             start, clock = start + pause, now + pause
             if profile is not None:
                 profile.leave_out(pause)
-        if profile is not None:
-            profile.close()
 
     def _images_a_step(self) -> int:
         kinds = 2 if self.uses_unlabeled else 1
@@ -315,6 +322,7 @@ class Trainer:
         self.streams.append(stream)
         return stream
 
+    @record_function("evaluation")  # for a trace that it falls into
     def _evaluate(self, recorder: Recorder | None) -> dict[str, Score]:
         state, world = self.state, self.world
         matrices = confusions(
@@ -332,9 +340,7 @@ class Trainer:
             state.iteration, {f"miou_{name}": score.miou for name, score in scores.items()}
         )
         shown = "  ".join(f"{name} {score.miou:.1f}" for name, score in scores.items())
-        self.console.print(
-            f"iteration {state.iteration:>6}  mIoU  {shown}", highlight=False, soft_wrap=True
-        )
+        self.console.print(f"iteration {state.iteration:>6}  mIoU  {shown}", soft_wrap=True)
         single = {name: score.miou for name, score in scores.items() if name != "ensemble"}
         name = max(single, key=lambda key: single[key])
         if self.best is None or single[name] > self.best["miou"]:
@@ -353,6 +359,7 @@ class Trainer:
             )
         return scores
 
+    @record_function("checkpoint")
     def _save(self) -> None:
         self._finite_sums()
         if not self.world.is_main:
@@ -376,12 +383,7 @@ class Trainer:
             raise UserError(
                 f"{self.folder / run.CHECKPOINT} does not fit the settings of its run ({reason})."
             ) from None
-        total = self.settings.train.iterations
-        if self.state.iteration > total:
-            raise UserError(
-                f"--train.iterations {total}: the run has been trained for "
-                f"{self.state.iteration} iterations already."
-            )
+        check_iterations(self.settings, self.state.iteration)
         self.seconds, self.waited = float(saved["seconds"]), float(saved["waited"])
         self.best = saved["best"]
 
@@ -427,7 +429,6 @@ class Trainer:
         self.console.print(
             f"{s.train.iterations} iterations in {self.seconds:.0f} s of training. "
             f"Everything is in {self.folder}",
-            highlight=False,
             soft_wrap=True,
         )
         return summary
@@ -448,11 +449,10 @@ class Trainer:
             f"{s.train.iterations} iterations on {where}{start}. Run folder: {self.folder}",
             *self.source.notes,
             sep="\n",
-            highlight=False,
             soft_wrap=True,
         )
         for origin in dict.fromkeys(self.state.origins):
-            self.console.print(origin, highlight=False, soft_wrap=True)
+            self.console.print(origin, soft_wrap=True)
 
     def _progress(self) -> Progress:
         return Progress(
@@ -486,24 +486,67 @@ def new_split(
     return labeled, unlabeled
 
 
-def dry_run(settings: Settings) -> None:
-    """Look at settings and data as a start does, and tell what memory a run takes; no file.
+def split_of_run(folder: Path, source: Source) -> tuple[list[str], list[str]]:
+    """`new_split` for a run that goes on: the lists that it was started with."""
+    labeled = read_list(folder / run.LABELED_LIST, source, labeled=True)
+    path = folder / run.UNLABELED_LIST
+    unlabeled = read_list(path, source, labeled=False) if path.stat().st_size else []
+    check_quickly(source, labeled, unlabeled)
+    return labeled, unlabeled
+
+
+def check_cuda_graph(settings: Settings, device: torch.device, processes: int) -> None:
+    if settings.train.cuda_graph and (device.type != "cuda" or processes > 1):
+        raise UserError(
+            f"--train.cuda-graph records the work of one process on a GPU, and this run has "
+            f"{processes} on {device.type}. Leave it out."
+        )
+
+
+def check_iterations(settings: Settings, done: int) -> None:
+    total = settings.train.iterations
+    if done > total:
+        raise UserError(
+            f"--train.iterations {total}: the run has been trained for {done} iterations already."
+        )
+
+
+def dry_run(settings: Settings, *, out: Path | None = None, resume: Path | None = None) -> None:
+    """Look at all that `train` looks at, and tell what memory a run takes; no file.
 
     Raises:
-        UserError: settings or data that cannot work.
+        UserError: settings, data, weights or folders that cannot work.
     """
     device = pick_device(settings.train.device)
+    check_cuda_graph(settings, device, int(os.environ.get("WORLD_SIZE", "1")))
+    set_up_torch(settings)
     method = methods.get(settings.method)
     pairs = settings.pairs or method.default_pairs
     source = open_source(settings)
     uses_unlabeled = bool(method.teachers_of(0, pairs))
-    labeled, unlabeled = new_split(settings, source, uses_unlabeled)
-    parts = estimate(settings, pairs, len(source.info.classes), uses_unlabeled)
-    console = Console()
+    classes = len(source.info.classes)
+    if resume is None:
+        labeled, unlabeled = new_split(settings, source, uses_unlabeled)
+        run.check_new(out)
+        start = "start"
+    else:
+        folder = run.find(resume)
+        labeled, unlabeled = split_of_run(folder, source)
+        done = int(checkpoint.load(folder / run.CHECKPOINT)["iteration"])
+        check_iterations(settings, done)
+        start = f"go on after iteration {done}"
+    made = [make_student(settings, k, classes, resume is None) for k in range(pairs)]
+    students = [student for student, _ in made]
+    check_alike(students)
+    for student in students:
+        check_batch_norm(student, settings, uses_unlabeled)
+    parts = estimate(settings, students, classes, uses_unlabeled)
+    console = plain_console()
     console.print(
-        f"{settings.method} with {pairs} pairs on {settings.dataset} would start with "
+        f"{settings.method} with {pairs} pairs on {settings.dataset} would {start} with "
         f"{len(labeled)} labelled and {len(unlabeled)} unlabelled images. Nothing is written.",
-        highlight=False,
+        *dict.fromkeys(origin for _, origin in made if origin),
+        sep="\n",
         soft_wrap=True,
     )
     console.print(memory_table(parts, settings, device))

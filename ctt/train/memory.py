@@ -1,6 +1,6 @@
 """How much memory a run takes, worked out without taking it.
 
-The networks are built and run on tensors without data, and what autograd keeps for the backward
+The networks are run on tensors without data, and what autograd keeps for the backward
 pass is counted. Left out, because it depends on the device: the context of CUDA (about half a GiB),
 workspaces of convolutions, what the allocator loses to gaps, and the savings of torch.compile.
 """
@@ -15,25 +15,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ctt.methods import losses
 from ctt.models.base import SegmentationModel
 from ctt.train.settings import Settings
-from ctt.train.state import make_student
+from ctt.train.state import images_at_once
 
 MEBI = 1 << 20
 FLOAT = 4  # bytes
 ACTIVATIONS = "activations"  # grow with the batch
 
 
-def estimate(settings: Settings, pairs: int, classes: int, unlabeled: bool) -> dict[str, int]:
+def estimate(
+    settings: Settings, students: list[SegmentationModel], classes: int, unlabeled: bool
+) -> dict[str, int]:
     """Bytes of each part of what a process holds when a step is at its largest.
 
     Args:
+        students: one of each pair, on the CPU.
         unlabeled: whether as many unlabelled images as labelled ones come with a step.
     """
     height, width = settings.data.crop
-    seen = settings.data.batch_size // settings.train.accumulate * (2 if unlabeled else 1)
+    seen, pairs = images_at_once(settings, unlabeled), len(students)
     terms = (settings.loss.hc > 0) + (settings.loss.lc > 0) * (pairs - 1)
     held = trained = activations = widest = 0
-    for k in range(pairs):
-        student, _ = make_student(settings, k, classes, False)
+    for student in students:
         trained += sum(size_of(p) for p in student.parameters() if p.requires_grad)
         held += sum(map(size_of, (*student.parameters(), *student.buffers())))
         kept, features = _forward(student.train(), settings, (seen, 3, height, width))

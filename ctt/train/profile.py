@@ -45,7 +45,7 @@ class Profile:
         return table
 
     def leave_out(self, seconds: float) -> None:
-        """Time between steps that belongs to none, such as an evaluation."""
+        """Time between steps that the table is not to count, such as an evaluation."""
         self._start += seconds
 
     def close(self) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +38,49 @@ def create(out: Path | None, settings: Settings) -> Path:
     Raises:
         UserError: there is a run already, or the folder cannot be written.
     """
+    check_new(out)
     folder = out or Path("runs")
-    try:
+    with _told_of_out(folder):
         if out is None:
             folder = _new_numbered(folder, f"{settings.dataset}-{settings.method}")
-        elif out.exists() and not out.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_settings(folder, settings)
+    return folder
+
+
+def check_new(out: Path | None) -> None:
+    """Whether a new run can have its folder there, or in `runs`; writes nothing.
+
+    Raises:
+        UserError: there is something already, or the folder cannot be written.
+    """
+    folder = out or Path("runs")
+    with _told_of_out(folder):
+        if out is not None and out.is_file():
             raise UserError(f"--out {out}: this is a file; give a folder that is new or empty.")
-        elif out.is_dir() and any(out.iterdir()):
+        if out is not None and out.is_dir() and any(out.iterdir()):
             go_on = f", or go on with its run by --resume {out}"
             raise UserError(
                 f"--out {out}: the folder is not empty. Give a new one"
                 f"{go_on if (out / CHECKPOINT).is_file() else ''}."
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_settings(folder, settings)
+        whole = folder.absolute()
+        nearest = next(path for path in (whole, *whole.parents) if path.exists())
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+@contextlib.contextmanager
+def _told_of_out(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, UnwritableError) as error:
         raise UserError(
             f"--out {folder}: the folder cannot be written ({error.strerror}). Give one that you "
             f"may write to."
         ) from None
-    return folder
 
 
 def _new_numbered(parent: Path, stem: str) -> Path:

@@ -202,8 +202,9 @@ class TrainSettings:
     one process and GPU. Takes the memory of a step for good, and records anew when the contrast
     begins."""
     profile: int = 0
-    """Steps to look at after the first ten: prints the time of each phase of a step, and writes
-    trace.json into the run folder; 0: none."""
+    """Steps to look at after the first ten: prints the time of each phase of a step, and writes as
+    many more to trace.json in the run folder, with an evaluation or checkpoint that falls among
+    them under its name; 0: none."""
     deterministic: bool = False
     """Only deterministic algorithms; a resumed run then ends bit-equal to one never stopped."""
     log_every: int = 20

@@ -186,6 +186,36 @@ def check_alike(students: list[SegmentationModel]) -> None:
         )
 
 
+def images_at_once(settings: Settings, unlabeled: bool) -> int:
+    """How many a student of one process sees in one forward."""
+    images = settings.data.batch_size // settings.train.accumulate
+    return 2 * images if unlabeled else images
+
+
+def check_batch_norm(student: SegmentationModel, settings: Settings, unlabeled: bool) -> None:
+    """Refuse a batch of which a batch norm of the student gets a single value for a channel.
+
+    Args:
+        unlabeled: whether as many unlabelled images as labelled ones come with a step.
+    """
+    if images_at_once(settings, unlabeled) > 1:
+        return
+    probe = copy.deepcopy(student).train()
+    device = student.classifier.weight.device
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            probe(torch.zeros(1, 3, *settings.data.crop, device=device))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"--data.batch-size {settings.data.batch_size}: of one image at a time a batch norm of "
+            f"{settings.model.name} gets a single value for a channel, which has no deviation. "
+            f"Give at least two images to each part of a step (--train.accumulate "
+            f"{settings.train.accumulate}), or a larger --data.crop."
+        ) from None
+
+
 def make_optimizer(students: list[SegmentationModel], settings: Settings) -> torch.optim.SGD:
     """SGD over two groups of every student: the body, and the head with its own learning rate."""
     optim = settings.optim

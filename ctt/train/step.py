@@ -23,13 +23,13 @@ from ctt.methods.base import Method
 from ctt.models.base import Output, SegmentationModel
 from ctt.train.distributed import World
 from ctt.train.draws import Draws, StepDraws
+from ctt.train.feed import Batch
 from ctt.train.phases import Phases
 from ctt.train.replay import Replay
 from ctt.train.settings import Settings
 from ctt.train.state import TrainState, learning_rate
 
 TERMS = ("sup", "ct", "hc", "lc")
-Batch = tuple[Tensor, Tensor]
 
 
 class Target(NamedTuple):

@@ -57,6 +57,13 @@ def run(arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         ("--train.accumulate 5", "--train.accumulate must divide --data.batch-size 12"),
         ("--train.device meta", "--train.device meta cannot be used here"),
         ("--split-labeled {nowhere}", "cannot be read"),
+        ("--dry-run --out {file}/run", "cannot be written"),
+        ("--dry-run --out {file}", "this is a file"),
+        ("--dry-run --out {long}", "cannot be written"),
+        ("--dry-run --out {broken}", "the folder is not empty"),
+        ("--dry-run --resume {broken}", "no checkpoint that can be read"),
+        ("--dry-run --model.weights {nowhere}", "there is no such file"),
+        ("--dry-run --train.cuda-graph", "--train.cuda-graph records the work of one process"),
     ],
 )
 def test_bad_input_is_one_paragraph(
@@ -168,6 +175,13 @@ def test_resume_refuses_what_the_checkpoint_does_not_fit(
     for change in ("--model.width 5", "--method supervised", "--pairs 3", "--bank.capacity 9"):
         assert run(f"--resume {out} {change}", monkeypatch) == 2
         assert change.split()[0] in capsys.readouterr().err
+    list_of_run = out / "split" / "unlabeled.txt"
+    list_of_run.write_text(list_of_run.read_text().partition("\n")[2])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(f"--resume {out} --dry-run", monkeypatch) == 0
+    assert "go on after iteration 2 with 6 labelled and 17 unlab" in capsys.readouterr().out
+    assert run(f"--resume {out} --dry-run --train.iterations 1", monkeypatch) == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_a_dry_run_tells_the_memory_and_writes_nothing(

@@ -15,8 +15,9 @@ from PIL import Image
 
 from ctt.errors import UserError
 from ctt.train import checkpoint, run
-from ctt.train.loop import Stopped, pick_device, train
+from ctt.train.loop import Stopped, dry_run, pick_device, train
 from ctt.train.settings import Settings, update
+from ctt.train.state import check_batch_norm, make_student
 from ctt.train.step import Step
 
 
@@ -285,10 +286,12 @@ def test_every_option_of_the_objective_trains(tiny: Settings, tmp_path: Path) ->
 def test_a_profile_of_the_phases(
     tiny: Settings, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    out = out.with_name("[b]") / "run [/x]"  # would be markup to rich
     change = {"train": {"profile": 2, "iterations": 15, "eval_every": 15, "tensorboard": False}}
     summary = train(update(tiny, change, "test"), out=out)
     assert 0 < summary["input_wait"] < 1
     shown = capsys.readouterr().out
+    assert f"Everything is in {out}\n" in shown
     assert "a step, mean of 2" in shown
     for phase in ("teachers", "contrast", "the rest"):
         assert phase in shown
@@ -308,3 +311,34 @@ def test_a_gpu_has_a_number(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
     assert pick_device(name) == torch.device("cuda", 0)
     assert chosen == [torch.device("cuda", 0)]
+
+
+def test_a_run_that_is_stopped_keeps_its_trace(
+    tiny: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = {"train": {"profile": 2, "iterations": 15, "eval_every": 13, "tensorboard": False}}
+    stop_after(monkeypatch, 13)
+    with pytest.raises(Stopped) as stopped:  # holds the frames of the loop
+        train(update(tiny, change, "test"), out=out)
+    trace = json.loads((stopped.value.folder / "trace.json").read_text())
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {"students", "evaluation", "checkpoint"} <= names
+
+
+@pytest.mark.parametrize(("batch_size", "parts"), [(1, 1), (2, 2)])
+def test_a_batch_norm_of_one_value_is_refused(
+    tiny: Settings, out: Path, batch_size: int, parts: int
+) -> None:
+    change = {
+        "method": "supervised",
+        "data": {"crop": [8, 8], "batch_size": batch_size},
+        "train": {"accumulate": parts},
+    }
+    settings = update(tiny, change, "test")
+    for start in (lambda: train(settings, out=out), lambda: dry_run(settings)):
+        with pytest.raises(UserError, match=f"--data.batch-size {batch_size}: of one image"):
+            start()
+    assert not out.exists()
+    larger = update(settings, {"data": {"crop": [9, 8]}}, "test")
+    check_batch_norm(make_student(larger, 0, 11, False)[0], larger, False)
+    check_batch_norm(make_student(settings, 0, 11, False)[0], settings, True)

@@ -9,8 +9,8 @@ from ctt.train.state import TrainState, make_student
 
 
 def test_networks_banks_and_optimiser_are_those_of_a_run(tiny: Settings) -> None:
-    parts = estimate(tiny, 2, 11, True)
     state = TrainState(tiny, 2, 11, torch.device("cpu"))
+    parts = estimate(tiny, state.students, 11, True)
     for name, networks in (("students", state.students), ("teachers", state.teachers)):
         tensors = [x for net in networks for x in (*net.parameters(), *net.buffers())]
         assert parts[name] == sum(map(size_of, tensors))
@@ -43,8 +43,9 @@ def test_activations_are_those_that_autograd_keeps(tiny: Settings, amp: str) -> 
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_its_parts(tiny: Settings) -> None:
+    students = [make_student(tiny, k, 11, False)[0] for k in range(2)]
     sizes = [
-        estimate(update(tiny, change, "test"), 2, 11, True)[ACTIVATIONS]
+        estimate(update(tiny, change, "test"), students, 11, True)[ACTIVATIONS]
         for change in (
             {"data": {"batch_size": 4}},
             {"data": {"batch_size": 8}},
