@@ -1,4 +1,4 @@
-"""What unlabelled images are worth: four ways of training on the embedded digits, three seeds each.
+"""What unlabelled images are worth: ways of training on the embedded digits, three seeds each.
 
     python -m benchmarks.digits run      trains what has not been trained yet, and appends the rows
     python -m benchmarks.digits table    prints the table of the rows
@@ -22,6 +22,7 @@ METHODS = {
     "mean teacher": ["--method", "mean-teacher"],
     "cross teacher": ["--method", "cross-teacher", "--loss.hc", "0", "--loss.lc", "0"],
     "cross teacher + contrast": ["--method", "cross-teacher"],
+    "the same, compiled and in bfloat16": ["--train.compile", "--train.amp", "bf16"],
 }
 NETWORKS = ("student_1", "student_2", "teacher_1", "teacher_2", "ensemble")
 COLUMNS = (
