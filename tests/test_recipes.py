@@ -44,6 +44,19 @@ def test_the_set_of_voc_in_a_file_counts_too(tmp_path: Path) -> None:
         parse(["--config", str(file)])
 
 
+def test_another_network_brings_its_own_backbone(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("dataset: voc\nmodel: {name: vit}\n")
+    for arguments, backbone in (
+        ("--dataset voc", ("resnet101",)),
+        ("--dataset voc --model.name vit", ()),
+        (f"--config {file}", ()),
+        ("--dataset voc --model.name deeplabv3plus --model.backbone resnet50", ("resnet50",)),
+        ("--dataset voc --model.name deeplabv2", ("resnet101",)),
+    ):
+        assert parse(arguments.split()).model.backbone == backbone, arguments
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_the_constants_of_the_paper(name: str) -> None:
     s = resolved(name)

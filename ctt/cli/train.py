@@ -103,6 +103,8 @@ def parse(arguments: list[str]) -> Arguments:
     for option in ("--recipe", "--config", "--dataset", "--resume"):
         early.add_argument(option)
     early.add_argument("--data.voc-set", "--data.voc_set", dest="voc_set")
+    early.add_argument("--model.name", dest="network")
+    early.add_argument("--model.backbone", dest="backbone")
     given, _ = early.parse_known_args(arguments)
     settings = Settings()
     if given.resume is not None:
@@ -121,6 +123,13 @@ def parse(arguments: list[str]) -> Arguments:
         recipe = recipes.default(dataset, given.voc_set or voc_set or settings.data.voc_set)
     if recipe:
         settings = update(settings, recipes.load_all(recipe), f"recipe {recipe}")
+        in_file = values.get("model")
+        model = in_file if isinstance(in_file, dict) else {}
+        network = given.network or model.get("name", settings.model.name)
+        if network != settings.model.name and not (given.backbone or "backbone" in model):
+            # the recipe's backbone belongs to the recipe's network
+            own = {"model": {"backbone": [], "output_stride": 0}}
+            settings = update(settings, own, f"recipe {recipe}")
     settings = update(settings, values, str(given.config))
     default = update(Arguments(), to_dict(settings), "settings")
     return tyro.cli(
