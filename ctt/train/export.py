@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ from timm.layers.pool2d_same import MaxPool2dSame
 from torch import Tensor, nn
 
 from ctt.errors import UserError
+from ctt.files import written
 from ctt.models.segmenter import Segmenter
 from ctt.train.checkpoint import description, save_network
 from ctt.train.trained import Trained
@@ -71,6 +73,7 @@ def export(
 
     Raises:
         UserError: the network cannot be put into a graph, or the graph computes something else.
+        UnwritableError: there is no room for the file.
     """
     network = trained.only()
     if file_format == "safetensors":
@@ -84,12 +87,11 @@ def export(
         "input": "normalised" if normalized else "0..1",
         "output": result,
     }
-    part = out.with_name(f"{out.stem}.part{out.suffix}")
-    try:
+    with written(out) as part:
         write = write_onnx if file_format == "onnx" else write_torch_export
         try:
             run = write(program, part, json.dumps(meta))
-        except ModuleNotFoundError:
+        except (ModuleNotFoundError, OSError):
             raise
         except Exception as error:  # operations that a format does not know: of many kinds
             raise _not_exportable(error, size is None) from None
@@ -102,9 +104,6 @@ def export(
                 f"({how if math.isfinite(difference) else 'it refuses images of other sizes'}), "
                 f"and is not written.{_mend(size is None)}"
             )
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
     return difference
 
 
@@ -155,7 +154,9 @@ def write_torch_export(
     program: torch.export.ExportedProgram, path: Path, meta: str
 ) -> Callable[[Tensor], Tensor]:
     """Returns what runs the file with torch."""
-    torch.export.save(program, path, extra_files={"ctt.json": meta})
+    file = io.BytesIO()  # of its own, torch's writer does not say that a disk is full
+    torch.export.save(program, file, extra_files={"ctt.json": meta})
+    path.write_bytes(file.getbuffer())
     run: Callable[[Tensor], Tensor] = torch.export.load(path).module()
     return run
 

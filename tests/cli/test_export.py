@@ -99,6 +99,22 @@ def test_a_file_that_computes_something_else_is_not_kept(
     assert list(tmp_path.iterdir()) == [weights]
 
 
+@pytest.mark.parametrize("file_format", ["onnx", "torch-export"])
+def test_a_full_disk_is_told(
+    file_format: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    weights = file_of("small", "", tmp_path)
+    suffix = "onnx" if file_format == "onnx" else "pt2"
+    (tmp_path / f"best.{suffix}.part").symlink_to("/dev/full")
+    assert call(f"{weights} --format {file_format}", monkeypatch) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path / 'best'}.{suffix} cannot be written (No space left" in shown
+    assert list(tmp_path.iterdir()) == [weights]
+
+
 def test_operations_that_a_format_does_not_know(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
