@@ -202,7 +202,7 @@ def fetch(command: Fetch) -> int:
         return 0
     from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-    from ctt.data.fetch import fetch_augmented, fetch_voc
+    from ctt.data.fetch import check_command, fetch_augmented, fetch_command, fetch_voc
 
     columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, transient=True) as progress:
@@ -213,12 +213,16 @@ def fetch(command: Fetch) -> int:
 
         if command.what == "voc-aug":
             folder, masks = fetch_augmented(command.data_root, show)
-            text = f"{masks:,} masks are in {folder}. The published set has 12,031."
+            text = (
+                f"{masks:,} masks are in {folder}. The published set has 12,031.\n"
+                f"Check them with: {check_command(command.data_root, 'aug')}"
+            )
         else:
             folder = fetch_voc(command.data_root, show)
             text = (
-                f"VOC 2012 is in {folder}. It holds the classic set (--data.voc-set classic). For "
-                f"the augmented one: ctt-data fetch voc-aug --data-root {command.data_root}"
+                f"VOC 2012 is in {folder}. It holds the classic set (--data.voc-set classic).\n"
+                f"Check it with: {check_command(command.data_root, 'classic')}\n"
+                f"For the augmented one: {fetch_command('voc-aug', command.data_root)}"
             )
     print(text)
     return 0

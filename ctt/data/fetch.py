@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import http.client
 import io
+import shlex
 import shutil
+import ssl
 import tarfile
 import urllib.error
 import urllib.request
@@ -64,7 +66,9 @@ def fetch_voc(root: Path, progress: Progress, archive: Archive = VOC) -> Path:
     """
     folder = root / "VOCdevkit" / "VOC2012"
     if folder.exists():
-        raise UserError(f"{folder} is there already. Check it with: ctt-data check --dataset voc")
+        raise UserError(
+            f"{folder} is there already. Check it with: {check_command(root, 'classic')}"
+        )
     with _writable(root):
         root.mkdir(parents=True, exist_ok=True)
         tar = download(archive, root, progress)
@@ -88,12 +92,12 @@ def fetch_augmented(root: Path, progress: Progress, archive: Archive = SBD) -> t
     folder = first_with(root, PLACES, CLASSIC_MASKS)
     if folder is None:
         raise UserError(
-            f"--data-root {root}: there is no VOC 2012 to be augmented. First: ctt-data fetch voc "
-            f"--data-root {root}"
+            f"--data-root {root}: there is no VOC 2012 to be augmented. First: "
+            f"{fetch_command('voc', root)}"
         )
     target = folder / AUG_MASKS
     if target.exists():
-        raise UserError(f"{target} is there already. Check it with: ctt-data check --dataset voc")
+        raise UserError(f"{target} is there already. Check it with: {check_command(root, 'aug')}")
     part = folder / f"{AUG_MASKS}.part"
     with _writable(root):
         tar = download(archive, root, progress)
@@ -108,6 +112,16 @@ def fetch_augmented(root: Path, progress: Progress, archive: Archive = SBD) -> t
             shutil.rmtree(part, ignore_errors=True)
         tar.unlink()
     return target, len(list_names(target))
+
+
+def fetch_command(what: str, root: Path) -> str:
+    """As it can be pasted into a shell; so is that of `check_command`."""
+    return shlex.join(["ctt-data", "fetch", what, "--data-root", str(root)])
+
+
+def check_command(root: Path, voc_set: str) -> str:
+    options = ["--dataset", "voc", "--data-root", str(root), "--data.voc-set", voc_set]
+    return shlex.join(["ctt-data", "check", *options])
 
 
 def convert_sbd(tar: Path, target: Path) -> None:
@@ -192,6 +206,7 @@ def _receive(url: str, part: Path, progress: Progress, by_hand: str) -> None:
         urllib.error.URLError,
         TimeoutError,
         ConnectionError,
+        ssl.SSLError,
         http.client.HTTPException,
     ) as error:
         reason = getattr(error, "reason", None) or error

@@ -2,9 +2,12 @@
 
 import hashlib
 import io
+import shlex
+import shutil
+import ssl
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -12,6 +15,8 @@ import numpy as np
 import pytest
 
 from ctt import data
+from ctt.cli import data as ctt_data
+from ctt.data import fetch
 from ctt.data.fetch import SBD, VOC, Archive, download, fetch_augmented, fetch_voc
 from ctt.data.options import SourceOptions
 from ctt.data.source import Source
@@ -192,6 +197,38 @@ def test_other_archives_make_no_masks(tmp_path: Path, server: Server, content: b
         fetch_augmented(tmp_path, quiet, archive(server, "sbd.tar"))
     assert not (folder / AUG_MASKS).exists()
     assert not (folder / f"{AUG_MASKS}.part").exists()
+
+
+def test_the_advice_can_be_given_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = Path("my data; no other's")
+
+    def advised(fetching: Callable[..., object]) -> list[str]:
+        with pytest.raises(UserError) as caught:
+            fetching(root, quiet)
+        return shlex.split(str(caught.value).rpartition(": ")[2])
+
+    assert advised(fetch_augmented) == ["ctt-data", "fetch", "voc", "--data-root", str(root)]
+    for masks, fetching, images in (("", fetch_voc, 3), (AUG_MASKS, fetch_augmented, 8)):
+        shutil.rmtree(root, ignore_errors=True)
+        write_voc(root, aug_folder=masks)
+        program, *arguments = advised(fetching)
+        assert program == "ctt-data"
+        assert ctt_data._main(arguments) == 0
+        assert f"{images} images with masks" in capsys.readouterr().out
+
+
+def test_a_broken_tls_connection_is_no_full_disk(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ssl.SSLError(1, "[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC]")
+
+    monkeypatch.setattr(fetch, "_copy", broken)
+    with pytest.raises(UserError, match=r"cannot be reached .*DECRYPTION_FAILED"):
+        fetch_voc(tmp_path, quiet, archive(server))
 
 
 def test_augmenting_needs_voc(tmp_path: Path) -> None:
