@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ctt.cli import evaluate, predict, train
+from ctt.cli import evaluate, export, predict, train
 from tests.data import trees
 
 # the real network; only what makes it slow is small
@@ -38,7 +38,7 @@ def run(program: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *arguments
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["voc", "cityscapes"])
-def test_trains_evaluates_and_predicts(
+def test_trains_evaluates_predicts_and_exports(
     dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, out, masks = tmp_path / "data", tmp_path / "run", tmp_path / "masks"
@@ -65,3 +65,7 @@ def test_trains_evaluates_and_predicts(
     for image in folder.iterdir():
         with Image.open(image) as photo, Image.open(masks / f"{image.stem}_mask.png") as mask:
             assert (mask.mode, mask.size) == ("P", photo.size)
+
+    graph = tmp_path / "network.onnx"
+    assert run(export.main, monkeypatch, out, "--out", graph, "--size", 33, 65) == 0
+    assert graph.stat().st_size > 4 * 40_000_000  # ResNet-101 in float32
