@@ -118,6 +118,8 @@ def address(folder: Path) -> Iterator[str]:
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # what a shell runs in the background inherits that Ctrl-C is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             assert process.stdout is not None
@@ -125,7 +127,10 @@ def address(folder: Path) -> Iterator[str]:
             yield re.search(r"http://127\.0\.0\.1:\d+", line)[0]  # type: ignore[index]
         finally:
             process.send_signal(signal.SIGINT)
-            assert process.wait(STARTUP) == 0
+            try:
+                assert process.wait(STARTUP) == 0
+            finally:
+                process.kill()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
