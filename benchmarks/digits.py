@@ -107,8 +107,8 @@ def table(rows: list[dict[str, str]]) -> str:
     """Mean and standard deviation over the seeds of each method, as markdown."""
     latest = {(row["method"], row["seed"]): row for row in rows}
     lines = [
-        "| method | better student | better teacher | ensemble | seeds | iterations | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| method | better student | better teacher | ensemble | seeds | iterations |",
+        "|---|---|---|---|---|---|",
     ]
     for name in METHODS:
         chosen = [row for (method, _), row in latest.items() if method == name]
@@ -118,7 +118,6 @@ def table(rows: list[dict[str, str]]) -> str:
             cells.append(spread([float(r["ensemble"]) for r in chosen]) if pairs > 1 else "")
             seeds = ", ".join(sorted(row["seed"] for row in chosen))
             cells += [seeds, chosen[0]["iterations"]]
-            cells.append(f"{statistics.mean(float(row['seconds']) for row in chosen):.0f}")
             lines.append(f"| {name} | {' | '.join(cells)} |")
     for name in ("supervised", "mean teacher"):
         leads = [
