@@ -35,7 +35,13 @@ def losses(settings: Settings, backend: str, out: Path) -> list[dict[str, float]
 def test_training_converges_alike(tiny: Settings, tmp_path: Path, backend: str) -> None:
     # large weights, so that a wrong gradient shows, and no random choice
     change = {
-        "loss": {"hc": 0.5, "lc": 0.5, "gamma": 0.2, "confidence_weight": "none"},
+        "loss": {
+            "hc": 0.5,
+            "lc": 0.5,
+            "gamma": 0.2,
+            "confidence_weight": "none",
+            "contrast_stride": 1,
+        },
         "bank": {"start_after": 0, "capacity": 32, "per_class": 32, "random_choice": False},
         "optim": {"lr": 0.01},
     }
