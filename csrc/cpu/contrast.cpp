@@ -3,6 +3,7 @@
 // ever held, and threads meet only once.
 
 #include <algorithm>
+#include <memory>
 
 #include "product.h"
 #include "rows.h"
@@ -14,28 +15,34 @@ namespace {
 // some thousand keys stay in the second-level cache.
 constexpr std::int64_t kRows = 48;
 
+// Not initialised: its pages are first touched by the thread that fills it.
+template <class A>
+std::unique_ptr<A[]> buffer(std::int64_t size) {
+  return std::unique_ptr<A[]>(new A[static_cast<std::size_t>(size)]);
+}
+
 // The keys as the right-hand side of both products.
 template <class A>
 struct PackedKeys {
-  std::vector<A> across;  // of (D, m)
-  std::vector<A> along;   // of (m, D)
+  std::unique_ptr<A[]> across;  // of (D, m)
+  std::unique_ptr<A[]> along;   // of (m, D)
 };
 
 template <class A>
 struct Workspace {
-  std::vector<A> score;     // (kRows, m)
-  std::vector<A> unit;      // (kRows, D)
-  std::vector<A> positive;  // (kRows, D)
-  std::vector<A> slope;     // (kRows, D)
+  std::unique_ptr<A[]> score;     // (kRows, m)
+  std::unique_ptr<A[]> unit;      // (kRows, D)
+  std::unique_ptr<A[]> positive;  // (kRows, D)
+  std::unique_ptr<A[]> slope;     // (kRows, D)
   A inverse_norm[kRows];
   A unused[kRows];
   A factor[kRows];
 
   Workspace(std::int64_t m, std::int64_t dim, std::int64_t slope_stride, bool paired)
-      : score(static_cast<std::size_t>(kRows * m)),
-        unit(static_cast<std::size_t>(kRows * dim)),
-        positive(static_cast<std::size_t>(paired ? kRows * dim : 0)),
-        slope(static_cast<std::size_t>(kRows * slope_stride)) {}
+      : score(buffer<A>(kRows * m)),
+        unit(buffer<A>(kRows * dim)),
+        positive(buffer<A>(paired ? kRows * dim : 0)),
+        slope(buffer<A>(kRows * slope_stride)) {}
 };
 
 template <class A>
@@ -49,8 +56,8 @@ class Sweep {
         product_(product<A>()),
         score_stride_(round_up(queues.m, product_.width)),
         slope_stride_(round_up(in.dim, product_.width)) {
-    packed_.across.resize(static_cast<std::size_t>(score_stride_ * in.dim));
-    if (in.grad.data) packed_.along.resize(static_cast<std::size_t>(slope_stride_ * queues.m));
+    packed_.across = buffer<A>(score_stride_ * in.dim);
+    if (in.grad.data) packed_.along = buffer<A>(slope_stride_ * queues.m);
     const int workers = std::max(in.threads, 1);
     for (int i = 0; i < workers; ++i) {
       workspaces_.emplace_back(score_stride_, in.dim, slope_stride_, in.positive.data != 0);
@@ -75,10 +82,10 @@ class Sweep {
     const std::int64_t m = queues_.m;
     const std::int64_t dim = in_.dim;
     if (p < across) {
-      pack_panel(keys_, dim, m, std::int64_t{1}, dim, product_.width, p, packed_.across.data());
+      pack_panel(keys_, dim, m, std::int64_t{1}, dim, product_.width, p, packed_.across.get());
     } else {
       pack_panel(keys_, m, dim, dim, std::int64_t{1}, product_.width, p - across,
-                 packed_.along.data());
+                 packed_.along.get());
     }
   }
 
@@ -102,14 +109,14 @@ class Sweep {
     const std::int64_t* index = in_.index + start;
     const std::int64_t dim = in_.dim;
     const std::int64_t padded = round_up(rows, product_.height);
-    A* unit = space.unit.data();
-    A* score = space.score.data();
+    A* unit = space.unit.get();
+    A* score = space.score.get();
     gather_group(in_.query, index, rows, dim, unit, space.inverse_norm);
     std::fill(unit + rows * dim, unit + padded * dim, A(0));
-    product_.multiply(unit, dim, padded, {packed_.across.data(), dim, queues_.m}, false, score,
+    product_.multiply(unit, dim, padded, {packed_.across.get(), dim, queues_.m}, false, score,
                       score_stride_);
 
-    A* positive = space.positive.data();
+    A* positive = space.positive.get();
     if (in_.positive.data) gather_group(in_.positive, index, rows, dim, positive, space.unused);
     const A inverse_tau = static_cast<A>(1.0 / in_.temperature);
     for (std::int64_t r = 0; r < rows; ++r) {
@@ -128,16 +135,16 @@ class Sweep {
   void backward(Workspace<A>& space, std::int64_t start, std::int64_t rows) {
     const std::int64_t* index = in_.index + start;
     const std::int64_t dim = in_.dim;
-    A* slope = space.slope.data();
-    product_.multiply(space.score.data(), score_stride_, round_up(rows, product_.height),
-                      {packed_.along.data(), queues_.m, dim}, false, slope, slope_stride_);
+    A* slope = space.slope.get();
+    product_.multiply(space.score.get(), score_stride_, round_up(rows, product_.height),
+                      {packed_.along.get(), queues_.m, dim}, false, slope, slope_stride_);
 
     A scale[kRows];
     for (std::int64_t r = 0; r < rows; ++r) {
       const A* from = slope + r * slope_stride_;
       A* to = slope + r * dim;  // rows without padding lie at or before their old place
       if (in_.positive.data) {
-        const A* positive = space.positive.data() + r * dim;
+        const A* positive = space.positive.get() + r * dim;
         for (std::int64_t d = 0; d < dim; ++d) to[d] = from[d] + positive[d];
       } else if (to != from) {
         std::copy(from, from + dim, to);
@@ -146,7 +153,7 @@ class Sweep {
                                 static_cast<double>(space.factor[r]) *
                                 static_cast<double>(space.inverse_norm[r]));
     }
-    scatter_group(in_.grad, index, rows, dim, space.unit.data(), scale, slope);
+    scatter_group(in_.grad, index, rows, dim, space.unit.get(), scale, slope);
   }
 
   const Contrast& in_;

