@@ -37,7 +37,10 @@ def written(path: Path) -> Iterator[Path]:
     part = path.with_name(f"{path.name}.part")
     try:
         with told(path):
+            part.touch()
+            mode = part.stat().st_mode  # what this user gives to new files
             yield part
+            part.chmod(mode)  # some libraries write files that only their owner may read
             with part.open("r+b") as file:
                 os.fsync(file.fileno())
             part.replace(path)

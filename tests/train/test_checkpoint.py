@@ -34,6 +34,13 @@ def test_saved_networks_come_back(tmp_path: Path, name: str, backbone: str) -> N
     assert torch.equal(again(images).logits, network(images).logits)
 
 
+def test_files_may_be_read_by_whom_the_user_lets(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    path = tmp_path / "net.safetensors"
+    checkpoint.save_network(path, models.build("small", 11, 8, 4), INFO, "")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_failed_write_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
