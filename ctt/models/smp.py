@@ -48,6 +48,8 @@ class Smp(BackboneModel):
         self.backbone, self.decoder = net.encoder, allow_single_values(net.decoder)
         # the coarsest stage of a DPT is at twice the stride of its encoder
         self.multiple = int(net.encoder.output_stride) * (2 if architecture == "dpt" else 1)
+        # PAN halves the last stage three times over before its last convolution
+        self.smallest = 8 * self.multiple if architecture == "pan" else 0
         channels, self.stride = self._probe(f"smp:{architecture}")
         # where nothing is to be converted the classifier reads the decoder itself
         self.project = nn.Identity() if channels == features else conv_bn(channels, features)
@@ -55,8 +57,8 @@ class Smp(BackboneModel):
 
     def extract(self, images: Tensor) -> Tensor:
         height, width = grid_of(images, self.multiple)
-        bottom = height * self.multiple - images.shape[-2]
-        right = width * self.multiple - images.shape[-1]
+        bottom = max(height * self.multiple, self.smallest) - images.shape[-2]
+        right = max(width * self.multiple, self.smallest) - images.shape[-1]
         decoded = self._decode(F.pad(images, (0, right, 0, bottom)))
         return crop_to_stride(self.project(decoded), images, self.stride)
 

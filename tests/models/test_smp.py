@@ -24,6 +24,8 @@ def test_every_architecture(name: str) -> None:
     assert isinstance(network.project, torch.nn.Identity) == (name in OWN_256)
     out.logits.sum().backward()
     assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
+    small = network.eval()(torch.randn(1, 3, 33, 40)).logits
+    assert small.shape[2:] == tuple(-(-side // network.stride) for side in (33, 40))
 
 
 def test_features_are_what_the_head_reads() -> None:
