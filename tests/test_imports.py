@@ -1,7 +1,7 @@
 import subprocess
 import sys
 
-TRAINER = ("matplotlib", "PIL", "rich", "safetensors", "sklearn", "timm", "torchmetrics")
+TRAINER = ("matplotlib", "PIL", "rich", "safetensors", "sklearn", "timm", "torchvision")
 
 
 def run(code: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCKED = ("matplotlib", "rich", "safetensors", "timm", "torchmetrics", "torchvision", "tyro")
+BLOCKED = ("matplotlib", "rich", "safetensors", "timm", "torchvision", "tyro")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,24 +10,12 @@ import torch
 
 import ctt
 from ctt import models
-from ctt.cli import export, train
+from ctt.cli import export
 from ctt.data.digits import INFO
 from ctt.train import checkpoint
 from ctt.train import export as graphs
 
 onnxruntime = pytest.importorskip("onnxruntime")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    quick = (
-        "--ratio 6 --data.labeled-pool 24 --data.eval-images 6 --data.batch-size 2 "
-        "--model.width 4 --model.features 8 --train.threads 1 --train.iterations 2"
-    )
-    assert train._main([*shlex.split(quick), "--out", str(out)]) == 0
-    return out
 
 
 def call(arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -75,8 +64,9 @@ def test_program_of_torch_export_from_a_run(
     images = torch.randn(1, 3, 33, 52)
     torch.testing.assert_close(program.module()(images), segmenter.logits(images))
     assert call(f"{folder} {options} --out {out}", monkeypatch) == 2
-    assert call(f"{folder} --network student_1 --format safetensors", monkeypatch) == 0
-    again = ctt.load(folder / "student_1.safetensors")
+    copy = shutil.copytree(folder, tmp_path / "run")
+    assert call(f"{copy} --network student_1 --format safetensors", monkeypatch) == 0
+    again = ctt.load(copy / "student_1.safetensors")
     torch.testing.assert_close(again(images), ctt.load(folder, "student_1")(images))
 
 
