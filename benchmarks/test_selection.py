@@ -66,7 +66,8 @@ def make(size: str, device: torch.device, seed: int = 0) -> Inputs:
     g = torch.Generator().manual_seed(seed)
     label = torch.randint(0, classes, (n,), generator=g)
     label[torch.rand(n, generator=g) < 0.1] = 255
-    features, confidence = torch.randn(n, dim, generator=g), torch.rand(n, generator=g)
+    features = torch.randn(n, dim, generator=g)
+    confidence = torch.randperm(n, generator=g) / n  # no ties, which ways break as they like
     return features.to(device), label.to(device), confidence.to(device)
 
 
