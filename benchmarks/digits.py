@@ -22,7 +22,7 @@ METHODS = {
     "mean teacher": ["--method", "mean-teacher"],
     "cross teacher": ["--method", "cross-teacher", "--loss.hc", "0", "--loss.lc", "0"],
     "cross teacher + contrast": ["--method", "cross-teacher"],
-    "the same, compiled and in bfloat16": ["--train.compile", "--train.amp", "bf16"],
+    "the same, compiled and in bfloat16": ["--train.compile", "network", "--train.amp", "bf16"],
 }
 NETWORKS = ("student_1", "student_2", "teacher_1", "teacher_2", "ensemble")
 COLUMNS = (
@@ -46,20 +46,22 @@ def main() -> None:
     )
     parser.add_argument("action", choices=("run", "table"))
     parser.add_argument("--recipe", default="digits-long")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs") / "digits-comparison")
     arguments = parser.parse_args()
     if arguments.action == "run":
-        run_all(arguments.recipe, arguments.seeds, arguments.jobs, arguments.out)
+        run_all(arguments)
     print(table([row for row in read_rows() if row["recipe"] == arguments.recipe]))
 
 
-def run_all(recipe: str, seeds: list[int], jobs: int, out: Path) -> None:
+def run_all(arguments: argparse.Namespace) -> None:
+    recipe: str = arguments.recipe
     # the longest first, so that no core waits at the end
-    wanted = [(name, seed) for name in reversed(METHODS) for seed in seeds]
-    with ThreadPoolExecutor(jobs) as pool:
-        done = pool.map(lambda job: train(recipe, *job, out), wanted)
+    wanted = [(name, seed) for name in reversed(arguments.methods) for seed in arguments.seeds]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        done = pool.map(lambda job: train(recipe, *job, arguments.out), wanted)
         for (name, seed), summary in zip(wanted, done, strict=True):
             append(name, seed, recipe, summary)
 

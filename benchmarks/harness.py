@@ -93,7 +93,7 @@ def time_in_turns(
         shift = turn % len(order)
         for name in order[shift:] + order[:shift]:
             with named_range(name, device):
-                spent = _spent(runs[name], repeats[name], device)
+                spent = seconds_of(runs[name], device, repeats[name])
             times[name].append(1e3 * spent / repeats[name])
     return times
 
@@ -101,11 +101,12 @@ def time_in_turns(
 def _repeats(run: Run, device: torch.device) -> int:
     """Calls in a row that take at least two milliseconds; the first call warms up."""
     run()
-    once = _spent(run, 1, device)
+    once = seconds_of(run, device)
     return max(1, min(1000, round(2e-3 / max(once, 1e-7))))
 
 
-def _spent(run: Run, repeats: int, device: torch.device) -> float:
+def seconds_of(run: Run, device: torch.device, repeats: int = 1) -> float:
+    """Of so many calls in a row."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
@@ -216,10 +217,12 @@ def rows(
     times: dict[str, list[float]],
     memory: dict[str, float | None],
     limit_ms: list[float] | None,
+    reference: str = REFERENCE,
 ) -> list[Row]:
-    """limit_ms: the time of each round that the machine would need at its limit."""
+    """limit_ms: the time of each round that the machine would need at its limit. reference: the way
+    that ratios are taken to."""
     device = setting.device
-    base = times.get(REFERENCE)
+    base = times.get(reference)
     out = []
     for name, spent in times.items():
         ratios = [b / t for b, t in zip(base, spent, strict=True)] if base else [float("nan")]

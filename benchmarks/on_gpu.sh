@@ -34,7 +34,7 @@ step() {
   python3 -m pytest benchmarks/test_step.py -q --sizes voc,cityscapes --seconds 20
 }
 profile() {
-  for options in "" "--train.amp bf16 --train.compile" "--train.amp bf16 --train.cuda-graph"; do
+  for options in "" "--train.amp bf16 --train.compile network" "--train.amp bf16 --train.cuda-graph"; do
     name=$(echo "digits $options" | tr -cs 'a-z0-9\n' -)
     traced="--train.profile 20"
     [[ $options == *graph* ]] && traced=""

@@ -38,6 +38,7 @@ from ctt.data.views import GeometricView
 from ctt.errors import UnwritableError, UserError
 from ctt.ops import prefer_backend
 from ctt.train import checkpoint, run
+from ctt.train.compiling import uncompiled
 from ctt.train.distributed import World, join, local_rank, local_size
 from ctt.train.evaluate import (
     Score,
@@ -325,14 +326,15 @@ class Trainer:
     @record_function("evaluation")  # for a trace that it falls into
     def _evaluate(self, recorder: Recorder | None) -> dict[str, Score]:
         state, world = self.state, self.world
-        matrices = confusions(
-            state.networks(),
-            self.source,
-            self.source.eval_ids()[world.rank :: world.size],
-            self.device,
-            self.settings.eval,
-            self.settings.data.workers,
-        )
+        with uncompiled(self.settings.train.compile):
+            matrices = confusions(
+                state.networks(),
+                self.source,
+                self.source.eval_ids()[world.rank :: world.size],
+                self.device,
+                self.settings.eval,
+                self.settings.data.workers,
+            )
         scores = {name: score(world.total(matrix)) for name, matrix in matrices.items()}
         if recorder is None:
             return scores
@@ -416,15 +418,16 @@ class Trainer:
         draw_curves(self.folder)
         best = self.state.teachers[0]
         ids = self.source.eval_ids()[:SAMPLES]
-        draw_samples(
-            self.folder / "samples.png",
-            best,
-            self.source,
-            ids,
-            self.device,
-            s.eval,
-            f"teacher 1 after {s.train.iterations} iterations",
-        )
+        with uncompiled(s.train.compile):
+            draw_samples(
+                self.folder / "samples.png",
+                best,
+                self.source,
+                ids,
+                self.device,
+                s.eval,
+                f"teacher 1 after {s.train.iterations} iterations",
+            )
         self.console.print(score_table(scores, info))
         self.console.print(
             f"{s.train.iterations} iterations in {self.seconds:.0f} s of training. "

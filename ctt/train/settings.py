@@ -195,8 +195,9 @@ class TrainSettings:
     The optimiser, the teachers and the banks move once a step."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Automatic mixed precision."""
-    compile: bool = False
-    """Compile the networks by torch.compile: some minutes at the start, faster steps."""
+    compile: Literal["off", "network", "blocks"] = "off"
+    """Compile the networks by torch.compile: as a whole, or only the blocks that repeat in them,
+    which starts sooner and is not as fast later. Evaluation runs them as they are."""
     cuda_graph: bool = False
     """Record a step as a CUDA graph and replay it, which frees the host from starting every kernel;
     one process and GPU. Takes the memory of a step for good, and records anew when the contrast

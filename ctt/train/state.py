@@ -15,6 +15,7 @@ from ctt.errors import UserError
 from ctt.models.base import BackboneModel, SegmentationModel
 from ctt.models.weights import start_from
 from ctt.ops import MemoryBank, ema_update_
+from ctt.train.compiling import compile_networks
 from ctt.train.distributed import World, replicate, synchronize_on_cpu
 from ctt.train.settings import EmaSettings, Settings
 
@@ -50,12 +51,9 @@ class TrainState:
             self.students.append(student.to(memory_format=torch.channels_last).to(device))
         check_alike(self.students)
         self.teachers = [copy.deepcopy(s).requires_grad_(False).eval() for s in self.students]
-        self._compiled: dict[nn.Module, Any] = {}
-        if settings.train.compile:
-            # beside the networks, so that evaluation with its many sizes compiles nothing
-            networks = [*self.students, *self.teachers]
-            self._compiled = {net: torch.compile(net, dynamic=False) for net in networks}
-        self.replicas: list[nn.Module] = [self.runner(net) for net in self.students]
+        if settings.train.compile != "off":
+            compile_networks([*self.students, *self.teachers], settings.train.compile)
+        self.replicas: list[nn.Module] = [*self.students]
         if world is not None and world.size > 1:
             self.replicas = [replicate(net, device) for net in self.replicas]
         self.averaged_buffers = [
@@ -77,11 +75,6 @@ class TrainState:
     @property
     def pairs(self) -> int:
         return len(self.students)
-
-    def runner(self, network: nn.Module) -> nn.Module:
-        """What a step calls to run a network: itself, or its compiled form."""
-        compiled: nn.Module = self._compiled.get(network, network)
-        return compiled
 
     @contextlib.contextmanager
     def keep_gradients(self, keep: bool) -> Iterator[None]:

@@ -320,7 +320,7 @@ class Step:
         outputs: list[Output] = []
         for some in images.chunk(self.settings.train.accumulate):
             with self._autocast(images.device):
-                outputs.append(state.runner(teacher)(self._normalize(some)))
+                outputs.append(teacher(self._normalize(some)))
         if len(outputs) == 1:
             return outputs[0]
         return Output(*(torch.cat(maps) for maps in zip(*outputs, strict=True)))

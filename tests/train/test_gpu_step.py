@@ -107,9 +107,10 @@ def test_phases_on_the_clock_of_the_device(plain: Settings) -> None:
     assert feed.waited() >= 0
 
 
-def test_compiled_networks_train_alike(plain: Settings) -> None:
+@pytest.mark.parametrize("how", ["network", "blocks"])
+def test_compiled_networks_train_alike(plain: Settings, how: str) -> None:
     settings = update(plain, {"optim": {"lr": 0.01}}, "test")
     expected = run(settings, 4)
-    seen = run(update(settings, {"train": {"compile": True, "amp": "bf16"}}, "test"), 4)
+    seen = run(update(settings, {"train": {"compile": how, "amp": "bf16"}}, "test"), 4)
     for one, other in zip(expected, seen, strict=True):
         assert other["sup"] == pytest.approx(one["sup"], rel=0.05)

@@ -330,13 +330,14 @@ def test_draws_of_processes_are_those_of_one(tiny: Settings) -> None:
         assert not torch.equal(whole(8), whole(7))
 
 
+@pytest.mark.parametrize("how", ["network", "blocks"])
 def test_compiled_networks_in_bf16_train_alike(
-    tiny: Settings, monkeypatch: pytest.MonkeyPatch
+    tiny: Settings, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """With the tracing of torch.compile; generating code takes too long here."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     ends = []
-    for change in ({}, {"compile": True, "amp": "bf16"}):
+    for change in ({}, {"compile": how, "amp": "bf16"}):
         settings = update(tiny, {"train": change, "optim": {"lr": 0.01}}, "test")
         state, step = make(settings, 2)
         terms = [step(state, batch(seed=i), unlabelled(seed=i)) for i in range(4)]

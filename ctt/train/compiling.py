@@ -1,0 +1,64 @@
+"""torch.compile of networks: each as a whole, or only the blocks that are repeated in it.
+
+Blocks of one kind and shape share what is compiled once, in all networks that train or all that do
+not: of a ResNet-101 eight kinds instead of 33 blocks. On two CPU cores the first step of two pairs
+of DeepLabV2 on it then takes 72 s instead of 95 s, and later ones 4.7 s instead of 4.0 s.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+# Forms of one piece of code that torch.compile keeps before it gives up on it and runs it as
+# plain Python: kinds of blocks of all networks, training and evaluating.
+FORMS = 256
+
+
+def compile_networks(networks: list[nn.Module], how: str) -> None:
+    """In place, for inputs of one size each.
+
+    Args:
+        how: `network`, or `blocks` for the repeated blocks alone; networks that repeat none are
+            compiled as a whole.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, FORMS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, FORMS)
+    for network in networks:
+        for part in (repeated_blocks(network) if how == "blocks" else []) or [network]:
+            part.compile(dynamic=False)
+
+
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """The innermost modules that follow one another in a list of nothing but their own class.
+
+    Layers of PyTorch itself, such as a row of convolutions, are no blocks.
+    """
+    found: list[nn.Module] = []
+    for child in network.children():
+        inner = repeated_blocks(child)
+        members = list(child.children())
+        kinds = {type(member) for member in members}
+        is_list = isinstance(child, nn.Sequential | nn.ModuleList)
+        if inner or not is_list or len(members) < 2 or len(kinds) > 1:
+            found += inner
+        elif not kinds.pop().__module__.startswith("torch.nn."):
+            found += members
+    return found
+
+
+@contextlib.contextmanager
+def uncompiled(how: str) -> Iterator[None]:
+    """Networks run as they were written: for images of many sizes, each of which would be compiled
+    anew.
+
+    Args:
+        how: they were compiled; nothing is done where that is `off`.
+    """
+    if how == "off":
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
