@@ -86,9 +86,9 @@ def timm_v3(teacher: list[Tensor], student: list[Tensor]) -> tuple[Run, list[Ten
 
     source = Holder(student)
     average = ModelEmaV3(deepcopy(source), decay=DECAY)
-    held = [p.data for p in average.module.parameters()]
-    torch._foreach_copy_(held, teacher)
-    return partial(average.update, source), held
+    for parameter, value in zip(average.module.parameters(), teacher, strict=True):
+        parameter.data = value
+    return partial(average.update, source), teacher
 
 
 def loop(teacher: list[Tensor], student: list[Tensor]) -> tuple[Run, list[Tensor]]:
@@ -134,8 +134,10 @@ def check(name: str, run: Run, held: list[Tensor]) -> Callable[[list[Tensor], li
 
 
 def prepare(size: str, device: torch.device) -> dict[str, Run]:
-    """Every way on its own teacher, checked."""
+    """Every way, checked; all on one teacher, as its place in memory alone makes a fifth of the
+    time."""
     before, student = make(size, device, 0), make(size, device, 1)
+    teacher = [t.clone() for t in before]
     makers = {n: partial(ours, n) for n in available_backends(device)["ema_update_"]}
     peers = {
         "_foreach_lerp_": foreach_lerp,
@@ -149,7 +151,8 @@ def prepare(size: str, device: torch.device) -> dict[str, Run]:
     runs: dict[str, Run] = {}
     for name, maker in (makers | peers).items():
         with torch.no_grad():
-            run, held = maker([t.clone() for t in before], student)
+            torch._foreach_copy_(teacher, before)
+            run, held = maker(teacher, student)
             check(name, run, held)(before, student)
         runs[name] = torch.no_grad()(run)
     return runs
