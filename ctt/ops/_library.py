@@ -4,11 +4,14 @@ Eager calls do not come through here: the dispatcher costs more than a small ope
 functions use these operators while torch.compile or torch.export traces them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
+from ctt.ops._plans import plan_of
 from ctt.ops._registry import select
 
 _library = torch.library.Library("ctt", "DEF")
@@ -34,6 +37,14 @@ _library.define(
 )
 
 
+def mark_written(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd of writes past it, so that a graph that saved the old values complains."""
+    try:
+        increment_version(tensors)
+    except RuntimeError:  # some are inference tensors, which have no version
+        increment_version([t for t in tensors if not t.is_inference()])
+
+
 def loss_dtype(query: Tensor) -> torch.dtype:
     """float64 for float64 queries, else float32."""
     return torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -49,7 +60,8 @@ def gradient_dtype(query: Tensor) -> torch.dtype:
 
 
 def _ema_update_(teacher: list[Tensor], student: list[Tensor], decay: Tensor, backend: str) -> None:
-    select("ema_update_", backend, teacher[0].device).ema_update_(teacher, student, decay)
+    run = select("ema_update_", backend, teacher[0].device).ema_update_
+    run(teacher, student, decay, plan_of(teacher, student))
 
 
 def _class_topk(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ctt.ops import _library  # noqa: F401  (defines the operators)
 from ctt.ops._nvtx import named_range
+from ctt.ops._plans import plan_of
 from ctt.ops._registry import select
 
 
@@ -33,15 +34,16 @@ def ema_update_(
         RuntimeError: the backend that was asked for cannot run here.
     """
     _check(teacher, student, decay)
-    if not teacher:
+    if len(teacher) == 0:
         return
     if torch.compiler.is_compiling():
         value = decay if isinstance(decay, Tensor) else torch.tensor(decay, dtype=torch.float64)
         torch.ops.ctt.ema_update_(list(teacher), list(student), value, backend)
         return
+    plan = plan_of(teacher, student)
     device = teacher[0].device
     with torch.no_grad(), named_range("ctt.ema_update_", device):
-        select("ema_update_", backend, device).ema_update_(teacher, student, decay)
+        select("ema_update_", backend, device).ema_update_(teacher, student, decay, plan)
 
 
 def _check(teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | Tensor) -> None:
@@ -58,38 +60,3 @@ def _check(teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | 
             f"ema_update_: teacher and student must hold as many tensors, got {len(teacher)} "
             f"and {len(student)}"
         )
-    if not _all_fit(teacher, student):
-        _name_misfit(teacher, student)
-
-
-def _all_fit(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> bool:
-    """Of all tensors at once: one by one, 600 pairs would cost as much as the update itself."""
-    tensors = [*teacher, *student]
-    if not all(isinstance(x, Tensor) for x in tensors):
-        return False
-    return (
-        len({x.device for x in tensors}) <= 1
-        and all(dtype.is_floating_point for dtype in {x.dtype for x in tensors})
-        and [t.shape for t in teacher] == [s.shape for s in student]
-    )
-
-
-def _name_misfit(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> None:
-    for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
-        if not (isinstance(t, Tensor) and isinstance(s, Tensor)):
-            raise TypeError(f"ema_update_: element {i} must be a pair of tensors")
-        if not (t.is_floating_point() and s.is_floating_point()):
-            raise TypeError(
-                f"ema_update_: element {i} must be floating point, got teacher {t.dtype} and "
-                f"student {s.dtype}; copy integer buffers instead"
-            )
-        if t.shape != s.shape:
-            raise ValueError(
-                f"ema_update_: element {i} must have one shape, got teacher {tuple(t.shape)} and "
-                f"student {tuple(s.shape)}"
-            )
-        if t.device != teacher[0].device or s.device != t.device:
-            raise ValueError(
-                f"ema_update_: all tensors must be on {teacher[0].device}, got element {i} with "
-                f"teacher on {t.device} and student on {s.device}"
-            )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ctt.ops import reference
+from ctt.ops._plans import plan_of
 from ctt.ops.backends import cuda
 
 SOURCE = Path(__file__).parents[2] / "csrc" / "cuda"
@@ -29,6 +30,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 gpu = (pytest.mark.gpu, needs_gpu)
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def cuda_ema_(teacher: list[Tensor], student: list[Tensor], decay: float | Tensor) -> None:
+    cuda.ema_update_(teacher, student, decay, plan_of(teacher, student))
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +197,7 @@ def test_ema_every_dtype(device: torch.device, t_dtype: torch.dtype, s_dtype: to
         return [b[i : i + n] for b, i, (n, _) in zip(buffers, starts, shapes, strict=True)]
 
     reference.ema_update_(inner(expected), inner(students, odd=True), 0.9)
-    cuda.ema_update_(inner(teachers), inner(students, odd=True), 0.9)
+    cuda_ema_(inner(teachers), inner(students, odd=True), 0.9)
     torch.testing.assert_close(teachers, expected)
 
 
@@ -204,7 +209,7 @@ def test_ema_decay_in_a_tensor(device: torch.device, dtype: torch.dtype, on_devi
         teacher, student = (torch.randn(33, dtype=wide, device=device) for _ in range(2))
         expected = teacher.clone()
         reference.ema_update_([expected], [student], decay)
-        cuda.ema_update_([teacher], [student], decay)
+        cuda_ema_([teacher], [student], decay)
         tolerance = {} if on_device else {"atol": 2e-3, "rtol": 2e-3}  # 1 - decay is not rounded
         torch.testing.assert_close(teacher, expected, **tolerance)
 
@@ -230,49 +235,24 @@ def test_ema_layouts(device: torch.device) -> None:
     expected = [t.clone() for t in teacher[:-1]]
     expected.append(expected[0])
     reference.ema_update_(expected, student, 0.9)
-    cuda.ema_update_(teacher, student, 0.9)
+    cuda_ema_(teacher, student, 0.9)
     torch.testing.assert_close(teacher, expected)
-    assert cuda._plan(teacher, student).irregular == [2, 5, 6]
+    assert plan_of(teacher, student).tables["cuda"].irregular == [2, 5, 6]
 
 
 def test_ema_is_one_launch(launches: Launches) -> None:
     teacher = [torch.ones(n % 9 + 1) for n in range(1300)]
     student = [torch.zeros_like(t) for t in teacher]
-    cuda.ema_update_(teacher, student, 0.5)
+    cuda_ema_(teacher, student, 0.5)
     assert launches() == 1
     assert all((t == 0.5).all() for t in teacher)
 
 
 def test_ema_more_tensors_than_one_launch_takes(launches: Launches) -> None:
     teacher = [torch.ones(1) for _ in range(1400)]
-    cuda.ema_update_(teacher, [torch.zeros(1) for _ in teacher], 0.5)
+    cuda_ema_(teacher, [torch.zeros(1) for _ in teacher], 0.5)
     assert launches() == 2
     assert torch.cat(teacher).eq(0.5).all()
-
-
-def test_ema_plan_ends_with_its_tensors(launches: Launches) -> None:
-    storage, student = torch.ones(12), torch.zeros(12)
-    for shape, dtype in (((12,), torch.float32), ((3, 2), torch.float32), ((6,), torch.float64)):
-        teacher, zeros = (
-            x.view(dtype)[: torch.Size(shape).numel()].view(shape) for x in (storage, student)
-        )
-        teacher.fill_(1)
-        plans = len(cuda._plans)
-        for _ in range(2):
-            cuda.ema_update_([teacher], [zeros], 0.5)
-        assert (teacher == 0.25).all()
-        assert len(cuda._plans) == plans + 1
-        del teacher, zeros
-        assert len(cuda._plans) == plans
-
-
-def test_ema_plan_follows_the_address(launches: Launches) -> None:
-    teacher, student = torch.ones(5), torch.zeros(5)
-    cuda.ema_update_([teacher], [student], 0.5)
-    teacher.data = torch.ones(7, dtype=torch.float64)
-    student.data = torch.zeros(7)
-    cuda.ema_update_([teacher], [student], 0.5)
-    assert (teacher == 0.5).all()
 
 
 # -- class_topk
@@ -473,7 +453,7 @@ class TestOnACard:
         try:
             index, _ = cuda.class_topk(*inputs, 256, 21, None)
             cuda.queue_push_(*bank, torch.randn(33_620, 64, device="cuda"), index)
-            cuda.ema_update_([teacher, teacher[::2]], [student, student[::2]], decay)
+            cuda_ema_([teacher, teacher[::2]], [student, student[::2]], decay)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -482,7 +462,7 @@ class TestOnACard:
         decay = torch.tensor(0.5, device="cuda")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            cuda.ema_update_([teacher], [student], decay)
+            cuda_ema_([teacher], [student], decay)
         graph.replay()
         assert (teacher == 0.5).all()
         decay.fill_(0.25)
@@ -517,7 +497,7 @@ class TestOnACard:
         with torch.cuda.stream(side):
             torch.cuda._sleep(50_000_000)
             student.fill_(2)
-            cuda.ema_update_([teacher], [student], 0.5)
+            cuda_ema_([teacher], [student], 0.5)
         side.synchronize()
         assert (teacher == 1.5).all()
 

@@ -5,12 +5,14 @@ the operation, and `why_not(operation, device)`, which gives None where the oper
 that device and otherwise the reason and what would work. The arguments have been checked by the
 public function before a backend sees them:
 
-    ema_update_(teacher, student, decay) -> None
+    ema_update_(teacher, student, decay, plan) -> None
     class_topk(confidence, label, k, num_classes, valid) -> (index, count)
     queue_push_(keys, count, cursor, features, index) -> None
     info_nce(query, label, keys, count, mask, temperature, reduction, need_grad) -> (loss, grad)
     pair_info_nce(query, positive, label, keys, counts, mask, temperature, reduction, need_grad)
         -> (loss, grad)
+
+`plan` keeps what a backend makes for the lists of tensors (`ctt.ops._plans`).
 
 `grad` is the gradient of the loss with respect to `query`, in the dtype that
 `ctt.ops._library.gradient_dtype` names: its own, but float32 for float16 queries. For reduction

@@ -9,7 +9,6 @@ import ctypes
 import itertools
 import operator
 import struct
-import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ctt.ops import reference
+from ctt.ops._library import mark_written
+from ctt.ops._plans import Plan
 from ctt.ops._registry import select
 
 LIBRARY = Path(__file__).parents[2] / "libctt_cuda.so"
@@ -84,35 +85,35 @@ def why_not(operation: str, device: torch.device) -> str | None:
     return None
 
 
-class _Plan(NamedTuple):
+class _EmaTable(NamedTuple):
     """What `ema_update_` passes on for one list of tensors."""
 
     pairs: bytes  # packed `EmaPair` structures of csrc/cuda/ema_update.cu
     taken: int
     irregular: list[int]  # positions of the pairs that the kernel does not take
-    watches: list[weakref.ref[Tensor]]  # end the plan with the first of its tensors
 
 
 _PAIR = struct.Struct("=QQqii")
-_MAX_PLANS = 16
-_plans: dict[tuple[int, ...], _Plan] = {}
 
 
 def ema_update_(
-    teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | Tensor
+    teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | Tensor, plan: Plan
 ) -> None:
-    plan = _plan(teacher, student)
+    table = plan.tables.get("cuda")
+    if table is None:
+        table = plan.tables["cuda"] = _ema_table(teacher, student)
     device = teacher[0].device
     if isinstance(decay, Tensor) and decay.device != device:
         decay = decay.item() if decay.device.type == "cpu" else decay.to(device, non_blocking=True)
-    if plan.taken:
+    if table.taken:
         if isinstance(decay, Tensor):
             weight = (0.0, decay.data_ptr(), _DTYPES[decay.dtype])
         else:
             weight = (decay, 0, 0)
-        _launch("ema_update_", device, plan.pairs, plan.taken, *weight)
+        _launch("ema_update_", device, table.pairs, table.taken, *weight)
+    mark_written(teacher)
     # after the kernel, so that a tensor that is listed twice is updated twice
-    for i in plan.irregular:
+    for i in table.irregular:
         reference.ema_update_([teacher[i]], [student[i]], decay)
 
 
@@ -163,6 +164,7 @@ def queue_push_(
         *(index.data_ptr(), *index.stride()),
         *(num_classes, capacity, dim, rows, entries),
     )
+    mark_written((keys, count, cursor))
 
 
 @cache
@@ -202,26 +204,7 @@ def _workspace_bytes(pixels: int, num_classes: int, k: int, dtype: int) -> int:
     return size
 
 
-def _plan(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> _Plan:
-    """The packed list, made once for the same tensors at the same addresses.
-
-    Even reading every shape and layout again would outlast the kernel. An id and an address could
-    come to belong to another tensor, so a plan ends with the first of its tensors.
-    """
-    tensors = (*teacher, *student)
-    key = (*map(id, tensors), *map(Tensor.data_ptr, tensors))
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        watches = [weakref.ref(t, lambda _: _plans.pop(key, None)) for t in tensors]
-        plan = _plans[key] = _make_plan(teacher, student, watches)
-    return plan
-
-
-def _make_plan(
-    teacher: Sequence[Tensor], student: Sequence[Tensor], watches: list[weakref.ref[Tensor]]
-) -> _Plan:
+def _ema_table(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> _EmaTable:
     packed, irregular, listed = [], [], set()
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
         if t.numel() == 0:
@@ -233,7 +216,7 @@ def _make_plan(
         listed.add(address)
         types = _DTYPES[t.dtype], _DTYPES[s.dtype]
         packed.append(_PAIR.pack(address, s.data_ptr(), t.numel(), *types))
-    return _Plan(b"".join(packed), len(packed), irregular, watches)
+    return _EmaTable(b"".join(packed), len(packed), irregular)
 
 
 def _kernel_takes(t: Tensor, s: Tensor) -> bool:

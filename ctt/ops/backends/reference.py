@@ -1,19 +1,26 @@
 """The plain formulas of `ctt.ops.reference` as a backend; the gradient is PyTorch's own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ctt.ops import reference
 from ctt.ops._library import gradient_dtype
-from ctt.ops.reference import class_topk, ema_update_, queue_push_
+from ctt.ops._plans import Plan
+from ctt.ops.reference import class_topk, queue_push_
 
 __all__ = ["class_topk", "ema_update_", "info_nce", "pair_info_nce", "queue_push_", "why_not"]
 
 
 def why_not(operation: str, device: torch.device) -> str | None:
     return None
+
+
+def ema_update_(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | Tensor, plan: Plan
+) -> None:
+    reference.ema_update_(teacher, student, decay)
 
 
 def info_nce(

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctt.ops._library import gradient_dtype
+from ctt.ops._plans import Plan
 from ctt.ops.reference import NORM_EPS, normalize
 
 __all__ = ["class_topk", "ema_update_", "info_nce", "pair_info_nce", "queue_push_", "why_not"]
@@ -377,7 +378,7 @@ def queue_push_(
 
 
 def ema_update_(
-    teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | Tensor
+    teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | Tensor, plan: Plan
 ) -> None:
     if isinstance(decay, Tensor) and _may_look(decay.device):
         decay = decay.item()

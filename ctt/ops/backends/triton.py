@@ -19,20 +19,18 @@ for tests: slow, and silently wrong in bfloat16.
 
 import importlib
 import importlib.util
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from ctt.ops import reference
-from ctt.ops._library import gradient_dtype
+from ctt.ops._library import gradient_dtype, mark_written
+from ctt.ops._plans import Plan
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -187,7 +185,7 @@ def queue_push_(
             WIDE=features.dtype == torch.float64,
             num_warps=8,
         )
-    _mark_written((keys, count, cursor))
+    mark_written((keys, count, cursor))
 
 
 def _rows_at_a_time(dim_padded: int) -> int:
@@ -196,12 +194,12 @@ def _rows_at_a_time(dim_padded: int) -> int:
 
 
 def ema_update_(
-    teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | Tensor
+    teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | Tensor, plan: Plan
 ) -> None:
     if isinstance(decay, Tensor) and decay.device != teacher[0].device:
         decay = float(decay)  # a value that lies on the host: nothing is waited for
     kernels = _kernels("ema")
-    table = _ema_table(teacher, student, kernels.BLOCK)
+    table = _ema_table(teacher, student, kernels.BLOCK, plan)
     weights: tuple[object, ...]
     with _on(teacher[0].device):
         for group in table.groups:
@@ -222,7 +220,7 @@ def ema_update_(
                 BLOCK=kernels.BLOCK,
                 num_warps=8,
             )
-    _mark_written(teacher)
+    mark_written(teacher)
     if table.rest:
         reference.ema_update_(
             [teacher[i] for i in table.rest], [student[i] for i in table.rest], decay
@@ -243,34 +241,24 @@ class _EmaTable(NamedTuple):
     rest: list[int]  # pairs that are not plain runs of memory in one order
 
 
-# A few models' tables; each is half a megabyte for 100 M parameters. The key holds all that the
-# table was made from, so that a tensor that has moved or changed gets a new one.
-_EMA_TABLES = 8
-_ema_tables: OrderedDict[object, _EmaTable] = OrderedDict()
-_SIGNATURE = (Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype"))
-# a captured graph reads its table at every replay, long after others may have taken its place
+# a captured graph reads its table at every replay, also when the plan has ended
 _captured_tables: list[_EmaTable] = []
 
 
-def _ema_table(teacher: Sequence[Tensor], student: Sequence[Tensor], block: int) -> _EmaTable:
-    key = tuple(
-        part for tensors in (teacher, student) for read in _SIGNATURE for part in map(read, tensors)
-    )
-    table = _ema_tables.get(key)
+def _ema_table(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], block: int, plan: Plan
+) -> _EmaTable:
+    table: _EmaTable | None = plan.tables.get("triton")
+    capturing = _capturing(teacher[0].device)
     if table is None:
-        if _capturing(teacher[0].device):
+        if capturing:
             raise RuntimeError(
                 "ema_update_: the triton backend needs one call on these tensors before a CUDA "
                 "graph is captured, to make its table of pointers"
             )
-        table = _make_ema_table(teacher, student, block)
-        _ema_tables[key] = table
-        if len(_ema_tables) > _EMA_TABLES:
-            _ema_tables.popitem(last=False)
-    else:
-        _ema_tables.move_to_end(key)
-        if _capturing(teacher[0].device) and not any(table is t for t in _captured_tables):
-            _captured_tables.append(table)
+        table = plan.tables["triton"] = _make_ema_table(teacher, student, block)
+    elif capturing and not any(table is t for t in _captured_tables):
+        _captured_tables.append(table)
     return table
 
 
@@ -572,11 +560,6 @@ def _buckets(
     bucket = torch.empty(n, dtype=torch.int32, device=device)
     histogram = torch.empty(num_classes + 1, num_blocks, dtype=torch.int32, device=device)
     return bucket, histogram
-
-
-def _mark_written(tensors: Sequence[Tensor]) -> None:
-    """Tell autograd, which cannot see a kernel write: a graph that saved one then raises."""
-    increment_version([t for t in tensors if not t.is_inference()])
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **named: object) -> None:
