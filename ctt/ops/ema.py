@@ -21,7 +21,8 @@ def ema_update_(
     """teacher <- decay * teacher + (1 - decay) * student, in place, for all tensors at once.
 
     Args:
-        teacher: floating-point tensors of any shapes, all on one device; written in place.
+        teacher: floating-point tensors of any shapes, all on one device; written in place. The same
+            tensors call after call, not new views of them, spare their being looked at again.
         student: as many tensors, pairwise of the same shape; a student in half precision may
             feed a teacher in float32.
         decay: a in 0..1. A tensor of shape () is read on the device, so that a captured graph can
