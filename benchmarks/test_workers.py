@@ -19,7 +19,7 @@ from ctt import recipes
 from ctt.train.loop import train
 from ctt.train.settings import Settings, update
 
-SIZES = {"tiny": 2, "digits": 150}  # steps of a run
+SIZES = {"tiny": 2, "digits": 100}  # steps of a run
 GROUPS = {"default": ["digits"], "paper": ["digits"], "series": []}
 ROUNDS = 3
 SHARES = [(0, 2), (0, 1), (1, 2), (1, 1), (2, 2), (2, 1)]  # workers, threads
