@@ -1,55 +1,105 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA device and without a network: build, test and measure in one call.
+# On a machine with a CUDA device and without a network: build, test and measure.
 #
 #     bash benchmarks/on_gpu.sh [FOLDER [PART...]]
 #
-# Parts, by default all in this order: build (and what can run here), operations (their tests and
-# benchmarks), training (tests of the step: it never waits, replays alike), step (benchmark of the
-# whole step on the recipes of VOC and Cityscapes), profile (phases and a trace of a short run).
-# What they print and the new rows and plots of benchmarks/results end in FOLDER (./gpu-results).
-# Needs torch, triton, nvcc, setuptools, pybind11, pytest, hypothesis and pytest-benchmark; training,
-# step and profile also what the extra `train` of pyproject.toml lists, and timm.
+# Parts, by default all in this order:
+#   build       the package with its CUDA kernels, into this checkout
+#   tests       of the operations on the device
+#   operations  their benchmarks at the paper's sizes, and the report of all rows
+#   training    tests of the step: it never waits, replays alike
+#   step        benchmark of the whole step on the recipes of VOC and Cityscapes
+#   compiled    the same on VOC's with torch.compile, some minutes
+#   profile     phases and a trace of a short run, packed in profile.tgz
+# Where the package is not built yet, any part builds it first. What the parts print and the rows of
+# benchmarks/results end in FOLDER (./gpu-results), also when a later part is cut off.
+# Needs torch, triton, nvcc, setuptools, pybind11, pytest, hypothesis and pytest-benchmark; the parts
+# from training on also what the extra `train` of pyproject.toml lists, without tyro, and timm.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-gpu-results}
 shift || true
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(build operations training step profile)
+[ ${#parts[@]} -gt 0 ] || parts=(build tests operations training step compiled profile)
 mkdir -p "$folder"
 
+built() {
+  python3 - 2>/dev/null <<'E2'
+from ctt.ops import available_backends
+can = available_backends("cuda")
+assert "cuda" in can["class_topk"] and "triton" in can["info_nce"]
+E2
+}
 build() {
   nvidia-smi
   CTT_CPU=1 CTT_CUDA=1 python3 -m pip install --no-build-isolation --no-deps -e . &&
     python3 -m ctt
 }
+tests() {
+  python3 -m pytest tests/ops tests/kernels -q -k "cuda or device or triton"
+}
 operations() {
-  python3 -m pytest tests/ops tests/kernels -q -k "cuda or device or triton" &&
-    python3 -m pytest benchmarks -q --ignore benchmarks/test_step.py --sizes paper --seconds 3 &&
-    python3 -m benchmarks.report
+  python3 -m pytest benchmarks/test_ema.py benchmarks/test_info_nce.py \
+    benchmarks/test_pair_info_nce.py benchmarks/test_selection.py \
+    -q -k cuda --sizes paper --seconds 3
+  local code=$?
+  python3 -m benchmarks.report
+  return $code
 }
 training() {
-  python3 -m pytest tests/train/test_gpu_step.py -q
+  # apart, as a recording that fails can spoil what the process does later
+  python3 -m pytest tests/train/test_gpu_step.py -q -k "not replayed"
+  local code=$?
+  python3 -m pytest tests/train/test_gpu_step.py -q -k replayed && return $code
 }
 step() {
-  python3 -m pytest benchmarks/test_step.py -q --sizes voc,cityscapes --seconds 20
+  local size code=0
+  for size in voc cityscapes; do # apart, so that what is measured stays
+    python3 -m pytest benchmarks/test_step.py -q -k cuda --sizes $size --seconds 10 --no-compile ||
+      code=1
+    keep
+  done
+  return $code
+}
+compiled() {
+  python3 -m pytest benchmarks/test_step.py -q -k cuda --sizes voc --seconds 10
 }
 profile() {
-  for options in "" "--train.amp bf16 --train.compile network" "--train.amp bf16 --train.cuda-graph"; do
-    name=$(echo "digits $options" | tr -cs 'a-z0-9\n' -)
-    traced="--train.profile 20"
-    [[ $options == *graph* ]] && traced=""
-    # shellcheck disable=SC2086
-    python3 -c "from ctt.cli.train import main; main()" --train.iterations 600 \
-      --bank.start-after 100 --train.eval-every 300 $traced $options --out "$folder/$name" || return
+  local runs change code=0
+  runs=$(mktemp -d)
+  for change in '"profile": 20' '"profile": 20, "amp": "bf16", "compile": "network"' \
+    '"cuda_graph": true, "amp": "bf16"'; do
+    python3 - "$runs" "$change" <<'E2' || code=1
+import json
+import sys
+from pathlib import Path
+
+from ctt import recipes
+from ctt.train.loop import train
+from ctt.train.settings import Settings, update
+
+folder, change = sys.argv[1:]
+settings = update(Settings(), recipes.load("digits"), "recipe")
+train_settings = json.loads('{"iterations": 600, "eval_every": 300, %s}' % change)
+settings = update(settings, {"train": train_settings, "bank": {"start_after": 0}}, "on_gpu.sh")
+train(settings, out=Path(folder) / "-".join(sorted(train_settings)))
+E2
   done
+  tar czf "$folder/profile.tgz" -C "$runs" --exclude='*.pt' --exclude='*.safetensors' .
+  rm -r "$runs"
+  return $code
+}
+keep() {
+  cp benchmarks/results/*.csv "$folder/"
 }
 
 failed=0
+built || [ "${parts[0]}" = build ] || parts=(build "${parts[@]}")
 for part in "${parts[@]}"; do
   "$part" 2>&1 | tee "$folder/$part.txt"
   code=${PIPESTATUS[0]}
   echo "$part: exit code $code" | tee -a "$folder/$part.txt"
   [ "$code" -eq 0 ] || failed=1
+  keep
 done
-cp -r benchmarks/results "$folder/"
 exit $failed

@@ -33,7 +33,12 @@ TINY = {
 def settings_of(size: str, workers: int, threads: int) -> Settings:
     change: dict[str, Any] = {
         "data": {"workers": workers, "eval_images": 6},
-        "train": {"iterations": SIZES[size], "threads": threads, "tensorboard": False},
+        "train": {
+            "iterations": SIZES[size],
+            "threads": threads,
+            "device": "cpu",
+            "tensorboard": False,
+        },
         "bank": {"start_after": 0},
     }
     settings = update(Settings(), recipes.load("digits"), "recipe")

@@ -22,6 +22,7 @@ class Replay:
         self._key: Hashable = None
         self._ordinary = 0  # calls until the recording
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._side: torch.cuda.Stream | None = None  # of the ordinary calls and the recording
         self._inputs: list[Tensor] = []
         self._outputs: dict[str, Tensor] = {}
 
@@ -37,7 +38,7 @@ class Replay:
             self._inputs = [x.clone() for x in inputs]
             graph = torch.cuda.CUDAGraph()
             # the loader pins memory in a thread of its own meanwhile, which is no mistake
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):
                 self._outputs = body(self._inputs)
             self._graph = graph
         for own, given in zip(self._inputs, inputs, strict=True):
@@ -45,11 +46,12 @@ class Replay:
         self._graph.replay()
         return {name: value.clone() for name, value in self._outputs.items()}
 
-    @staticmethod
-    def _beside(inputs: Sequence[Tensor], body: Body) -> dict[str, Tensor]:
-        """On a stream of its own, as a recording will be, so that both make the same memory."""
+    def _beside(self, inputs: Sequence[Tensor], body: Body) -> dict[str, Tensor]:
+        """On the stream of the recording, so that both take the same memory."""
         current = torch.cuda.current_stream()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        if self._side is None:
+            self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side = self._side
         side.wait_stream(current)
         with torch.cuda.stream(side):
             outputs = body(inputs)

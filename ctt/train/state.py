@@ -254,13 +254,15 @@ class EmaUpdate:
     ) -> None:
         self.settings = settings
         self.averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self.copied: tuple[list[Tensor], list[Tensor]] = ([], [])
+        # by their dtype, as a GPU copies many at once of one dtype only
+        self.copied: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for teacher, student in zip(teachers, students, strict=True):
             for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
                 self._add(self.averaged, t.data, s.data)
             for mean, own in zip(teacher.buffers(), student.buffers(), strict=True):
                 average = settings.buffers == "average" and mean.is_floating_point()
-                self._add(self.averaged if average else self.copied, mean, own)
+                copied = self.copied.setdefault(mean.dtype, ([], []))
+                self._add(self.averaged if average else copied, mean, own)
 
     @staticmethod
     def _add(lists: tuple[list[Tensor], list[Tensor]], teacher: Tensor, student: Tensor) -> None:
@@ -274,5 +276,6 @@ class EmaUpdate:
     def step(self, decay: float | Tensor) -> None:
         """Teachers follow their students."""
         ema_update_(*self.averaged, decay)
-        if self.copied[0]:
-            torch._foreach_copy_(*self.copied)
+        for teachers, students in self.copied.values():
+            if teachers:
+                torch._foreach_copy_(teachers, students)

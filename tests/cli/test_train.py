@@ -52,7 +52,10 @@ def run(arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         ("--views.blur-sigma 0 0", "--views.blur-sigma must be two numbers above 0"),
         ("--data.scale 0.5 inf", "--data.scale must be"),
         ("--optim.nesterov --optim.momentum 0", "needs --optim.momentum above 0"),
-        ("--train.cuda-graph", "--train.cuda-graph records the work of one process on a GPU"),
+        (
+            "--train.cuda-graph --train.device cpu",
+            "--train.cuda-graph records the work of one process on a GPU",
+        ),
         ("--train.cuda-graph --train.profile 3", "excludes --train.profile"),
         ("--train.accumulate 5", "--train.accumulate must divide --data.batch-size 12"),
         ("--train.device meta", "--train.device meta cannot be used here"),
@@ -63,7 +66,10 @@ def run(arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         ("--dry-run --out {broken}", "the folder is not empty"),
         ("--dry-run --resume {broken}", "no checkpoint that can be read"),
         ("--dry-run --model.weights {nowhere}", "there is no such file"),
-        ("--dry-run --train.cuda-graph", "--train.cuda-graph records the work of one process"),
+        (
+            "--dry-run --train.cuda-graph --train.device cpu",
+            "--train.cuda-graph records the work of one process",
+        ),
     ],
 )
 def test_bad_input_is_one_paragraph(

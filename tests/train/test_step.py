@@ -151,7 +151,7 @@ def test_contrast_starts_although_a_class_never_appears(tiny: Settings) -> None:
     state, step = make(settings, 2)
     # the teachers know classes 0 to 5; 6 to 10 never come
     state.teachers = [WithFeatures().eval() for _ in range(2)]
-    state.ema.averaged = state.ema.copied = ([], [])
+    state.ema.averaged, state.ema.copied = ([], []), {}
     labels = batch(classes=6)[1]
     images = torch.stack([20 * labels, labels, labels], dim=1)
     first = step(state, (images, labels), unlabelled())

@@ -61,7 +61,7 @@ def info_nce(
         place = (torch.arange(len(block.label), device=label.device), block.label)
         score = _scores(block, bank, temperature)  # (b, C, V)
         own = score[place]  # (b, V)
-        score[place] = -torch.inf
+        score[place] = _minus_infinity(score)
         weight, log_z, z = _exponentiate(score.flatten(1))  # (b, C * V), (b, 1), (b, 1)
         over = log_z - own  # (b, V)
         term, push = -F.logsigmoid(-over), over.sigmoid()  # (b, V), (b, V)
@@ -100,7 +100,8 @@ def pair_info_nce(
 
     def contrast(block: _Block) -> tuple[Tensor, Tensor | None]:
         score = _scores(block, bank, temperature)  # (b, C, V)
-        score[torch.arange(len(block.label), device=label.device), block.label] = -torch.inf
+        place = (torch.arange(len(block.label), device=label.device), block.label)
+        score[place] = _minus_infinity(score)
         weight, log_z, z = _exponentiate(score.flatten(1))  # (b, C * V), (b, 1), (b, 1)
         peer = normalize(block.take(positive).to(weight.dtype))  # (b, D)
         own = (block.direction * peer).sum(dim=1, keepdim=True) / temperature  # (b, 1)
@@ -389,6 +390,11 @@ def ema_update_(
             return
     for group in _groups(list(zip(teacher, student, strict=True))):
         _average_copies(group, decay)
+
+
+def _minus_infinity(like: Tensor) -> Tensor:
+    """To be written at indices: a number would be brought to a GPU by a copy that is waited for."""
+    return like.new_full((), -torch.inf)
 
 
 def _groups(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
