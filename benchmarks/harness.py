@@ -121,19 +121,36 @@ def replayed(runs: list[Run], device: torch.device) -> Run | None:
     With buffers that exceed the second-level cache no call finds its inputs there.
     """
     stream = torch.cuda.Stream(device)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.stream(stream):
-            for run in runs:
-                run()
-        torch.cuda.synchronize(device)
-        with torch.cuda.graph(graph):
-            for run in runs:
-                run()
-    except RuntimeError:  # it waits for the host
-        torch.cuda.synchronize(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    # found out beforehand: a recording that breaks off spoils all later ones of the process
+    if not _never_waits(runs[0], stream):
         return None
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run()
+    torch.cuda.synchronize(device)
+    gc.collect()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for run in runs:
+            run()
     return graph.replay
+
+
+def _never_waits(run: Run, stream: torch.cuda.Stream) -> bool:
+    """Whether a call does without the host once it is warm."""
+    with torch.cuda.stream(stream):
+        run()
+        stream.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        except RuntimeError:
+            return False
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            stream.synchronize()
+    return True
 
 
 def copies_beyond_cache(bytes_each: int, device: torch.device) -> int:

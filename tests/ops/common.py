@@ -208,20 +208,28 @@ def check_loss(fast: Loss, plain: Loss, truth: Loss, case: Contrast, reduction: 
     wide = torch.float64 if case.query.dtype == torch.float64 else torch.float32
     assert value.dtype == wide
     assert grad.dtype == case.query.dtype
-    assert_accurate(value, true_value, plain_value, 2)
+    slack = 0.0
+    if case.query.dtype in (torch.float16, torch.bfloat16) and value.numel():
+        # rounding keys and queries moves a loss by this much, by which the plain formula may be
+        # closer by luck
+        size = max(1.0, float(true_value.abs().max()))
+        slack = torch.finfo(case.query.dtype).eps / 2 * size
+    assert_accurate(value, true_value, plain_value, 2, slack)
     assert_accurate(grad, true_grad, plain_grad, 3)
 
 
-def assert_accurate(got: Tensor, truth: Tensor, plain: Tensor, factor: float) -> None:
+def assert_accurate(
+    got: Tensor, truth: Tensor, plain: Tensor, factor: float, slack: float = 0.0
+) -> None:
     """The largest error of `got` is at most `factor` times that of `plain`, the formula written in
-    plain PyTorch in the same dtype, plus a few roundings."""
+    plain PyTorch in the same dtype, plus a few roundings and `slack`."""
     assert got.shape == truth.shape
     assert bool(got.isfinite().all()), "a result is NaN or inf"
     if truth.numel() == 0:
         return
     info = torch.finfo(got.dtype)
     floor = 16 * info.eps * float(truth.abs().max()) + info.smallest_normal
-    limit = factor * _error(plain, truth) + floor
+    limit = factor * _error(plain, truth) + floor + slack
     assert _error(got, truth) <= limit, f"error {_error(got, truth):.3g}, allowed {limit:.3g}"
 
 

@@ -277,6 +277,7 @@ def test_capture_in_a_cuda_graph(backend: str) -> None:
         return loss.detach(), grad
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             step()
