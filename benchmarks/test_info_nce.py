@@ -26,6 +26,8 @@ def test_info_nce(
     record: Callable[[list[Row]], None],
 ) -> None:
     peers = {"class loop": contrast.class_loop}
+    if size in ("tiny", "series-n-1024") or (size, device.type) == ("cityscapes-v2", "cuda"):
+        peers["class loop, pairwise cosines"] = contrast.cosine_loop  # seconds a call on a CPU
     library = contrast.metric_learning()
     if library is not None and size == "cityscapes-v2":
         peers["pytorch-metric-learning"] = library
