@@ -9,7 +9,9 @@ CTT_CPU, CTT_CUDA   0: do not build; 1: a build that cannot be done or fails end
 CTT_CUDA_ARCHS      "80;90": the cards to compile for; PTX of the last one serves later cards
 CTT_SANITIZE        "address": ctt._cpu with that sanitizer, for developers:
                         CTT_SANITIZE=address python setup.py build_ext --inplace --force
-                        ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$(gcc -print-file-name=libasan.so) \
+                        ASAN_OPTIONS=detect_leaks=0 \
+                        LD_PRELOAD="$(gcc -print-file-name=libasan.so) \
+                            $(gcc -print-file-name=libstdc++.so)" \
                             python -m pytest tests/ops/test_cpu_backend.py
 """
 
