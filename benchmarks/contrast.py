@@ -39,8 +39,8 @@ DENSE_BYTES = 24
 
 
 def cosine_loop(q: Tensor, case: Contrast, reduction: str) -> Tensor:
-    """Equation (6) as programs with queues per class are published (ReCo, U2PL and their heirs): a
-    loop over the classes, and the cosine of every pair from the two vectors of that pair."""
+    """Equation (6) in the way of ReCo, U2PL and their heirs, who take samples of pixels and keys: a
+    loop over the classes, and the cosine of each pair from the two vectors of that pair."""
     losses = []
     num_classes, capacity, _ = case.keys.shape
     keys = case.keys.flatten(0, 1).to(q.dtype)

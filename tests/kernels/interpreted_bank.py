@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ctt.ops import class_topk, ema_update_, queue_push_, reference
+from ctt.ops.backends import triton
 
 
 @pytest.mark.parametrize(
@@ -137,3 +138,12 @@ def test_ema_update_follows_tensors_that_move() -> None:
     one = torch.zeros(10)
     ema_update_([one, one], [torch.ones(10)] * 2, 0.5, backend="triton")
     assert (one == 0.75).all()  # given twice, updated twice
+
+
+def test_new_views_of_the_same_memory_share_a_table_of_pointers() -> None:
+    teacher, student = torch.ones(5), torch.zeros(5)
+    ema_update_([teacher.data], [student.data], 0.5, backend="triton")
+    before = list(triton._ema_tables.values())
+    ema_update_([teacher.data], [student.data], 0.5, backend="triton")
+    assert (teacher == 0.25).all()
+    assert all(a is b for a, b in zip(before, triton._ema_tables.values(), strict=True))

@@ -19,9 +19,11 @@ for tests: slow, and silently wrong in bfloat16.
 
 import importlib
 import importlib.util
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -241,7 +243,12 @@ class _EmaTable(NamedTuple):
     rest: list[int]  # pairs that are not plain runs of memory in one order
 
 
-# a captured graph reads its table at every replay, also when the plan has ended
+# A few models' tables, by all that they were made from: for lists whose plans end with a call, such
+# as new views of the same memory, which a capture may bring too.
+_EMA_TABLES = 8
+_ema_tables: OrderedDict[object, _EmaTable] = OrderedDict()
+_SIGNATURE = (Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype"))
+# a captured graph reads its table at every replay, also when others have taken its place
 _captured_tables: list[_EmaTable] = []
 
 
@@ -249,16 +256,30 @@ def _ema_table(
     teacher: Sequence[Tensor], student: Sequence[Tensor], block: int, plan: Plan
 ) -> _EmaTable:
     table: _EmaTable | None = plan.tables.get("triton")
-    capturing = _capturing(teacher[0].device)
     if table is None:
-        if capturing:
+        table = plan.tables["triton"] = _table_by_signature(teacher, student, block)
+    if _capturing(teacher[0].device) and not any(table is t for t in _captured_tables):
+        _captured_tables.append(table)
+    return table
+
+
+def _table_by_signature(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], block: int
+) -> _EmaTable:
+    key = tuple(
+        part for tensors in (teacher, student) for read in _SIGNATURE for part in map(read, tensors)
+    )
+    table = _ema_tables.get(key)
+    if table is None:
+        if _capturing(teacher[0].device):
             raise RuntimeError(
                 "ema_update_: the triton backend needs one call on these tensors before a CUDA "
                 "graph is captured, to make its table of pointers"
             )
-        table = plan.tables["triton"] = _make_ema_table(teacher, student, block)
-    elif capturing and not any(table is t for t in _captured_tables):
-        _captured_tables.append(table)
+        table = _ema_tables[key] = _make_ema_table(teacher, student, block)
+        if len(_ema_tables) > _EMA_TABLES:
+            _ema_tables.popitem(last=False)
+    _ema_tables.move_to_end(key)
     return table
 
 
