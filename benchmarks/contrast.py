@@ -36,44 +36,76 @@ GROUPS = {"default": ["cityscapes-v2"], "paper": list(PAPER), "series": list(SER
 CHECKED = 2000  # pixels of the comparison with float64, whose scores would not fit for all of them
 # Bytes that plain PyTorch needs for a score: about six (N, C * V) tensors of float32 at its peak.
 DENSE_BYTES = 24
+PUBLISHED_EPS = 1e-12  # what published programs add against the logarithm of 0
 
 
-def cosine_loop(q: Tensor, case: Contrast, reduction: str) -> Tensor:
-    """Equation (6) in the way of ReCo, U2PL and their heirs, who take samples of pixels and keys: a
-    loop over the classes, and the cosine of each pair from the two vectors of that pair."""
+def norms_cosine(v: Tensor, keys: Tensor) -> Tensor:
+    """(n, M): one matrix product, divided by the products of the norms."""
+    return v @ keys.T / torch.outer(v.norm(dim=1), keys.norm(dim=1))
+
+
+def pairwise_cosine(v: Tensor, keys: Tensor) -> Tensor:
+    """(n, M): each from the two vectors of its pair."""
+    return torch.cosine_similarity(v.unsqueeze(1), keys.unsqueeze(0), dim=2)
+
+
+def published_loop(
+    q: Tensor, case: Contrast, reduction: str, cosine: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Equation (6) as published programs compute it: a loop over the classes, the class's own keys
+    before all others in one tensor, and autograd for the rest.
+
+    With `norms_cosine` it does the operations of the program of the paper's authors, with
+    `pairwise_cosine` those of ReCo, U2PL and their heirs (who take samples of pixels and keys).
+    """
     losses = []
     num_classes, capacity, _ = case.keys.shape
-    keys = case.keys.flatten(0, 1).to(q.dtype)
     for c in range(num_classes):
         v = q[case.label == c]
         if len(v) == 0:
             continue
-        cosine = torch.cosine_similarity(v.unsqueeze(1), keys.unsqueeze(0), dim=2)
-        score = (cosine / case.temperature).view(len(v), num_classes, capacity)
-        positive = torch.exp(score[:, c])
-        others = torch.cat([score[:, :c], score[:, c + 1 :]], dim=1)
-        negative = torch.exp(others).sum(dim=(1, 2))[:, None]
-        losses.append(-torch.log(positive / (positive + negative)).mean())
+        keys = torch.cat([case.keys[c], _others(case.keys, c)]).to(q.dtype)
+        weight = torch.exp(cosine(v, keys) / case.temperature)
+        positive, negative = weight[:, :capacity], weight[:, capacity:].sum(dim=1, keepdim=True)
+        share = positive / (positive + negative + PUBLISHED_EPS)
+        losses.append(-torch.log(share + PUBLISHED_EPS).mean())
     return torch.stack(losses).mean()
 
 
 def class_loop(q: Tensor, case: Contrast, reduction: str) -> Tensor:
-    """The same loop at its best: cosines as matrix products with keys that are unit vectors."""
+    """The same loop at its best: unit keys, so that the cosines are products and nothing else."""
     losses = []
     for c in case.label.unique().tolist():
         if not 0 <= c < case.keys.shape[0]:
             continue
         v = F.normalize(q[case.label == c], dim=1)
         keys = case.keys.to(v.dtype)
-        others = torch.cat([keys[:c], keys[c + 1 :]]).flatten(0, 1)
         positive = torch.exp(v @ keys[c].T / case.temperature)
-        negative = torch.exp(v @ others.T / case.temperature).sum(dim=1, keepdim=True)
+        negative = torch.exp(v @ _others(keys, c).T / case.temperature).sum(dim=1, keepdim=True)
         losses.append(-torch.log(positive / (positive + negative)).mean())
     return torch.stack(losses).mean()
 
 
+def published_pair_loop(q: Tensor, case: Contrast, reduction: str) -> Tensor:
+    """Equation (8) with the operations of the program of the paper's authors."""
+    assert case.positive is not None
+    losses = []
+    bank = torch.cat([k for k, _ in case.banks], dim=1)
+    for c in range(len(bank)):
+        v, peer = q[case.label == c], case.positive[case.label == c]
+        if len(v) == 0:
+            continue
+        others = _others(bank, c).to(q.dtype)
+        negative = torch.exp(norms_cosine(v, others) / case.temperature).sum(dim=1)
+        cosine = (v * peer).sum(dim=1) / (v.norm(dim=1) * peer.norm(dim=1))
+        positive = torch.exp(cosine / case.temperature)
+        share = positive / (positive + negative + PUBLISHED_EPS)
+        losses.append(-torch.log(share + PUBLISHED_EPS).mean())
+    return torch.stack(losses).mean()
+
+
 def pair_class_loop(q: Tensor, case: Contrast, reduction: str) -> Tensor:
-    """The same for equation (8)."""
+    """The same loop at its best."""
     assert case.positive is not None
     losses = []
     for c in case.label.unique().tolist():
@@ -81,12 +113,15 @@ def pair_class_loop(q: Tensor, case: Contrast, reduction: str) -> Tensor:
             continue
         chosen = case.label == c
         v, peer = F.normalize(q[chosen], dim=1), F.normalize(case.positive[chosen], dim=1)
-        others = torch.cat([k[i] for k, _ in case.banks for i in range(len(k)) if i != c])
-        others = others.to(v.dtype)
+        others = torch.cat([_others(k, c) for k, _ in case.banks]).to(v.dtype)
         positive = torch.exp((v * peer).sum(dim=1) / case.temperature)
         negative = torch.exp(v @ others.T / case.temperature).sum(dim=1)
         losses.append(-torch.log(positive / (positive + negative)).mean())
     return torch.stack(losses).mean()
+
+
+def _others(keys: Tensor, c: int) -> Tensor:
+    return torch.cat([keys[:c], keys[c + 1 :]]).flatten(0, 1)
 
 
 def metric_learning() -> Loss | None:

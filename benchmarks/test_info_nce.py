@@ -5,6 +5,7 @@ gradients written, 2 N D values, and M D keys: far below what the products take.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks import contrast
 from benchmarks.contrast import GROUPS, SIZES  # noqa: F401  (read by conftest.py)
 from benchmarks.harness import Row
-from tests.ops.common import dense_high_level, high_level, reference_high_level
+from tests.ops.common import Loss, dense_high_level, high_level, reference_high_level
 
 
 @pytest.mark.timeout(1800)
@@ -25,9 +26,14 @@ def test_info_nce(
     may_compile: bool,
     record: Callable[[list[Row]], None],
 ) -> None:
-    peers = {"class loop": contrast.class_loop}
+    published = contrast.published_loop
+    peers: dict[str, Loss] = {
+        "class loop as published": partial(published, cosine=contrast.norms_cosine),
+        "class loop": contrast.class_loop,
+    }
     if size in ("tiny", "series-n-1024") or (size, device.type) == ("cityscapes-v2", "cuda"):
-        peers["class loop, pairwise cosines"] = contrast.cosine_loop  # seconds a call on a CPU
+        # seconds a call on a CPU
+        peers["class loop, pairwise cosines"] = partial(published, cosine=contrast.pairwise_cosine)
     library = contrast.metric_learning()
     if library is not None and size == "cityscapes-v2":
         peers["pytorch-metric-learning"] = library

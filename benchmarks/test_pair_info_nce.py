@@ -34,7 +34,10 @@ def test_pair_info_nce(
             ours=low_level,
             truth=reference_low_level,
             dense=dense_low_level,
-            peers={"class loop": contrast.pair_class_loop},
+            peers={
+                "class loop as published": contrast.published_pair_loop,
+                "class loop": contrast.pair_class_loop,
+            },
             banks=2,
             may_compile=may_compile,
             seconds=seconds,

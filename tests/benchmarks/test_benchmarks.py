@@ -77,6 +77,8 @@ def test_every_way_of_the_benchmarks_is_right() -> None:
     assert done.returncode == 0, done.stdout[-3000:]
     for way in (
         "class loop",
+        "class loop as published",
+        "class loop, pairwise cosines",
         "two matrix products",
         "_foreach_lerp_",
         "swa_utils",
