@@ -47,8 +47,6 @@ COMMON: dict[str, Any] = {
     "bank": {"start_after": 0},
     "loss": {"gamma": 0.0},
 }
-# with 3 images, 4 channels and two threads torch 2.15 crashes in the backward of a convolution in
-# channels_last, without any code of ours
 TINY: dict[str, Any] = {
     "data": {"crop": [24, 24], "batch_size": 4},
     "model": {"width": 4, "features": 8},

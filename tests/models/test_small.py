@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -23,6 +26,24 @@ def test_head_has_its_own_parameters() -> None:
         "classifier.weight",
         "classifier.bias",
     }
+
+
+NARROW = """
+import torch
+from ctt import models
+torch.set_num_threads(8)
+for size in (3, 7, 10):
+    network = models.build("small", 5, 8, 4).to(memory_format=torch.channels_last)
+    for _ in range(4):
+        images = torch.randn(size, 3, 48, 48).contiguous(memory_format=torch.channels_last)
+        network(images).logits.sum().backward()
+"""
+
+
+def test_backward_of_a_narrow_network() -> None:
+    """In a process of its own: where a convolution writes outside its memory, it dies."""
+    done = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_unknown_architecture() -> None:

@@ -24,14 +24,14 @@ Batch = tuple[Tensor, Tensor]
 CPU = torch.device("cpu")
 
 
-def batch(size: int = 3, seed: int = 0, classes: int = 11) -> Batch:
+def batch(size: int = 4, seed: int = 0, classes: int = 11) -> Batch:
     rng = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (size, 3, 24, 24), generator=rng, dtype=torch.uint8)
     blocks = torch.randint(0, classes, (size, 3, 3), generator=rng, dtype=torch.uint8)
     return images, blocks.repeat_interleave(8, 1).repeat_interleave(8, 2)
 
 
-def unlabelled(size: int = 3, seed: int = 1) -> Batch:
+def unlabelled(size: int = 4, seed: int = 1) -> Batch:
     images, _ = batch(size, seed)
     padding = torch.zeros(size, 24, 24, dtype=torch.uint8)
     padding[:, :2] = IGNORE
@@ -72,9 +72,9 @@ def test_both_students_and_the_labels_show_the_same_pixels(
     monkeypatch.setattr(Step, "_lesson", lambda s, t: targets.append(t) or lesson(s, t))
     monkeypatch.setattr(Step, "_fill_banks", lambda *_: None)
     monkeypatch.setattr(EmaUpdate, "step", lambda *_: None)
-    classes = batch(4, seed=3)[1]
+    classes = batch(seed=3)[1]
     images = torch.stack([20 * classes, classes, classes], dim=1)
-    step(state, batch(4), (images, torch.zeros_like(classes)))
+    step(state, batch(), (images, torch.zeros_like(classes)))
     for strong, target in zip(seen, targets, strict=True):
         assert torch.equal(strong, seen[0])
         shown = ((strong[4:, 0] * INFO.std[0] + INFO.mean[0]) * 255 / 20).round().long()
@@ -114,7 +114,7 @@ def test_labels_come_from_the_other_teachers(tiny: Settings, pairs: int) -> None
     normalized = normalize(weak, INFO)
     for k, (target, *_) in enumerate(lessons):
         others = [j for j in range(pairs) if j != k] or [k]
-        mean = torch.zeros(3, 11, 24, 24)
+        mean = torch.zeros(len(images), 11, 24, 24)
         for j in others:
             logits = state.teachers[j](normalized).logits
             up = nn.functional.interpolate(logits, size=(24, 24), mode="bilinear")
@@ -286,7 +286,7 @@ def test_learning_rate_warms_up_and_decays(tiny: Settings) -> None:
 def test_parts_of_a_batch_add_up_to_it(tiny: Settings) -> None:
     """But for batch norm, which is held still here, and for the contrast."""
     change = {"loss": {"hc": 0, "lc": 0, "confidence_weight": "uniform"}, "optim": {"lr": 0.01}}
-    images, label = batch(4)
+    images, label = batch()
     label[0] = IGNORE  # parts with unequal numbers of labelled pixels
     ends = []
     for parts in (1, 2, 4):
@@ -307,7 +307,7 @@ def test_contrast_of_parts_is_finite(tiny: Settings) -> None:
     settings = update(tiny, {"train": {"accumulate": 2}}, "test")
     state, step = make(settings, 2)
     for i in range(4):
-        terms = step(state, batch(4, seed=i), unlabelled(4, seed=i))
+        terms = step(state, batch(seed=i), unlabelled(seed=i))
     assert all(torch.isfinite(value) for value in terms.values())
     assert float(terms["hc"] + terms["lc"]) > 0
 
