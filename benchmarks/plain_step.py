@@ -19,7 +19,7 @@ class PlainStep:
 
     def __init__(self, settings: Settings, students: list[SegmentationModel], classes: int) -> None:
         self.settings, self.classes = settings, classes
-        self.students = students
+        self.students, self.stride = students, students[0].stride
         self.teachers = [copy.deepcopy(s).requires_grad_(False).eval() for s in students]
         optim = settings.optim
         self.optimizers = [
@@ -60,14 +60,13 @@ class PlainStep:
                 self._push(k, teacher(images), label)
         return shown
 
-    @staticmethod
-    def _upsample(logits: Tensor, size: torch.Size) -> Tensor:
-        return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+    def _upsample(self, logits: Tensor, size: torch.Size) -> Tensor:
+        fine = F.interpolate(logits, scale_factor=self.stride, mode="bilinear", align_corners=False)
+        return fine[:, :, : size[0], : size[1]]
 
     def _contrast(self, k: int, outputs: list[Output], targets: Tensor) -> tuple[Tensor, Tensor]:
         weights, n = self.settings.loss, self.settings.loss.contrast_stride
-        grid = outputs[k].features.shape[2:]
-        label = F.interpolate(targets[:, None].float(), size=grid)[:, 0, ::n, ::n].long().flatten()
+        label = targets[:, :: n * self.stride, :: n * self.stride].flatten()
         out, peer = (Output(*(x[..., ::n, ::n] for x in outputs[j])) for j in (k, 1 - k))
         pixels = out.features.permute(0, 2, 3, 1).flatten(0, 2)
         others = peer.features.detach().permute(0, 2, 3, 1).flatten(0, 2)
@@ -104,7 +103,7 @@ class PlainStep:
 
     def _push(self, k: int, out: Output, label: Tensor) -> None:
         settings = self.settings.bank
-        truth = F.interpolate(label[:, None].float(), size=out.features.shape[2:])[:, 0].long()
+        truth = label[:, :: self.stride, :: self.stride]
         confidence, predicted = out.logits.softmax(1).max(1)
         pixels = out.features.permute(0, 2, 3, 1)
         for c in range(self.classes):

@@ -10,20 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctt.data.source import IGNORE
+from ctt.models.base import upsample
 from ctt.ops import MemoryBank, info_nce, pair_info_nce
 
 
-def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits (B, C, h, w) at the resolution of the image, in float32."""
-    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-
-
-def to_grid(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """Labels or confidences (B, H, W) on the grid of the features by nearest neighbour."""
-    values = values[:, None]
-    if not values.is_floating_point():
-        return F.interpolate(values.float(), size=size, mode="nearest")[:, 0].to(values.dtype)
-    return F.interpolate(values, size=size, mode="nearest")[:, 0]
+def to_grid(values: Tensor, stride: int) -> Tensor:
+    """Labels or confidences (B, H, W) on the grid of the features: those of every stride-th pixel,
+    (B, ceil(H / stride), ceil(W / stride))."""
+    return values[:, ::stride, ::stride]
 
 
 def as_pixels(maps: Tensor) -> Tensor:
@@ -46,16 +40,17 @@ def valid_pixels(label: Tensor, total: Total = alone) -> Tensor:
 
 
 def pixel_cross_entropy(
-    logits: Tensor, label: Tensor, pixels: Tensor, weight: Tensor | None = None
+    logits: Tensor, stride: int, label: Tensor, pixels: Tensor, weight: Tensor | None = None
 ) -> Tensor:
     """Mean cross-entropy over the pixels whose label is not 255; 0 where there is none.
 
     Args:
-        logits: (B, C, h, w). label: (B, H, W) int64. weight: (), a factor on the mean.
+        logits: (B, C, h, w), on a grid of this stride. label: (B, H, W) int64. weight: (), a
+            factor on the mean.
         pixels: (), `valid_pixels` of the whole batch, of which these images may be a part; the
             means of the parts then add up to that of the whole.
     """
-    scores = upsample(logits, (label.shape[-2], label.shape[-1]))
+    scores = upsample(logits, (label.shape[-2], label.shape[-1]), stride)
     # summed here, because on CUDA the reduced form has no deterministic algorithm
     mean = F.cross_entropy(scores, label, ignore_index=IGNORE, reduction="none").sum() / pixels
     return mean if weight is None else mean * weight

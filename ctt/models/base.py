@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -125,11 +126,30 @@ def resize_like(x: Tensor, other: Tensor, *, align_corners: bool = False) -> Ten
     return F.interpolate(x, size=other.shape[-2:], mode="bilinear", align_corners=align_corners)
 
 
-def to_stride(features: Tensor, images: Tensor, stride: int) -> Tensor:
-    """Features bilinearly on the grid of ceil(H / stride) x ceil(W / stride)."""
-    return F.interpolate(
-        features, size=grid_of(images, stride), mode="bilinear", align_corners=False
-    )
+def upsample(logits: Tensor, size: tuple[int, int], stride: int) -> Tensor:
+    """Logits (B, C, h, w) at every pixel of the images, bilinearly and in float32: (B, C, H, W).
+
+    A pixel is `stride` times as far down and right as on the grid, whatever the size of the image.
+    Were h stretched to H, it would be so for multiples of the stride alone, and a network trained
+    on crops of 321 would find the classes of a larger image up to three pixels from their place.
+    """
+    height, width = size
+    fine = F.interpolate(logits.float(), scale_factor=stride, mode="bilinear", align_corners=False)
+    if torch.compiler.is_exporting():
+        # a view would make it a condition of the graph whether the sides are multiples or not
+        return F.pad(fine, (0, width - fine.shape[3], 0, height - fine.shape[2]))
+    return fine[:, :, :height, :width]
+
+
+def pad_to_multiple(images: Tensor, multiple: int, smallest: int = 0) -> Tensor:
+    """Images with zeros below and on the right, to sides of a multiple and of `smallest` at least.
+
+    Zero is the mean colour of normalised images.
+    """
+    height, width = grid_of(images, multiple)
+    bottom = max(height * multiple, smallest) - images.shape[-2]
+    right = max(width * multiple, smallest) - images.shape[-1]
+    return F.pad(images, (0, right, 0, bottom))
 
 
 def crop_to_stride(features: Tensor, images: Tensor, stride: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ctt.models.base import BackboneModel, PooledNorm, conv_bn, resize_like, to_stride
+from ctt.models.base import BackboneModel, PooledNorm, conv_bn, resize_like
 from ctt.models.timm_backbone import Stages
 
 V2_RATES = (6, 12, 18, 24)  # Chen et al., TPAMI 2018 (arXiv 1606.00915), ASPP-L
@@ -43,7 +43,7 @@ class DeepLabV2(BackboneModel):
     def extract(self, images: Tensor) -> Tensor:
         x = self.backbone(images)[-1]  # (B, channels, h, w)
         features: Tensor = sum(conv(x) for conv in self.aspp)  # (B, D, h, w)
-        return to_stride(features, images, self.stride) if self.backbone.short else features
+        return features
 
 
 class DeepLabV3Plus(BackboneModel):
@@ -78,7 +78,7 @@ class DeepLabV3Plus(BackboneModel):
         # strides fall on the corners of images of 16 n + 1 pixels, as 321 and 513
         high = resize_like(self.aspp(stages[-1]), low, align_corners=True)  # (B, D, H/4, W/4)
         features: Tensor = self.decoder(torch.cat([high, low], dim=1))
-        return to_stride(features, images, self.stride) if self.backbone.short else features
+        return features
 
 
 class Aspp(nn.Module):

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from ctt.models.base import upsample
 
 if TYPE_CHECKING:
     from ctt.data.source import DatasetInfo
@@ -46,9 +47,9 @@ class Segmenter(nn.Module):
 
     def logits(self, normalized: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised -> logits (B, C, H, W)."""
-        logits = self.network(normalized).logits.float()  # (B, C, h, w)
-        size = normalized.shape[-2:]
-        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        logits = self.network(normalized).logits  # (B, C, h, w)
+        size = (normalized.shape[-2], normalized.shape[-1])
+        return upsample(logits, size, self.network.stride)
 
     @torch.no_grad()
     def predict(self, image: Any) -> Tensor:

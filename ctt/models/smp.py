@@ -10,10 +10,15 @@ import segmentation_models_pytorch
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ctt.errors import UserError
-from ctt.models.base import BackboneModel, PooledNorm, conv_bn, crop_to_stride, grid_of
+from ctt.models.base import (
+    BackboneModel,
+    PooledNorm,
+    conv_bn,
+    crop_to_stride,
+    pad_to_multiple,
+)
 from ctt.models.timm_backbone import check_name
 
 PROBE = 448  # whole patches of 14, 16 and 32 pixels
@@ -56,10 +61,7 @@ class Smp(BackboneModel):
         self.classifier = nn.Conv2d(features, num_classes, 1)
 
     def extract(self, images: Tensor) -> Tensor:
-        height, width = grid_of(images, self.multiple)
-        bottom = max(height * self.multiple, self.smallest) - images.shape[-2]
-        right = max(width * self.multiple, self.smallest) - images.shape[-1]
-        decoded = self._decode(F.pad(images, (0, right, 0, bottom)))
+        decoded = self._decode(pad_to_multiple(images, self.multiple, self.smallest))
         return crop_to_stride(self.project(decoded), images, self.stride)
 
     def _decode(self, images: Tensor) -> Tensor:

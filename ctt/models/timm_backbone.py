@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ctt.errors import UserError
+from ctt.models.base import crop_to_stride, pad_to_multiple
 
 
 class Stages(nn.Module):
@@ -27,7 +28,8 @@ class Stages(nn.Module):
 
     Attributes:
         channels, strides: of each stage.
-        short: an odd image comes out a row or column short of ceil(H / stride).
+        short: of an odd image the network would leave out the last rows and columns, and give less
+            than ceil(H / stride). Such images are padded by the normalised colour 0.
 
     Raises:
         UserError: timm has no such model, or it cannot be dilated.
@@ -50,8 +52,13 @@ class Stages(nn.Module):
         self.short = probe[-1].shape[-1] != -(-side // output_stride)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        stages: list[Tensor] = self.net(images)  # of (B, channels, H / stride, W / stride)
-        return stages
+        """Images (B, 3, H, W) -> (B, channels, ceil(H / stride), ceil(W / stride)) of each."""
+        stages: list[Tensor]
+        if not self.short:
+            stages = self.net(images)
+            return stages
+        stages = self.net(pad_to_multiple(images, self.strides[-1]))
+        return [crop_to_stride(x, images, s) for x, s in zip(stages, self.strides, strict=True)]
 
 
 def create(name: str, **options: Any) -> nn.Module:

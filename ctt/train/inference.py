@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from ctt.data.prepare import resize_image, resize_label
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
-from ctt.methods.losses import upsample
-from ctt.models.base import SegmentationModel
+from ctt.models.base import SegmentationModel, upsample
 from ctt.train.settings import EvalSettings
 from ctt.train.step import normalize, to_unit
 
@@ -51,7 +50,8 @@ def whole(network: SegmentationModel, amp: str, images: Tensor) -> Tensor:
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     with torch.autocast(images.device.type, dtype=dtype, enabled=amp != "off"):
         logits = network(images).logits
-    return upsample(logits, (images.shape[-2], images.shape[-1])).softmax(dim=1)
+    size = (images.shape[-2], images.shape[-1])
+    return upsample(logits, size, network.stride).softmax(dim=1)
 
 
 def sliding(

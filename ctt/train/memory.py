@@ -78,7 +78,7 @@ def _forward(
         label = torch.empty(shape[0], *shape[2:], dtype=torch.int64)
         with torch.autocast("cpu", dtype=dtype, enabled=amp != "off"):
             out = torch.func.functional_call(student, weights, (images,))
-        losses.pixel_cross_entropy(out.logits, label, losses.valid_pixels(label))
+        losses.pixel_cross_entropy(out.logits, student.stride, label, losses.valid_pixels(label))
     return [x.untyped_storage().nbytes() for x in kept.values()], FLOAT * out.features.numel()
 
 

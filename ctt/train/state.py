@@ -76,6 +76,11 @@ class TrainState:
     def pairs(self) -> int:
         return len(self.students)
 
+    @property
+    def stride(self) -> int:
+        """Of all the networks' grids."""
+        return self.students[0].stride
+
     @contextlib.contextmanager
     def keep_gradients(self, keep: bool) -> Iterator[None]:
         """Where `keep`, a backward pass leaves the gradients of this process unsummed."""

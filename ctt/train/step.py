@@ -20,7 +20,7 @@ from ctt.data.source import IGNORE, DatasetInfo
 from ctt.data.views import PhotometricView, constant
 from ctt.methods import losses
 from ctt.methods.base import Method
-from ctt.models.base import Output, SegmentationModel
+from ctt.models.base import Output, SegmentationModel, upsample
 from ctt.train.distributed import World
 from ctt.train.draws import Draws, StepDraws
 from ctt.train.feed import Batch
@@ -248,17 +248,17 @@ class Step:
         self, state: TrainState, part: Part, pixels: Tensor, contrast: bool
     ) -> dict[str, Tensor]:
         outputs = self._forward_students(state, part)
-        size = len(part.images)
+        size, stride = len(part.images), state.stride
         with self.phases("cross-entropy"):
             terms = {
                 "sup": sum_of(
-                    losses.pixel_cross_entropy(out.logits[:size], part.label, pixels)
+                    losses.pixel_cross_entropy(out.logits[:size], stride, part.label, pixels)
                     for out in outputs
                 )
             }
             if part.lessons:
                 terms["ct"] = sum_of(
-                    losses.pixel_cross_entropy(out.logits[size:], label, count, weight)
+                    losses.pixel_cross_entropy(out.logits[size:], stride, label, count, weight)
                     for out, (_, label, count, weight) in zip(outputs, part.lessons, strict=True)
                 )
         if self.contrast:
@@ -279,8 +279,8 @@ class Step:
         size = (weak.shape[-2], weak.shape[-1])
         with self.phases("teachers"):
             probability = [  # of each teacher, (B, C, H, W)
-                losses.upsample(self._ask(state, teacher, weak).logits, size).softmax(dim=1)
-                for teacher in state.teachers
+                upsample(self._ask(state, t, weak).logits, size, t.stride).softmax(dim=1)
+                for t in state.teachers
             ]
         with self.phases("views"):
             keep = self._mix_mask(torch.stack(probability).mean(dim=0), padding, draw)
@@ -350,17 +350,15 @@ class Step:
         if not started:
             return {"hc": zero, "lc": zero}
         total = self.world.total if self.world.size > 1 else None
-        grid = (outputs[0].features.shape[-2], outputs[0].features.shape[-1])
-        stride = loss.contrast_stride
-        outputs = [Output(*(maps[..., ::stride, ::stride] for maps in out)) for out in outputs]
-        truth = losses.to_grid(part.label, grid)[..., ::stride, ::stride]
+        step = loss.contrast_stride
+        stride = step * state.stride
+        outputs = [Output(*(maps[..., ::step, ::step] for maps in out)) for out in outputs]
+        truth = losses.to_grid(part.label, stride)
         counts = losses.usable_counts(state.banks, bank_settings.start)
         # confidence and class that each student's own classifier gives on the grid
         own = [out.logits.detach().float().softmax(dim=1).max(dim=1) for out in outputs]
         for k, out in enumerate(outputs):
-            target = Target(
-                *(losses.to_grid(x, grid)[..., ::stride, ::stride] for x in part.lessons[k].target)
-            )
+            target = Target(*(losses.to_grid(x, stride) for x in part.lessons[k].target))
             pixel_label = torch.cat([truth, target.label])  # (B, h, w)
             confidence = own[k].values
             decisive = confidence
@@ -414,7 +412,7 @@ class Step:
             with self.phases("teachers"):
                 out = self._ask(state, teacher, images)
             with self.phases("banks"):
-                truth = losses.to_grid(label, (out.logits.shape[-2], out.logits.shape[-1]))
+                truth = losses.to_grid(label, teacher.stride)
                 confidence, predicted = out.logits.float().softmax(dim=1).max(dim=1)
                 valid = (predicted == truth) & (confidence >= settings.min_confidence)
                 for i, part in enumerate(self._pushes(len(images))):

@@ -15,7 +15,7 @@ def test_cross_entropy_is_the_mean_over_valid_pixels() -> None:
     label = torch.tensor([[[0, 1, 255]]])
     expected = (-math.log(3 / 4) - math.log(1 / 2)) / 2
     assert losses.pixel_cross_entropy(
-        logits, label, losses.valid_pixels(label)
+        logits, 1, label, losses.valid_pixels(label)
     ).item() == pytest.approx(expected)
 
 
@@ -23,17 +23,21 @@ def test_cross_entropy_is_the_mean_over_valid_pixels() -> None:
 def test_ignored_crops_give_0_not_nan(dtype: torch.dtype) -> None:
     logits = torch.randn(2, 3, 4, 4, dtype=dtype, requires_grad=True)
     label = torch.full((2, 8, 8), 255)
-    loss = losses.pixel_cross_entropy(logits, label, losses.valid_pixels(label))
+    loss = losses.pixel_cross_entropy(logits, 2, label, losses.valid_pixels(label))
     loss.backward()
     assert loss.item() == 0
     assert logits.grad is not None
     assert (logits.grad == 0).all()
 
 
-def test_grid_takes_labels_by_nearest_neighbour() -> None:
-    label = torch.tensor([[[0, 1, 2, 255], [4, 5, 6, 7]]])
-    assert losses.to_grid(label, (1, 2)).tolist() == [[[0, 2]]]
-    assert losses.to_grid(label.float(), (1, 2)).tolist() == [[[0, 2]]]
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_grid_takes_labels_by_nearest_neighbour(dtype: torch.dtype) -> None:
+    label = torch.tensor([[[0, 1, 2, 255], [4, 5, 6, 7]]], dtype=dtype)
+    assert losses.to_grid(label, 2).tolist() == [[[0, 2]]]
+    odd = torch.arange(321 * 17, dtype=dtype).view(1, 321, 17)
+    grid = losses.to_grid(odd, 8)
+    assert grid.shape == (1, 41, 3)
+    assert grid[0, 40, 2] == odd[0, 320, 16]
 
 
 def test_pixels_keep_their_features() -> None:

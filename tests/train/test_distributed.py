@@ -64,12 +64,13 @@ def record_steps(settings: Settings, folder: Path) -> None:
         banks[:] = [self.world.rank, [bank.state_dict() for bank in state.banks]]
         return terms
 
-    def exact(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    def exact(logits: Tensor, size: tuple[int, int], stride: int) -> Tensor:
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "__call__", call)
         patch.setattr(losses, "upsample", exact)
+        patch.setattr("ctt.train.step.upsample", exact)
         patch.setattr(loop, "TrainState", ExactState)
         loop.train(settings, out=folder / "run")
     torch.save({"seen": seen, "banks": banks[1]}, folder / f"rank-{banks[0]}.pt")

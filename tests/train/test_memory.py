@@ -35,7 +35,7 @@ def test_activations_are_those_that_autograd_keeps(tiny: Settings, amp: str) -> 
         label = torch.zeros(6, 24, 24, dtype=torch.int64)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp != "off"):
             out = network(torch.rand(6, 3, 24, 24))
-        losses.pixel_cross_entropy(out.logits, label, losses.valid_pixels(label))
+        losses.pixel_cross_entropy(out.logits, network.stride, label, losses.valid_pixels(label))
     expected = sum(x.untyped_storage().nbytes() for x in held.values())
     kept, features = _forward(network, settings, (6, 3, 24, 24))
     assert sum(kept) == pytest.approx(expected, rel=0.02)

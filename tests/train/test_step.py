@@ -48,7 +48,7 @@ class ByColour(SegmentationModel):
 
     def __init__(self) -> None:
         super().__init__()
-        self.classifier = nn.Identity()
+        self.classifier, self.stride = nn.Identity(), 1
 
     def extract(self, images: Tensor) -> Tensor:
         colour = (images[:, :1] * INFO.std[0] + INFO.mean[0]) * 255 / 20  # (B, 1, H, W)
@@ -166,6 +166,10 @@ def test_contrast_starts_although_a_class_never_appears(tiny: Settings) -> None:
 
 class WithFeatures(ByColour):
     """As ByColour, with features of eight channels on the grid of stride 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stride = 2
 
     def forward(self, images: Tensor) -> Output:
         out = super().forward(images[:, :, ::2, ::2])

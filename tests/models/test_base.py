@@ -1,0 +1,50 @@
+"""What the networks share: the grid of their features, and the way back to the pixels."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ctt.models.base import pad_to_multiple, upsample
+from ctt.models.timm_backbone import Stages
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 7, 8])
+def test_upsampled_multiples_of_the_stride_are_stretched(stride: int) -> None:
+    logits = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    size = (5 * stride, 6 * stride)
+    stretched = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(upsample(logits, size, stride), stretched)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_place_of_a_pixel_does_not_depend_on_the_size_of_the_image(dtype: torch.dtype) -> None:
+    grid = torch.randn(1, 4, 63, 47).to(dtype)
+    whole = upsample(grid, (504, 376), 8)
+    assert whole.dtype == torch.float32
+    for height, width in ((500, 375), (321, 321), (33, 8), (1, 1)):
+        part = grid[:, :, : -(-height // 8), : -(-width // 8)]
+        found = upsample(part, (height, width), 8)
+        # what the border cuts off are the neighbours that the last half of a stride would see
+        inside = (slice(None), slice(None), slice(max(0, height - 8)), slice(max(0, width - 8)))
+        torch.testing.assert_close(found[inside], whole[:, :, :height, :width][inside])
+        assert found.shape == (1, 4, height, width)
+
+
+def test_padding_is_below_and_on_the_right() -> None:
+    images = torch.rand(2, 3, 33, 64)
+    padded = pad_to_multiple(images, 16)
+    assert padded.shape == (2, 3, 48, 64)
+    assert torch.equal(padded[:, :, :33], images)
+    assert (padded[:, :, 33:] == 0).all()
+    assert pad_to_multiple(images, 16, 100).shape == (2, 3, 100, 100)
+
+
+def test_backbones_that_would_leave_the_last_rows_out() -> None:
+    backbone = Stages("test_convnext", 8).eval()
+    assert backbone.short
+    images = torch.randn(1, 3, 33, 50)
+    whole = backbone(pad_to_multiple(images, 8))
+    for stage, stride, full in zip(backbone(images), backbone.strides, whole, strict=True):
+        height, width = -(-33 // stride), -(-50 // stride)
+        assert stage.shape[2:] == (height, width)
+        assert torch.equal(stage, full[:, :, :height, :width])
