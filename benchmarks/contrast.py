@@ -55,8 +55,9 @@ def published_loop(
     """Equation (6) as published programs compute it: a loop over the classes, the class's own keys
     before all others in one tensor, and autograd for the rest.
 
-    With `norms_cosine` it does the operations of the program of the paper's authors, with
-    `pairwise_cosine` those of ReCo, U2PL and their heirs (who take samples of pixels and keys).
+    With `norms_cosine` it does the operations of the program of the paper's authors. With
+    `pairwise_cosine` it has the cosines as ReCo, U2PL and their heirs compute them, of samples of
+    pixels and keys.
     """
     losses = []
     num_classes, capacity, _ = case.keys.shape

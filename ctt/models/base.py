@@ -121,30 +121,45 @@ def conv_bn(
     return nn.Sequential(*layers)
 
 
-def resize_like(x: Tensor, other: Tensor, *, align_corners: bool = False) -> Tensor:
-    """x (B, D, h, w) bilinearly at the resolution of `other`."""
-    return F.interpolate(x, size=other.shape[-2:], mode="bilinear", align_corners=align_corners)
+def stretch(x: Tensor, size: tuple[int, int], factor: int, *, corners: bool = False) -> Tensor:
+    """x (B, D, h, w) at `factor` times its resolution, bilinearly and cut to `size`: (B, D, H, W).
+
+    Row y of the result is row (y + 0.5) / factor - 0.5 of x, whatever the size. Where `corners`,
+    it is row y / factor: where strided convolutions that pad both sides have their centres.
+    """
+    height, width = x.shape[-2:]
+    if corners:
+        x = torch.cat([x, x[:, :, -1:]], dim=2)  # beyond the last row there is no other
+        x = torch.cat([x, x[:, :, :, -1:]], dim=3)
+        whole = (factor * height + 1, factor * width + 1)
+        x = F.interpolate(x, size=whole, mode="bilinear", align_corners=True)
+    else:
+        x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+    if torch.compiler.is_exporting():
+        # a view would make it a condition of the graph whether the sides are multiples or not
+        return F.pad(x, (0, size[1] - x.shape[3], 0, size[0] - x.shape[2]))
+    return x[:, :, : size[0], : size[1]]
+
+
+def stretch_like(x: Tensor, other: Tensor, factor: int, *, corners: bool = False) -> Tensor:
+    """x at the resolution of `other`, which is `factor` times its own."""
+    return stretch(x, (other.shape[-2], other.shape[-1]), factor, corners=corners)
 
 
 def upsample(logits: Tensor, size: tuple[int, int], stride: int) -> Tensor:
     """Logits (B, C, h, w) at every pixel of the images, bilinearly and in float32: (B, C, H, W).
 
-    A pixel is `stride` times as far down and right as on the grid, whatever the size of the image.
-    Were h stretched to H, it would be so for multiples of the stride alone, and a network trained
-    on crops of 321 would find the classes of a larger image up to three pixels from their place.
+    Were h stretched to H, a pixel's place on the grid would depend on the size of the image, but
+    for multiples of the stride: a network of stride 8 that is trained on crops of 321 would find
+    classes of a larger image up to 3.5 pixels from where they are.
     """
-    height, width = size
-    fine = F.interpolate(logits.float(), scale_factor=stride, mode="bilinear", align_corners=False)
-    if torch.compiler.is_exporting():
-        # a view would make it a condition of the graph whether the sides are multiples or not
-        return F.pad(fine, (0, width - fine.shape[3], 0, height - fine.shape[2]))
-    return fine[:, :, :height, :width]
+    return stretch(logits.float(), size, stride)
 
 
 def pad_to_multiple(images: Tensor, multiple: int, smallest: int = 0) -> Tensor:
-    """Images with zeros below and on the right, to sides of a multiple and of `smallest` at least.
+    """Images with zeros below and on the right, the mean colour, up to multiples of `multiple`.
 
-    Zero is the mean colour of normalised images.
+    They become `smallest` high and wide at least, which is such a multiple.
     """
     height, width = grid_of(images, multiple)
     bottom = max(height * multiple, smallest) - images.shape[-2]

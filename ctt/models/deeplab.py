@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ctt.models.base import BackboneModel, PooledNorm, conv_bn, resize_like
+from ctt.models.base import BackboneModel, PooledNorm, conv_bn, stretch_like
 from ctt.models.timm_backbone import Stages
 
 V2_RATES = (6, 12, 18, 24)  # Chen et al., TPAMI 2018 (arXiv 1606.00915), ASPP-L
@@ -64,6 +64,7 @@ class DeepLabV3Plus(BackboneModel):
         self.backbone = Stages(backbone, output_stride)
         channels, strides = self.backbone.channels, self.backbone.strides
         self.low_level = strides.index(LOW_LEVEL_STRIDE)
+        self.ratio = output_stride // LOW_LEVEL_STRIDE
         rates = tuple(rate * 16 // output_stride for rate in V3_RATES)
         self.aspp = Aspp(channels[-1], features, rates)
         self.skip = conv_bn(channels[self.low_level], LOW_LEVEL_CHANNELS, kernel=1)
@@ -75,8 +76,8 @@ class DeepLabV3Plus(BackboneModel):
     def extract(self, images: Tensor) -> Tensor:
         stages = self.backbone(images)
         low = self.skip(stages[self.low_level])  # (B, 48, H/4, W/4)
-        # strides fall on the corners of images of 16 n + 1 pixels, as 321 and 513
-        high = resize_like(self.aspp(stages[-1]), low, align_corners=True)  # (B, D, H/4, W/4)
+        # what align_corners gives images of 16 n + 1 pixels, as 321 and 513, for all sizes
+        high = stretch_like(self.aspp(stages[-1]), low, self.ratio, corners=True)  # (B, D, h, w)
         features: Tensor = self.decoder(torch.cat([high, low], dim=1))
         return features
 

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ctt.models.base import upsample
+from ctt.models.base import SegmentationModel, upsample
 
 if TYPE_CHECKING:
     from ctt.data.source import DatasetInfo
-    from ctt.models.base import SegmentationModel
 
 
 class Segmenter(nn.Module):

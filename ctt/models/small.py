@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ctt.models.base import SegmentationModel, conv_bn, resize_like
+from ctt.models.base import SegmentationModel, conv_bn, stretch_like
 
 
 class Small(SegmentationModel):
@@ -34,8 +34,8 @@ class Small(SegmentationModel):
         x1 = self.stage1(self.stem(images))  # (B, w, H/2, W/2)
         x2 = self.stage2(x1)  # (B, 2w, H/4, W/4)
         x3 = self.stage3(x2)  # (B, 4w, H/8, W/8)
-        x2 = self.merge2(torch.cat([x2, resize_like(x3, x2)], dim=1))
-        merged: Tensor = self.merge1(torch.cat([x1, resize_like(x2, x1)], dim=1))
+        x2 = self.merge2(torch.cat([x2, stretch_like(x3, x2, 2)], dim=1))
+        merged: Tensor = self.merge1(torch.cat([x1, stretch_like(x2, x1, 2)], dim=1))
         return merged
 
 
@@ -54,5 +54,5 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The pixels are picked before the convolution: with a stride of its own, fewer than 16
-        # channels and channels_last, PyTorch on a CPU writes outside its memory in the backward.
+        # channels of x and channels_last, PyTorch on a CPU writes outside its memory in backward.
         return F.relu(self.body(x) + self.shortcut(x[:, :, :: self.stride, :: self.stride]))

@@ -12,13 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ctt.errors import UserError
-from ctt.models.base import (
-    BackboneModel,
-    PooledNorm,
-    conv_bn,
-    crop_to_stride,
-    pad_to_multiple,
-)
+from ctt.models.base import BackboneModel, PooledNorm, conv_bn, crop_to_stride, pad_to_multiple
 from ctt.models.timm_backbone import check_name
 
 PROBE = 448  # whole patches of 14, 16 and 32 pixels

@@ -22,6 +22,9 @@ class Stages(nn.Module):
     of a dilated stage keeps the dilation of the stage before, and bottlenecks stride in their 3x3
     convolution. (DeepLab's own Caffe networks dilate that block too and stride in the 1x1.)
 
+    Networks that pad as TensorFlow does (`tf_...`) place their grid by the size of the image: by up
+    to a stride less one pixel. Crops and images of sizes alike serve them best.
+
     Args:
         name: of a timm model, with or without the tag of its weights (`resnet101.tv_in1k`).
         output_stride: of the coarsest stage; where the network would go on to stride, it dilates.

@@ -31,7 +31,7 @@ def test_ignored_crops_give_0_not_nan(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
-def test_grid_takes_labels_by_nearest_neighbour(dtype: torch.dtype) -> None:
+def test_grid_takes_every_stride_th_label(dtype: torch.dtype) -> None:
     label = torch.tensor([[[0, 1, 2, 255], [4, 5, 6, 7]]], dtype=dtype)
     assert losses.to_grid(label, 2).tolist() == [[[0, 2]]]
     odd = torch.arange(321 * 17, dtype=dtype).view(1, 321, 17)

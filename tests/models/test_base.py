@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ctt.models.base import pad_to_multiple, upsample
+from ctt.models.base import pad_to_multiple, stretch, upsample
 from ctt.models.timm_backbone import Stages
 
 
@@ -13,7 +13,7 @@ def test_upsampled_multiples_of_the_stride_are_stretched(stride: int) -> None:
     logits = torch.randn(2, 3, 5, 6, dtype=torch.float64)
     size = (5 * stride, 6 * stride)
     stretched = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(upsample(logits, size, stride), stretched)
+    assert torch.equal(upsample(logits, size, stride), stretched)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -24,10 +24,22 @@ def test_place_of_a_pixel_does_not_depend_on_the_size_of_the_image(dtype: torch.
     for height, width in ((500, 375), (321, 321), (33, 8), (1, 1)):
         part = grid[:, :, : -(-height // 8), : -(-width // 8)]
         found = upsample(part, (height, width), 8)
-        # what the border cuts off are the neighbours that the last half of a stride would see
-        inside = (slice(None), slice(None), slice(max(0, height - 8)), slice(max(0, width - 8)))
-        torch.testing.assert_close(found[inside], whole[:, :, :height, :width][inside])
         assert found.shape == (1, 4, height, width)
+        # the last half of a stride would see the neighbours that the border cuts off
+        rows, columns = (min(side, 8 * -(-side // 8) - 4) for side in (height, width))
+        torch.testing.assert_close(found[:, :, :rows, :columns], whole[:, :, :rows, :columns])
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_corners_are_those_of_any_size(factor: int) -> None:
+    x = torch.randn(1, 3, 7, 6)
+    exact = F.interpolate(
+        x, size=(6 * factor + 1, 5 * factor + 1), mode="bilinear", align_corners=True
+    )
+    found = stretch(x, (7 * factor, 6 * factor), factor, corners=True)
+    assert torch.equal(found[:, :, : 6 * factor + 1, : 5 * factor + 1], exact)
+    assert torch.equal(found[:, :, 6 * factor :, 0], x[:, :, 6:, 0].expand(-1, -1, factor))
+    assert torch.equal(stretch(x, (5, 4), factor, corners=True), found[:, :, :5, :4])
 
 
 def test_padding_is_below_and_on_the_right() -> None:
@@ -36,7 +48,7 @@ def test_padding_is_below_and_on_the_right() -> None:
     assert padded.shape == (2, 3, 48, 64)
     assert torch.equal(padded[:, :, :33], images)
     assert (padded[:, :, 33:] == 0).all()
-    assert pad_to_multiple(images, 16, 100).shape == (2, 3, 100, 100)
+    assert pad_to_multiple(images, 16, 112).shape == (2, 3, 112, 112)
 
 
 def test_backbones_that_would_leave_the_last_rows_out() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ctt import models
 from ctt.errors import UserError
-from ctt.models.base import BackboneModel
+from ctt.models.base import BackboneModel, stretch
 from ctt.models.deeplab import Aspp, DeepLabV3Plus
 from ctt.models.timm_backbone import Stages
 
@@ -146,12 +146,19 @@ def test_deeplabv3plus_is_that_of_segmentation_models_pytorch() -> None:
     ours.classifier.load_state_dict(theirs.segmentation_head[0].state_dict())
     ours.double().eval()
     theirs.double().eval()
-    images = torch.randn(1, 3, 160, 320, dtype=torch.float64)  # theirs takes multiples of 16 alone
+    # theirs takes multiples of 16 alone, and stretches its pyramid as fits multiples and 1
+    theirs.decoder.up = Stretch()
+    images = torch.randn(1, 3, 160, 320, dtype=torch.float64)
     features = theirs.decoder(theirs.encoder(images))
     out = ours(images)
     assert features.std() > 0.1
     torch.testing.assert_close(out.features, features)
     torch.testing.assert_close(out.logits, theirs(images))
+
+
+class Stretch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return stretch(x, (4 * x.shape[2], 4 * x.shape[3]), 4, corners=True)
 
 
 def set_identity(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:

@@ -24,14 +24,14 @@ Batch = tuple[Tensor, Tensor]
 CPU = torch.device("cpu")
 
 
-def batch(size: int = 4, seed: int = 0, classes: int = 11) -> Batch:
+def batch(size: int = 3, seed: int = 0, classes: int = 11) -> Batch:
     rng = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (size, 3, 24, 24), generator=rng, dtype=torch.uint8)
     blocks = torch.randint(0, classes, (size, 3, 3), generator=rng, dtype=torch.uint8)
     return images, blocks.repeat_interleave(8, 1).repeat_interleave(8, 2)
 
 
-def unlabelled(size: int = 4, seed: int = 1) -> Batch:
+def unlabelled(size: int = 3, seed: int = 1) -> Batch:
     images, _ = batch(size, seed)
     padding = torch.zeros(size, 24, 24, dtype=torch.uint8)
     padding[:, :2] = IGNORE
@@ -72,9 +72,9 @@ def test_both_students_and_the_labels_show_the_same_pixels(
     monkeypatch.setattr(Step, "_lesson", lambda s, t: targets.append(t) or lesson(s, t))
     monkeypatch.setattr(Step, "_fill_banks", lambda *_: None)
     monkeypatch.setattr(EmaUpdate, "step", lambda *_: None)
-    classes = batch(seed=3)[1]
+    classes = batch(4, seed=3)[1]
     images = torch.stack([20 * classes, classes, classes], dim=1)
-    step(state, batch(), (images, torch.zeros_like(classes)))
+    step(state, batch(4), (images, torch.zeros_like(classes)))
     for strong, target in zip(seen, targets, strict=True):
         assert torch.equal(strong, seen[0])
         shown = ((strong[4:, 0] * INFO.std[0] + INFO.mean[0]) * 255 / 20).round().long()
@@ -290,7 +290,7 @@ def test_learning_rate_warms_up_and_decays(tiny: Settings) -> None:
 def test_parts_of_a_batch_add_up_to_it(tiny: Settings) -> None:
     """But for batch norm, which is held still here, and for the contrast."""
     change = {"loss": {"hc": 0, "lc": 0, "confidence_weight": "uniform"}, "optim": {"lr": 0.01}}
-    images, label = batch()
+    images, label = batch(4)
     label[0] = IGNORE  # parts with unequal numbers of labelled pixels
     ends = []
     for parts in (1, 2, 4):
@@ -307,11 +307,22 @@ def test_parts_of_a_batch_add_up_to_it(tiny: Settings) -> None:
             torch.testing.assert_close(value, ends[0][1][name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("contrast_stride", [1, 2])
+def test_crops_that_are_no_multiple_of_the_stride(tiny: Settings, contrast_stride: int) -> None:
+    settings = update(tiny, {"loss": {"contrast_stride": contrast_stride}}, "test")
+    state, step = make(settings, 2)
+    for i in range(4):
+        cut = [(x[..., :23, :21], y[..., :23, :21]) for x, y in (batch(seed=i), unlabelled(seed=i))]
+        terms = step(state, *cut)
+    assert all(torch.isfinite(value) for value in terms.values())
+    assert float(terms["hc"] + terms["lc"]) > 0
+
+
 def test_contrast_of_parts_is_finite(tiny: Settings) -> None:
     settings = update(tiny, {"train": {"accumulate": 2}}, "test")
     state, step = make(settings, 2)
     for i in range(4):
-        terms = step(state, batch(seed=i), unlabelled(seed=i))
+        terms = step(state, batch(4, seed=i), unlabelled(4, seed=i))
     assert all(torch.isfinite(value) for value in terms.values())
     assert float(terms["hc"] + terms["lc"]) > 0
 
