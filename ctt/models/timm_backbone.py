@@ -35,7 +35,7 @@ class Stages(nn.Module):
             than ceil(H / stride). Such images are padded by the normalised colour 0.
 
     Raises:
-        UserError: timm has no such model, or it cannot be dilated.
+        UserError: timm has no such model, or it cannot be dilated, or takes no images of any size.
     """
 
     def __init__(self, name: str, output_stride: int) -> None:
@@ -50,8 +50,12 @@ class Stages(nn.Module):
                 f"--model.output-stride {output_stride}."
             )
         side = 8 * output_stride + 1
-        with torch.no_grad():
-            probe = copy.deepcopy(net).eval().to("meta")(torch.empty(1, 3, side, side).to("meta"))
+        empty = copy.deepcopy(net).eval().to("meta")
+        try:
+            with torch.no_grad():
+                probe = empty(torch.empty(1, 3, side, side, device="meta"))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise _not_serving(name, f"it takes no images of {side} x {side}", error) from None
         self.short = probe[-1].shape[-1] != -(-side // output_stride)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -74,14 +78,18 @@ def create(name: str, **options: Any) -> nn.Module:
     try:
         network: nn.Module = timm.create_model(name, pretrained=False, **options)
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
         asked = ", ".join(f"{key} {value}" for key, value in options.items())
-        raise UserError(
-            f"--model.backbone {name} cannot serve this --model.name: timm does not build it with "
-            f"{asked} ({reason}). ResNets, RegNets, EfficientNets, MobileNets and ConvNeXts serve "
-            f"deeplabv2 and deeplabv3plus, ViTs serve vit."
-        ) from None
+        raise _not_serving(name, f"timm does not build it with {asked}", error) from None
     return network
+
+
+def _not_serving(name: str, what: str, error: Exception) -> UserError:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return UserError(
+        f"--model.backbone {name} cannot serve this --model.name: {what} ({reason}). ResNets, "
+        f"RegNets, EfficientNets, MobileNets and ConvNeXts serve deeplabv2 and deeplabv3plus, ViTs "
+        f"serve vit."
+    )
 
 
 def check_name(name: str, others: Sequence[str] = ()) -> None:
