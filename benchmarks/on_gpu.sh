@@ -25,11 +25,11 @@ mkdir -p "$folder"
 export PYTHONUNBUFFERED=1
 
 built() {
-  python3 - 2>/dev/null <<'E2'
+  python3 - 2>/dev/null <<'EOF'
 from ctt.ops import available_backends
 can = available_backends("cuda")
 assert "cuda" in can["class_topk"] and "triton" in can["info_nce"]
-E2
+EOF
 }
 build() {
   nvidia-smi
@@ -76,7 +76,7 @@ profile() {
   runs=$(mktemp -d)
   for change in '"profile": 20' '"profile": 20, "amp": "bf16", "compile": "network"' \
     '"cuda_graph": true, "amp": "bf16"'; do
-    python3 - "$runs" "$change" <<'E2' || code=1
+    python3 - "$runs" "$change" <<'EOF' || code=1
 import json
 import sys
 from pathlib import Path
@@ -90,7 +90,7 @@ settings = update(Settings(), recipes.load("digits"), "recipe")
 train_settings = json.loads('{"iterations": 600, "eval_every": 300, %s}' % change)
 settings = update(settings, {"train": train_settings, "bank": {"start_after": 0}}, "on_gpu.sh")
 train(settings, out=Path(folder) / "-".join(sorted(train_settings)))
-E2
+EOF
   done
   tar czf "$folder/profile.tgz" -C "$runs" --exclude='*.pt' --exclude='*.safetensors' .
   rm -r "$runs"

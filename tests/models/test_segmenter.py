@@ -9,8 +9,8 @@ import ctt
 from ctt import models
 from ctt.data.digits import INFO
 from ctt.errors import UserError
-from ctt.models.base import upsample
 from ctt.train.checkpoint import save_network
+from ctt.train.inference import whole
 from ctt.train.step import normalize, to_unit
 
 
@@ -28,7 +28,8 @@ def test_a_loaded_network_segments_as_evaluation_does(weights: Path) -> None:
     assert not segmenter.training
     image = torch.randint(0, 256, (3, 33, 47), dtype=torch.uint8)
     normalized = normalize(to_unit(image[None]), INFO)
-    expected = upsample(segmenter.network(normalized).logits, (33, 47), 2).softmax(dim=1)
+    with torch.no_grad():
+        expected = whole(segmenter.network, "off", normalized)
     torch.testing.assert_close(segmenter(image[None].float() / 255), expected)
     label = segmenter.predict(image)
     assert label.dtype == torch.uint8

@@ -19,6 +19,18 @@ def test_features_are_what_the_classifier_reads(size: tuple[int, int]) -> None:
     assert torch.equal(out.logits, network.classifier(out.features))
 
 
+@torch.no_grad()
+def test_features_do_not_move_with_the_size_of_the_image() -> None:
+    network = models.build("small", 5, 12, 4).eval()
+    images = torch.randn(1, 3, 128, 128)
+    whole = network(images).features
+    assert whole.std() > 0
+    for side in (113, 118, 121):
+        part = network(images[:, :, :side, :side]).features
+        # the border is not seen from so far
+        torch.testing.assert_close(part[:, :, :24, :24], whole[:, :, :24, :24])
+
+
 def test_head_has_its_own_parameters() -> None:
     network = models.build("small", 5, 12, 4)
     head = {id(p) for p in network.head_parameters()}
