@@ -22,7 +22,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -138,6 +138,7 @@ class Build(build_ext):
 
 
 setup(
+    packages=[*find_packages(include=["ctt", "ctt.*"]), "ctt_kernels"],
     ext_modules=extension(CPU, "cpu/*.cpp") + extension(CUDA, "cuda/*.cu"),
     cmdclass={"build_ext": Build},
 )

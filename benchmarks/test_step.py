@@ -23,7 +23,7 @@ from benchmarks.plain_step import PlainStep
 from ctt import methods, recipes
 from ctt.data.source import DatasetInfo
 from ctt.ops import prefer_backend
-from ctt.train.profile import phase_table
+from ctt.train.profiling import phase_table
 from ctt.train.settings import Settings, update
 from ctt.train.state import TrainState
 from ctt.train.step import Step, normalize, to_unit

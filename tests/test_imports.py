@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 TRAINER = ("matplotlib", "PIL", "rich", "safetensors", "sklearn", "timm", "torchvision")
 
@@ -23,3 +24,11 @@ def test_operations_do_not_load_the_trainer() -> None:
 
 def test_package_itself_loads_nothing() -> None:
     assert run("import sys, ctt; print('torch' in sys.modules, ctt.__version__)") == "False 0.1.0"
+
+
+def test_no_module_hides_one_of_the_standard_library() -> None:
+    """Python puts the folder of a script first on its path: `kernels/queue.py` broke torch there."""
+    root = Path(__file__).resolve().parents[1]
+    modules = {path for folder in ("ctt", "kernels") for path in (root / folder).rglob("*.py")}
+    assert len(modules) > 50
+    assert [path for path in modules if path.stem in sys.stdlib_module_names] == []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ctt.data.random import generator
+from ctt.data.seeding import generator
 from ctt.data.source import DatasetInfo, Source
 from ctt.errors import UserError
 

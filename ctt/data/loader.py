@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from ctt.data.random import derive_seed, generator
+from ctt.data.seeding import derive_seed, generator
 from ctt.data.source import Source
 from ctt.data.views import GeometricView
 from ctt.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from ctt.data.random import generator
+from ctt.data.seeding import generator
 from ctt.data.source import Source
 from ctt.errors import UserError
 from ctt.files import written

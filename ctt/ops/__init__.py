@@ -11,7 +11,7 @@ from ctt.ops._registry import available_backends, prefer_backend
 from ctt.ops.bank import MemoryBank
 from ctt.ops.contrast import info_nce, pair_info_nce
 from ctt.ops.ema import ema_update_
-from ctt.ops.queue import queue_push_
+from ctt.ops.push import queue_push_
 from ctt.ops.topk import class_topk
 
 __all__ = [

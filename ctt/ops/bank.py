@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ctt.ops import _checks
-from ctt.ops.queue import queue_push_
+from ctt.ops.push import queue_push_
 from ctt.ops.topk import class_topk
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ctt.data.random import generator
+from ctt.data.seeding import generator
 from ctt.data.views import PhotometricView
 from ctt.train.settings import Settings
 

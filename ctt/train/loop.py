@@ -52,7 +52,7 @@ from ctt.train.evaluate import (
 from ctt.train.feed import Feed
 from ctt.train.inference import is_out_of_memory
 from ctt.train.memory import estimate, memory_table
-from ctt.train.profile import Profile
+from ctt.train.profiling import Profile
 from ctt.train.record import Recorder, draw_curves, draw_samples
 from ctt.train.settings import Settings, to_dict
 from ctt.train.state import TrainState, check_alike, check_batch_norm, make_student

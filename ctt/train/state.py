@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ctt import models
-from ctt.data.random import derive_seed
+from ctt.data.seeding import derive_seed
 from ctt.errors import UserError
 from ctt.models.base import BackboneModel, SegmentationModel
 from ctt.models.weights import start_from

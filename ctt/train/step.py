@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ctt.data import mixing
-from ctt.data.random import derive_seed
+from ctt.data.seeding import derive_seed
 from ctt.data.source import IGNORE, DatasetInfo
 from ctt.data.views import PhotometricView, constant
 from ctt.methods import losses

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctt.data.mixing import classmix_mask, cutmix_mask, mix
-from ctt.data.random import generator
+from ctt.data.seeding import generator
 
 
 @given(st.integers(0, 1000), st.integers(1, 9))

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctt.data.random import generator
+from ctt.data.seeding import generator
 from ctt.data.views import GeometricView, PhotometricView, gaussian_blur, rotate_hue, window
 
 MEAN = (0.5, 0.25, 0.75)

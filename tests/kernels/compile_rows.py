@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from ctt_kernels import bucket, contrast, ema, queue, tiles, topk
+from ctt_kernels import bucket, contrast, ema, push, tiles, topk
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -205,7 +205,7 @@ def other_cases() -> Iterator[Case]:
     for features, wide in (("*bf16", False), ("*fp64", True)):
         yield Case(
             f"queue_push {features}",
-            queue.queue_push_kernel,
+            push.queue_push_kernel,
             {
                 "keys_ptr": f32,
                 "count_ptr": i64,

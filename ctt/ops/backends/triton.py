@@ -167,7 +167,7 @@ def queue_push_(
     dim_padded = _power_of_2(dim)
     with _on(keys.device):
         _launch(
-            _kernels("queue").queue_push_kernel,
+            _kernels("push").queue_push_kernel,
             (num_classes,),
             keys,
             count,
