@@ -27,7 +27,7 @@ def test_package_itself_loads_nothing() -> None:
 
 
 def test_no_module_hides_one_of_the_standard_library() -> None:
-    """Python puts the folder of a script first on its path: `kernels/queue.py` broke torch there."""
+    """Python puts the folder of a script first on its path: a queue.py there breaks torch."""
     root = Path(__file__).resolve().parents[1]
     modules = {path for folder in ("ctt", "kernels") for path in (root / folder).rglob("*.py")}
     assert len(modules) > 50

@@ -83,7 +83,9 @@ def test_the_released_form_differs_where_it_says(name: str) -> None:
         "loss.tau_hc": 0.1,
         "loss.hc_confidence": "teacher",
         "loss.confidence_weight": "uniform",
+        "loss.lc_pixels": "unlabeled",
         "bank.capacity": 256,
+        "bank.per_image": True,
         "bank.random_choice": False,
     }
     assert {k: v for k, v in released.items() if not isinstance(v, dict)} == {

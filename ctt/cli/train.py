@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ctt import recipes
+from ctt import methods, recipes
 from ctt.cli.common import INTERRUPTED, run_program
 from ctt.errors import AlreadyReportedError, UserError
 from ctt.train.settings import Settings, to_dict, update, validate
@@ -82,6 +82,7 @@ def read(arguments: list[str]) -> tuple[Arguments, Settings]:
     parsed = parse(arguments)
     settings = Settings(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Settings)})
     validate(settings)
+    refuse_unused(settings, given(arguments, parsed.config))
     if parsed.resume is not None and parsed.out is not None:
         raise UserError("--out and --resume exclude each other: a resumed run stays in its folder.")
     if parsed.resume is not None:
@@ -89,6 +90,39 @@ def read(arguments: list[str]) -> tuple[Arguments, Settings]:
 
         run.check_resumable(run.read_settings(run.find(parsed.resume)), settings)
     return parsed, settings
+
+
+def given(arguments: list[str], config: Path | None) -> list[str]:
+    """Return the settings that the user names, such as `loss.hc`: on the command line or in a file.
+
+    Those of recipes are not among them, because a recipe serves several methods.
+    """
+    names = [text.partition("=")[0][2:].replace("-", "_") for text in arguments if text[:2] == "--"]
+    names = [name.replace(".no_", ".") for name in names]
+    for group, value in (recipes.load_file(config) if config is not None else {}).items():
+        names += [f"{group}.{name}" for name in value] if isinstance(value, dict) else [group]
+    return names
+
+
+def refuse_unused(settings: Settings, names: list[str]) -> None:
+    """Refuse settings that the user names and that would change nothing.
+
+    Raises:
+        UserError: names the setting and what ignores it.
+    """
+    method = methods.get(settings.method)
+    pairs = settings.pairs or method.default_pairs
+    what = f"--method {settings.method} with {pairs} pair{'s' * (pairs > 1)}"
+    unused = dict.fromkeys(method.unused(pairs), what)
+    if settings.model.name != "small":
+        unused["model.width"] = f"--model.name {settings.model.name}"
+    for name in names:
+        by = unused.get(name) or unused.get(name.partition(".")[0])
+        if by is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} changes nothing with {by}. Leave it out, or choose "
+                f"another {by.split()[0]}."
+            )
 
 
 def parse(arguments: list[str]) -> Arguments:

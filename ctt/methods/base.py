@@ -2,6 +2,18 @@
 
 from abc import ABC, abstractmethod
 
+LOW_LEVEL_SETTINGS = ("loss.lc", "loss.tau_lc", "loss.directional", "loss.lc_pixels")
+CONTRAST_SETTINGS = (
+    "bank",
+    "loss.hc",
+    "loss.tau_hc",
+    "loss.gamma",
+    "loss.hc_confidence",
+    "loss.contrast_stride",
+    "loss.contrast_reduction",
+    *LOW_LEVEL_SETTINGS,
+)
+
 
 class Method(ABC):
     """What is taught by whom. The loop, the losses and the data are the same for all.
@@ -13,6 +25,14 @@ class Method(ABC):
 
     default_pairs: int
     contrast: bool
+
+    def unused(self, pairs: int) -> tuple[str, ...]:
+        """Return the settings, or groups of settings, that change nothing under this method.
+
+        Args:
+            pairs: K, pairs of student and teacher.
+        """
+        return () if self.contrast else CONTRAST_SETTINGS
 
     @abstractmethod
     def teachers_of(self, student: int, pairs: int) -> list[int]:

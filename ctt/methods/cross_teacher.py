@@ -1,6 +1,6 @@
 """Cross-teacher training (Xiao et al., 2022), equations (3)-(5)."""
 
-from ctt.methods.base import Method
+from ctt.methods.base import LOW_LEVEL_SETTINGS, Method
 
 
 class CrossTeacher(Method):
@@ -8,6 +8,9 @@ class CrossTeacher(Method):
 
     default_pairs = 2
     contrast = True
+
+    def unused(self, pairs: int) -> tuple[str, ...]:
+        return () if pairs > 1 else LOW_LEVEL_SETTINGS  # one student has no peer
 
     def teachers_of(self, student: int, pairs: int) -> list[int]:
         return [k for k in range(pairs) if k != student] or [student]

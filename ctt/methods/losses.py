@@ -20,6 +20,25 @@ def to_grid(values: Tensor, stride: int) -> Tensor:
     return values[:, ::stride, ::stride]
 
 
+def coarsen(maps: Tensor, stride: int, coarse: int, size: Sequence[int]) -> Tensor:
+    """Return maps (B, D, h, w) at the cells nearest to those of a coarser grid: (B, D, *size).
+
+    Args:
+        stride, coarse: pixels of the image from cell to cell, on the grid of `maps` and on the
+            coarser one. size: height and width of the coarser grid.
+    """
+    if coarse % stride == 0:
+        step = coarse // stride
+        return maps[..., ::step, ::step]
+    rows, columns = (
+        ((2 * torch.arange(n, device=maps.device) * coarse + stride) // (2 * stride)).clamp(
+            max=length - 1
+        )
+        for n, length in zip(size, maps.shape[-2:], strict=True)
+    )
+    return maps[..., rows[:, None], columns]
+
+
 def as_pixels(maps: Tensor) -> Tensor:
     """(B, D, h, w) -> (B * h * w, D)."""
     return maps.permute(0, 2, 3, 1).flatten(0, 2)

@@ -9,5 +9,14 @@ class Supervised(Method):
     default_pairs = 1
     contrast = False
 
+    def unused(self, pairs: int) -> tuple[str, ...]:
+        teaching = (
+            "loss.ct",
+            "loss.ct_ramp",
+            "loss.confidence_weight",
+            "loss.confidence_threshold",
+        )
+        return (*super().unused(pairs), *teaching, "views.mix")
+
     def teachers_of(self, student: int, pairs: int) -> list[int]:
         return []

@@ -103,11 +103,17 @@ def multi_scale(predict: Predict, scales: Sequence[float], images: Tensor) -> Te
     size = (images.shape[-2], images.shape[-1])
     total: Tensor | None = None
     for scale in scales:
-        resized = (max(1, round(scale * size[0])), max(1, round(scale * size[1])))
+        resized = scaled(size, scale)
         found = resize(predict(resize(images, resized)), size)
         total = found if total is None else total.add_(found)
     assert total is not None
     return total.div_(len(scales))
+
+
+def scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:
+    """Return height and width times the factor, at least 1; half a pixel counts as a whole one."""
+    height, width = (max(1, math.floor(factor * side + 0.5)) for side in size)
+    return height, width
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -172,7 +178,7 @@ def prepare(image: Tensor, label: Tensor, settings: EvalSettings) -> tuple[Tenso
         y, x = (height - h) // 2, (width - w) // 2
         return image[:, y : y + h, x : x + w], label[y : y + h, x : x + w]
     if settings.protocol == "half":
-        size = (math.ceil(height / 2), math.ceil(width / 2))
+        size = scaled((height, width), 1 / 2)
         return resize_image(image, size), resize_label(label, size)
     return image, label
 

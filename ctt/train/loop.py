@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import platform
@@ -55,9 +56,10 @@ from ctt.train.memory import estimate, memory_table
 from ctt.train.profiling import Profile
 from ctt.train.record import Recorder, draw_curves, draw_samples
 from ctt.train.settings import Settings, to_dict
-from ctt.train.state import TrainState, check_alike, check_batch_norm, make_student
-from ctt.train.step import Step
+from ctt.train.state import TrainState, check_batch_norm, make_student
+from ctt.train.step import LOST, Step
 
+SUMMARY = "summary.json"
 SAMPLES = 8  # images on the picture sheet
 
 
@@ -143,8 +145,10 @@ class Trainer:
             check_batch_norm(student, settings, self.uses_unlabeled)
         self.seconds, self.waited = 0.0, 0.0  # of training, and of it without a batch
         self.best: dict[str, Any] | None = None
+        self.warned = False  # of pixels for which the teachers gave no finite probability
         self.streams: list[Generator[tuple[Tensor, Tensor]]] = []  # of batches
         self.sums: dict[str, Tensor] = {}  # of each loss since the last row of metrics.csv
+        self.summed = 0  # steps in them
         if resume is None:
             self.folder = Path(world.tell(str(self._create(out)) if world.is_main else ""))
         else:
@@ -166,6 +170,13 @@ class Trainer:
         """Run to the last iteration, evaluate, and write everything the run folder holds."""
         settings, state = self.settings, self.state
         total = settings.train.iterations
+        if (finished := self._finished()) is not None:
+            self.console.print(
+                f"The run in {self.folder} is finished: all {total} iterations are done and "
+                f"evaluated. To train further, give a larger --train.iterations.",
+                soft_wrap=True,
+            )
+            return finished
         networks = [*state.networks(), "ensemble"]
         recorder: Recorder | None = None
         if self.world.is_main:
@@ -201,6 +212,18 @@ class Trainer:
                 recorder.close()
         return self._finish(scores)
 
+    def _finished(self) -> dict[str, Any] | None:
+        """Return the summary of a resumed run that has nothing left to do, else None."""
+        path = self.folder / SUMMARY
+        if self.state.iteration < self.settings.train.iterations or not path.is_file():
+            return None
+        try:
+            summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+            return None  # it is written anew
+        same = summary.get("settings_hash") == self.settings.hash()
+        return summary if same else None
+
     def _every(self, name: str) -> int:
         settings = self.settings.train
         evaluation = settings.eval_every or max(1, math.ceil(settings.iterations / 10))
@@ -228,17 +251,17 @@ class Trainer:
             self._batches(self.unlabeled, labeled=False) if self.uses_unlabeled else None,
             self.step.phases,
         )
-        self.sums = {}
-        taken, start = 0, time.perf_counter()
+        taken, start = 0, time.perf_counter()  # steps since the start of a row or of this process
         clock = start
         while state.iteration < settings.train.iterations:
             for name, value in self.step(state, *feed()).items():
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
-            taken += 1
-            due = taken == settings.train.log_every
+            taken, self.summed = taken + 1, self.summed + 1
+            due = state.iteration % settings.train.log_every == 0
             due |= state.iteration == settings.train.iterations
             # waits for the device, and so belongs to the time that the steps took
-            means = {n: value / taken for n, value in self._finite_sums().items()} if due else {}
+            sums = self._finite_sums() if due else {}
+            means = {name: value / self.summed for name, value in sums.items()}
             now = time.perf_counter()
             self.seconds += now - clock
             if due:
@@ -246,7 +269,7 @@ class Trainer:
                 self.waited += waited
                 speed = taken * self._images_a_step() / spent
                 self._log(recorder, progress, bar, means, speed, waited / spent)
-                self.sums, taken, start = {}, 0, now
+                self.sums, self.summed, taken, start = {}, 0, 0, now
             progress.update(bar, completed=state.iteration)
             table = profile and profile.after_step()
             if table:
@@ -291,7 +314,12 @@ class Trainer:
     ) -> None:
         if recorder is None:
             return
+        lost = means.pop(LOST, 0.0)
+        if lost > 0:
+            self._warn_of_lost_pixels(lost)
         values = {f"loss_{name}": value for name, value in means.items()}
+        if self.uses_unlabeled:
+            values[LOST] = lost
         full = [bank.full.float().mean() for bank in self.state.banks] if self.step.contrast else []
         if full:
             values["queues_full"] = float(torch.stack(full).mean())
@@ -300,6 +328,19 @@ class Trainer:
         recorder.write(self.state.iteration, values)
         shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items() if name != "total")
         progress.update(bar, losses=f"{shown}  {speed:.0f} images/s")
+
+    def _warn_of_lost_pixels(self, share: float) -> None:
+        """Print once that a teacher gives no finite probabilities."""
+        if self.warned:
+            return
+        self.warned = True
+        self.console.print(
+            f"Warning: at iteration {self.state.iteration} the teachers gave no finite probability "
+            f"for {share:.1%} of the unlabelled pixels, and nothing is learnt from those. If the "
+            f"share stays, train without --train.amp fp16, or look at --model.weights for batch "
+            f"norms with bad statistics; {LOST} in metrics.csv shows it.",
+            soft_wrap=True,
+        )
 
     def _batches(self, ids: list[str], *, labeled: bool) -> Iterator[tuple[Tensor, Tensor]]:
         s, d = self.settings, self.settings.data
@@ -326,7 +367,7 @@ class Trainer:
     @record_function("evaluation")  # for a trace that it falls into
     def _evaluate(self, recorder: Recorder | None) -> dict[str, Score]:
         state, world = self.state, self.world
-        with uncompiled(self.settings.train.compile):
+        with images_of_any_size(self.settings.train.compile):
             matrices = confusions(
                 state.networks(),
                 self.source,
@@ -363,7 +404,7 @@ class Trainer:
 
     @record_function("checkpoint")
     def _save(self) -> None:
-        self._finite_sums()
+        sums = self._finite_sums()
         if not self.world.is_main:
             return
         checkpoint.save(
@@ -374,6 +415,8 @@ class Trainer:
                 "seconds": self.seconds,
                 "waited": self.waited,
                 "best": self.best,
+                "sums": sums,
+                "summed": self.summed,
             },
         )
 
@@ -388,6 +431,13 @@ class Trainer:
         check_iterations(self.settings, self.state.iteration)
         self.seconds, self.waited = float(saved["seconds"]), float(saved["waited"])
         self.best = saved["best"]
+        # one process goes on with the sums of all; checkpoints of earlier versions have none
+        own = self.world.is_main
+        self.sums = {
+            name: torch.tensor(value if own else 0.0, dtype=torch.float32, device=self.device)
+            for name, value in saved.get("sums", {}).items()
+        }
+        self.summed = int(saved.get("summed", 0))
 
     def _finish(self, scores: dict[str, Score]) -> dict[str, Any]:
         s, info = self.settings, self.source.info
@@ -414,11 +464,11 @@ class Trainer:
         }
         if not self.world.is_main:
             return summary
-        write_json(self.folder / "summary.json", summary)
+        write_json(self.folder / SUMMARY, summary)
         draw_curves(self.folder)
         best = self.state.teachers[0]
         ids = self.source.eval_ids()[:SAMPLES]
-        with uncompiled(s.train.compile):
+        with images_of_any_size(s.train.compile):
             draw_samples(
                 self.folder / "samples.png",
                 best,
@@ -540,10 +590,9 @@ def dry_run(settings: Settings, *, out: Path | None = None, resume: Path | None 
         start = f"go on after iteration {done}"
     made = [make_student(settings, k, classes, resume is None) for k in range(pairs)]
     students = [student for student, _ in made]
-    check_alike(students)
     for student in students:
         check_batch_norm(student, settings, uses_unlabeled)
-    parts = estimate(settings, students, classes, uses_unlabeled)
+    parts = estimate(settings, students, classes, uses_unlabeled, method.contrast)
     console = plain_console()
     console.print(
         f"{settings.method} with {pairs} pairs on {settings.dataset} would {start} with "
@@ -594,8 +643,27 @@ def set_up_torch(settings: Settings) -> None:
     prefer_backend(settings.train.backend)
     if settings.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
+    # all crops are of one size, so the search for the fastest convolutions is made once
+    torch.backends.cudnn.benchmark = not settings.train.deterministic
     torch.use_deterministic_algorithms(settings.train.deterministic)
+
+
+@contextlib.contextmanager
+def images_of_any_size(compiled: str) -> Iterator[None]:
+    """Run networks without what pays for images of one size alone: for evaluation.
+
+    cuDNN would search the fastest convolutions anew for every size, and torch.compile compile.
+
+    Args:
+        compiled: the setting `train.compile`.
+    """
+    searching = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        with uncompiled(compiled):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = searching
 
 
 @contextlib.contextmanager

@@ -23,17 +23,22 @@ ACTIVATIONS = "activations"  # grow with the batch
 
 
 def estimate(
-    settings: Settings, students: list[SegmentationModel], classes: int, unlabeled: bool
+    settings: Settings,
+    students: list[SegmentationModel],
+    classes: int,
+    unlabeled: bool,
+    contrast: bool,
 ) -> dict[str, int]:
     """Bytes of each part of what a process holds when a step is at its largest.
 
     Args:
         students: one of each pair, on the CPU.
         unlabeled: whether as many unlabelled images as labelled ones come with a step.
+        contrast: whether the method has the contrast terms.
     """
     height, width = settings.data.crop
     seen, pairs = images_at_once(settings, unlabeled), len(students)
-    terms = (settings.loss.hc > 0) + (settings.loss.lc > 0) * (pairs - 1)
+    terms = contrast * ((settings.loss.hc > 0) + (settings.loss.lc > 0) * (pairs - 1))
     held = trained = activations = widest = 0
     for student in students:
         trained += sum(size_of(p) for p in student.parameters() if p.requires_grad)
@@ -42,9 +47,11 @@ def estimate(
         # the contrast makes its gradients before the backward pass
         activations += sum(kept) + terms * features // settings.loss.contrast_stride**2
         widest = max(widest, *kept)
-    # probabilities of every teacher at full size, and those of the mean that is taken of them
+    # probabilities of every teacher at full size; ClassMix, and students of several teachers, take
+    # a mean of them, and without one the logits of the last teacher lie beside its probabilities
     scores = FLOAT * settings.data.batch_size * classes * height * width
-    labeling = (2 * pairs + 1) * scores if unlabeled else 0
+    averaged = settings.views.mix == "classmix" or pairs > 2
+    labeling = (2 * pairs + 1 if averaged else pairs + 1) * scores if unlabeled else 0
     return {
         "students": held,
         "their gradients": trained,

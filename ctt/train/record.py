@@ -13,7 +13,7 @@ from ctt.models.base import SegmentationModel
 from ctt.train.inference import predictor
 from ctt.train.render import colorize
 from ctt.train.settings import EvalSettings
-from ctt.train.step import TERMS
+from ctt.train.step import LOST, TERMS
 
 
 class Recorder:
@@ -30,6 +30,7 @@ class Recorder:
             "iteration",
             "lr",
             *(f"loss_{term}" for term in (*TERMS, "total")),
+            LOST,
             "queues_full",
             "images_per_second",
             "input_wait",

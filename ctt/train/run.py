@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ctt import recipes
+from ctt import methods, recipes
 from ctt.errors import UnwritableError, UserError
 from ctt.files import written
 from ctt.train.settings import Settings, to_dict, update
@@ -141,6 +141,9 @@ def check_resumable(old: Settings, new: Settings) -> None:
     pairs: list[tuple[str, Any, Any]] = []
     for name in FIXED:
         before, after = getattr(old, name), getattr(new, name)
+        if name == "pairs":  # 0 stands for what the method uses by default
+            default = methods.get(old.method).default_pairs
+            before, after = before or default, after or default
         if dataclasses.is_dataclass(before):
             for f in dataclasses.fields(before):
                 pairs.append((f"{name}.{f.name}", getattr(before, f.name), getattr(after, f.name)))

@@ -19,6 +19,20 @@ from typing import Any, Literal, TypeVar
 from ctt.data.options import SourceOptions
 from ctt.errors import UserError
 
+# settings that say where and how a run is computed, not what
+WITHOUT_EFFECT = {
+    "": ("data_root",),
+    "data": ("cache", "workers"),
+    "train": (
+        "device",
+        "threads",
+        "cuda_graph",
+        "profile",
+        "log_every",
+        "checkpoint_every",
+        "tensorboard",
+    ),
+}
 PROFILE_WARM_UP = 10  # steps of a run before those that are looked at
 
 
@@ -150,6 +164,9 @@ class LossSettings:
     the teacher which labels the unlabelled pixels, with every labelled pixel kept."""
     directional: bool = True
     """Low-level contrast only where the peer is more confident, equation (9)."""
+    lc_pixels: Literal["all", "unlabeled"] = "all"
+    """Pixels of the low-level contrast: of all images (paper), or of the unlabelled ones alone
+    (authors' program)."""
     contrast_stride: int = 1
     """Contrast every n-th pixel of the features in both directions: a share of the cost. The banks
     are filled from all pixels."""
@@ -268,8 +285,16 @@ class Settings:
     eval: EvalSettings = field(default_factory=EvalSettings)
 
     def hash(self) -> str:
-        """Twelve hex digits that name these settings."""
-        text = json.dumps(to_dict(self), sort_keys=True)
+        """Return twelve hex digits that name these settings.
+
+        The same experiment has the same ones on another machine: what does not change its result,
+        such as the folder of the data, is left out.
+        """
+        values = to_dict(self)
+        for group, names in WITHOUT_EFFECT.items():
+            for name in names:
+                del (values[group] if group else values)[name]
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

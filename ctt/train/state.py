@@ -49,7 +49,6 @@ class TrainState:
                 student = synchronized(student, device)
             # a quarter less time on the CPU, tensor cores on GPUs, pixels as rows without a copy
             self.students.append(student.to(memory_format=torch.channels_last).to(device))
-        check_alike(self.students)
         self.teachers = [copy.deepcopy(s).requires_grad_(False).eval() for s in self.students]
         if settings.train.compile != "off":
             compile_networks([*self.students, *self.teachers], settings.train.compile)
@@ -76,11 +75,6 @@ class TrainState:
     def pairs(self) -> int:
         return len(self.students)
 
-    @property
-    def stride(self) -> int:
-        """Of all the networks' grids."""
-        return self.students[0].stride
-
     @contextlib.contextmanager
     def keep_gradients(self, keep: bool) -> Iterator[None]:
         """Where `keep`, a backward pass leaves the gradients of this process unsummed."""
@@ -99,9 +93,6 @@ class TrainState:
         parts = mean.split_with_sizes([buffer.numel() for buffer in self.averaged_buffers])
         views = [p.view_as(b) for p, b in zip(parts, self.averaged_buffers, strict=True)]
         torch._foreach_copy_(self.averaged_buffers, views)
-
-    def _groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
 
     def networks(self) -> dict[str, SegmentationModel]:
         """student_1 .. student_K, teacher_1 .. teacher_K."""
@@ -128,9 +119,11 @@ class TrainState:
         ):
             for module, saved in zip(cast("list[nn.Module]", modules), state[key], strict=True):
                 module.load_state_dict(saved)
-        options = [{k: v for k, v in g.items() if k != "params"} for g in self._groups()]
+        options = [
+            {k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, own in zip(self._groups(), options, strict=True):
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group.update(own)  # the settings of this run, not those of the one that was stopped
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -172,16 +165,6 @@ def synchronized(student: SegmentationModel, device: torch.device) -> Segmentati
 
     converted: SegmentationModel = convert_sync_batchnorm(student)
     return converted
-
-
-def check_alike(students: list[SegmentationModel]) -> None:
-    """Contrast compares the students pixel by pixel, so their features need one resolution."""
-    strides = [student.stride for student in students]
-    if len(set(strides)) > 1:
-        raise UserError(
-            f"--model.backbone: features of the pairs are at strides {strides}, and contrast needs "
-            f"them at one. Choose backbones of one stride."
-        )
 
 
 def images_at_once(settings: Settings, unlabeled: bool) -> int:

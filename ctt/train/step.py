@@ -30,6 +30,7 @@ from ctt.train.settings import Settings
 from ctt.train.state import TrainState, learning_rate
 
 TERMS = ("sup", "ct", "hc", "lc")
+LOST = "lost_pixels"  # share of unlabelled pixels for which a teacher gave no finite probability
 
 
 class Target(NamedTuple):
@@ -46,6 +47,7 @@ class Lesson(NamedTuple):
     label: Tensor  # (B, H, W) int64, 255 also where the target is not trusted
     pixels: Tensor  # (), those of the whole batch that are not 255
     weight: Tensor | None  # (), factor of the loss
+    lost: Tensor  # (), share of the batch's pixels without a label, as a teacher gave no number
 
 
 class Part(NamedTuple):
@@ -114,8 +116,10 @@ class Step:
         through the students in N parts, one after the other, before the optimiser's step.
 
         Returns:
-            each term of the objective, unweighted and summed over the students, and `total`; with
-            several processes this one's part of them.
+            each term of the objective, unweighted and summed over the students, `total`, and, with
+            unlabelled images, `lost_pixels`, the share of their pixels that no student learns from
+            because the teacher's probabilities are not finite; with several processes this one's
+            part of them.
         """
         with self.phases("views"):
             draws = self._draws(state, len(labeled[0]), unlabeled is not None)
@@ -210,6 +214,8 @@ class Step:
                     self._backward(state, terms["total"])
             for name, value in terms.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        if lessons:
+            sums[LOST] = torch.stack([lesson.lost for lesson in lessons]).mean()
         with self.phases("optimizer"):
             self._optimize(state, pace)
         with self.phases("ema"):
@@ -248,18 +254,20 @@ class Step:
         self, state: TrainState, part: Part, pixels: Tensor, contrast: bool
     ) -> dict[str, Tensor]:
         outputs = self._forward_students(state, part)
-        size, stride = len(part.images), state.stride
+        size, strides = len(part.images), [student.stride for student in state.students]
         with self.phases("cross-entropy"):
             terms = {
                 "sup": sum_of(
                     losses.pixel_cross_entropy(out.logits[:size], stride, part.label, pixels)
-                    for out in outputs
+                    for out, stride in zip(outputs, strides, strict=True)
                 )
             }
             if part.lessons:
                 terms["ct"] = sum_of(
                     losses.pixel_cross_entropy(out.logits[size:], stride, label, count, weight)
-                    for out, (_, label, count, weight) in zip(outputs, part.lessons, strict=True)
+                    for out, stride, (_, label, count, weight, _) in zip(
+                        outputs, strides, part.lessons, strict=True
+                    )
                 )
         if self.contrast:
             with self.phases("contrast"):
@@ -283,37 +291,45 @@ class Step:
                 for t in state.teachers
             ]
         with self.phases("views"):
-            keep = self._mix_mask(torch.stack(probability).mean(dim=0), padding, draw)
+            keep = self._mix_mask(probability, padding, draw)
             lessons = []
             for k in range(state.pairs):
                 chosen = [probability[j] for j in self.method.teachers_of(k, state.pairs)]
-                confidence, label = torch.stack(chosen).mean(dim=0).max(dim=1)
+                confidence, label = mean_of(chosen).max(dim=1)
+                # the largest of numbers that are none would be class 0, at index 0
+                lost = ~(confidence > 0)
                 target = Target(
-                    self._mix(label.masked_fill(padding, IGNORE), keep),
-                    self._mix(confidence, keep),
+                    self._mix(label.masked_fill(padding | lost, IGNORE), keep),
+                    self._mix(confidence.masked_fill(lost, 0), keep),
                 )
-                lessons.append(self._lesson(target))
+                share = (lost & ~padding).sum() / self.world.total((~padding).sum()).clamp(min=1)
+                lessons.append(self._lesson(target, share))
             return self._mix(weak, keep), lessons
 
-    def _lesson(self, target: Target) -> Lesson:
+    def _lesson(self, target: Target, lost: Tensor) -> Lesson:
         loss, total = self.settings.loss, self.world.total
         label, weight = losses.weigh_pseudo_label(
             *target, loss.confidence_weight, loss.confidence_threshold, total
         )
-        return Lesson(target, label, losses.valid_pixels(label, total), weight)
+        return Lesson(target, label, losses.valid_pixels(label, total), weight, lost)
 
     def _mix(self, values: Tensor, keep: Tensor | None) -> Tensor:
         """What is not kept of an image comes from the one before it, also across processes."""
         return values if keep is None else mixing.mix(values, self.world.roll(values), keep)
 
-    def _mix_mask(self, probability: Tensor, padding: Tensor, draw: Tensor) -> Tensor | None:
-        """Which pixels (B, H, W) of each image the mix keeps; None: all."""
+    def _mix_mask(self, probability: list[Tensor], padding: Tensor, draw: Tensor) -> Tensor | None:
+        """Return which pixels (B, H, W) of each image the mix keeps; None: all.
+
+        Args:
+            probability: of each teacher, (B, C, H, W).
+        """
         rule = self.settings.views.mix
         if rule == "none":
             return None
         if rule == "cutmix":
             return mixing.cutmix_mask((padding.shape[-2], padding.shape[-1]), draw)
-        return mixing.classmix_mask(probability.argmax(dim=1).masked_fill(padding, IGNORE), draw)
+        label = mean_of(probability).argmax(dim=1)
+        return mixing.classmix_mask(label.masked_fill(padding, IGNORE), draw)
 
     def _ask(self, state: TrainState, teacher: SegmentationModel, images: Tensor) -> Output:
         """A teacher's output for images (B, 3, H, W) in 0..1, as many at a time as students see."""
@@ -350,11 +366,16 @@ class Step:
         if not started:
             return {"hc": zero, "lc": zero}
         total = self.world.total if self.world.size > 1 else None
-        step = loss.contrast_stride
-        stride = step * state.stride
-        outputs = [Output(*(maps[..., ::step, ::step] for maps in out)) for out in outputs]
+        # networks of different strides are compared on the coarsest grid
+        stride = loss.contrast_stride * max(student.stride for student in state.students)
         truth = losses.to_grid(part.label, stride)
+        outputs = [
+            Output(*(losses.coarsen(maps, student.stride, stride, truth.shape[1:]) for maps in out))
+            for out, student in zip(outputs, state.students, strict=True)
+        ]
         counts = losses.usable_counts(state.banks, bank_settings.start)
+        images = torch.arange(2 * len(truth), device=truth.device)[:, None, None]
+        in_unlabeled = images >= len(truth)  # (2B, 1, 1)
         # confidence and class that each student's own classifier gives on the grid
         own = [out.logits.detach().float().softmax(dim=1).max(dim=1) for out in outputs]
         for k, out in enumerate(outputs):
@@ -382,6 +403,8 @@ class Step:
             peers = [j for j in range(state.pairs) if j != k] if loss.lc > 0 else []
             for j in peers:
                 mask = losses.low_level_mask(high, confidence, own[j].values, loss.directional)
+                if loss.lc_pixels == "unlabeled":
+                    mask = mask & in_unlabeled
                 low_terms.append(
                     losses.low_level_contrast(
                         out.features,
@@ -450,8 +473,8 @@ def split(whole: Part, parts: int) -> Iterator[Part]:
     for first in range(0, size * parts, size):
         some = slice(first, first + size)
         lessons = [
-            Lesson(Target(*(x[some] for x in target)), label[some], pixels, weight)
-            for target, label, pixels, weight in whole.lessons
+            Lesson(Target(*(x[some] for x in target)), label[some], pixels, weight, lost)
+            for target, label, pixels, weight, lost in whole.lessons
         ]
         yield Part(
             whole.images[some],
@@ -479,6 +502,11 @@ def normalize(images: Tensor, info: DatasetInfo) -> Tensor:
     """Images in 0..1 -> mean 0 and deviation 1 by the data set's statistics."""
     mean, std = (constant(v, images.device)[:, None, None] for v in (info.mean, info.std))
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def mean_of(probability: list[Tensor]) -> Tensor:
+    """Return the mean over networks; that of one is itself, which saves a copy at full size."""
+    return probability[0] if len(probability) == 1 else torch.stack(probability).mean(dim=0)
 
 
 def sum_of(values: object) -> Tensor:

@@ -58,6 +58,15 @@ def run(arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         ),
         ("--train.cuda-graph --train.profile 3", "excludes --train.profile"),
         ("--train.accumulate 5", "--train.accumulate must divide --data.batch-size 12"),
+        (
+            "--method mean-teacher --loss.hc 5",
+            "--loss.hc changes nothing with --method mean-teacher",
+        ),
+        ("--method supervised --bank.capacity=9", "--bank.capacity changes nothing with"),
+        ("--method supervised --views.mix classmix", "--views.mix changes nothing with --method"),
+        ("--pairs 1 --loss.no-directional", "--loss.directional changes nothing with --method"),
+        ("--model.name deeplabv2 --model.width 5", "--model.width changes nothing with --model"),
+        ("--method supervised --config {bank}", "--bank.capacity changes nothing with"),
         ("--train.device meta", "--train.device meta cannot be used here"),
         ("--split-labeled {nowhere}", "cannot be read"),
         ("--dry-run --out {file}/run", "cannot be written"),
@@ -80,11 +89,14 @@ def test_bad_input_is_one_paragraph(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    paths = {name: tmp_path / name for name in ("file", "empty", "nowhere", "broken", "yaml")}
+    paths = {
+        name: tmp_path / name for name in ("file", "empty", "nowhere", "broken", "yaml", "bank")
+    }
     paths["long"] = tmp_path / ("x" * 300)
     paths["file"].write_text("text")
     paths["empty"].mkdir()
     paths["yaml"].write_text("losses: {tau_hc: 1}\n")
+    paths["bank"].write_text("bank: {capacity: 9}\n")
     (paths["broken"] / "checkpoints").mkdir(parents=True)
     (paths["broken"] / "config.yaml").write_text("dataset: digits\n")
     (paths["broken"] / "split").mkdir()
@@ -181,6 +193,7 @@ def test_resume_refuses_what_the_checkpoint_does_not_fit(
     for change in ("--model.width 5", "--method supervised", "--pairs 3", "--bank.capacity 9"):
         assert run(f"--resume {out} {change}", monkeypatch) == 2
         assert change.split()[0] in capsys.readouterr().err
+    assert run(f"--resume {out} --dry-run --pairs 2", monkeypatch) == 0  # what it has by default
     list_of_run = out / "split" / "unlabeled.txt"
     list_of_run.write_text(list_of_run.read_text().partition("\n")[2])
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

@@ -10,6 +10,7 @@ from ctt.data.digits import INFO
 from ctt.models.base import SegmentationModel
 from ctt.train.inference import (
     Predict,
+    for_images,
     in_words,
     multi_scale,
     predictor,
@@ -127,7 +128,7 @@ def test_scales_show_the_network_every_size() -> None:
         return torch.full((1, 2, *images.shape[-2:]), 0.5)
 
     found = multi_scale(constant, (0.5, 1.0, 1.5), torch.zeros(1, 3, 7, 10))
-    assert seen == [(4, 5), (7, 10), (10, 15)]
+    assert seen == [(4, 5), (7, 10), (11, 15)]  # half a pixel counts as a whole one
     torch.testing.assert_close(found, torch.full((1, 2, 7, 10), 0.5))
 
 
@@ -172,3 +173,18 @@ def test_a_predictor_has_no_memory_of_its_images() -> None:
     images = pictures((8, 8))
     with torch.no_grad():
         torch.testing.assert_close(predict(images)[1:], predict(images[1:]))
+
+
+def test_half_is_one_size_in_evaluation_and_prediction() -> None:
+    """Of 33 rows Python's rounding makes 16 and the ceiling 17."""
+    settings = EvalSettings(protocol="half")
+    image, label = torch.zeros(3, 33, 30, dtype=torch.uint8), torch.zeros(33, 30, dtype=torch.uint8)
+    scored, _ = prepare(image, label, settings)
+    seen: list[tuple[int, ...]] = []
+
+    def predict(images: Tensor) -> Tensor:
+        seen.append(tuple(images.shape[2:]))
+        return images
+
+    multi_scale(predict, for_images(settings).scales, image[None].float())
+    assert seen == [(17, 15)] == [tuple(scored.shape[1:])]

@@ -10,7 +10,7 @@ from ctt.train.state import TrainState, make_student
 
 def test_networks_banks_and_optimiser_are_those_of_a_run(tiny: Settings) -> None:
     state = TrainState(tiny, 2, 11, torch.device("cpu"))
-    parts = estimate(tiny, state.students, 11, True)
+    parts = estimate(tiny, state.students, 11, True, True)
     for name, networks in (("students", state.students), ("teachers", state.teachers)):
         tensors = [x for net in networks for x in (*net.parameters(), *net.buffers())]
         assert parts[name] == sum(map(size_of, tensors))
@@ -45,7 +45,7 @@ def test_activations_are_those_that_autograd_keeps(tiny: Settings, amp: str) -> 
 def test_activations_grow_with_the_batch_and_shrink_with_its_parts(tiny: Settings) -> None:
     students = [make_student(tiny, k, 11, False)[0] for k in range(2)]
     sizes = [
-        estimate(update(tiny, change, "test"), students, 11, True)[ACTIVATIONS]
+        estimate(update(tiny, change, "test"), students, 11, True, True)[ACTIVATIONS]
         for change in (
             {"data": {"batch_size": 4}},
             {"data": {"batch_size": 8}},
@@ -54,3 +54,9 @@ def test_activations_grow_with_the_batch_and_shrink_with_its_parts(tiny: Setting
     ]
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.05)
     assert sizes[2] == sizes[0]
+
+
+def test_methods_without_contrast_need_no_memory_for_it(tiny: Settings) -> None:
+    students = TrainState(tiny, 2, 11, torch.device("cpu")).students
+    with_it, without = (estimate(tiny, students, 11, False, contrast) for contrast in (True, False))
+    assert with_it[ACTIVATIONS] > without[ACTIVATIONS]

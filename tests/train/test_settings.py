@@ -80,3 +80,9 @@ def test_values_out_of_range_name_their_option(group: str, name: str, value: obj
     part = dataclasses.replace(getattr(settings, group), **{name: value})
     with pytest.raises(UserError, match=f"--{group}.{name.replace('_', '-')}"):
         validate(dataclasses.replace(settings, **{group: part}))
+
+
+def test_the_hash_names_the_experiment_and_not_the_machine() -> None:
+    elsewhere = {"data_root": "/data", "data": {"workers": 7}, "train": {"device": "cpu"}}
+    assert update(Settings(), elsewhere, "test").hash() == Settings().hash()
+    assert update(Settings(), {"seed": 1}, "test").hash() != Settings().hash()

@@ -18,7 +18,7 @@ from ctt.train.feed import Feed
 from ctt.train.phases import NAMES
 from ctt.train.settings import Settings, update
 from ctt.train.state import EmaUpdate, TrainState, learning_rate
-from ctt.train.step import Step, Target, normalize, to_unit
+from ctt.train.step import LOST, Step, Target, normalize, to_unit
 
 Batch = tuple[Tensor, Tensor]
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_both_students_and_the_labels_show_the_same_pixels(
         student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     targets: list[Target] = []
     lesson = Step._lesson
-    monkeypatch.setattr(Step, "_lesson", lambda s, t: targets.append(t) or lesson(s, t))
+    monkeypatch.setattr(Step, "_lesson", lambda s, t, lost: targets.append(t) or lesson(s, t, lost))
     monkeypatch.setattr(Step, "_fill_banks", lambda *_: None)
     monkeypatch.setattr(EmaUpdate, "step", lambda *_: None)
     classes = batch(4, seed=3)[1]
@@ -103,6 +103,59 @@ def test_padding_of_unlabelled_images_is_never_a_label(tiny: Settings) -> None:
     assert torch.equal(mixed, to_unit(images))
     for lesson in lessons:
         assert torch.equal(lesson.target.label == IGNORE, padding == IGNORE)
+
+
+def test_a_teacher_without_finite_probabilities_labels_nothing(tiny: Settings) -> None:
+    """The largest of NaNs is at index 0: the students would be trained towards class 0."""
+    change = {"views": {"mix": "none"}, "loss": {"confidence_weight": "none"}}
+    state, step = make(update(tiny, change, "test"), 2)
+    state.teachers[1].classifier.bias.data.fill_(float("inf"))  # teacher 2 labels for student 1
+    images, padding = unlabelled()
+    _, lessons = step._teach(state, to_unit(images), padding == IGNORE, torch.empty(0))
+    assert (lessons[0].label == IGNORE).all()
+    assert (lessons[0].target.confidence == 0).all()
+    assert torch.equal(lessons[1].label == IGNORE, padding == IGNORE)
+    assert [float(lesson.lost) for lesson in lessons] == [1.0, 0.0]
+    terms = step(state, batch(), (images, padding))
+    assert all(torch.isfinite(value) for value in terms.values())
+    assert float(terms[LOST]) == 0.5
+
+
+def test_pairs_of_different_strides_teach_each_other(tiny: Settings) -> None:
+    """Each cross-entropy is at its network's own stride, contrast on the coarser grid."""
+    change = {
+        "model": {"name": "vit", "backbone": ["test_vit", "vit_small_patch14_dinov2"]},
+        "loss": {"gamma": 0.0, "hc": 1, "lc": 0},
+        "bank": {"capacity": 1},
+        "optim": {"lr": 1e-4},
+    }
+    state, step = make(update(tiny, change, "test"), 2)
+    assert [student.stride for student in state.students] == [8, 7]
+    seen: list[Tensor] = []
+    for student in state.students:
+        student.register_forward_hook(lambda _, inputs, out: seen.append(out.logits.detach()))
+    hc = 0.0
+    for i in range(6):
+        seen.clear()
+        images, label = batch(4, seed=i, classes=2)
+        terms = step(state, (images, label), unlabelled(4, seed=i))
+        label = label.long()
+        expected = sum(
+            losses.pixel_cross_entropy(logits[:4], stride, label, losses.valid_pixels(label))
+            for logits, stride in zip(seen, (8, 7), strict=True)
+        )
+        assert float(terms["sup"]) == pytest.approx(float(expected), rel=1e-5)
+        hc = max(hc, float(terms["hc"]))
+    assert hc > 0
+
+
+@pytest.mark.parametrize(("stride", "coarse"), [(4, 8), (7, 8), (4, 14), (8, 8)])
+def test_the_nearest_cells_of_a_finer_grid(stride: int, coarse: int) -> None:
+    image = torch.arange(100.0)
+    fine = image[::stride].expand(1, 2, 50 // stride, -1)  # a cell holds its column
+    columns = image[::coarse]
+    found = losses.coarsen(fine, stride, coarse, (50 // coarse, len(columns)))[0, 0, 0]
+    assert (found - columns).abs().max() <= stride / 2 + (columns.max() - fine.max()).clamp(min=0)
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 3])
@@ -259,7 +312,7 @@ def test_supervised_takes_no_unlabelled_images(tiny: Settings) -> None:
 
 def test_mean_teacher_has_no_contrast(tiny: Settings) -> None:
     state, step = make(dataclasses.replace(tiny, method="mean-teacher"), 1)
-    assert set(step(state, batch(), unlabelled())) == {"sup", "ct", "total"}
+    assert set(step(state, batch(), unlabelled())) == {"sup", "ct", "total", LOST}
 
 
 def test_banks_hold_well_classified_pixels_of_the_teacher(tiny: Settings) -> None:
