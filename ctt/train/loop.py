@@ -33,7 +33,7 @@ from ctt.console import plain_console
 from ctt.data.check import check_quickly
 from ctt.data.loader import DrawSampler, ViewDataset, load
 from ctt.data.prepare import Prepared
-from ctt.data.source import Source
+from ctt.data.source import IGNORE, Source
 from ctt.data.split import make_split, read_list, write_list
 from ctt.data.views import GeometricView
 from ctt.errors import UnwritableError, UserError
@@ -60,6 +60,8 @@ from ctt.train.state import TrainState, check_batch_norm, make_student
 from ctt.train.step import LOST, Step
 
 SUMMARY = "summary.json"
+FEW = 300  # labelled images whose masks are read through at the start
+ECHO = 2.0  # seconds in which a SIGTERM may come twice: from the scheduler, and from torchrun
 SAMPLES = 8  # images on the picture sheet
 
 
@@ -501,6 +503,7 @@ class Trainer:
             f"{len(self.labeled)} labelled and {unlabeled} unlabelled images, "
             f"{s.train.iterations} iterations on {where}{start}. Run folder: {self.folder}",
             *self.source.notes,
+            *warnings_of(s, self.method, self.pairs, self.source, self.labeled),
             sep="\n",
             soft_wrap=True,
         )
@@ -546,6 +549,49 @@ def split_of_run(folder: Path, source: Source) -> tuple[list[str], list[str]]:
     unlabeled = read_list(path, source, labeled=False) if path.stat().st_size else []
     check_quickly(source, labeled, unlabeled)
     return labeled, unlabeled
+
+
+def warnings_of(
+    settings: Settings, method: methods.Method, pairs: int, source: Source, labeled: list[str]
+) -> list[str]:
+    """Return a sentence for each thing that is allowed and probably not what the user wants."""
+    found = []
+    loss, total = settings.loss, settings.train.iterations
+    terms = loss.hc > 0 or (loss.lc > 0 and pairs > 1)
+    if method.contrast and terms and settings.bank.start_after >= total:
+        found.append(
+            f"Warning: the contrast never begins, because --bank.start-after "
+            f"{settings.bank.start_after} is not below --train.iterations {total}."
+        )
+    if method.teachers_of(0, pairs) and loss.ct_ramp > total:
+        found.append(
+            f"Warning: the weight of the pseudo-labels never reaches its full value, because "
+            f"--loss.ct-ramp {loss.ct_ramp} is above --train.iterations {total}."
+        )
+    missing = classes_without_label(source, labeled)
+    if missing:
+        found.append(
+            f"Warning: none of the {len(labeled)} labelled images shows {', '.join(missing)}, so "
+            f"no network can learn it. Give more labelled images or --split-labeled, or check the "
+            f"masks by ctt-data check."
+        )
+    return found
+
+
+def classes_without_label(source: Source, labeled: list[str]) -> list[str]:
+    """Return the names of the classes that no labelled image shows.
+
+    Only lists of up to `FEW` images are read through; in longer ones a class is seldom missing, and
+    reading them takes minutes.
+    """
+    if len(labeled) > FEW:
+        return []
+    seen: set[int] = set()
+    for name in labeled:
+        seen.update(source.label(name).unique().tolist())
+        if len(seen - {IGNORE}) == len(source.info.classes):
+            break
+    return [name for c, name in enumerate(source.info.classes) if c not in seen]
 
 
 def check_cuda_graph(settings: Settings, device: torch.device, processes: int) -> None:
@@ -597,6 +643,7 @@ def dry_run(settings: Settings, *, out: Path | None = None, resume: Path | None 
     console.print(
         f"{settings.method} with {pairs} pairs on {settings.dataset} would {start} with "
         f"{len(labeled)} labelled and {len(unlabeled)} unlabelled images. Nothing is written.",
+        *warnings_of(settings, method, pairs, source, labeled),
         *dict.fromkeys(origin for _, origin in made if origin),
         sep="\n",
         soft_wrap=True,
@@ -668,12 +715,15 @@ def images_of_any_size(compiled: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def interrupt_flag() -> Iterator[list[int]]:
-    """A list that stops being empty on Ctrl-C or SIGTERM; a second Ctrl-C ends the program."""
+    """Yield a list that stops being empty on Ctrl-C or SIGTERM; a second one ends the program."""
     caught: list[int] = []
+    first = 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
-        if caught and number == signal.SIGINT:
+        nonlocal first
+        if caught and (number == signal.SIGINT or time.monotonic() - first > ECHO):
             raise KeyboardInterrupt
+        first = first if caught else time.monotonic()
         caught.append(number)
 
     try:

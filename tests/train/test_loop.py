@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ctt.data.split import make_split
 from ctt.errors import UserError
 from ctt.train import checkpoint, run
-from ctt.train.loop import Stopped, dry_run, pick_device, train
+from ctt.train.loop import Stopped, dry_run, interrupt_flag, open_source, pick_device, train
 from ctt.train.settings import Settings, update
 from ctt.train.state import check_batch_norm, make_student
 from ctt.train.step import Step
@@ -128,6 +129,44 @@ def test_a_finished_run_is_not_trained_again(tiny: Settings, out: Path) -> None:
     again = train(tiny, resume=out)
     assert again == first
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_what_cannot_happen_within_the_run_is_told(
+    tiny: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry_run(tiny)
+    assert "never" not in capsys.readouterr().out
+    late = update(tiny, {"bank": {"start_after": 6}, "loss": {"ct_ramp": 7}}, "test")
+    dry_run(late)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the contrast never begins, because --bank.start-after 6 is not below" in shown
+    assert "never reaches its full value, because --loss.ct-ramp 7 is above" in shown
+    dry_run(dataclasses.replace(late, method="supervised"))
+    assert "never" not in capsys.readouterr().out
+
+
+def test_a_class_without_labelled_images_is_told(
+    tiny: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = dataclasses.replace(tiny, ratio="1")
+    source = open_source(settings)
+    (name,), _ = make_split(source, "1", tiny.seed, None, None)
+    shown = set(source.label(name).unique().tolist())
+    missing = [c for i, c in enumerate(source.info.classes) if i not in shown]
+    dry_run(settings)
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"none of the 1 labelled images shows {', '.join(missing)}, so" in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_program(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    with interrupt_flag() as caught:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)  # at once: the echo that torchrun sends
+        assert caught == [number, signal.SIGTERM]
+        monkeypatch.setattr("ctt.train.loop.ECHO", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
 
 
 def test_nothing_is_overwritten(tiny: Settings, out: Path) -> None:
