@@ -37,6 +37,7 @@ from ctt.data.source import IGNORE, Source
 from ctt.data.split import make_split, read_list, write_list
 from ctt.data.views import GeometricView
 from ctt.errors import UnwritableError, UserError
+from ctt.methods.base import Method
 from ctt.ops import prefer_backend
 from ctt.train import checkpoint, run
 from ctt.train.compiling import uncompiled
@@ -552,7 +553,7 @@ def split_of_run(folder: Path, source: Source) -> tuple[list[str], list[str]]:
 
 
 def warnings_of(
-    settings: Settings, method: methods.Method, pairs: int, source: Source, labeled: list[str]
+    settings: Settings, method: Method, pairs: int, source: Source, labeled: list[str]
 ) -> list[str]:
     """Return a sentence for each thing that is allowed and probably not what the user wants."""
     found = []
@@ -588,7 +589,7 @@ def classes_without_label(source: Source, labeled: list[str]) -> list[str]:
         return []
     seen: set[int] = set()
     for name in labeled:
-        seen.update(source.label(name).unique().tolist())
+        seen.update(torch.bincount(source.label(name).flatten()).nonzero().flatten().tolist())
         if len(seen - {IGNORE}) == len(source.info.classes):
             break
     return [name for c, name in enumerate(source.info.classes) if c not in seen]
