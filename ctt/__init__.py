@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ctt.models.segmenter import Segmenter
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import `ctt.ops` on its first use, so that `import ctt` alone stays quick."""
+    if name != "ops":
+        raise AttributeError(f"module 'ctt' has no attribute {name!r}")
+    return importlib.import_module("ctt.ops")
 
 
 def load(path: str | Path, network: str = "best") -> Segmenter:

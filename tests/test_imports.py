@@ -22,6 +22,11 @@ def test_operations_do_not_load_the_trainer() -> None:
     assert all(name.strip(" []'").startswith("ctt.ops") for name in run(code).split(","))
 
 
+def test_the_operations_are_an_attribute_of_the_package() -> None:
+    assert run("import ctt; print(ctt.ops.info_nce.__name__)") == "info_nce"
+    assert run("import ctt; print(hasattr(ctt, 'opts'))") == "False"
+
+
 def test_package_itself_loads_nothing() -> None:
     assert run("import sys, ctt; print('torch' in sys.modules, ctt.__version__)") == "False 0.1.0"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,15 +56,18 @@ class Segmenter(nn.Module):
         """The class of every pixel of one RGB image.
 
         Args:
-            image: (H, W, 3) uint8, an array or a PIL image; or a tensor (3, H, W) uint8.
+            image: an array (H, W, 3) uint8, a tensor (3, H, W) uint8, a PIL image of any mode (as
+                it lies in memory), or the path of a file (turned as its EXIF says, as ctt-predict
+                does).
 
         Returns:
             (H, W) uint8, on the CPU.
 
         Raises:
             ValueError: another shape or type of numbers.
+            ctt.errors.UserError: a file that cannot be read.
         """
-        pixels = image if isinstance(image, Tensor) else from_array(image)
+        pixels = image if isinstance(image, Tensor) else from_picture(image)
         if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8:
             raise ValueError(
                 f"predict takes an RGB image of uint8, an array (H, W, 3) or a tensor (3, H, W); "
@@ -75,9 +79,18 @@ class Segmenter(nn.Module):
         return probability[0].argmax(dim=0).to(torch.uint8).cpu()
 
 
-def from_array(image: Any) -> Tensor:
-    """(H, W, 3) array or picture -> (3, H, W)."""
+def from_picture(image: Any) -> Tensor:
+    """Return an array (H, W, 3), a PIL image or the image in a file as a tensor (3, H, W)."""
     import numpy as np
+    from PIL import Image
+
+    from ctt.data.files import read_image
+    from ctt.data.pixels import to_rgb
+
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        image = to_rgb(image)
 
     pixels = torch.from_numpy(np.array(image))  # a copy: pictures share memory not to be written
     return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels

@@ -8,6 +8,7 @@ from PIL import Image
 import ctt
 from ctt import models
 from ctt.data.digits import INFO
+from ctt.data.pixels import to_rgb
 from ctt.errors import UserError
 from ctt.train.checkpoint import save_network
 from ctt.train.inference import whole
@@ -37,6 +38,22 @@ def test_a_loaded_network_segments_as_evaluation_does(weights: Path) -> None:
     pixels = image.permute(1, 2, 0).numpy()
     assert torch.equal(segmenter.predict(pixels), label)
     assert torch.equal(segmenter.predict(Image.fromarray(pixels)), label)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
+def test_pictures_of_any_mode_and_paths(weights: Path, tmp_path: Path, mode: str) -> None:
+    segmenter = ctt.load(weights)
+    grey = np.arange(20 * 30, dtype=np.uint8).reshape(20, 30)
+    picture = Image.fromarray(grey.astype(np.uint16) * 257 if mode == "I;16" else grey)
+    picture = picture if mode == "I;16" else picture.convert("RGB").convert(mode)
+    assert picture.mode == mode
+    expected = segmenter.predict(to_rgb(picture))
+    assert torch.equal(segmenter.predict(picture), expected)
+    picture.save(tmp_path / "picture.png")
+    assert torch.equal(segmenter.predict(tmp_path / "picture.png"), expected)
+    assert torch.equal(segmenter.predict(str(tmp_path / "picture.png")), expected)
+    with pytest.raises(UserError, match=r"nowhere\.png"):
+        segmenter.predict("nowhere.png")
 
 
 def test_what_is_no_image(weights: Path) -> None:
