@@ -2,12 +2,18 @@
 
 from ctt.errors import UserError
 from ctt.methods.base import Method
+from ctt.methods.cps import CrossPseudoSupervision
 from ctt.methods.cross_teacher import CrossTeacher
+from ctt.methods.dual_teachers import DualTeachers
+from ctt.methods.fixmatch import FixMatch
 from ctt.methods.mean_teacher import MeanTeacher
 from ctt.methods.supervised import Supervised
 
 _METHODS: dict[str, type[Method]] = {
     "cross-teacher": CrossTeacher,
+    "cps": CrossPseudoSupervision,
+    "dual-teachers": DualTeachers,
+    "fixmatch": FixMatch,
     "mean-teacher": MeanTeacher,
     "supervised": Supervised,
 }

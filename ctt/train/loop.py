@@ -145,7 +145,7 @@ class Trainer:
             settings, self.pairs, classes, device, initialize=fresh, world=world
         )
         for student in self.state.students:
-            check_batch_norm(student, settings, self.uses_unlabeled)
+            check_batch_norm(student, settings, seen_together(self.method, self.pairs))
         self.seconds, self.waited = 0.0, 0.0  # of training, and of it without a batch
         self.best: dict[str, Any] | None = None
         self.warned = False  # of pixels for which the teachers gave no finite probability
@@ -595,6 +595,11 @@ def classes_without_label(source: Source, labeled: list[str]) -> list[str]:
     return [name for c, name in enumerate(source.info.classes) if c not in seen]
 
 
+def seen_together(method: Method, pairs: int) -> bool:
+    """Return whether students in training mode see unlabelled images only beside labelled ones."""
+    return bool(method.teachers_of(0, pairs)) and method.labels_by == "teachers"
+
+
 def check_cuda_graph(settings: Settings, device: torch.device, processes: int) -> None:
     if settings.train.cuda_graph and (device.type != "cuda" or processes > 1):
         raise UserError(
@@ -638,7 +643,7 @@ def dry_run(settings: Settings, *, out: Path | None = None, resume: Path | None 
     made = [make_student(settings, k, classes, resume is None) for k in range(pairs)]
     students = [student for student, _ in made]
     for student in students:
-        check_batch_norm(student, settings, uses_unlabeled)
+        check_batch_norm(student, settings, seen_together(method, pairs))
     parts = estimate(settings, students, classes, uses_unlabeled, method.contrast)
     console = plain_console()
     console.print(

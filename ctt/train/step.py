@@ -285,10 +285,11 @@ class Step:
             draw: random numbers of the mix, as `StepDraws` has them.
         """
         size = (weak.shape[-2], weak.shape[-1])
+        networks = state.students if self.method.labels_by == "students" else state.teachers
         with self.phases("teachers"):
-            probability = [  # of each teacher, (B, C, H, W)
-                upsample(self._ask(state, t, weak).logits, size, t.stride).softmax(dim=1)
-                for t in state.teachers
+            probability = [  # of the network of each pair, (B, C, H, W)
+                upsample(self._ask(net, weak).logits, size, net.stride).softmax(dim=1)
+                for net in networks
             ]
         with self.phases("views"):
             keep = self._mix_mask(probability, padding, draw)
@@ -331,12 +332,12 @@ class Step:
         label = mean_of(probability).argmax(dim=1)
         return mixing.classmix_mask(label.masked_fill(padding, IGNORE), draw)
 
-    def _ask(self, state: TrainState, teacher: SegmentationModel, images: Tensor) -> Output:
-        """A teacher's output for images (B, 3, H, W) in 0..1, as many at a time as students see."""
+    def _ask(self, network: SegmentationModel, images: Tensor) -> Output:
+        """Return a network's output for images (B, 3, H, W) in 0..1, taken in the step's parts."""
         outputs: list[Output] = []
         for some in images.chunk(self.settings.train.accumulate):
             with self._autocast(images.device):
-                outputs.append(teacher(self._normalize(some)))
+                outputs.append(network(self._normalize(some)))
         if len(outputs) == 1:
             return outputs[0]
         return Output(*(torch.cat(maps) for maps in zip(*outputs, strict=True)))
@@ -433,7 +434,7 @@ class Step:
         settings = self.settings.bank
         for k, (teacher, bank) in enumerate(zip(state.teachers, state.banks, strict=True)):
             with self.phases("teachers"):
-                out = self._ask(state, teacher, images)
+                out = self._ask(teacher, images)
             with self.phases("banks"):
                 truth = losses.to_grid(label, teacher.stride)
                 confidence, predicted = out.logits.float().softmax(dim=1).max(dim=1)

@@ -24,6 +24,16 @@ def test_supervised_uses_no_unlabelled_images() -> None:
     assert methods.get("supervised").teachers_of(0, 1) == []
 
 
+def test_who_labels_for_whom() -> None:
+    cps, dual, fixmatch = map(methods.get, ("cps", "dual-teachers", "fixmatch"))
+    assert [cps.teachers_of(k, 2) for k in (0, 1)] == [[1], [0]]
+    assert [dual.teachers_of(k, 2) for k in (0, 1)] == [[0, 1], [0, 1]]
+    assert fixmatch.teachers_of(0, 1) == [0]
+    assert [m.labels_by for m in (cps, dual, fixmatch)] == ["students", "teachers", "students"]
+
+
 def test_unknown_method_lists_the_known() -> None:
-    with pytest.raises(UserError, match="cross-teacher, mean-teacher, supervised"):
+    with pytest.raises(
+        UserError, match="cross-teacher, cps, dual-teachers, fixmatch, mean-teacher"
+    ):
         methods.get("student-teacher")

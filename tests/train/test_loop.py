@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ctt import methods
 from ctt.data.split import make_split
 from ctt.errors import UserError
 from ctt.train import checkpoint, run
@@ -53,7 +54,7 @@ def assert_equal_states(a: Any, b: Any, place: str = "") -> None:
         assert a == b, place
 
 
-@pytest.mark.parametrize("method", ["cross-teacher", "mean-teacher", "supervised"])
+@pytest.mark.parametrize("method", methods.names())
 def test_a_resumed_run_ends_bit_equal(
     tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ctt import methods
 from ctt.data.digits import INFO
+from ctt.data.mixing import cutmix_mask
 from ctt.data.source import IGNORE
 from ctt.methods import losses
 from ctt.methods.losses import usable_counts
-from ctt.models.base import Output, SegmentationModel
+from ctt.models.base import Output, SegmentationModel, upsample
 from ctt.train.draws import Draws
 from ctt.train.feed import Feed
 from ctt.train.phases import NAMES
@@ -103,6 +104,63 @@ def test_padding_of_unlabelled_images_is_never_a_label(tiny: Settings) -> None:
     assert torch.equal(mixed, to_unit(images))
     for lesson in lessons:
         assert torch.equal(lesson.target.label == IGNORE, padding == IGNORE)
+
+
+@pytest.mark.parametrize(("method", "pairs"), [("cps", 2), ("fixmatch", 1), ("dual-teachers", 2)])
+@pytest.mark.parametrize("mix", ["none", "cutmix"])
+def test_the_objective_of_methods_without_contrast(
+    tiny: Settings, method: str, pairs: int, mix: str
+) -> None:
+    """Losses and gradients, against the formulas written out with other functions."""
+    change = {"views": {"mix": mix, "jitter": 0, "blur_probability": 0, "strong_labeled": False}}
+    change |= {"loss": {"confidence_weight": "none", "ct": 1.5}, "optim": {"momentum": 0}}
+    settings = dataclasses.replace(update(tiny, change, "test"), method=method)
+    state, step = make(settings, pairs)
+    for teacher in state.teachers:  # teachers that say something else than their students
+        teacher.load_state_dict(make(settings, 3)[0].students[2].state_dict())
+    students, teachers = copy.deepcopy(state.students), copy.deepcopy(state.teachers)
+    images, label = batch(4)
+    weak, padding = unlabelled(4)
+    draws = step._draws(state, 4, True)
+    terms = step(state, (images, label), (weak, padding))
+
+    unit = to_unit(weak)
+    labelers = [s.train() for s in students] if method != "dual-teachers" else teachers
+    with torch.no_grad():
+        asked = [net(normalize(unit, INFO)) for net in labelers]
+    chance = [upsample(out.logits, (24, 24), 2).softmax(dim=1) for out in asked]
+    keep = torch.ones(4, 24, 24, dtype=torch.bool)
+    if mix == "cutmix":
+        keep = cutmix_mask((24, 24), draws.split(draws(0)).mix)
+    mixed = torch.where(keep[:, None], unit, unit.roll(1, dims=0))
+    sup = ct = torch.zeros(())
+    for k, student in enumerate(students):
+        mean = {"cps": chance[1 - k] if pairs == 2 else None, "fixmatch": chance[0]}.get(method)
+        mean = sum(chance) / pairs if mean is None else mean
+        pseudo = mean.argmax(dim=1).masked_fill(padding == IGNORE, -1)
+        pseudo = torch.where(keep, pseudo, pseudo.roll(1, dims=0))
+        logits = student(normalize(torch.cat([to_unit(images), mixed]), INFO)).logits
+        scores = upsample(logits, (24, 24), 2)
+        sup = sup + nn.functional.cross_entropy(scores[:4], label.long(), ignore_index=IGNORE)
+        ct = ct + nn.functional.cross_entropy(scores[4:], pseudo, ignore_index=-1)
+    assert set(terms) == {"sup", "ct", "total", LOST}
+    assert float(terms["sup"]) == pytest.approx(float(sup.detach()), rel=1e-5)
+    assert float(terms["ct"]) == pytest.approx(float(ct.detach()), rel=1e-5)
+    (sup + 1.5 * ct).backward()
+    for student, trained in zip(students, state.students, strict=True):
+        for p, q in zip(student.parameters(), trained.parameters(), strict=True):
+            decayed = p.grad + settings.optim.weight_decay * p
+            expected = p - learning_rate(settings, 0) * decayed
+            torch.testing.assert_close(q, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["cps", "dual-teachers", "fixmatch"])
+def test_nothing_but_padding_teaches_nothing(tiny: Settings, method: str) -> None:
+    state, step = make(dataclasses.replace(tiny, method=method), 2)
+    images, padding = unlabelled()
+    terms = step(state, batch(), (images, torch.full_like(padding, IGNORE)))
+    assert float(terms["ct"]) == 0
+    assert all(torch.isfinite(value) for value in terms.values())
 
 
 def test_a_teacher_without_finite_probabilities_labels_nothing(tiny: Settings) -> None:

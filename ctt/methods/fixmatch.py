@@ -1,0 +1,20 @@
+"""FixMatch (Sohn et al., NeurIPS 2020, arXiv 2001.07685) for segmentation.
+
+The student labels the weak view itself and learns the strong view. Its labels come from a forward
+pass of their own in training mode; programs often take them from the pass on the labelled images.
+The threshold is a setting: `--loss.confidence-weight threshold --loss.confidence-threshold 0.95` is
+usual on VOC, and published programs use none on Cityscapes. The mean is over the pixels kept.
+"""
+
+from ctt.methods.base import Method
+
+
+class FixMatch(Method):
+    """Each student is taught by itself."""
+
+    default_pairs = 1
+    contrast = False
+    labels_by = "students"
+
+    def teachers_of(self, student: int, pairs: int) -> list[int]:
+        return [student]
