@@ -134,10 +134,21 @@ def find_masks(root: Path, folder: str) -> dict[str, Path]:
 
 
 def _walk(root: Path, folder: str) -> list[str]:
-    """Paths below `root` of all files in `folder`, sorted; hidden ones left out."""
+    """Return the paths below `root` of all files in `folder`, sorted, without hidden ones.
+
+    Links are followed, and each folder is visited once.
+    """
     names = []
+    visited: set[Path] = set()
     for place, folders, files in os.walk(root / folder, followlinks=True):
+        # real folders first, so that their images have the names of those and not of a link
         folders[:] = [f for f in folders if not f.startswith(".")]
+        folders.sort(key=lambda name: (Path(place, name).is_symlink(), name))
+        # a link to a folder above would show every image again, until the path is too long
+        if (real := Path(place).resolve()) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
         below = Path(place).relative_to(root)
         names += [(below / file).as_posix() for file in files if not file.startswith(".")]
     return sorted(names)

@@ -7,8 +7,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,7 +18,17 @@ from ctt.models.base import BackboneModel, SegmentationModel
 IMAGENET = "imagenet"
 HUB_FILE = "model.safetensors"
 # what trainers put before the names of a network's or backbone's tensors
-PREFIXES = ("module.", "model.", "network.", "net.", "backbone.", "encoder.", "Scale.")
+PREFIXES = ("model.", "network.", "net.", "backbone.", "encoder.", "Scale.")
+# what torch.compile and data parallelism put anywhere in a name, around the part they wrap
+WRAPPERS = ("_orig_mod.", "module.")
+CORES = ("core", "_core")
+# numbers that trainers keep beside the tensors, such as the best score; they hold no code
+NUMPY_NUMBERS: tuple[Any, ...] = (
+    np.dtype,
+    # NumPy 1 and 2 have the maker of its numbers at different places
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in CORES),
+    *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1")),
+)
 # what trainers put the tensors under
 NESTS = ("state_dict", "model", "model_state_dict", "model_state", "network")
 LITE0 = "tf_efficientnet_lite0"
@@ -83,6 +93,8 @@ def fitting(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, str
 
 def _plain(name: str) -> str:
     """The name in its network; timm's nets of features join the parts of it by underscores."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
     while prefix := next((p for p in PREFIXES if name.startswith(p)), ""):
         name = name.removeprefix(prefix)
     return name.replace(".", "_")
@@ -108,13 +120,14 @@ def read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             values = load_file(path)
         else:
-            values = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(list(NUMPY_NUMBERS)):
+                values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"--model.weights {path} cannot be read: it holds more than tensors, numbers and "
             f"strings, or is no such file at all. Save the state_dict() of the network alone."
         ) from None
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except Exception as error:  # bytes that are no such file can raise anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"--model.weights {path} cannot be read ({reason}).") from None
     while isinstance(values, dict):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 PLANS = 16  # a few models'
 
-_bytes_of = attrgetter("nbytes")
+_dtype_of = attrgetter("dtype")
 
 
 class Plan:
@@ -25,22 +25,29 @@ class Plan:
         self._watches = watches  # end the plan with the first of its tensors
 
 
-_plans: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
+_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 
 
 def plan_of(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Plan:
-    """The plan of equally many tensors, made where they are new or have moved.
+    """Return the plan of equally many tensors, made where they are new or have changed.
 
-    To look at every shape, dtype and device again would cost more than a GPU's whole update of 600
-    tensors, and a good part of a CPU's. An id and an address could come to belong to another
-    tensor, so a plan ends with the first of its tensors.
+    The key holds all that a plan depends on: `x.data = x.data.t()` keeps the object, its address
+    and its bytes, and changes the layout. To run the checks again would cost more than a GPU's
+    whole update of 600 tensors. An id and an address could come to belong to another tensor, so a
+    plan ends with the first of its tensors.
 
     Raises:
         TypeError, ValueError: they do not fit, as `ema_update_` tells.
     """
     tensors = (*teacher, *student)
     try:
-        key = (*map(id, tensors), *map(Tensor.data_ptr, tensors), *map(_bytes_of, tensors))
+        key = (
+            *map(id, tensors),
+            *map(Tensor.data_ptr, tensors),
+            *map(_dtype_of, tensors),
+            *map(Tensor.size, tensors),
+            *map(Tensor.stride, tensors),
+        )
     except (AttributeError, TypeError):  # something that is no tensor
         _check(teacher, student)
         raise

@@ -14,6 +14,7 @@ from ctt.data.check import check_quickly
 from ctt.data.cityscapes import CLASSES as CITY_CLASSES
 from ctt.data.cityscapes import COUNTS
 from ctt.data.files import ranges, read_image, read_mask
+from ctt.data.folder import find_images
 from ctt.data.loader import DrawSampler, ViewDataset, load
 from ctt.data.options import SourceOptions
 from ctt.data.source import Source
@@ -406,3 +407,16 @@ def test_images_of_any_mode_are_read_in_colour(tmp_path: Path) -> None:
 def test_numbers_as_ranges() -> None:
     assert ranges([0, 1, 2, 7, 255]) == "0..2, 7 and 255"
     assert ranges([4]) == "4"
+
+
+def test_links_show_each_image_once(tmp_path: Path) -> None:
+    (tmp_path / "images" / "b").mkdir(parents=True)
+    for name in ("x.jpg", "b/y.jpg"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / name)
+    (tmp_path / "images" / "again").symlink_to(".")
+    (tmp_path / "images" / "a").symlink_to("b")
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "elsewhere" / "z.jpg")
+    (tmp_path / "images" / "linked").symlink_to("../elsewhere")
+    found = find_images(tmp_path, "images")
+    assert found == ["images/b/y.jpg", "images/linked/z.jpg", "images/x.jpg"]

@@ -1,6 +1,8 @@
 import importlib.util
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -148,3 +150,47 @@ def to_lite0(pixels: Tensor) -> Tensor:
     images = pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
     small = torch.nn.functional.interpolate(images, size=(256, 384), mode="bilinear")
     return small[:, :, 16:240, 80:304]
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "_orig_mod.{}",
+        "module._orig_mod.{}",
+        "_orig_mod.module.{}",
+        "net._orig_mod.{}",
+        "model.module.{}",
+    ],
+)
+def test_wrapped_networks_and_numbers_of_numpy(
+    network: SegmentationModel, tmp_path: Path, wrapped: str
+) -> None:
+    donor = {key: value + 1 for key, value in network.state_dict().items()}
+    inner = {
+        wrapped.format(key.replace("classifier.", "classifier._orig_mod.")): value
+        for key, value in donor.items()
+    }
+    best = {"previous_best": np.float64(71.3), "epoch": np.int64(3), "single": np.float32(0.5)}
+    torch.save({"model": inner, **best}, tmp_path / "w.pth")
+    weights.start_from(network, str(tmp_path / "w.pth"))
+    assert all(torch.equal(network.state_dict()[key], value) for key, value in donor.items())
+
+
+def test_numbers_of_numpy_1(network: SegmentationModel, tmp_path: Path) -> None:
+    state = network.state_dict()
+    torch.save({"model": state, "best": np.float64(1)}, tmp_path / "w.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "w.pth") as old,
+        zipfile.ZipFile(tmp_path / "old.pth", "w") as new,
+    ):
+        for item in old.infolist():
+            new.writestr(item.filename, old.read(item).replace(b"numpy._core", b"numpy.core"))
+    assert "found" in weights.start_from(network, str(tmp_path / "old.pth"))
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02.", b"", b"\x80", b"text", b"PK\x03\x04"])
+def test_a_broken_file_is_told(network: SegmentationModel, tmp_path: Path, content: bytes) -> None:
+    for name in ("w.pth", "w.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read"):
+            weights.start_from(network, str(tmp_path / name))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ctt.ops import ema_update_, reference
+from ctt.ops import available_backends, ema_update_, reference
 from tests.ops.common import DTYPES, assert_accurate, examples, runs, skip_unfit
 
 RUNS = pytest.mark.parametrize(("backend", "device"), runs("ema_update_"))
@@ -169,3 +169,21 @@ def test_errors_name_the_argument() -> None:
             ema_update_(*arguments)
     with pytest.raises(ValueError, match="backend must be one of"):
         ema_update_(good, [torch.ones(3)], 0.9, backend="fastest")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
+def test_a_layout_that_changes_between_calls_is_seen(backend: str) -> None:
+    """The object, its address and its bytes stay the same when `data` is transposed in place."""
+    if backend not in available_backends()["ema_update_"]:
+        pytest.skip(f"{backend} cannot run here")
+    teacher = torch.nn.Parameter(torch.zeros(3, 3))
+    student = torch.nn.Parameter(torch.arange(9.0).view(3, 3))
+    ema_update_([teacher], [student], 0.0, backend=backend)
+    student.data = student.data.t()
+    ema_update_([teacher], [student], 0.0, backend=backend)
+    assert torch.equal(teacher, student)
+    teacher, student = torch.zeros(2, 3), torch.ones(2, 3)
+    ema_update_([teacher], [student], 0.0, backend=backend)
+    student.data = student.data.view(3, 2)
+    with pytest.raises(ValueError, match="must have one shape"):
+        ema_update_([teacher], [student], 0.0, backend=backend)
