@@ -59,7 +59,7 @@ def _main(arguments: list[str]) -> int:
     _check_new("--submission", parsed.submission)
     if parsed.workers < 0:
         raise UserError(f"--workers {parsed.workers} must be at least 0.")
-    from ctt.train.loop import pick_device
+    from ctt.train.device import pick_device
     from ctt.train.trained import load_trained
 
     device = pick_device(parsed.device, "--device")
@@ -92,7 +92,6 @@ def _check_new(option: str, folder: Path | None) -> None:
 
 def _open_source(trained: Trained, parsed: Arguments) -> tuple[Source, Settings]:
     from ctt import data
-    from ctt.train.loop import open_source
 
     settings = trained.settings
     if parsed.dataset:
@@ -107,7 +106,7 @@ def _open_source(trained: Trained, parsed: Arguments) -> tuple[Source, Settings]
         )
     values = {"data": {"eval_split": parsed.split}} if parsed.split else {}
     settings = update(settings, values, "--split")
-    source = open_source(settings)
+    source = settings.open_source()
     if source.info.classes != trained.info.classes:
         raise UserError(
             f"{trained.origin} knows the {len(trained.info.classes)} classes of "
@@ -128,14 +127,12 @@ def _first_difference(trained: DatasetInfo, found: DatasetInfo) -> str:
 
 def _check_held_out(trained: Trained, source: Source, settings: Settings) -> None:
     """Refuse to tune on images that the run, which held none out, was trained on."""
-    from ctt.train.loop import open_source
-
     before = trained.settings
     if (settings.data.eval_split, before.data.eval_split) != ("tune", "val"):
         return
     if settings.dataset != before.dataset:
         return
-    as_trained = open_source(dataclasses.replace(settings, data=before.data))
+    as_trained = dataclasses.replace(settings, data=before.data).open_source()
     if source.eval_ids() != as_trained.eval_ids():  # a folder without val/ holds out always
         raise UserError(
             f"--split tune: the networks of {trained.origin} were trained with those images. "

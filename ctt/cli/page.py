@@ -22,7 +22,6 @@ from ctt.data.files import read_image
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
 from ctt.train.inference import in_words
-from ctt.train.loop import open_source
 from ctt.train.render import OVERLAY, colorize, overlay
 from ctt.train.settings import EvalSettings
 from ctt.train.trained import Trained
@@ -95,7 +94,7 @@ class Viewer:
     def examples(self, folder: Path) -> list[str]:
         """Files of some evaluation images of the data set, where it is at hand."""
         try:
-            source = open_source(self.trained.settings)
+            source = self.trained.settings.open_source()
             ids = source.eval_ids()[:EXAMPLES]
             files = []
             for number, name in enumerate(ids):

@@ -87,7 +87,7 @@ def _main(arguments: list[str]) -> int:
     if parsed.workers < 0:
         raise UserError(f"--workers {parsed.workers} must be at least 0.")
     from ctt.train.inference import for_images
-    from ctt.train.loop import pick_device
+    from ctt.train.device import pick_device
     from ctt.train.trained import load_trained
 
     device = pick_device(parsed.device, "--device")

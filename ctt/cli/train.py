@@ -49,7 +49,8 @@ def _main(arguments: list[str]) -> int:
         if first_process():
             raise
         raise AlreadyReportedError from None
-    from ctt.train.loop import Stopped, dry_run, train
+    from ctt.train.dry_run import dry_run
+    from ctt.train.loop import Stopped, train
 
     if parsed.dry_run:
         if first_process():
@@ -111,7 +112,7 @@ def refuse_unused(settings: Settings, names: list[str]) -> None:
         UserError: names the setting and what ignores it.
     """
     method = methods.get(settings.method)
-    pairs = settings.pairs or method.default_pairs
+    pairs = settings.pairs or method.pairs
     what = f"--method {settings.method} with {pairs} pair{'s' * (pairs > 1)}"
     unused = dict.fromkeys(method.unused(pairs), what)
     if settings.model.name != "small":

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ctt.data.source import DatasetInfo
+
 # luma and chroma of the NTSC standard, and back
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 FROM_YIQ = tuple(map(tuple, torch.linalg.inv(torch.tensor(YIQ, dtype=torch.float64)).tolist()))
@@ -23,6 +25,17 @@ REDUCED = 0.75  # resize factor; four pixels are a fair mean of what one shows d
 def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
     """Nested numbers in float32 on the device, copied there once: each copy would wait for it."""
     return torch.tensor(values, device=device)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Return images (B, 3, H, W) uint8 as float32 in 0..1."""
+    return images.float() / 255
+
+
+def normalize(images: Tensor, info: DatasetInfo) -> Tensor:
+    """Return images in 0..1 with mean 0 and deviation 1 by the dataset's statistics."""
+    mean, std = (constant(v, images.device)[:, None, None] for v in (info.mean, info.std))
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 class GeometricView:

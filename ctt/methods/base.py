@@ -1,46 +1,241 @@
-"""A training strategy: which teachers label the unlabelled images for which student."""
+"""The contract between a training method and the engine that runs it."""
 
-from abc import ABC, abstractmethod
-from typing import Literal
+from __future__ import annotations
 
-LOW_LEVEL_SETTINGS = ("loss.lc", "loss.tau_lc", "loss.directional", "loss.lc_pixels")
-CONTRAST_SETTINGS = (
-    "bank",
-    "loss.hc",
-    "loss.tau_hc",
-    "loss.gamma",
-    "loss.hc_confidence",
-    "loss.contrast_stride",
-    "loss.contrast_reduction",
-    *LOW_LEVEL_SETTINGS,
-)
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ctt import models
+from ctt.data.seeding import derive_seed
+from ctt.data.source import DatasetInfo
+from ctt.errors import UserError
+from ctt.methods.optim import make_sgd
+from ctt.models.base import BackboneModel, Output, SegmentationModel
+from ctt.models.weights import start_from
+
+if TYPE_CHECKING:
+    from ctt.train.settings import Settings
+
+Batch = dict[str, Tensor]
+"""Tensors by name: (B, ...) each, cut along the first axis into the parts of a step; a tensor of
+shape () belongs to the batch as a whole and goes to every part."""
+
+Terms = dict[str, tuple[float | Tensor, Tensor]]
+"""Weight and value () of each term of the objective, by name."""
+
+Schedule = Callable[[int], float]
+"""Number that a step uses, of the number of steps before it."""
 
 
-class Method(ABC):
-    """What is taught by whom. The loop, the losses and the data are the same for all.
+class Networks(nn.ModuleList):
+    """A list of segmentation networks."""
+
+    def __iter__(self) -> Iterator[SegmentationModel]:
+        return super().__iter__()  # type: ignore[return-value]
+
+    def __getitem__(self, k: int) -> SegmentationModel:  # type: ignore[override]
+        return super().__getitem__(k)  # type: ignore[return-value]
+
+
+def unchanged(network: SegmentationModel) -> SegmentationModel:
+    return network
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method is built from.
 
     Attributes:
-        default_pairs: K where the user asks for none.
-        contrast: whether the high-level and low-level contrast belong to the method.
-        labels_by: whether teachers make the labels, in evaluation mode, or the students of their
-            pairs, in training mode; in both cases without gradient.
+        settings: of the run. info: facts of the dataset. pairs: K, how many students there are.
+        labeled: how many labelled images the run has.
+        initialize: whether students start from `--model.weights`; needless before a checkpoint is
+            loaded.
+        finish: puts a new student on its device, in the layout in which it trains.
+        origins: filled with a sentence for each student that starts from published weights.
     """
 
-    default_pairs: int
-    contrast: bool
-    labels_by: Literal["teachers", "students"] = "teachers"
+    settings: Settings
+    info: DatasetInfo
+    pairs: int
+    labeled: int
+    initialize: bool = True
+    finish: Callable[[SegmentationModel], SegmentationModel] = unchanged
+    origins: list[str] = field(default_factory=list)
 
-    def unused(self, pairs: int) -> tuple[str, ...]:
-        """Return the settings, or groups of settings, that change nothing under this method.
+    @property
+    def classes(self) -> int:
+        return len(self.info.classes)
+
+    def student(self, k: int) -> SegmentationModel:
+        """Return student k, counted from 0; each starts from random weights of its own.
+
+        Raises:
+            UserError: no such network, or weights that cannot be had or do not fit.
+        """
+        model = self.settings.model
+        with self.seeded("weights", k):
+            student = models.build(num_classes=self.classes, **model.of_pair(k))
+        weights = model.weights[k % len(model.weights)]
+        if self.initialize and weights != "none":
+            self.origins.append(start_from(student, weights))
+        if model.freeze_batch_norm:
+            if not isinstance(student, BackboneModel):
+                raise UserError(
+                    f"--model.freeze-batch-norm: the network {model.name} has no backbone whose "
+                    f"batch norms could be kept. Leave it out, or choose another --model.name."
+                )
+            student.freeze_batch_norm()
+        return self.finish(student)
+
+    @contextlib.contextmanager
+    def seeded(self, purpose: str, k: int = 0) -> Iterator[None]:
+        """Draw random weights inside from the seed of the run, for this purpose alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(purpose, self.settings.seed, k))
+            yield
+
+
+class Step(Protocol):
+    """What the engine lends a method during a step. See `ctt.train.context`."""
+
+    iteration: int
+    """Steps before this one."""
+    rank: int
+    """Number of this process, from 0."""
+    processes: int
+    """How many share the batch."""
+    alone: bool
+    """Whether it is one; then `total` and `roll` need no messages."""
+
+    def __getitem__(self, name: str) -> float | Tensor:
+        """Return the number of this step from the schedule of that name."""
+
+    def rand(self, name: str, shape: Sequence[int], axis: int | None = None) -> Tensor:
+        """Return uniform random numbers in 0..1 that this name, the seed and the step determine.
 
         Args:
-            pairs: K, pairs of student and teacher.
+            shape: with the images of this process. axis: the one that counts images, so that each
+                process has the numbers of its own; None: all processes have the same.
         """
-        return () if self.contrast else CONTRAST_SETTINGS
 
-    @abstractmethod
-    def teachers_of(self, student: int, pairs: int) -> list[int]:
-        """Return the pairs whose mean probability labels unlabelled images for `student`.
+    def forward(self, network: nn.Module, images: Tensor) -> Output:
+        """Return the network's output for images (B, 3, H, W) in 0..1."""
 
-        An empty list: unlabelled images are not used.
+    def probability(self, network: SegmentationModel, images: Tensor) -> Tensor:
+        """Return the probabilities (B, C, H, W) that a network gives to every pixel."""
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Run modules inside in mixed precision, if the run does."""
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Return images (B, 3, H, W) in 0..1 as networks take them."""
+
+    def strong(self, images: Tensor, draw: Tensor) -> Tensor:
+        """Return images with the colour jitter and blur that numbers (B, 7) draw."""
+
+    def mixer(self, probability: Sequence[Tensor], padding: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the function that mixes images, labels and confidences by `--views.mix`.
+
+        Args:
+            probability: of each teacher, (B, C, H, W). padding: (B, H, W), where no image is.
         """
+
+    def count(self, label: Tensor) -> Tensor:
+        """Return how many pixels of all processes are not 255, at least 1: ()."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum over the processes, without gradient."""
+
+    def roll(self, values: Tensor) -> Tensor:
+        """Return `values.roll(1, dims=0)` of the joined batch of all processes."""
+
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Name what runs inside, in profilers and in the table of `--train.profile`."""
+
+    def log(self, name: str, value: Tensor) -> None:
+        """Write a number () to metrics.csv: this process's part of a mean over all."""
+
+
+class Method(nn.Module):
+    """A training method: networks, the terms of its objective, and what follows a step.
+
+    Whatever it registers (networks, banks, a discriminator) is on the device, in the checkpoint and
+    averaged over processes without another line. The engine calls `prepare`, `losses` for each part
+    of the batch with a backward pass each, and `after_step`. The batch holds `images` (B, 3, H, W)
+    in 0..1, `label` (B, H, W) int64 with 255 for ignored pixels, and, if the method takes unlabelled
+    images, as many of them as `unlabeled` (B, 3, H, W), with `padding` (B, H, W), which is true
+    where there is no image.
+
+    Attributes:
+        terms: names of the terms, in the order of the log.
+        logged: names of other numbers that the method gives to `step.log` or `report`.
+        students: the networks that are trained. teachers: those that follow them, always in
+            evaluation mode.
+        labeled_beside: whether students in training mode see unlabelled images only in one batch
+            with labelled ones.
+        find_unused: whether a step may leave trainable parameters without a gradient.
+    """
+
+    terms: tuple[str, ...] = ()
+    logged: tuple[str, ...] = ()
+    labeled_beside = True
+    find_unused = False
+    students: Networks
+    teachers: Networks
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__()
+        self.settings = setup.settings
+        self.students = Networks(setup.student(k) for k in range(setup.pairs))
+        self.teachers = Networks()
+
+    def train(self, mode: bool = True) -> Method:
+        """Set the mode of everything but the teachers."""
+        super().train(mode)
+        self.teachers.eval()
+        return self
+
+    def prepare(self, b: Batch, step: Step) -> Batch:
+        """Return the batch with what `losses` needs, for all parts together; without gradient."""
+        return b
+
+    def losses(self, b: Batch, step: Step) -> Terms:
+        """Return the terms of the objective for a part of the batch."""
+        raise NotImplementedError
+
+    def after_step(self, b: Batch, step: Step) -> None:
+        """Let teachers, banks and running numbers follow the optimiser's step."""
+
+    def forward(self, b: Batch, step: Step) -> Terms:
+        """Return `losses`, for the wrapper that averages gradients over processes."""
+        return self.losses(b, step)
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the optimisers by name. Each group has an `lr_factor`, which times the run's
+        learning rate is its own."""
+        return {"students": make_sgd(self.students, self.settings.optim)}
+
+    def schedules(self) -> dict[str, Schedule]:
+        """Return the numbers that change from step to step, besides the learning rate `rate`."""
+        return {}
+
+    def stage(self, iteration: int) -> int:
+        """Return a number that changes when a step does other work than the one before.
+
+        A CUDA graph is then recorded anew.
+        """
+        return 0
+
+    def networks(self) -> dict[str, SegmentationModel]:
+        """Return what is evaluated: student_1 .. student_K, teacher_1 .. teacher_K."""
+        named = {f"student_{k + 1}": net for k, net in enumerate(self.students)}
+        return named | {f"teacher_{k + 1}": net for k, net in enumerate(self.teachers)}
+
+    def report(self) -> dict[str, float]:
+        """Return numbers of the method's state for a row of metrics.csv."""
+        return {}

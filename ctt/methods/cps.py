@@ -6,15 +6,18 @@ training mode and mixed with the images; the labelled images are learnt from the
 program's weight is `--loss.ct 1.5` on VOC and 6 on Cityscapes, and it drops no pixel.
 """
 
-from ctt.methods.base import Method
+from ctt.methods.base import Networks
+from ctt.methods.pseudo_labels import PseudoLabels
 
 
-class CrossPseudoSupervision(Method):
+class CrossPseudoSupervision(PseudoLabels):
     """Each student is taught by the other students as they are, without an average over time."""
 
-    default_pairs = 2
-    contrast = False
-    labels_by = "students"
+    labeled_beside = False
 
-    def teachers_of(self, student: int, pairs: int) -> list[int]:
-        return [k for k in range(pairs) if k != student] or [student]
+    @property
+    def labelers(self) -> Networks:
+        return self.students
+
+    def taught_by(self, k: int) -> list[int]:
+        return [j for j in range(len(self.students)) if j != k] or [k]

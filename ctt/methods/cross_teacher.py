@@ -1,16 +1,140 @@
-"""Cross-teacher training (Xiao et al., 2022), equations (3)-(5)."""
+"""Cross-teacher training (Xiao et al., Neurocomputing 508, 2022), equation by equation."""
 
-from ctt.methods.base import LOW_LEVEL_SETTINGS, Method
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ctt.data.source import IGNORE
+from ctt.methods import losses
+from ctt.methods.base import Batch, Setup, Step, Terms
+from ctt.methods.losses import to_grid
+from ctt.methods.pseudo_labels import PseudoLabels
+from ctt.models.base import Output
+from ctt.ops import MemoryBank
 
 
-class CrossTeacher(Method):
-    """Each student is taught by the *other* pairs' teachers; with one pair, by its own."""
+class CrossTeacher(PseudoLabels):
+    """Each student is taught by the *other* pairs' teachers; with one pair, by its own.
 
-    default_pairs = 2
-    contrast = True
+    Features of students are contrasted with queues of pixels that the teachers classify well, a
+    bank of queues for each pair: the high-level contrast for pixels that a student is sure of, the
+    low-level contrast, against a peer that is surer, for the others.
+    """
 
-    def unused(self, pairs: int) -> tuple[str, ...]:
-        return () if pairs > 1 else LOW_LEVEL_SETTINGS  # one student has no peer
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        loss, bank = self.settings.loss, self.settings.bank
+        self.contrasts = loss.hc > 0 or loss.lc > 0
+        self.per_class = bank.per_class or max(1, bank.capacity // setup.labeled)
+        self.banks = nn.ModuleList(
+            MemoryBank(setup.classes, bank.capacity, self.settings.model.features)
+            for _ in self.students
+        )
+        if self.contrasts:
+            self.terms, self.logged = ("sup", "ct", "hc", "lc"), ("lost_pixels", "queues_full")
 
-    def teachers_of(self, student: int, pairs: int) -> list[int]:
-        return [k for k in range(pairs) if k != student] or [student]
+    def taught_by(self, k: int) -> list[int]:
+        return [j for j in range(len(self.students)) if j != k] or [k]
+
+    def stage(self, iteration: int) -> int:
+        return int(self.contrasts and iteration >= self.settings.bank.start_after)
+
+    def losses(self, b: Batch, step: Step) -> Terms:
+        out = self.ask_students(b, step)
+        terms = self.cross_entropies(out, b, step)
+        if self.contrasts:
+            with step.phase("contrast"):
+                loss, parts = self.settings.loss, self.settings.train.accumulate
+                hc, lc = self.contrast(out, b, step)
+                terms |= {"hc": (loss.hc, hc / parts), "lc": (loss.lc, lc / parts)}
+        return terms
+
+    def contrast(self, out: Sequence[Output], b: Batch, step: Step) -> tuple[Tensor, Tensor]:
+        """Equations (6)-(9), summed over the students."""
+        w, bank = self.settings.loss, self.settings.bank
+        zero = out[0].features.new_zeros((), dtype=torch.float32)
+        if not self.stage(step.iteration):
+            return zero, zero
+        total = None if step.alone else step.total
+        # networks of different strides are compared on the coarsest grid
+        stride = w.contrast_stride * max(student.stride for student in self.students)
+        truth = to_grid(b["label"], stride)
+        out = [
+            Output(*(losses.coarsen(x, student.stride, stride, truth.shape[1:]) for x in maps))
+            for maps, student in zip(out, self.students, strict=True)
+        ]
+        counts = losses.usable_counts(self.banks, bank.start)
+        # confidence and class that each student's own classifier gives on the grid
+        own = [o.logits.detach().float().softmax(dim=1).max(dim=1) for o in out]
+        hc, lc = [zero], [zero]
+        for k, o in enumerate(out):
+            label = torch.cat([truth, to_grid(b[f"label {k}"], stride)])  # (2B, h, w)
+            decisive = own[k].values
+            if w.hc_confidence == "teacher":
+                sure = torch.ones_like(truth, dtype=torch.float32)
+                decisive = torch.cat([sure, to_grid(b[f"confidence {k}"], stride)])
+            high = losses.high_level_mask(decisive, w.gamma)
+            if w.hc > 0:
+                args = (counts[k], w.tau_hc, w.contrast_reduction, total)
+                hc.append(losses.high_level_contrast(o.features, label, high, self.banks[k], *args))
+            peers = [j for j in range(len(out)) if j != k] if w.lc > 0 else []
+            for j in peers:
+                mask = losses.low_level_mask(high, own[k].values, own[j].values, w.directional) & (
+                    label != IGNORE
+                )
+                if w.lc_pixels == "unlabeled":
+                    mask = torch.cat([torch.zeros_like(mask[: len(truth)]), mask[len(truth) :]])
+                queues = [(self.banks[i].keys, counts[i]) for i in (k, j)]
+                args = (own[j].indices, mask, queues, w.tau_lc, w.contrast_reduction, total)
+                lc.append(
+                    losses.low_level_contrast(o.features, out[j].features, *args) / len(peers)
+                )
+        return losses.sum_of(hc), losses.sum_of(lc)
+
+    def after_step(self, b: Batch, step: Step) -> None:
+        super().after_step(b, step)
+        if self.contrasts:
+            self.fill_banks(b, step)
+
+    def fill_banks(self, b: Batch, step: Step) -> None:
+        """Push teacher k's features of well classified labelled pixels into bank k."""
+        bank = self.settings.bank
+        pushes = list(self.pushes(len(b["images"]), step))
+        drawn = bank.random_choice and bank.top_k > self.per_class
+        if drawn:
+            shape = (len(self.banks), len(pushes), self.banks[0].num_classes, bank.top_k)
+            tickets = step.rand("bank", shape)
+        for k, (teacher, queues) in enumerate(zip(self.teachers, self.banks, strict=True)):
+            out = step.forward(teacher, b["images"])
+            with step.phase("banks"):
+                truth = to_grid(b["label"], teacher.stride)
+                confidence, predicted = out.logits.float().softmax(dim=1).max(dim=1)
+                valid = (predicted == truth) & (confidence >= bank.min_confidence)
+                for i, part in enumerate(pushes):
+                    queues.push(
+                        losses.as_pixels(out.features[part]),
+                        truth[part].flatten(),
+                        confidence[part].flatten(),
+                        valid=valid[part].flatten(),
+                        top_k=bank.top_k if bank.random_choice else self.per_class,
+                        per_class=self.per_class,
+                        ticket=tickets[k, i] if drawn else None,
+                    )
+
+    def pushes(self, images: int, step: Step) -> Iterator[slice]:
+        """Say which of its images a process gives to each push: all, or one of one process."""
+        if not self.settings.bank.per_image:
+            yield slice(None)
+            return
+        for i in range(images * step.processes):
+            rank, image = divmod(i, images)
+            yield slice(image, image + 1) if rank == step.rank else slice(0, 0)
+
+    def report(self) -> dict[str, float]:
+        if not self.contrasts:
+            return {}
+        full = [bank.full.float().mean() for bank in self.banks]
+        return {"queues_full": float(torch.stack(full).mean())}

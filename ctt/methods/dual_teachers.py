@@ -1,13 +1,10 @@
 """Dual teachers: every student learns from all teachers (Table 5 of Xiao et al., 2022)."""
 
-from ctt.methods.base import Method
+from ctt.methods.pseudo_labels import PseudoLabels
 
 
-class DualTeachers(Method):
+class DualTeachers(PseudoLabels):
     """Each student is taught by the mean probability of all teachers, its own among them."""
 
-    default_pairs = 2
-    contrast = False
-
-    def teachers_of(self, student: int, pairs: int) -> list[int]:
-        return list(range(pairs))
+    def taught_by(self, k: int) -> list[int]:
+        return list(range(len(self.students)))

@@ -6,15 +6,18 @@ The threshold is a setting: `--loss.confidence-weight threshold --loss.confidenc
 usual on VOC, and published programs use none on Cityscapes. The mean is over the pixels kept.
 """
 
-from ctt.methods.base import Method
+from ctt.methods.base import Networks
+from ctt.methods.pseudo_labels import PseudoLabels
 
 
-class FixMatch(Method):
+class FixMatch(PseudoLabels):
     """Each student is taught by itself."""
 
-    default_pairs = 1
-    contrast = False
-    labels_by = "students"
+    labeled_beside = False
 
-    def teachers_of(self, student: int, pairs: int) -> list[int]:
-        return [student]
+    @property
+    def labelers(self) -> Networks:
+        return self.students
+
+    def taught_by(self, k: int) -> list[int]:
+        return [k]

@@ -203,3 +203,13 @@ def part_of_mean(
         return values.sum() / pixels.sum().clamp(min=1)
     share = 1 / (pixels.clamp(min=1) * (pixels > 0).sum().clamp(min=1))  # (C,)
     return values @ (counts * share).sum(dim=1).to(values.dtype)
+
+
+def mean_of(probability: Sequence[Tensor]) -> Tensor:
+    """Return the mean over networks; that of one is itself, which saves a copy at full size."""
+    return probability[0] if len(probability) == 1 else torch.stack(list(probability)).mean(dim=0)
+
+
+def sum_of(values: Sequence[Tensor]) -> Tensor:
+    """Return the sum of tensors of shape ()."""
+    return torch.stack(list(values)).sum()

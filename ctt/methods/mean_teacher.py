@@ -1,13 +1,10 @@
 """Mean teacher (Tarvainen and Valpola, 2017) with hard labels: the baseline of teaching."""
 
-from ctt.methods.base import Method
+from ctt.methods.pseudo_labels import PseudoLabels
 
 
-class MeanTeacher(Method):
+class MeanTeacher(PseudoLabels):
     """Each student is taught by the running average of itself."""
 
-    default_pairs = 1
-    contrast = False
-
-    def teachers_of(self, student: int, pairs: int) -> list[int]:
-        return [student]
+    def taught_by(self, k: int) -> list[int]:
+        return [k]

@@ -1,22 +1,15 @@
 """Training on the labelled images alone: the floor that every other method is held against."""
 
-from ctt.methods.base import Method
+from ctt.methods.base import Batch, Step
+from ctt.methods.pseudo_labels import PseudoLabels
 
 
-class Supervised(Method):
+class Supervised(PseudoLabels):
     """Equations (1)(2); the teacher is then a mere running average of its student."""
 
-    default_pairs = 1
-    contrast = False
+    terms = ("sup",)
+    logged = ()
 
-    def unused(self, pairs: int) -> tuple[str, ...]:
-        teaching = (
-            "loss.ct",
-            "loss.ct_ramp",
-            "loss.confidence_weight",
-            "loss.confidence_threshold",
-        )
-        return (*super().unused(pairs), *teaching, "views.mix")
-
-    def teachers_of(self, student: int, pairs: int) -> list[int]:
-        return []
+    def prepare(self, b: Batch, step: Step) -> Batch:
+        draws = self.draws(len(b["images"]), step, unlabeled=False)
+        return b | {"pixels": step.count(b["label"])} | draws

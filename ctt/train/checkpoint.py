@@ -15,7 +15,8 @@ from ctt.errors import UserError
 from ctt.files import written
 from ctt.models.base import SegmentationModel
 
-FORMAT = "ctt-checkpoint-1"
+FORMAT = "ctt-checkpoint-2"
+FORMER_FORMAT = "ctt-checkpoint-1"
 WEIGHTS_FORMAT = "ctt-weights-1"
 
 
@@ -46,9 +47,57 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} is no checkpoint that can be read ({_reason(error)}). Give the folder of a "
             f"run, or the checkpoints/last.pt in it."
         ) from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") not in (FORMAT, FORMER_FORMAT):
         raise UserError(f"{path} is a file of tensors, but no checkpoint of ctt-train.")
-    return state
+    return state if state["format"] == FORMAT else converted(state)
+
+
+def converted(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a checkpoint of the former format, which knew one method, as it is now.
+
+    It held the networks and banks as lists, and one optimiser.
+    """
+    kept = {
+        name: value
+        for name, value in state.items()
+        if name not in ("students", "teachers", "banks", "optimizer")
+    }
+    tensors = {
+        f"{kind}.{k}.{name}": value
+        for kind in ("students", "teachers", "banks")
+        for k, own in enumerate(state[kind])
+        for name, value in own.items()
+        if kind != "banks" or state["settings"]["method"] == "cross-teacher"
+    }
+    optimizers = {"students": state["optimizer"]}
+    return {**kept, "format": FORMAT, "method": tensors, "optimizers": optimizers}
+
+
+def weights_of(state: dict[str, Any], network: str) -> dict[str, Tensor]:
+    """Return the tensors of a network of a checkpoint, by their names in it.
+
+    Args:
+        network: student_1, teacher_2 and so on.
+
+    Raises:
+        KeyError: there is no such network.
+    """
+    kind, _, number = network.partition("_")
+    prefix = f"{kind}s.{int(number) - 1}."
+    named = {
+        name.removeprefix(prefix): value
+        for name, value in state["method"].items()
+        if name.startswith(prefix)
+    }
+    if not named:
+        raise KeyError(network)
+    return named
+
+
+def networks_in(state: dict[str, Any]) -> list[str]:
+    """Return the names of the networks of a checkpoint: student_1.., teacher_1..."""
+    places = dict.fromkeys(tuple(name.split(".")[:2]) for name in state["method"])
+    return [f"{kind[:-1]}_{int(k) + 1}" for kind, k in places if kind in ("students", "teachers")]
 
 
 def save_network(path: Path, network: SegmentationModel, info: DatasetInfo, note: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,10 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 
 from ctt.errors import AlreadyReportedError, UserError
-from ctt.models.base import PooledNorm
+from ctt.models.base import PooledNorm, SegmentationModel
 
 TIMEOUT = timedelta(minutes=10)  # of a message; evaluation and checkpoints are shorter
 PATIENCE = 3.0  # seconds that the first process waits for others that fail for the same reason
@@ -178,16 +176,17 @@ def local_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def replicate(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network with its gradients averaged over the processes during backward."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers, the name until 2.14
-        return DistributedDataParallel(
-            network,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,  # see TrainState.average_buffers
-            gradient_as_bucket_view=True,
-        )
+def synchronize(student: SegmentationModel, device: torch.device) -> SegmentationModel:
+    """Return the student with batch norms that take the batches of all processes as one."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return student
+    if device.type == "cpu":
+        synchronize_on_cpu(student)
+        return student
+    from timm.layers import convert_sync_batchnorm  # knows timm's norms with an activation in them
+
+    converted: SegmentationModel = convert_sync_batchnorm(student)
+    return converted
 
 
 def synchronize_on_cpu(network: nn.Module) -> None:

@@ -84,7 +84,7 @@ def confusions(
     info = trained_on or source.info
     predictors = {name: predictor(net, info, settings) for name, net in networks.items()}
     teachers = [name for name in networks if name.startswith("teacher")]
-    names = [*networks, ENSEMBLE] if teachers else list(networks)
+    names = names_of_scores(networks)
     matrices = {name: torch.zeros(classes, classes, dtype=torch.int64) for name in names}
     matrices = {name: matrix.to(device) for name, matrix in matrices.items()}
     was_training = {name: network.training for name, network in networks.items()}
@@ -107,6 +107,13 @@ def confusions(
         for name, network in networks.items():
             network.train(was_training[name])
     return matrices
+
+
+def names_of_scores(networks: Iterable[str]) -> list[str]:
+    """Return the names that `confusions` scores: the networks, and `ensemble` of the teachers."""
+    names = list(networks)
+    teachers = any(name.startswith("teacher") for name in names)
+    return [*names, ENSEMBLE] if teachers else names
 
 
 def count(matrix: Tensor, predicted: Tensor, label: Tensor) -> None:

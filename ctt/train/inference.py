@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from ctt.data.prepare import resize_image, resize_label
 from ctt.data.source import DatasetInfo
+from ctt.data.views import normalize, to_unit
 from ctt.errors import UserError
 from ctt.models.base import SegmentationModel, upsample
 from ctt.train.settings import EvalSettings
-from ctt.train.step import normalize, to_unit
 
 Predict = Callable[[Tensor], Tensor]
 T = TypeVar("T")

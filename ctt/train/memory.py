@@ -9,40 +9,34 @@ import os
 
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ctt.methods import losses
+from ctt.methods import About, losses
+from ctt.methods.base import Method
 from ctt.models.base import SegmentationModel
 from ctt.train.settings import Settings
-from ctt.train.state import images_at_once
+from ctt.train.plan import images_at_once
 
 MEBI = 1 << 20
 FLOAT = 4  # bytes
 ACTIVATIONS = "activations"  # grow with the batch
 
 
-def estimate(
-    settings: Settings,
-    students: list[SegmentationModel],
-    classes: int,
-    unlabeled: bool,
-    contrast: bool,
-) -> dict[str, int]:
-    """Bytes of each part of what a process holds when a step is at its largest.
+def estimate(settings: Settings, method: Method, classes: int, about: About) -> dict[str, int]:
+    """Return the bytes of each part of what a process holds when a step is at its largest.
 
     Args:
-        students: one of each pair, on the CPU.
-        unlabeled: whether as many unlabelled images as labelled ones come with a step.
-        contrast: whether the method has the contrast terms.
+        method: with its networks on the CPU.
     """
     height, width = settings.data.crop
+    students, unlabeled = list(method.students), about.unlabeled
     seen, pairs = images_at_once(settings, unlabeled), len(students)
-    terms = contrast * ((settings.loss.hc > 0) + (settings.loss.lc > 0) * (pairs - 1))
+    terms = about.contrast * ((settings.loss.hc > 0) + (settings.loss.lc > 0) * (pairs - 1))
     held = trained = activations = widest = 0
     for student in students:
         trained += sum(size_of(p) for p in student.parameters() if p.requires_grad)
-        held += sum(map(size_of, (*student.parameters(), *student.buffers())))
+        held += bytes_of(student)
         kept, features = _forward(student.train(), settings, (seen, 3, height, width))
         # the contrast makes its gradients before the backward pass
         activations += sum(kept) + terms * features // settings.loss.contrast_stride**2
@@ -56,8 +50,8 @@ def estimate(
         "students": held,
         "their gradients": trained,
         "their momenta": trained if settings.optim.momentum else 0,
-        "teachers": held,
-        "banks": pairs * FLOAT * classes * settings.bank.capacity * settings.model.features,
+        "teachers": bytes_of(method.teachers),
+        "banks and other modules": bytes_of(method) - held - bytes_of(method.teachers),
         # gradients of the input and the output of a layer pass through the widest one
         ACTIVATIONS: max(activations + 2 * widest, labeling),
     }
@@ -87,6 +81,11 @@ def _forward(
             out = torch.func.functional_call(student, weights, (images,))
         losses.pixel_cross_entropy(out.logits, student.stride, label, losses.valid_pixels(label))
     return [x.untyped_storage().nbytes() for x in kept.values()], FLOAT * out.features.numel()
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Return the bytes of the parameters and buffers."""
+    return sum(map(size_of, (*module.parameters(), *module.buffers())))
 
 
 def storage_of(x: Tensor) -> int:

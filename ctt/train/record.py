@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ctt.data.source import DatasetInfo, Source
 from ctt.files import told, written
+from ctt.methods.base import Method
 from ctt.models.base import SegmentationModel
+from ctt.train.evaluate import names_of_scores
 from ctt.train.inference import predictor
 from ctt.train.render import colorize
 from ctt.train.settings import EvalSettings
-from ctt.train.step import LOST, TERMS
 
 
 class Recorder:
@@ -22,19 +23,16 @@ class Recorder:
     Going on from a checkpoint drops the rows after `iteration`: they will be written again.
     """
 
-    def __init__(
-        self, folder: Path, networks: list[str], iteration: int, tensorboard: bool
-    ) -> None:
+    def __init__(self, folder: Path, method: Method, iteration: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.csv"
         self.columns = [
             "iteration",
             "lr",
-            *(f"loss_{term}" for term in (*TERMS, "total")),
-            LOST,
-            "queues_full",
+            *(f"loss_{term}" for term in (*method.terms, "total")),
+            *method.logged,
             "images_per_second",
             "input_wait",
-            *(f"miou_{name}" for name in networks),
+            *(f"miou_{name}" for name in names_of_scores(method.networks())),
         ]
         # a line that a crash cut short has no number
         rows = [row for row in read_rows(self.path) if (row["iteration"] or "").isdecimal()]

@@ -142,7 +142,7 @@ def check_resumable(old: Settings, new: Settings) -> None:
     for name in FIXED:
         before, after = getattr(old, name), getattr(new, name)
         if name == "pairs":  # 0 stands for what the method uses by default
-            default = methods.get(old.method).default_pairs
+            default = methods.get(old.method).pairs
             before, after = before or default, after or default
         if dataclasses.is_dataclass(before):
             for f in dataclasses.fields(before):

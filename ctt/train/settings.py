@@ -14,10 +14,13 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ctt.data.options import SourceOptions
 from ctt.errors import UserError
+
+if TYPE_CHECKING:
+    from ctt.data.source import Source
 
 # settings that say where and how a run is computed, not what
 WITHOUT_EFFECT = {
@@ -284,6 +287,16 @@ class Settings:
     bank: BankSettings = field(default_factory=BankSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
+
+    def open_source(self) -> Source:
+        """Return the dataset.
+
+        Raises:
+            UserError: there is none of that name, or its folder cannot be used.
+        """
+        from ctt import data
+
+        return data.open_source(self.dataset, self.data_root, self.data)
 
     def hash(self) -> str:
         """Return twelve hex digits that name these settings.

@@ -16,7 +16,7 @@ from ctt.models.base import BackboneModel, SegmentationModel
 from ctt.models.weights import start_from
 from ctt.ops import MemoryBank, ema_update_
 from ctt.train.compiling import compile_networks
-from ctt.train.distributed import World, replicate, synchronize_on_cpu
+from ctt.train.distributed import World, synchronize_on_cpu
 from ctt.train.settings import EmaSettings, Settings
 
 
@@ -128,6 +128,10 @@ class TrainState:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.iteration, self.drawn = int(state["iteration"]), int(state["drawn"])
+
+
+def replicate(network: nn.Module, device: torch.device) -> nn.Module:
+    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def make_student(

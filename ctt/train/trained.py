@@ -110,11 +110,11 @@ def _of_run(folder: Path) -> Trained:
     saved = checkpoint.load(folder / run.CHECKPOINT)
     networks: dict[str, SegmentationModel] = {}
     try:
-        for kind in ("student", "teacher"):
-            for k, tensors in enumerate(saved[f"{kind}s"]):
-                network = models.build(num_classes=len(info.classes), **settings.model.of_pair(k))
-                network.load_state_dict(tensors)
-                networks[f"{kind}_{k + 1}"] = network.eval()
+        for name in checkpoint.networks_in(saved):
+            pair = settings.model.of_pair(int(name.partition("_")[2]) - 1)
+            network = models.build(num_classes=len(info.classes), **pair)
+            network.load_state_dict(checkpoint.weights_of(saved, name))
+            networks[name] = network.eval()
         origin = f"{folder} after {saved['iteration']} iterations"
     except (RuntimeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]

@@ -12,7 +12,7 @@ from ctt.data.pixels import to_rgb
 from ctt.errors import UserError
 from ctt.train.checkpoint import save_network
 from ctt.train.inference import whole
-from ctt.train.step import normalize, to_unit
+from ctt.data.views import normalize, to_unit
 
 
 @pytest.fixture

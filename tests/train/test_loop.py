@@ -17,25 +17,29 @@ from ctt import methods
 from ctt.data.split import make_split
 from ctt.errors import UserError
 from ctt.train import checkpoint, run
-from ctt.train.loop import Stopped, dry_run, interrupt_flag, open_source, pick_device, train
+from ctt.train.device import pick_device
+from ctt.train.dry_run import dry_run
+from ctt.train.engine import Engine
+from ctt.train.loop import Stopped, train
+from ctt.train.signals import interrupt_flag
 from ctt.train.settings import Settings, update
-from ctt.train.state import check_batch_norm, make_student
-from ctt.train.step import Step
+from ctt.train.plan import check_batch_norm
+from tests.train.steps import student
 
 
 def stop_after(
     monkeypatch: pytest.MonkeyPatch, iteration: int, number: int = signal.SIGINT
 ) -> None:
     """Send the signal to this process during the step after which the run has to stop."""
-    original = Step.__call__
+    original = Engine.__call__
 
-    def call(self: Step, state: Any, *batches: Any) -> dict[str, torch.Tensor]:
-        result = original(self, state, *batches)
-        if state.iteration == iteration:
+    def call(self: Engine, *batches: Any) -> dict[str, torch.Tensor]:
+        result = original(self, *batches)
+        if self.iteration == iteration:
             os.kill(os.getpid(), number)
         return result
 
-    monkeypatch.setattr(Step, "__call__", call)
+    monkeypatch.setattr(Engine, "__call__", call)
 
 
 def assert_equal_states(a: Any, b: Any, place: str = "") -> None:
@@ -150,7 +154,7 @@ def test_a_class_without_labelled_images_is_told(
     tiny: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = dataclasses.replace(tiny, ratio="1")
-    source = open_source(settings)
+    source = settings.open_source()
     (name,), _ = make_split(source, "1", tiny.seed, None, None)
     shown = set(source.label(name).unique().tolist())
     missing = [c for i, c in enumerate(source.info.classes) if i not in shown]
@@ -165,7 +169,7 @@ def test_a_second_signal_ends_the_program(monkeypatch: pytest.MonkeyPatch, numbe
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)  # at once: the echo that torchrun sends
         assert caught == [number, signal.SIGTERM]
-        monkeypatch.setattr("ctt.train.loop.ECHO", 0.0)
+        monkeypatch.setattr("ctt.train.signals.ECHO", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
 
@@ -183,19 +187,19 @@ def test_divergence_is_told_and_the_checkpoint_stays(tiny: Settings, out: Path) 
     with pytest.raises(UserError, match=r"Training diverged: by iteration [24]"):
         train(settings, out=out)
     saved = checkpoint.load(out / run.CHECKPOINT)
-    assert all(torch.isfinite(value).all() for value in saved["students"][0].values())
+    assert all(torch.isfinite(value).all() for value in saved["method"].values())
 
 
 def fail_after(monkeypatch: pytest.MonkeyPatch, iteration: int, error: Exception) -> None:
     """Raise the error instead of the step after that iteration."""
-    original = Step.__call__
+    original = Engine.__call__
 
-    def call(self: Step, state: Any, *batches: Any) -> dict[str, torch.Tensor]:
-        if state.iteration == iteration:
+    def call(self: Engine, *batches: Any) -> dict[str, torch.Tensor]:
+        if self.iteration == iteration:
             raise error
-        return original(self, state, *batches)
+        return original(self, *batches)
 
-    monkeypatch.setattr(Step, "__call__", call)
+    monkeypatch.setattr(Engine, "__call__", call)
 
 
 def test_too_little_memory_is_told_with_the_way_on(
@@ -253,7 +257,7 @@ def test_settings_given_on_resume_hold_from_then_on(
         with pytest.raises(Stopped):
             train(changed, resume=out)
     assert run.read_settings(out) == changed
-    groups = checkpoint.load(out / run.CHECKPOINT)["optimizer"]["param_groups"]
+    groups = checkpoint.load(out / run.CHECKPOINT)["optimizers"]["students"]["param_groups"]
     assert [(g["momentum"], g["lr_factor"]) for g in groups] == [(0.5, 1.0), (0.5, 3)] * 2
     assert train(run.read_settings(out), resume=out)["iterations"] == 5
     with pytest.raises(UserError, match="trained for 5 iterations already"):
@@ -382,5 +386,5 @@ def test_a_batch_norm_of_one_value_is_refused(
             start()
     assert not out.exists()
     larger = update(settings, {"data": {"crop": [9, 8]}}, "test")
-    check_batch_norm(make_student(larger, 0, 11, False)[0], larger, False)
-    check_batch_norm(make_student(settings, 0, 11, False)[0], settings, True)
+    check_batch_norm(student(larger), larger, False)
+    check_batch_norm(student(settings), settings, True)

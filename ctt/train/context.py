@@ -1,0 +1,176 @@
+"""What the engine lends a method during a step: networks, random numbers, counts, schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ctt.data import mixing
+from ctt.data.seeding import generator
+from ctt.data.source import IGNORE, DatasetInfo
+from ctt.data.views import PhotometricView, normalize
+from ctt.methods.base import Schedule
+from ctt.methods.losses import mean_of, valid_pixels
+from ctt.models.base import Output, SegmentationModel, upsample
+from ctt.train.distributed import World
+from ctt.train.phases import Phases
+from ctt.train.settings import Settings
+
+DOUBLE = ("decay",)  # schedules of which 1 - value needs more digits than float32 has
+
+
+class StepContext:
+    """The `ctt.methods.base.Step` of the engine.
+
+    All that differs from step to step, random numbers and schedules, is made before the step from
+    the seed and the number of the step alone: it is the same on every device, for any number of
+    processes, after a resume, and for a recorded graph that is replayed with other numbers.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        info: DatasetInfo,
+        device: torch.device,
+        world: World,
+        schedules: Mapping[str, Schedule],
+    ) -> None:
+        self.settings, self.info, self.device, self.world = settings, info, device, world
+        self.rank, self.processes, self.alone = world.rank, world.size, world.size == 1
+        self.schedules, self.iteration = schedules, 0
+        self.phase = Phases(device)
+        self.whole = True  # whether the method sees the whole batch, or a part of it
+        self.logged: dict[str, Tensor] = {}
+        self._plan: dict[str, tuple[tuple[int, ...], int | None]] = {}  # random numbers by name
+        self._random: dict[str, Tensor] = {}
+        self._values: dict[str, float | Tensor] = {}
+        v = settings.views
+        self.photometric = PhotometricView(
+            v.jitter, v.jitter_probability, v.blur_probability, v.blur_sigma
+        )
+
+    def begin(self, iteration: int) -> None:
+        """Make the numbers of a step."""
+        self.iteration = iteration
+        self._values = {name: value(iteration) for name, value in self.schedules.items()}
+        drawn = [self._draw(name, *known).flatten() for name, known in self._plan.items()]
+        self._bind(upload(torch.cat(drawn), self.device) if drawn else None)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the numbers of this step as tensors, for a graph that reads them."""
+        dtypes = (torch.float64 if name in DOUBLE else torch.float32 for name in self._values)
+        values = [
+            torch.full((), float(value), dtype=dtype, device=self.device)
+            for value, dtype in zip(self._values.values(), dtypes, strict=True)
+        ]
+        drawn = [x.flatten() for x in self._random.values()]
+        return [*values, torch.cat(drawn) if drawn else torch.empty(0, device=self.device)]
+
+    def read(self, tensors: Sequence[Tensor]) -> None:
+        """Take the numbers of this step from what `tensors` returned, or a copy of it."""
+        *values, drawn = tensors
+        self._values = dict(zip(self._values, values, strict=True))
+        self._bind(drawn)
+
+    def __getitem__(self, name: str) -> float | Tensor:
+        return self._values[name]
+
+    def rand(self, name: str, shape: Sequence[int], axis: int | None = None) -> Tensor:
+        if name not in self._random:  # the first step that asks for it
+            self._plan[name] = tuple(shape), axis
+            self._random[name] = upload(self._draw(name, tuple(shape), axis), self.device)
+        known = self._random[name]
+        if known.shape != tuple(shape):
+            raise ValueError(f"{name}: drawn as {tuple(known.shape)}, then asked for as {shape}")
+        return known
+
+    def _draw(self, name: str, shape: tuple[int, ...], axis: int | None) -> Tensor:
+        rng = generator(name, self.settings.seed, self.iteration)
+        if axis is None:
+            return torch.rand(shape, generator=rng)
+        own = shape[axis]
+        whole = [n * self.processes if i == axis else n for i, n in enumerate(shape)]
+        return torch.rand(whole, generator=rng).narrow(axis, self.rank * own, own)
+
+    def _bind(self, drawn: Tensor | None) -> None:
+        if drawn is None:
+            return
+        sizes = [math.prod(shape) for shape, _ in self._plan.values()]
+        parts = drawn.split_with_sizes(sizes)
+        self._random = {
+            name: part.view(shape)
+            for (name, (shape, _)), part in zip(self._plan.items(), parts, strict=True)
+        }
+
+    def normalize(self, images: Tensor) -> Tensor:
+        return normalize(images, self.info)
+
+    def autocast(self) -> torch.autocast:
+        return autocast(self.device, self.settings.train.amp)
+
+    def forward(self, network: nn.Module, images: Tensor) -> Output:
+        """Return the output for images (B, 3, H, W) in 0..1; a whole batch goes in parts."""
+        parts = self.settings.train.accumulate if self.whole else 1
+        outputs: list[Output] = []
+        for some in images.chunk(parts):
+            with self.phase("views"):
+                batch = self.normalize(some)
+            trained = torch.is_grad_enabled()
+            with self.phase("students" if trained else "teachers"), self.autocast():
+                outputs.append(network(batch))
+        if len(outputs) == 1:
+            return outputs[0]
+        return Output(*(torch.cat(maps) for maps in zip(*outputs, strict=True)))
+
+    def probability(self, network: SegmentationModel, images: Tensor) -> Tensor:
+        logits = self.forward(network, images).logits
+        with self.phase("teachers"):
+            size = (images.shape[-2], images.shape[-1])
+            return upsample(logits, size, network.stride).softmax(dim=1)
+
+    def strong(self, images: Tensor, draw: Tensor) -> Tensor:
+        with self.phase("views"):
+            return self.photometric(images, draw.T)
+
+    def mixer(self, probability: Sequence[Tensor], padding: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return what mixes: parts of an image that are not kept come from the image before it,
+        also across processes."""
+        rule, images = self.settings.views.mix, len(padding)
+        if rule == "none":
+            return lambda values: values
+        if rule == "cutmix":
+            size = (padding.shape[-2], padding.shape[-1])
+            keep = mixing.cutmix_mask(size, self.rand("mix", (4, images), 1))
+        else:
+            label = mean_of(probability).argmax(dim=1).masked_fill(padding, IGNORE)
+            draw = self.rand("mix", (images, probability[0].shape[1]), 0)
+            keep = mixing.classmix_mask(label, draw)
+        return lambda values: mixing.mix(values, self.roll(values), keep)
+
+    def count(self, label: Tensor) -> Tensor:
+        return valid_pixels(label, self.total)
+
+    def total(self, values: Tensor) -> Tensor:
+        return self.world.total(values)
+
+    def roll(self, values: Tensor) -> Tensor:
+        return self.world.roll(values)
+
+    def log(self, name: str, value: Tensor) -> None:
+        self.logged[name] = value.detach()
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Return the context of mixed precision: `off`, `bf16` or `fp16`."""
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
+
+
+def upload(numbers: Tensor, device: torch.device) -> Tensor:
+    """Return the numbers on the device, copied there behind the work that it has."""
+    if device.type != "cuda":
+        return numbers.to(device)
+    return numbers.pin_memory().to(device, non_blocking=True)

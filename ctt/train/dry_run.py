@@ -1,0 +1,41 @@
+"""The dry run: all that a run looks at before its first step, and the memory that it will take."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ctt.console import plain_console
+from ctt.train import checkpoint, run
+from ctt.train.memory import estimate, memory_table
+from ctt.train.plan import Plan, check_iterations
+from ctt.train.settings import Settings
+
+
+def dry_run(settings: Settings, *, out: Path | None = None, resume: Path | None = None) -> None:
+    """Look at all that `train` looks at, and tell what memory a run takes; no file is written.
+
+    Raises:
+        UserError: settings, data, weights or folders that cannot work.
+    """
+    plan = Plan.of(settings, resume, int(os.environ.get("WORLD_SIZE", "1")))
+    if resume is None:
+        run.check_new(out)
+        start = "start"
+    else:
+        done = int(checkpoint.load(run.find(resume) / run.CHECKPOINT)["iteration"])
+        check_iterations(settings, done)
+        start = f"go on after iteration {done}"
+    method = plan.build(finish=False)
+    parts = estimate(settings, method, len(plan.source.info.classes), plan.about)
+    console = plain_console()
+    console.print(
+        f"{settings.method} with {plan.pairs} pairs on {settings.dataset} would {start} with "
+        f"{len(plan.labeled)} labelled and {len(plan.unlabeled)} unlabelled images. Nothing is "
+        f"written.",
+        *plan.warnings(),
+        *dict.fromkeys(plan.origins),
+        sep="\n",
+        soft_wrap=True,
+    )
+    console.print(memory_table(parts, settings, plan.device))

@@ -1,0 +1,223 @@
+"""The engine: one step of any method, and everything that the next step depends on."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ctt.data.seeding import derive_seed
+from ctt.data.source import IGNORE, DatasetInfo
+from ctt.data.views import to_unit
+from ctt.methods.base import Batch, Method
+from ctt.methods.optim import learning_rate
+from ctt.train.compiling import compile_networks
+from ctt.train.context import StepContext
+from ctt.train.distributed import World
+from ctt.train.feed import Batch as Images
+from ctt.train.replay import Replay
+from ctt.train.settings import Settings
+
+
+class Engine:
+    """Trains a method step by step.
+
+    Nothing in a step waits for a GPU unless the method makes it. What a step computes depends on
+    the tensors it is given and on those of the method alone, so that it can be recorded and
+    replayed as a CUDA graph.
+
+    Args:
+        device: that of the step; what the method holds is moved there.
+        world: the processes that share the batch; None: this one alone.
+
+    Attributes:
+        iteration: steps done. drawn: labelled images that they took, of all processes.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        settings: Settings,
+        info: DatasetInfo,
+        device: torch.device,
+        world: World | None = None,
+    ) -> None:
+        self.settings, self.device, self.world = settings, device, world or World()
+        self.method = method.to(device).train()
+        if settings.train.compile != "off":
+            compile_networks([*method.students, *method.teachers], settings.train.compile)
+        self.optimizers = method.optimizers()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.train.amp == "fp16")
+        schedules = {
+            "rate": lambda i: learning_rate(settings.optim, settings.train.iterations, i),
+            **method.schedules(),
+        }
+        self.step = StepContext(settings, info, device, self.world, schedules)
+        self.module = method if self.world.size == 1 else averaging_gradients(method)
+        self.averaged_buffers = [] if settings.model.sync_batch_norm else list(statistics(method))
+        self.iteration = 0
+        self.drawn = 0
+        self._replay = Replay()
+
+    def __call__(self, labeled: Images, unlabeled: Images | None) -> dict[str, Tensor]:
+        """Train on images (B, 3, H, W) uint8 with labels (B, H, W) uint8.
+
+        With several processes these are the images of this one. With `train.accumulate` N they go
+        through the students in N parts, one after the other, before the optimiser's step.
+
+        Returns:
+            each term of the objective, unweighted, their weighted sum as `total`, and what the
+            method logs; with several processes this one's part of them.
+        """
+        with self.step.phase("views"):
+            self.step.begin(self.iteration)
+        # layers that draw numbers, such as dropout, do so alike after a resume
+        seed = derive_seed("layers", self.settings.seed, self.iteration, self.world.rank)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        else:  # torch.manual_seed takes milliseconds to note it for GPUs that may come
+            torch.default_generator.manual_seed(seed)
+        inputs = [*labeled, *(unlabeled or ())]
+        run = self._replayed if self.settings.train.cuda_graph else self._run
+        sums = run(inputs)
+        self.iteration += 1
+        self.drawn += len(labeled[0]) * self.world.size
+        return sums
+
+    def _replayed(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """`_run` as a CUDA graph."""
+
+        def body(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+            self.step.read(tensors[len(inputs) :])
+            return self._run(tensors[: len(inputs)])
+
+        stage: Hashable = self.method.stage(self.iteration)
+        return self._replay(stage, [*inputs, *self.step.tensors()], body)
+
+    def _run(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        step, method = self.step, self.method
+        step.whole, step.logged = True, {}
+        with step.phase("views"):
+            b: Batch = {"images": to_unit(inputs[0]), "label": inputs[1].long()}
+            if len(inputs) > 2:
+                b |= {"unlabeled": to_unit(inputs[2]), "padding": inputs[3] == IGNORE}
+        with torch.no_grad():
+            b = method.prepare(b, step)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        step.whole = False
+        sums: dict[str, Tensor] = {}
+        parts = self.settings.train.accumulate
+        for i, part in enumerate(split(b, parts)):
+            with self._unsummed(i < parts - 1):
+                terms = self.module(part, step)
+                total = torch.stack([weight * value for weight, value in terms.values()]).sum()
+                with step.phase("backward"):
+                    # gradients are averaged over the processes, but a loss is a part of the mean
+                    scaled = self.scaler.scale(self.world.size * total)
+                    scaled.backward()  # type: ignore[no-untyped-call]
+            values = {name: value for name, (_, value) in terms.items()} | {"total": total}
+            for name, value in values.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        step.whole = True
+        with step.phase("optimizer"):
+            self._optimize()
+        with torch.no_grad():
+            with step.phase("ema"):
+                self._average_buffers()
+            method.after_step(b, step)
+        return sums | step.logged
+
+    def _optimize(self) -> None:
+        for name, optimizer in self.optimizers.items():
+            used = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+            if not used:
+                continue  # no term of this step trains it
+            for group in optimizer.param_groups:
+                group["lr"] = self.step["rate"] * group["lr_factor"]
+            if self.settings.optim.clip_norm:
+                self.scaler.unscale_(optimizer)
+                clipped = [list(net.parameters()) for net in self.method.students]
+                for parameters in clipped if name == "students" else [used]:
+                    nn.utils.clip_grad_norm_(parameters, self.settings.optim.clip_norm)
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+    @contextlib.contextmanager
+    def _unsummed(self, yes: bool) -> Iterator[None]:
+        """Where `yes`, a backward pass leaves the gradients of this process unsummed."""
+        if yes and isinstance(self.module, DistributedDataParallel):
+            with self.module.no_sync():
+                yield
+            return
+        yield
+
+    def _average_buffers(self) -> None:
+        """Running statistics of what is trained, on every process the mean over the processes."""
+        if self.world.size == 1 or not self.averaged_buffers:
+            return
+        flat = torch.cat([buffer.flatten() for buffer in self.averaged_buffers])
+        mean = self.world.total(flat) / self.world.size
+        parts = mean.split_with_sizes([buffer.numel() for buffer in self.averaged_buffers])
+        views = [p.view_as(b) for p, b in zip(parts, self.averaged_buffers, strict=True)]
+        torch._foreach_copy_(self.averaged_buffers, views)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next step depends on, in tensors, numbers and strings."""
+        return {
+            "iteration": self.iteration,
+            "drawn": self.drawn,
+            "method": self.method.state_dict(),
+            "optimizers": {name: opt.state_dict() for name, opt in self.optimizers.items()},
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            RuntimeError, KeyError, ValueError: it is the state of other networks.
+        """
+        self.method.load_state_dict(state["method"])
+        for name, optimizer in self.optimizers.items():
+            options = [
+                {k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups
+            ]
+            optimizer.load_state_dict(state["optimizers"][name])
+            for group, own in zip(optimizer.param_groups, options, strict=True):
+                group.update(own)  # the settings of this run, not those of the one that was stopped
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.iteration, self.drawn = int(state["iteration"]), int(state["drawn"])
+
+
+def split(b: Batch, parts: int) -> Iterator[Batch]:
+    """Return parts of a batch, in order; what belongs to the whole goes to each."""
+    size = len(b["images"]) // parts
+    for first in range(0, size * parts, size):
+        yield {name: x[first : first + size] if x.dim() else x for name, x in b.items()}
+
+
+def averaging_gradients(method: Method) -> DistributedDataParallel:
+    """Return the method with its gradients averaged over the processes during backward."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers, the name until 2.14
+        return DistributedDataParallel(
+            method,
+            broadcast_buffers=False,  # see Engine._average_buffers
+            gradient_as_bucket_view=True,
+            find_unused_parameters=method.find_unused,
+        )
+
+
+def statistics(method: Method) -> Iterator[Tensor]:
+    """Return the running statistics that training changes."""
+    followers = {id(module) for module in method.teachers.modules()}
+    for module in method.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in followers:
+            yield from (x for x in module.buffers() if x.is_floating_point())

@@ -1,0 +1,222 @@
+"""What a run is made of before its first step: method, data, split and networks."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ctt import methods
+from ctt.data.check import check_quickly
+from ctt.data.source import IGNORE, Source
+from ctt.data.split import make_split, read_list
+from ctt.errors import UserError
+from ctt.methods.base import Method, Setup
+from ctt.models.base import SegmentationModel
+from ctt.train import run
+from ctt.train.device import pick_device, set_up_torch
+from ctt.train.distributed import synchronize
+from ctt.train.settings import Settings
+
+FEW = 300  # labelled images whose masks are read through at the start
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The parts of a run, for training and for the dry run alike.
+
+    Attributes:
+        pairs: K. labeled, unlabeled: names of the training images; `unlabeled` are all that have no
+            label, whether or not the method takes them.
+        origins: a sentence for each student that starts from published weights, once it is made.
+    """
+
+    settings: Settings
+    about: methods.About
+    pairs: int
+    device: torch.device
+    source: Source
+    labeled: list[str]
+    unlabeled: list[str]
+    fresh: bool
+    origins: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, settings: Settings, resume: Path | None, processes: int = 1) -> Plan:
+        """Look at settings, data and lists, and set up PyTorch; nothing is written.
+
+        Args:
+            resume: the run folder that is gone on with; None: a new run.
+
+        Raises:
+            UserError: settings, lists or files that cannot be used, or nothing to learn from.
+        """
+        device = pick_device(settings.train.device)
+        check_cuda_graph(settings, device, processes)
+        set_up_torch(settings)
+        about = methods.get(settings.method)
+        source = settings.open_source()
+        if resume is None:
+            labeled, unlabeled = new_split(settings, source, about.unlabeled)
+        else:
+            labeled, unlabeled = split_of_run(run.find(resume), source)
+        pairs = settings.pairs or about.pairs
+        return cls(settings, about, pairs, device, source, labeled, unlabeled, resume is None)
+
+    def build(self, finish: bool = True) -> Method:
+        """Return the method with its networks.
+
+        Args:
+            finish: bring the networks to the device, in the layout in which they train.
+
+        Raises:
+            UserError: no such network or weights, or batches that a batch norm cannot take.
+        """
+        settings = self.settings
+        ready = partial(finished, settings=settings, device=self.device)
+        setup = Setup(
+            settings,
+            self.source.info,
+            self.pairs,
+            len(self.labeled),
+            self.fresh,
+            *((ready,) if finish else ()),
+            origins=self.origins,
+        )
+        method = self.about.load()(setup)
+        for student in method.students:
+            beside = self.about.unlabeled and method.labeled_beside
+            check_batch_norm(student, settings, beside)
+        return method
+
+    def warnings(self) -> list[str]:
+        """Return a sentence for each thing that is allowed and probably not what the user wants."""
+        found = []
+        loss, total = self.settings.loss, self.settings.train.iterations
+        terms = loss.hc > 0 or (loss.lc > 0 and self.pairs > 1)
+        if self.about.contrast and terms and self.settings.bank.start_after >= total:
+            found.append(
+                f"Warning: the contrast never begins, because --bank.start-after "
+                f"{self.settings.bank.start_after} is not below --train.iterations {total}."
+            )
+        if "loss.ct_ramp" in self.about.uses and loss.ct_ramp > total:
+            found.append(
+                f"Warning: the weight of the pseudo-labels never reaches its full value, because "
+                f"--loss.ct-ramp {loss.ct_ramp} is above --train.iterations {total}."
+            )
+        missing = classes_without_label(self.source, self.labeled)
+        if missing:
+            found.append(
+                f"Warning: none of the {len(self.labeled)} labelled images shows "
+                f"{', '.join(missing)}, so no network can learn it. Give more labelled images or "
+                f"--split-labeled, or check the masks by ctt-data check."
+            )
+        return found
+
+
+def new_split(
+    settings: Settings, source: Source, uses_unlabeled: bool
+) -> tuple[list[str], list[str]]:
+    """Return the labelled and unlabelled images of a new run, after a quick look at their files.
+
+    Raises:
+        UserError: lists or files that cannot be used, or nothing left to learn from.
+    """
+    s = settings
+    labeled, unlabeled = make_split(source, s.ratio, s.seed, s.split_labeled, s.split_unlabeled)
+    check_quickly(source, labeled, unlabeled if uses_unlabeled else [])
+    if uses_unlabeled and not unlabeled:
+        raise UserError(
+            f"--method {s.method} learns from unlabelled images, but all {len(labeled)} "
+            f"training images are labelled. Lower --ratio, or use --method supervised."
+        )
+    return labeled, unlabeled
+
+
+def split_of_run(folder: Path, source: Source) -> tuple[list[str], list[str]]:
+    """Return `new_split` for a run that goes on: the lists that it was started with."""
+    labeled = read_list(folder / run.LABELED_LIST, source, labeled=True)
+    path = folder / run.UNLABELED_LIST
+    unlabeled = read_list(path, source, labeled=False) if path.stat().st_size else []
+    check_quickly(source, labeled, unlabeled)
+    return labeled, unlabeled
+
+
+def classes_without_label(source: Source, labeled: list[str]) -> list[str]:
+    """Return the names of the classes that no labelled image shows.
+
+    Only lists of up to `FEW` images are read through; in longer ones a class is seldom missing, and
+    reading them takes minutes.
+    """
+    if len(labeled) > FEW:
+        return []
+    seen: set[int] = set()
+    for name in labeled:
+        seen.update(torch.bincount(source.label(name).flatten()).nonzero().flatten().tolist())
+        if len(seen - {IGNORE}) == len(source.info.classes):
+            break
+    return [name for c, name in enumerate(source.info.classes) if c not in seen]
+
+
+def finished(
+    student: SegmentationModel, settings: Settings, device: torch.device
+) -> SegmentationModel:
+    """Return the student as it trains: on its device, and with batch norms over all processes."""
+    if settings.model.sync_batch_norm:
+        student = synchronize(student, device)
+    # a quarter less time on the CPU, tensor cores on GPUs, pixels as rows without a copy
+    return student.to(memory_format=torch.channels_last).to(device)
+
+
+def images_at_once(settings: Settings, unlabeled: bool) -> int:
+    """Return how many images a student of one process sees in one forward."""
+    images = settings.data.batch_size // settings.train.accumulate
+    return 2 * images if unlabeled else images
+
+
+def check_batch_norm(student: SegmentationModel, settings: Settings, unlabeled: bool) -> None:
+    """Refuse a batch of which a batch norm of the student gets a single value for a channel.
+
+    Args:
+        unlabeled: whether as many unlabelled images as labelled ones are in it.
+    """
+    if images_at_once(settings, unlabeled) > 1:
+        return
+    probe = copy.deepcopy(student).train()
+    device = student.classifier.weight.device
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            probe(torch.zeros(1, 3, *settings.data.crop, device=device))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"--data.batch-size {settings.data.batch_size}: of one image at a time a batch norm of "
+            f"{settings.model.name} gets a single value for a channel, which has no deviation. "
+            f"Give at least two images to each part of a step (--train.accumulate "
+            f"{settings.train.accumulate}), or a larger --data.crop."
+        ) from None
+
+
+def check_cuda_graph(settings: Settings, device: torch.device, processes: int) -> None:
+    if settings.train.cuda_graph and (device.type != "cuda" or processes > 1):
+        raise UserError(
+            f"--train.cuda-graph records the work of one process on a GPU, and this run has "
+            f"{processes} on {device.type}. Leave it out."
+        )
+
+
+def check_iterations(settings: Settings, done: int) -> None:
+    """Refuse to train for fewer iterations than a run has done.
+
+    Raises:
+        UserError: names both numbers.
+    """
+    total = settings.train.iterations
+    if done > total:
+        raise UserError(
+            f"--train.iterations {total}: the run has been trained for {done} iterations already."
+        )
