@@ -22,11 +22,14 @@ from benchmarks.harness import REFERENCE, Row, Run, Setting
 from benchmarks.plain_step import PlainStep
 from ctt import methods, recipes
 from ctt.data.source import DatasetInfo
-from ctt.ops import prefer_backend
+from ctt.data.views import normalize, to_unit
+from ctt.methods.base import Setup
+from ctt.models.base import SegmentationModel
+from ctt.ops import MemoryBank, prefer_backend
+from ctt.train.engine import Engine
+from ctt.train.plan import finished
 from ctt.train.profiling import phase_table
 from ctt.train.settings import Settings, update
-from ctt.train.state import TrainState
-from ctt.train.step import Step, normalize, to_unit
 
 CLASSES = {"tiny": 11, "digits": 11, "voc": 21, "cityscapes": 19}
 RECIPES = {
@@ -80,34 +83,43 @@ def make_batches(settings: Settings, classes: int, device: torch.device) -> Batc
     return labeled, (images[1].to(device), torch.zeros_like(labeled[1]))
 
 
+def make_engine(settings: Settings, size: str, device: torch.device) -> Engine:
+    def finish(network: SegmentationModel) -> SegmentationModel:
+        return finished(network, settings, device)
+
+    setup = Setup(settings, info_of(size), 2, LABELED, finish=finish)
+    method = methods.get(settings.method).load()(setup)
+    return Engine(method, settings, info_of(size), device)
+
+
 def ours(
     settings: Settings, size: str, device: torch.device, batches: Batches, backend: str = "auto"
-) -> tuple[Callable[[], dict[str, Tensor]], Step]:
+) -> tuple[Callable[[], dict[str, Tensor]], Engine]:
     """One step, with full banks."""
-    info, method = info_of(size), methods.get(settings.method)
-    state = TrainState(settings, 2, len(info.classes), device)
-    for bank in state.banks:
+    about = methods.get(settings.method)
+    engine = make_engine(settings, size, device)
+    banks = [m for m in engine.method.modules() if isinstance(m, MemoryBank)]
+    for bank in banks:
         bank.keys.copy_(F.normalize(torch.randn_like(bank.keys), dim=2))
         bank.count.fill_(settings.bank.capacity)
-    step = Step(settings, method, info, LABELED, device)
     labeled, unlabeled = batches
 
     def run() -> dict[str, Tensor]:
-        state.iteration = 1000  # far from the end of the decay, however often it is called
+        engine.iteration = 1000  # far from the end of the decay, however often it is called
         prefer_backend(backend)
         try:
-            return step(state, labeled, unlabeled if method.teachers_of(0, 2) else None)
+            return engine(labeled, unlabeled if about.unlabeled else None)
         finally:
             prefer_backend("auto")
 
-    return run, step
+    return run, engine
 
 
 def plain(settings: Settings, size: str, device: torch.device, batches: Batches) -> Run:
     info = info_of(size)
-    students = TrainState(settings, 2, len(info.classes), device).students
-    step = PlainStep(settings, students, len(info.classes))
-    view = Step(settings, methods.get(settings.method), info, LABELED, device).photometric
+    engine = make_engine(settings, size, device)
+    step = PlainStep(settings, list(engine.method.students), len(info.classes))
+    view = engine.step.photometric
     (images, label), (more, _) = batches
 
     def run() -> dict[str, float]:
@@ -134,18 +146,19 @@ def variants(device: torch.device, may_compile: bool) -> dict[str, dict[str, Any
     return ways
 
 
-def phases_of(run: Run, step: Step, device: torch.device) -> tuple[dict[str, float], float]:
+def phases_of(run: Run, engine: Engine, device: torch.device) -> tuple[dict[str, float], float]:
     """Seconds of each phase and of the whole of some steps."""
     run()
-    step.phases.seconds()
-    step.phases.timing = True
-    start = step.phases.now()
+    phases = engine.step.phase
+    phases.seconds()
+    phases.timing = True
+    start = phases.now()
     for _ in range(PHASE_STEPS):
         run()
-    end = step.phases.now()
-    spent = step.phases.seconds()
-    step.phases.timing = False
-    return spent, step.phases.between(start, end)
+    end = phases.now()
+    spent = phases.seconds()
+    phases.timing = False
+    return spent, phases.between(start, end)
 
 
 @pytest.mark.timeout(3600)

@@ -42,8 +42,8 @@ def _main(arguments: list[str]) -> int:
         raise UserError(f"--port {parsed.port} must be in 1..65535.")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     from ctt.cli.page import Viewer, serve
-    from ctt.train.inference import for_images
     from ctt.train.device import pick_device
+    from ctt.train.inference import for_images
     from ctt.train.trained import load_trained
 
     device = pick_device(parsed.device, "--device")

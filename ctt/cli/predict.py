@@ -86,8 +86,8 @@ def _main(arguments: list[str]) -> int:
     jobs = check_targets(jobs, parsed)
     if parsed.workers < 0:
         raise UserError(f"--workers {parsed.workers} must be at least 0.")
-    from ctt.train.inference import for_images
     from ctt.train.device import pick_device
+    from ctt.train.inference import for_images
     from ctt.train.trained import load_trained
 
     device = pick_device(parsed.device, "--device")

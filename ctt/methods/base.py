@@ -166,10 +166,11 @@ class Method(nn.Module):
 
     Whatever it registers (networks, banks, a discriminator) is on the device, in the checkpoint and
     averaged over processes without another line. The engine calls `prepare`, `losses` for each part
-    of the batch with a backward pass each, and `after_step`. The batch holds `images` (B, 3, H, W)
-    in 0..1, `label` (B, H, W) int64 with 255 for ignored pixels, and, if the method takes unlabelled
-    images, as many of them as `unlabeled` (B, 3, H, W), with `padding` (B, H, W), which is true
-    where there is no image.
+    of the batch with a backward pass each, and `after_step`.
+
+    The batch holds `images` (B, 3, H, W) in 0..1 and `label` (B, H, W) int64 with 255 for ignored
+    pixels. If the method takes unlabelled images, it holds as many of them, `unlabeled`
+    (B, 3, H, W), and `padding` (B, H, W), which is true where there is no image.
 
     Attributes:
         terms: names of the terms, in the order of the log.

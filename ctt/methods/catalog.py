@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ctt.errors import UserError
+from ctt.methods.options import Options
 
 if TYPE_CHECKING:
     from ctt.methods.base import Method
@@ -36,6 +37,7 @@ class About:
         unlabeled: whether it takes unlabelled images.
         uses: settings of the run, or groups of them, that it reads among those that only some
             methods read.
+        options: class of the settings that it alone has.
         contrast: whether the high-level and low-level contrast belong to it.
     """
 
@@ -44,6 +46,7 @@ class About:
     pairs: int = 1
     unlabeled: bool = True
     uses: tuple[str, ...] = ()
+    options: type[Options] = Options
     contrast: bool = False
 
     def unused(self, pairs: int) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-
 from ctt.data.source import IGNORE
 from ctt.data.views import PhotometricView
 from ctt.methods import followers, losses
@@ -18,8 +17,8 @@ class PseudoLabels(Method):
     """Students learn labels, and pseudo-labels that networks give to the unmixed weak view.
 
     A method of this kind says which networks give student k its pseudo-labels: `taught_by`, and
-    `labelers`, which are the teachers unless it says otherwise. Every student has a teacher, if only
-    to be evaluated.
+    `labelers`, which are the teachers unless it says otherwise. Every student has a teacher, if
+    only to be evaluated.
 
     Batch, besides what every method has: `mixed` (B, 3, H, W); for each student k `label k` and
     `confidence k` (B, H, W), the pseudo-label, 255 where there is none, and its probability;

@@ -6,6 +6,7 @@ in `ctt/recipes` set what differs for a data set.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,10 +15,12 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
+from ctt import methods
 from ctt.data.options import SourceOptions
 from ctt.errors import UserError
+from ctt.methods.options import Check, Options
 
 if TYPE_CHECKING:
     from ctt.data.source import Source
@@ -287,6 +290,18 @@ class Settings:
     bank: BankSettings = field(default_factory=BankSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
+    options: Options = field(default_factory=Options)
+    """Settings that the method alone has."""
+
+    def __post_init__(self) -> None:
+        with contextlib.suppress(UserError):  # of a method that does not exist; `validate` tells
+            wanted = methods.get(self.method).options
+            if type(self.options) is not wanted:
+                object.__setattr__(self, "options", wanted())
+
+    def with_method(self, name: str) -> Self:
+        """Return the settings with another method, whose own options have their defaults."""
+        return dataclasses.replace(self, method=name)
 
     def open_source(self) -> Source:
         """Return the dataset.
@@ -338,6 +353,8 @@ def update(settings: S, values: dict[str, Any], source: str) -> S:
     Raises:
         UserError: a name that is no setting, or a value of another type.
     """
+    if "method" in values and "options" in values:
+        settings = dataclasses.replace(settings, method=str(values["method"]))
     result: S = _update(settings, values, source, "")
     return result
 
@@ -530,7 +547,7 @@ def validate(settings: Settings) -> None:
         ),
         *_eval_checks(s.eval),
     ]
-    _refuse(checks)
+    _refuse([*checks, *s.options.checks()])
     if not s.model.weights:
         raise UserError("--model.weights needs none, imagenet or a file.")
     if s.model.freeze_batch_norm and "none" in s.model.weights:
@@ -543,9 +560,6 @@ def validate(settings: Settings) -> None:
 def validate_eval(settings: EvalSettings) -> None:
     """`validate` for the settings of evaluation alone."""
     _refuse(_eval_checks(settings))
-
-
-Check = tuple[str, Any, bool, str]  # option, its value, whether it is good, the rule
 
 
 def _eval_checks(e: EvalSettings) -> list[Check]:

@@ -2,34 +2,29 @@ import pytest
 
 from ctt import methods
 from ctt.errors import UserError
+from ctt.train.settings import Settings
+from tests.train.steps import make
+
+
+def taught_by(settings: Settings, name: str, pairs: int) -> list[list[int]]:
+    method = make(settings.with_method(name), pairs).method
+    return [method.taught_by(k) for k in range(pairs)]  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
-    ("pairs", "taught_by"), [(1, [[0]]), (2, [[1], [0]]), (3, [[1, 2], [0, 2], [0, 1]])]
+    ("name", "pairs", "expected"),
+    [
+        ("cross-teacher", 1, [[0]]),
+        ("cross-teacher", 2, [[1], [0]]),
+        ("cross-teacher", 3, [[1, 2], [0, 2], [0, 1]]),
+        ("mean-teacher", 2, [[0], [1]]),
+        ("cps", 2, [[1], [0]]),
+        ("dual-teachers", 2, [[0, 1], [0, 1]]),
+        ("fixmatch", 1, [[0]]),
+    ],
 )
-def test_cross_teacher_never_teaches_its_own_student(
-    pairs: int, taught_by: list[list[int]]
-) -> None:
-    method = methods.get("cross-teacher")
-    assert [method.teachers_of(k, pairs) for k in range(pairs)] == taught_by
-
-
-@pytest.mark.parametrize("pairs", [1, 2, 3])
-def test_mean_teacher_teaches_its_own_student(pairs: int) -> None:
-    method = methods.get("mean-teacher")
-    assert [method.teachers_of(k, pairs) for k in range(pairs)] == [[k] for k in range(pairs)]
-
-
-def test_supervised_uses_no_unlabelled_images() -> None:
-    assert methods.get("supervised").teachers_of(0, 1) == []
-
-
-def test_who_labels_for_whom() -> None:
-    cps, dual, fixmatch = map(methods.get, ("cps", "dual-teachers", "fixmatch"))
-    assert [cps.teachers_of(k, 2) for k in (0, 1)] == [[1], [0]]
-    assert [dual.teachers_of(k, 2) for k in (0, 1)] == [[0, 1], [0, 1]]
-    assert fixmatch.teachers_of(0, 1) == [0]
-    assert [m.labels_by for m in (cps, dual, fixmatch)] == ["students", "teachers", "students"]
+def test_who_teaches_whom(tiny: Settings, name: str, pairs: int, expected: list[list[int]]) -> None:
+    assert taught_by(tiny, name, pairs) == expected
 
 
 def test_unknown_method_lists_the_known() -> None:

@@ -9,10 +9,10 @@ import ctt
 from ctt import models
 from ctt.data.digits import INFO
 from ctt.data.pixels import to_rgb
+from ctt.data.views import normalize, to_unit
 from ctt.errors import UserError
 from ctt.train.checkpoint import save_network
 from ctt.train.inference import whole
-from ctt.data.views import normalize, to_unit
 
 
 @pytest.fixture

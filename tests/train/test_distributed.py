@@ -6,6 +6,8 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ from ctt.cli import train as program
 from ctt.cli.common import run_program
 from ctt.errors import UserError
 from ctt.methods import losses
+from ctt.methods.base import Method
 from ctt.train import checkpoint, loop, run
 from ctt.train.distributed import join
+from ctt.train.engine import Engine
+from ctt.train.plan import Plan
 from ctt.train.settings import Settings, update
-from ctt.train.state import TrainState
-from ctt.train.step import Step
 from tests.train.processes import finish, shown, start
 
 EVERYTHING: list[dict[str, Any]] = [
@@ -39,41 +42,46 @@ EVERYTHING: list[dict[str, Any]] = [
 ]
 
 
-class ExactState(TrainState):
+class ExactEngine(Engine):
     """In double precision."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        torch.set_default_dtype(torch.float64)
-        try:
-            super().__init__(*arguments, **options)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        for network in self.networks().values():
+    def __init__(self, method: Method, *arguments: Any) -> None:
+        for network in method.networks().values():
             network.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
+        super().__init__(method, *arguments)
+
+
+def build_exactly(plan: Plan, build: Callable[[Plan], Method]) -> Method:
+    torch.set_default_dtype(torch.float64)
+    try:
+        return build(plan)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def record_steps(settings: Settings, folder: Path) -> None:
     """Train in double precision, where no rounding error decides which of two classes is larger."""
     seen: list[dict[str, float]] = []
-    banks: list[Any] = []
-    step = Step.__call__
+    last: list[Engine] = []
 
-    def call(self: Step, state: Any, *batches: Any) -> dict[str, Tensor]:
-        terms = step(self, state, *batches)
+    def call(self: Engine, *batches: Any) -> dict[str, Tensor]:
+        terms = Engine.__call__(self, *batches)
         seen.append({name: float(self.world.total(value)) for name, value in terms.items()})
-        banks[:] = [self.world.rank, [bank.state_dict() for bank in state.banks]]
+        last[:] = [self]
         return terms
 
     def exact(logits: Tensor, size: tuple[int, int], stride: int) -> Tensor:
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Step, "__call__", call)
+        patch.setattr(ExactEngine, "__call__", call)
         patch.setattr(losses, "upsample", exact)
-        patch.setattr("ctt.train.step.upsample", exact)
-        patch.setattr(loop, "TrainState", ExactState)
+        patch.setattr("ctt.train.context.upsample", exact)
+        patch.setattr(loop, "Engine", ExactEngine)
+        patch.setattr(Plan, "build", partialmethod(build_exactly, Plan.build))
         loop.train(settings, out=folder / "run")
-    torch.save({"seen": seen, "banks": banks[1]}, folder / f"rank-{banks[0]}.pt")
+    state = {"seen": seen, "method": last[0].method.state_dict()}
+    torch.save(state, folder / f"rank-{last[0].world.rank}.pt")
 
 
 @pytest.mark.parametrize("change", EVERYTHING)
@@ -96,10 +104,10 @@ def test_two_processes_equal_one_with_twice_the_batch(
         assert sum(step[terms] for step in one["seen"]) > 0
     for expected, step in zip(one["seen"], first["seen"], strict=True):
         assert step == pytest.approx(expected, rel=1e-5, abs=1e-9)
-    for expected, mine, other in zip(one["banks"], first["banks"], second["banks"], strict=True):
-        for name in ("keys", "count", "cursor"):
-            assert torch.equal(mine[name], other[name])
-        torch.testing.assert_close(mine["keys"], expected["keys"])
+    for name, expected in one["method"].items():
+        mine, other = first["method"][name], second["method"][name]
+        assert torch.equal(mine, other), name
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6, msg=name)
     summaries = [json.loads((tmp_path / n / "run" / "summary.json").read_text()) for n in EITHER]
     assert summaries[0]["miou"] == summaries[1]["miou"]
     assert [s["processes"] for s in summaries] == [1, 2]
@@ -116,13 +124,13 @@ def keep_state(settings: Settings, folder: Path) -> None:
     """Train, and write what this process ends with."""
     states: list[Any] = []
 
-    class Kept(TrainState):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            states.append((self, options["world"].rank))
+    class Kept(Engine):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            states.append((self, self.world.rank))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "TrainState", Kept)
+        patch.setattr(loop, "Engine", Kept)
         loop.train(settings, out=folder / "run")
     state, rank = states[0]
     torch.save(state.state_dict(), folder / f"rank-{rank}.pt")
@@ -144,10 +152,8 @@ def test_processes_end_alike(tiny: Settings, tmp_path: Path, sync: bool, device:
     both = start(2, tmp_path, keep_state, update(tiny, change, "test"), tmp_path)
     assert finish(both) == [0, 0], shown(tmp_path)
     first, second = (torch.load(tmp_path / f"rank-{r}.pt") for r in (0, 1))
-    for kind in ("students", "teachers", "banks"):
-        for mine, other in zip(first[kind], second[kind], strict=True):
-            for name, value in mine.items():
-                assert torch.equal(value, other[name]), f"{kind} {name}"
+    for name, value in first["method"].items():
+        assert torch.equal(value, second["method"][name]), name
     assert first["drawn"] == 3 * 2 * 4
 
 

@@ -7,20 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctt import methods
-from ctt.data.digits import INFO
 from ctt.train.feed import Feed
 from ctt.train.phases import NAMES
 from ctt.train.settings import Settings, update
-from ctt.train.state import TrainState
-from ctt.train.step import Step
-from tests.train.test_step import Batch, batch, unlabelled
+from tests.train.steps import Images, batch, make, unlabelled
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
+GPU = torch.device("cuda", 0)
 VARIANTS: dict[str, dict[str, Any]] = {
     "cutmix": {},
     "classmix": {"views": {"mix": "classmix"}},
@@ -31,13 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(settings: Settings) -> tuple[TrainState, Step]:
-    device = torch.device("cuda", 0)
-    state = TrainState(settings, 2, 11, device)
-    return state, Step(settings, methods.get(settings.method), INFO, 6, device)
-
-
-def pinned(first: int) -> Iterator[Batch]:
+def pinned(first: int) -> Iterator[Images]:
     for i in range(first, first + 40):
         images, label = batch(4, seed=i) if first else unlabelled(4, seed=i)
         yield images.pin_memory(), label.pin_memory()
@@ -45,17 +36,17 @@ def pinned(first: int) -> Iterator[Batch]:
 
 def run(settings: Settings, steps: int, quiet_from: int | None = None) -> list[dict[str, float]]:
     """Losses of each step; from step `quiet_from` on a wait for the device is an error."""
-    state, step = make(settings)
-    feed = Feed(pinned(1), pinned(0), step.phases)
+    engine = make(settings, device=GPU)
+    feed = Feed(pinned(1), pinned(0), engine.step.phase)
     seen: list[dict[str, Tensor]] = []
     try:
         for i in range(steps):
             if i == quiet_from:
                 torch.cuda.set_sync_debug_mode("error")
-            seen.append(step(state, *feed()))
+            seen.append(engine(*feed()))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert state.iteration == steps
+    assert engine.iteration == steps
     return [{name: float(value) for name, value in terms.items()} for terms in seen]
 
 
@@ -96,12 +87,13 @@ def test_a_replayed_step_waits_for_nothing(plain: Settings) -> None:
 
 
 def test_phases_on_the_clock_of_the_device(plain: Settings) -> None:
-    state, step = make(plain)
-    feed = Feed(pinned(1), pinned(0), step.phases)
-    step(state, *feed())
-    step.phases.timing = True
-    step(state, *feed())
-    spent = step.phases.seconds()
+    engine = make(plain, device=GPU)
+    phases = engine.step.phase
+    feed = Feed(pinned(1), pinned(0), phases)
+    engine(*feed())
+    phases.timing = True
+    engine(*feed())
+    spent = phases.seconds()
     assert tuple(spent) == NAMES
     assert all(value >= 0 for value in spent.values())
     assert feed.waited() >= 0

@@ -21,9 +21,9 @@ from ctt.train.device import pick_device
 from ctt.train.dry_run import dry_run
 from ctt.train.engine import Engine
 from ctt.train.loop import Stopped, train
-from ctt.train.signals import interrupt_flag
-from ctt.train.settings import Settings, update
 from ctt.train.plan import check_batch_norm
+from ctt.train.settings import Settings, update
+from ctt.train.signals import interrupt_flag
 from tests.train.steps import student
 
 

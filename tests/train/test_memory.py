@@ -1,28 +1,34 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from ctt import methods
 from ctt.methods import losses
 from ctt.train.memory import ACTIVATIONS, _forward, estimate, size_of
 from ctt.train.settings import Settings, update
-from ctt.train.state import TrainState, make_student
+from tests.train.steps import make, student
 
 
 def test_networks_banks_and_optimiser_are_those_of_a_run(tiny: Settings) -> None:
-    state = TrainState(tiny, 2, 11, torch.device("cpu"))
-    parts = estimate(tiny, state.students, 11, True, True)
-    for name, networks in (("students", state.students), ("teachers", state.teachers)):
+    engine = make(tiny, 2)
+    method: Any = engine.method
+    parts = estimate(tiny, method, 11, methods.get("cross-teacher"))
+    for name, networks in (("students", method.students), ("teachers", method.teachers)):
         tensors = [x for net in networks for x in (*net.parameters(), *net.buffers())]
         assert parts[name] == sum(map(size_of, tensors))
-    momenta = [x for held in state.optimizer.state.values() for x in held.values()]
+    held = engine.optimizers["students"].state.values()
+    momenta = [x for state in held for x in state.values()]
     assert parts["their momenta"] == parts["their gradients"] == sum(map(size_of, momenta))
-    assert parts["banks"] == sum(size_of(bank.keys) for bank in state.banks)
+    banks = [x for bank in method.banks for x in bank.buffers()]
+    assert parts["banks and other modules"] == sum(map(size_of, banks))
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_activations_are_those_that_autograd_keeps(tiny: Settings, amp: str) -> None:
     settings = update(tiny, {"train": {"amp": amp}}, "test")
-    network, _ = make_student(settings, 0, 11, False)
+    network = student(settings)
     own = {x.untyped_storage().data_ptr() for x in (*network.parameters(), *network.buffers())}
     held: dict[int, Tensor] = {}
 
@@ -43,9 +49,9 @@ def test_activations_are_those_that_autograd_keeps(tiny: Settings, amp: str) -> 
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_its_parts(tiny: Settings) -> None:
-    students = [make_student(tiny, k, 11, False)[0] for k in range(2)]
+    method, about = make(tiny, 2).method, methods.get("cross-teacher")
     sizes = [
-        estimate(update(tiny, change, "test"), students, 11, True, True)[ACTIVATIONS]
+        estimate(update(tiny, change, "test"), method, 11, about)[ACTIVATIONS]
         for change in (
             {"data": {"batch_size": 4}},
             {"data": {"batch_size": 8}},
@@ -57,6 +63,8 @@ def test_activations_grow_with_the_batch_and_shrink_with_its_parts(tiny: Setting
 
 
 def test_methods_without_contrast_need_no_memory_for_it(tiny: Settings) -> None:
-    students = TrainState(tiny, 2, 11, torch.device("cpu")).students
-    with_it, without = (estimate(tiny, students, 11, False, contrast) for contrast in (True, False))
+    method = make(tiny, 2).method
+    with_it, without = (
+        estimate(tiny, method, 11, methods.get(name)) for name in ("cross-teacher", "dual-teachers")
+    )
     assert with_it[ACTIVATIONS] > without[ACTIVATIONS]

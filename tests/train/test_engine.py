@@ -7,41 +7,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ctt import methods
 from ctt.data.digits import INFO
-from ctt.data.mixing import cutmix_mask
 from ctt.data.source import IGNORE
+from ctt.data.views import normalize, to_unit
 from ctt.methods import losses
+from ctt.methods.base import Networks
 from ctt.methods.losses import usable_counts
-from ctt.models.base import Output, SegmentationModel, upsample
-from ctt.train.draws import Draws
+from ctt.methods.optim import learning_rate
+from ctt.models.base import Output, SegmentationModel
+from ctt.train.context import StepContext
+from ctt.train.distributed import World
+from ctt.train.engine import Engine
 from ctt.train.feed import Feed
 from ctt.train.phases import NAMES
 from ctt.train.settings import Settings, update
-from ctt.train.state import EmaUpdate, TrainState, learning_rate
-from ctt.train.step import LOST, Step, Target, normalize, to_unit
-
-Batch = tuple[Tensor, Tensor]
-CPU = torch.device("cpu")
-
-
-def batch(size: int = 3, seed: int = 0, classes: int = 11) -> Batch:
-    rng = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (size, 3, 24, 24), generator=rng, dtype=torch.uint8)
-    blocks = torch.randint(0, classes, (size, 3, 3), generator=rng, dtype=torch.uint8)
-    return images, blocks.repeat_interleave(8, 1).repeat_interleave(8, 2)
-
-
-def unlabelled(size: int = 3, seed: int = 1) -> Batch:
-    images, _ = batch(size, seed)
-    padding = torch.zeros(size, 24, 24, dtype=torch.uint8)
-    padding[:, :2] = IGNORE
-    return images, padding
-
-
-def make(settings: Settings, pairs: int) -> tuple[TrainState, Step]:
-    state = TrainState(settings, pairs, 11, CPU)
-    return state, Step(settings, methods.get(settings.method), INFO, 6, CPU)
+from tests.train.steps import CPU, batch, make, unlabelled
 
 
 class ByColour(SegmentationModel):
@@ -56,6 +36,15 @@ class ByColour(SegmentationModel):
         return -50 * (colour - torch.arange(11)[:, None, None]).abs()
 
 
+def prepared(engine: Engine, images: Tensor, padding: Tensor) -> dict[str, Tensor]:
+    """Return the batch with the labels that teachers give to unlabelled images."""
+    b = {"images": to_unit(images), "label": padding.long()}
+    b |= {"unlabeled": to_unit(images), "padding": padding == IGNORE}
+    engine.step.begin(0)
+    with torch.no_grad():
+        return engine.method.prepare(b, engine.step)
+
+
 @pytest.mark.parametrize("mix", ["none", "cutmix", "classmix"])
 @pytest.mark.parametrize("pairs", [2, 3])
 def test_both_students_and_the_labels_show_the_same_pixels(
@@ -63,24 +52,22 @@ def test_both_students_and_the_labels_show_the_same_pixels(
 ) -> None:
     views = {"mix": mix, "jitter": 0, "blur_probability": 0}
     settings = update(tiny, {"views": views, "loss": {"confidence_weight": "none"}}, "test")
-    state, step = make(settings, pairs)
-    state.teachers = [ByColour().eval() for _ in range(pairs)]
+    engine = make(settings, pairs)
+    engine.method.teachers = Networks(ByColour().eval() for _ in range(pairs))
     seen: list[Tensor] = []
-    for student in state.students:
+    for student in engine.method.students:
         student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    targets: list[Target] = []
-    lesson = Step._lesson
-    monkeypatch.setattr(Step, "_lesson", lambda s, t, lost: targets.append(t) or lesson(s, t, lost))
-    monkeypatch.setattr(Step, "_fill_banks", lambda *_: None)
-    monkeypatch.setattr(EmaUpdate, "step", lambda *_: None)
+    batches: list[dict[str, Tensor]] = []
+    monkeypatch.setattr(engine.method, "after_step", lambda b, _: batches.append(b))
     classes = batch(4, seed=3)[1]
     images = torch.stack([20 * classes, classes, classes], dim=1)
-    step(state, batch(4), (images, torch.zeros_like(classes)))
+    engine(batch(4), (images, torch.zeros_like(classes)))
+    targets = [batches[0][f"label {k}"] for k in range(pairs)]
     for strong, target in zip(seen, targets, strict=True):
         assert torch.equal(strong, seen[0])
         shown = ((strong[4:, 0] * INFO.std[0] + INFO.mean[0]) * 255 / 20).round().long()
-        assert torch.equal(target.label, shown)
-    changed = not torch.equal(targets[0].label, classes.long())
+        assert torch.equal(target, shown)
+    changed = not torch.equal(targets[0], classes.long())
     assert changed == (mix != "none")
 
 
@@ -89,76 +76,26 @@ def test_colours_may_differ_between_students(tiny: Settings, per_student: bool) 
     settings = update(
         tiny, {"views": {"per_student": per_student, "jitter_probability": 1}}, "test"
     )
-    state, step = make(settings, 2)
+    engine = make(settings, 2)
     seen: list[Tensor] = []
-    for student in state.students:
+    for student in engine.method.students:
         student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    step(state, batch(), unlabelled())
+    engine(batch(), unlabelled())
     assert torch.equal(seen[0], seen[1]) != per_student
 
 
 def test_padding_of_unlabelled_images_is_never_a_label(tiny: Settings) -> None:
-    state, step = make(update(tiny, {"views": {"mix": "none"}}, "test"), 2)
-    images, padding = unlabelled()
-    mixed, lessons = step._teach(state, to_unit(images), padding == IGNORE, torch.empty(0))
-    assert torch.equal(mixed, to_unit(images))
-    for lesson in lessons:
-        assert torch.equal(lesson.target.label == IGNORE, padding == IGNORE)
-
-
-@pytest.mark.parametrize(("method", "pairs"), [("cps", 2), ("fixmatch", 1), ("dual-teachers", 2)])
-@pytest.mark.parametrize("mix", ["none", "cutmix"])
-def test_the_objective_of_methods_without_contrast(
-    tiny: Settings, method: str, pairs: int, mix: str
-) -> None:
-    """Losses and gradients, against the formulas written out with other functions."""
-    change = {"views": {"mix": mix, "jitter": 0, "blur_probability": 0, "strong_labeled": False}}
-    change |= {"loss": {"confidence_weight": "none", "ct": 1.5}, "optim": {"momentum": 0}}
-    settings = dataclasses.replace(update(tiny, change, "test"), method=method)
-    state, step = make(settings, pairs)
-    for teacher in state.teachers:  # teachers that say something else than their students
-        teacher.load_state_dict(make(settings, 3)[0].students[2].state_dict())
-    students, teachers = copy.deepcopy(state.students), copy.deepcopy(state.teachers)
-    images, label = batch(4)
-    weak, padding = unlabelled(4)
-    draws = step._draws(state, 4, True)
-    terms = step(state, (images, label), (weak, padding))
-
-    unit = to_unit(weak)
-    labelers = [s.train() for s in students] if method != "dual-teachers" else teachers
-    with torch.no_grad():
-        asked = [net(normalize(unit, INFO)) for net in labelers]
-    chance = [upsample(out.logits, (24, 24), 2).softmax(dim=1) for out in asked]
-    keep = torch.ones(4, 24, 24, dtype=torch.bool)
-    if mix == "cutmix":
-        keep = cutmix_mask((24, 24), draws.split(draws(0)).mix)
-    mixed = torch.where(keep[:, None], unit, unit.roll(1, dims=0))
-    sup = ct = torch.zeros(())
-    for k, student in enumerate(students):
-        mean = {"cps": chance[1 - k] if pairs == 2 else None, "fixmatch": chance[0]}.get(method)
-        mean = sum(chance) / pairs if mean is None else mean
-        pseudo = mean.argmax(dim=1).masked_fill(padding == IGNORE, -1)
-        pseudo = torch.where(keep, pseudo, pseudo.roll(1, dims=0))
-        logits = student(normalize(torch.cat([to_unit(images), mixed]), INFO)).logits
-        scores = upsample(logits, (24, 24), 2)
-        sup = sup + nn.functional.cross_entropy(scores[:4], label.long(), ignore_index=IGNORE)
-        ct = ct + nn.functional.cross_entropy(scores[4:], pseudo, ignore_index=-1)
-    assert set(terms) == {"sup", "ct", "total", LOST}
-    assert float(terms["sup"]) == pytest.approx(float(sup.detach()), rel=1e-5)
-    assert float(terms["ct"]) == pytest.approx(float(ct.detach()), rel=1e-5)
-    (sup + 1.5 * ct).backward()
-    for student, trained in zip(students, state.students, strict=True):
-        for p, q in zip(student.parameters(), trained.parameters(), strict=True):
-            decayed = p.grad + settings.optim.weight_decay * p
-            expected = p - learning_rate(settings, 0) * decayed
-            torch.testing.assert_close(q, expected, rtol=1e-4, atol=1e-6)
+    b = prepared(make(update(tiny, {"views": {"mix": "none"}}, "test"), 2), *unlabelled())
+    assert torch.equal(b["mixed"], b["unlabeled"])
+    for k in range(2):
+        assert torch.equal(b[f"label {k}"] == IGNORE, b["padding"])
 
 
 @pytest.mark.parametrize("method", ["cps", "dual-teachers", "fixmatch"])
 def test_nothing_but_padding_teaches_nothing(tiny: Settings, method: str) -> None:
-    state, step = make(dataclasses.replace(tiny, method=method), 2)
+    engine = make(dataclasses.replace(tiny, method=method), 2)
     images, padding = unlabelled()
-    terms = step(state, batch(), (images, torch.full_like(padding, IGNORE)))
+    terms = engine(batch(), (images, torch.full_like(padding, IGNORE)))
     assert float(terms["ct"]) == 0
     assert all(torch.isfinite(value) for value in terms.values())
 
@@ -166,17 +103,16 @@ def test_nothing_but_padding_teaches_nothing(tiny: Settings, method: str) -> Non
 def test_a_teacher_without_finite_probabilities_labels_nothing(tiny: Settings) -> None:
     """The largest of NaNs is at index 0: the students would be trained towards class 0."""
     change = {"views": {"mix": "none"}, "loss": {"confidence_weight": "none"}}
-    state, step = make(update(tiny, change, "test"), 2)
-    state.teachers[1].classifier.bias.data.fill_(float("inf"))  # teacher 2 labels for student 1
-    images, padding = unlabelled()
-    _, lessons = step._teach(state, to_unit(images), padding == IGNORE, torch.empty(0))
-    assert (lessons[0].label == IGNORE).all()
-    assert (lessons[0].target.confidence == 0).all()
-    assert torch.equal(lessons[1].label == IGNORE, padding == IGNORE)
-    assert [float(lesson.lost) for lesson in lessons] == [1.0, 0.0]
-    terms = step(state, batch(), (images, padding))
+    engine = make(update(tiny, change, "test"), 2)
+    # teacher 2 labels for student 1
+    engine.method.teachers[1].classifier.bias.data.fill_(float("inf"))
+    b = prepared(engine, *unlabelled())
+    assert (b["label 0"] == IGNORE).all()
+    assert (b["confidence 0"] == 0).all()
+    assert torch.equal(b["label 1"] == IGNORE, b["padding"])
+    terms = engine(batch(), unlabelled())
     assert all(torch.isfinite(value) for value in terms.values())
-    assert float(terms[LOST]) == 0.5
+    assert float(terms["lost_pixels"]) == 0.5
 
 
 def test_pairs_of_different_strides_teach_each_other(tiny: Settings) -> None:
@@ -187,16 +123,16 @@ def test_pairs_of_different_strides_teach_each_other(tiny: Settings) -> None:
         "bank": {"capacity": 1},
         "optim": {"lr": 1e-4},
     }
-    state, step = make(update(tiny, change, "test"), 2)
-    assert [student.stride for student in state.students] == [8, 7]
+    engine = make(update(tiny, change, "test"), 2)
+    assert [student.stride for student in engine.method.students] == [8, 7]
     seen: list[Tensor] = []
-    for student in state.students:
+    for student in engine.method.students:
         student.register_forward_hook(lambda _, inputs, out: seen.append(out.logits.detach()))
     hc = 0.0
     for i in range(6):
         seen.clear()
         images, label = batch(4, seed=i, classes=2)
-        terms = step(state, (images, label), unlabelled(4, seed=i))
+        terms = engine((images, label), unlabelled(4, seed=i))
         label = label.long()
         expected = sum(
             losses.pixel_cross_entropy(logits[:4], stride, label, losses.valid_pixels(label))
@@ -218,34 +154,33 @@ def test_the_nearest_cells_of_a_finer_grid(stride: int, coarse: int) -> None:
 
 @pytest.mark.parametrize("pairs", [1, 2, 3])
 def test_labels_come_from_the_other_teachers(tiny: Settings, pairs: int) -> None:
-    state, step = make(update(tiny, {"views": {"mix": "none"}}, "test"), pairs)
-    images, padding = unlabelled()
-    weak = to_unit(images)
-    _, lessons = step._teach(state, weak, padding == IGNORE, torch.empty(0))
-    normalized = normalize(weak, INFO)
-    for k, (target, *_) in enumerate(lessons):
+    engine = make(update(tiny, {"views": {"mix": "none"}}, "test"), pairs)
+    b = prepared(engine, *unlabelled())
+    images, padding = b["unlabeled"], b["padding"]
+    normalized = normalize(images, INFO)
+    for k in range(pairs):
         others = [j for j in range(pairs) if j != k] or [k]
         mean = torch.zeros(len(images), 11, 24, 24)
         for j in others:
-            logits = state.teachers[j](normalized).logits
+            logits = engine.method.teachers[j](normalized).logits
             up = nn.functional.interpolate(logits, size=(24, 24), mode="bilinear")
             mean += up.softmax(dim=1) / len(others)
-        label = mean.argmax(dim=1).masked_fill(padding == IGNORE, IGNORE)
-        assert torch.equal(target.label, label)
-        assert torch.allclose(target.confidence, mean.amax(dim=1), atol=1e-6)
+        label = mean.argmax(dim=1).masked_fill(padding, IGNORE)
+        assert torch.equal(b[f"label {k}"], label)
+        assert torch.allclose(b[f"confidence {k}"], mean.amax(dim=1), atol=1e-6)
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 3])
 def test_steps_of_k_pairs(tiny: Settings, pairs: int) -> None:
     change = {"loss": {"gamma": 0.3}, "bank": {"capacity": 2}, "train": {"iterations": 12}}
     settings = update(tiny, change, "test")
-    state, step = make(settings, pairs)
+    engine = make(settings, pairs)
     seen = {"hc": 0.0, "lc": 0.0}
     for i in range(12):
-        terms = step(state, batch(seed=i), unlabelled(seed=10 + i))
+        terms = engine(batch(seed=i), unlabelled(seed=10 + i))
         assert all(torch.isfinite(value) for value in terms.values())
         seen = {name: max(value, float(terms[name])) for name, value in seen.items()}
-    assert state.iteration == 12
+    assert engine.iteration == 12
     assert seen["hc"] > 0
     assert (seen["lc"] > 0) == (pairs > 1)  # the low-level contrast needs a peer
     weights = settings.loss
@@ -259,20 +194,21 @@ def test_contrast_starts_although_a_class_never_appears(tiny: Settings) -> None:
     settings = update(
         tiny, {"loss": {"gamma": 0.0, "lc": 0}, "bank": {"start_after": 0, "capacity": 2}}, "test"
     )
-    state, step = make(settings, 2)
+    engine = make(settings, 2)
+    method: Any = engine.method
     # the teachers know classes 0 to 5; 6 to 10 never come
-    state.teachers = [WithFeatures().eval() for _ in range(2)]
-    state.ema.averaged, state.ema.copied = ([], []), {}
+    method.teachers = Networks(WithFeatures().eval() for _ in range(2))
+    method.ema.averaged, method.ema.copied = ([], []), {}
     labels = batch(classes=6)[1]
     images = torch.stack([20 * labels, labels, labels], dim=1)
-    first = step(state, (images, labels), unlabelled())
+    first = engine((images, labels), unlabelled())
     assert float(first["hc"]) == 0
     for _ in range(3):
-        later = step(state, (images, labels), unlabelled())
-    assert state.banks[0].full.tolist()[6:] == [False] * 5
-    assert state.banks[0].full.any()
+        later = engine((images, labels), unlabelled())
+    assert method.banks[0].full.tolist()[6:] == [False] * 5
+    assert method.banks[0].full.any()
     assert float(later["hc"]) > 0
-    assert sum(int(count.sum()) for count in usable_counts(state.banks, "all")) == 0
+    assert sum(int(count.sum()) for count in usable_counts(method.banks, "all")) == 0
 
 
 class WithFeatures(ByColour):
@@ -298,9 +234,9 @@ def test_contrast_of_every_other_pixel(tiny: Settings, monkeypatch: pytest.Monke
     monkeypatch.setattr(losses, "high_level_contrast", spy)
     for stride in (1, 2):
         settings = update(tiny, {"loss": {"contrast_stride": stride}}, "test")
-        state, step = make(settings, 2)
+        engine = make(settings, 2)
         for _ in range(3):  # the first one fills the banks
-            terms = step(state, batch(), unlabelled())
+            terms = engine(batch(), unlabelled())
         assert terms["hc"] > 0
         assert terms["lc"] > 0
     calls = len(seen) // 2
@@ -311,14 +247,15 @@ def test_contrast_of_every_other_pixel(tiny: Settings, monkeypatch: pytest.Monke
 
 
 def test_teachers_follow_but_never_learn(tiny: Settings) -> None:
-    state, step = make(tiny, 2)
-    storages = {p.data_ptr() for net in state.students for p in net.parameters()}
-    for teacher in state.teachers:
+    engine = make(tiny, 2)
+    method = engine.method
+    storages = {p.data_ptr() for net in method.students for p in net.parameters()}
+    for teacher in method.teachers:
         assert not storages & {p.data_ptr() for p in teacher.parameters()}
-    before = copy.deepcopy(state.teachers[0])
-    step(state, batch(), unlabelled())
+    before = copy.deepcopy(method.teachers[0])
+    engine(batch(), unlabelled())
     decay = min(1 - 1 / 2, tiny.ema.decay)
-    student, teacher = state.students[0], state.teachers[0]
+    student, teacher = method.students[0], method.teachers[0]
     for old, new, own in zip(
         before.parameters(), teacher.parameters(), student.parameters(), strict=True
     ):
@@ -327,16 +264,17 @@ def test_teachers_follow_but_never_learn(tiny: Settings) -> None:
         assert torch.allclose(new, decay * old + (1 - decay) * own, atol=1e-7)
     for name, buffer in teacher.named_buffers():
         assert torch.equal(buffer, dict(student.named_buffers())[name])
-    assert not teacher.training
+    assert not method.train().teachers[0].training
     assert student.training
 
 
 def test_averaged_buffers_leave_counters_alone(tiny: Settings) -> None:
-    state, step = make(update(tiny, {"ema": {"buffers": "average"}}, "test"), 1)
-    old = dict(copy.deepcopy(state.teachers[0]).named_buffers())
-    step(state, batch(), unlabelled())
-    own = dict(state.students[0].named_buffers())
-    for name, buffer in state.teachers[0].named_buffers():
+    engine = make(update(tiny, {"ema": {"buffers": "average"}}, "test"), 1)
+    teacher = engine.method.teachers[0]
+    old = dict(copy.deepcopy(teacher).named_buffers())
+    engine(batch(), unlabelled())
+    own = dict(engine.method.students[0].named_buffers())
+    for name, buffer in teacher.named_buffers():
         if buffer.is_floating_point():
             assert torch.allclose(buffer, 0.5 * old[name] + 0.5 * own[name], atol=1e-6)
         else:
@@ -344,44 +282,45 @@ def test_averaged_buffers_leave_counters_alone(tiny: Settings) -> None:
 
 
 def test_students_start_different(tiny: Settings) -> None:
-    state, _ = make(tiny, 3)
-    weights = [net.state_dict()["stem.0.weight"] for net in state.students]
+    weights = [net.state_dict()["stem.0.weight"] for net in make(tiny, 3).method.students]
     assert not torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[1], weights[2])
-    again, _ = make(tiny, 3)
-    assert torch.equal(weights[2], again.students[2].state_dict()["stem.0.weight"])
+    again = make(tiny, 3).method.students[2]
+    assert torch.equal(weights[2], again.state_dict()["stem.0.weight"])
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_crops_without_any_label_do_no_harm(tiny: Settings, amp: str) -> None:
     settings = update(tiny, {"train": {"amp": amp}}, "test")
-    state, step = make(settings, 2)
+    engine = make(settings, 2)
     images, label = batch()
-    terms = step(state, (images, torch.full_like(label, IGNORE)), unlabelled())
+    terms = engine((images, torch.full_like(label, IGNORE)), unlabelled())
     assert float(terms["sup"]) == 0
-    for network in state.networks().values():
+    for network in engine.method.networks().values():
         assert all(torch.isfinite(p).all() for p in network.parameters())
 
 
 def test_supervised_takes_no_unlabelled_images(tiny: Settings) -> None:
-    state, step = make(dataclasses.replace(tiny, method="supervised"), 1)
-    assert set(step(state, batch(), None)) == {"sup", "total"}
+    engine = make(dataclasses.replace(tiny, method="supervised"), 1)
+    assert set(engine(batch(), None)) == {"sup", "total"}
 
 
 def test_mean_teacher_has_no_contrast(tiny: Settings) -> None:
-    state, step = make(dataclasses.replace(tiny, method="mean-teacher"), 1)
-    assert set(step(state, batch(), unlabelled())) == {"sup", "ct", "total", LOST}
+    engine = make(dataclasses.replace(tiny, method="mean-teacher"), 1)
+    assert set(engine(batch(), unlabelled())) == {"sup", "ct", "total", "lost_pixels"}
 
 
 def test_banks_hold_well_classified_pixels_of_the_teacher(tiny: Settings) -> None:
-    state, step = make(tiny, 2)
-    state.teachers = [WithFeatures().eval() for _ in range(2)]
+    engine = make(tiny, 2)
+    method: Any = engine.method
+    method.teachers = Networks(WithFeatures().eval() for _ in range(2))
     labels = batch(classes=4)[1]
     shown = labels.clone()
     shown[labels == 2] = 3  # the teacher will say 3 where the truth is 2
     images = torch.stack([20 * shown, shown, shown], dim=1)
-    step._fill_banks(state, to_unit(images), labels.long(), torch.rand(2, 1, 11, 256))
-    for bank in state.banks:
+    with torch.no_grad():
+        method.fill_banks({"images": to_unit(images), "label": labels.long()}, engine.step)
+    for bank in method.banks:
         held = bank.count.tolist()
         assert held[2] == 0
         assert all(held[c] == min(4, 4) for c in (0, 1, 3))
@@ -392,10 +331,8 @@ def test_banks_hold_well_classified_pixels_of_the_teacher(tiny: Settings) -> Non
 
 def test_learning_rate_warms_up_and_decays(tiny: Settings) -> None:
     optim = dataclasses.replace(tiny.optim, lr=1.0, warmup=2, power=0.9)
-    train = dataclasses.replace(tiny.train, iterations=10)
-    settings = dataclasses.replace(tiny, optim=optim, train=train)
-    assert [learning_rate(settings, i) for i in (0, 1)] == [0.5, 1.0]
-    assert learning_rate(settings, 5) == pytest.approx(0.5**0.9)
+    assert [learning_rate(optim, 10, i) for i in (0, 1)] == [0.5, 1.0]
+    assert learning_rate(optim, 10, 5) == pytest.approx(0.5**0.9)
 
 
 def test_parts_of_a_batch_add_up_to_it(tiny: Settings) -> None:
@@ -406,11 +343,10 @@ def test_parts_of_a_batch_add_up_to_it(tiny: Settings) -> None:
     ends = []
     for parts in (1, 2, 4):
         settings = update(update(tiny, change, "test"), {"train": {"accumulate": parts}}, "test")
-        state, step = make(settings, 2)
-        for student in state.students:
-            student.eval()
-        terms = step(state, (images, label), unlabelled(4))
-        ends.append((terms, state.students[1].state_dict()))
+        engine = make(settings, 2)
+        engine.method.eval()
+        terms = engine((images, label), unlabelled(4))
+        ends.append((terms, engine.method.students[1].state_dict()))
     for terms, weights in ends[1:]:
         for name in ("sup", "ct", "total"):
             assert float(terms[name]) == pytest.approx(float(ends[0][0][name]), rel=1e-5)
@@ -421,39 +357,45 @@ def test_parts_of_a_batch_add_up_to_it(tiny: Settings) -> None:
 @pytest.mark.parametrize("contrast_stride", [1, 2])
 def test_crops_that_are_no_multiple_of_the_stride(tiny: Settings, contrast_stride: int) -> None:
     settings = update(tiny, {"loss": {"contrast_stride": contrast_stride}}, "test")
-    state, step = make(settings, 2)
+    engine = make(settings, 2)
     for i in range(4):
         cut = [(x[..., :23, :21], y[..., :23, :21]) for x, y in (batch(seed=i), unlabelled(seed=i))]
-        terms = step(state, *cut)
+        terms = engine(*cut)
     assert all(torch.isfinite(value) for value in terms.values())
     assert float(terms["hc"] + terms["lc"]) > 0
 
 
 def test_contrast_of_parts_is_finite(tiny: Settings) -> None:
     settings = update(tiny, {"train": {"accumulate": 2}}, "test")
-    state, step = make(settings, 2)
+    engine = make(settings, 2)
     for i in range(4):
-        terms = step(state, batch(4, seed=i), unlabelled(4, seed=i))
+        terms = engine(batch(4, seed=i), unlabelled(4, seed=i))
     assert all(torch.isfinite(value) for value in terms.values())
     assert float(terms["hc"] + terms["lc"]) > 0
 
 
-def test_draws_of_processes_are_those_of_one(tiny: Settings) -> None:
-    for mix in ("cutmix", "classmix"):
-        settings = update(tiny, {"views": {"mix": mix}}, "test")
-        whole = Draws(settings, 2, 11, 6, True, 3)
-        parts = [Draws(settings, 2, 11, 3, True, 3, rank, 2) for rank in (0, 1)]
-        expected = whole.split(whole(7))
-        first, second = (part.split(part(7)) for part in parts)
-        axis = 1 if mix == "cutmix" else 0
-        assert torch.equal(torch.cat([first.mix, second.mix], dim=axis), expected.mix)
-        for name in ("labeled", "unlabeled"):
-            for k in range(2):
-                joined = torch.cat([getattr(first, name)[k], getattr(second, name)[k]], dim=1)
-                assert torch.equal(joined, getattr(expected, name)[k])
-        assert torch.equal(first.bank, expected.bank)
-        assert torch.equal(second.bank, expected.bank)
-        assert not torch.equal(whole(8), whole(7))
+@pytest.mark.parametrize(("shape", "axis"), [((4, 3), 1), ((3, 11), 0), ((5,), None)])
+def test_draws_of_processes_are_those_of_one(
+    tiny: Settings, shape: tuple[int, ...], axis: int | None
+) -> None:
+    def context(rank: int, processes: int) -> StepContext:
+        return StepContext(tiny, INFO, CPU, World(rank, processes), {})
+
+    whole = [n * 2 if i == axis else n for i, n in enumerate(shape)]
+    one, parts = context(0, 1), [context(rank, 2) for rank in (0, 1)]
+    for iteration in (0, 7):  # the first time by itself, later with all that is known
+        for c in (one, *parts):
+            c.begin(iteration)
+        expected = one.rand("mix", whole, axis)
+        first, second = (c.rand("mix", shape, axis) for c in parts)
+        joined = first if axis is None else torch.cat([first, second], dim=axis)
+        assert torch.equal(joined, expected)
+    fresh = context(0, 1)
+    fresh.begin(7)
+    assert torch.equal(fresh.rand("mix", whole, axis), expected)
+    assert not torch.equal(fresh.rand("other", whole, axis), expected)
+    with pytest.raises(ValueError, match="drawn as"):
+        fresh.rand("mix", [*whole, 2], axis)
 
 
 @pytest.mark.parametrize("how", ["network", "blocks"])
@@ -465,23 +407,24 @@ def test_compiled_networks_in_bf16_train_alike(
     ends = []
     for change in ({}, {"compile": how, "amp": "bf16"}):
         settings = update(tiny, {"train": change, "optim": {"lr": 0.01}}, "test")
-        state, step = make(settings, 2)
-        terms = [step(state, batch(seed=i), unlabelled(seed=i)) for i in range(4)]
+        engine = make(settings, 2)
+        terms = [engine(batch(seed=i), unlabelled(seed=i)) for i in range(4)]
         ends.append([float(values["sup"]) for values in terms])
-        assert all(torch.isfinite(x).all() for x in state.students[0].state_dict().values())
+        assert all(torch.isfinite(x).all() for x in engine.method.students[0].state_dict().values())
     assert ends[1] == pytest.approx(ends[0], rel=0.03)
     assert ends[1] != ends[0]
 
 
 def test_phases_of_a_step_are_timed(tiny: Settings) -> None:
-    state, step = make(tiny, 2)
-    step.phases.timing = True
-    feed = Feed(iter([batch()]), iter([unlabelled()]), step.phases)
-    step(state, *feed())
-    spent = step.phases.seconds()
+    engine = make(tiny, 2)
+    phases = engine.step.phase
+    phases.timing = True
+    feed = Feed(iter([batch()]), iter([unlabelled()]), phases)
+    engine(*feed())
+    spent = phases.seconds()
     assert tuple(spent) == NAMES
     assert all(value > 0 for value in spent.values())
-    assert step.phases.seconds() == {}
+    assert phases.seconds() == {}
     assert feed.waited() > 0
     assert feed.waited() == 0
 
@@ -492,11 +435,11 @@ def test_what_a_graph_records_is_the_step(tiny: Settings) -> None:
     ends = []
     for graph in (False, True):
         settings = update(update(tiny, change, "test"), {"train": {"cuda_graph": graph}}, "test")
-        state, step = make(settings, 2)
-        step._replay = lambda _, inputs, body: body([x.clone() for x in inputs])  # type: ignore
+        engine = make(settings, 2)
+        engine._replay = lambda _, inputs, body: body([x.clone() for x in inputs])  # type: ignore
         for i in range(4):
-            terms = step(state, batch(seed=i), unlabelled(seed=i))
-        ends.append((terms, state.teachers[0].state_dict()))
+            terms = engine(batch(seed=i), unlabelled(seed=i))
+        ends.append((terms, engine.method.teachers[0].state_dict()))
     for name, value in ends[0][0].items():
         assert float(ends[1][0][name]) == pytest.approx(float(value), rel=1e-4)
     for name, value in ends[0][1].items():
