@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,21 @@ Schedule = Callable[[int], float]
 """Number that a step uses, of the number of steps before it."""
 
 
-class Networks(nn.ModuleList):
-    """A list of segmentation networks."""
+M = TypeVar("M", bound=nn.Module)
 
-    def __iter__(self) -> Iterator[SegmentationModel]:
+
+class Modules(nn.ModuleList, Generic[M]):
+    """A list of modules of one class."""
+
+    def __iter__(self) -> Iterator[M]:
         return super().__iter__()  # type: ignore[return-value]
 
-    def __getitem__(self, k: int) -> SegmentationModel:  # type: ignore[override]
+    def __getitem__(self, k: int) -> M:  # type: ignore[override]
         return super().__getitem__(k)  # type: ignore[return-value]
+
+
+class Networks(Modules[SegmentationModel]):
+    """A list of segmentation networks."""
 
 
 def unchanged(network: SegmentationModel) -> SegmentationModel:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ctt.data.source import IGNORE
 from ctt.methods import losses
-from ctt.methods.base import Batch, Setup, Step, Terms
+from ctt.methods.base import Batch, Modules, Setup, Step, Terms
 from ctt.methods.losses import to_grid
 from ctt.methods.pseudo_labels import PseudoLabels
 from ctt.models.base import Output
@@ -29,7 +29,7 @@ class CrossTeacher(PseudoLabels):
         loss, bank = self.settings.loss, self.settings.bank
         self.contrasts = loss.hc > 0 or loss.lc > 0
         self.per_class = bank.per_class or max(1, bank.capacity // setup.labeled)
-        self.banks = nn.ModuleList(
+        self.banks = Modules[MemoryBank](
             MemoryBank(setup.classes, bank.capacity, self.settings.model.features)
             for _ in self.students
         )
@@ -66,7 +66,7 @@ class CrossTeacher(PseudoLabels):
             Output(*(losses.coarsen(x, student.stride, stride, truth.shape[1:]) for x in maps))
             for maps, student in zip(out, self.students, strict=True)
         ]
-        counts = losses.usable_counts(self.banks, bank.start)
+        counts = losses.usable_counts(list(self.banks), bank.start)
         # confidence and class that each student's own classifier gives on the grid
         own = [o.logits.detach().float().softmax(dim=1).max(dim=1) for o in out]
         hc, lc = [zero], [zero]
@@ -88,9 +88,9 @@ class CrossTeacher(PseudoLabels):
                 if w.lc_pixels == "unlabeled":
                     mask = torch.cat([torch.zeros_like(mask[: len(truth)]), mask[len(truth) :]])
                 queues = [(self.banks[i].keys, counts[i]) for i in (k, j)]
-                args = (own[j].indices, mask, queues, w.tau_lc, w.contrast_reduction, total)
+                peer = (own[j].indices, mask, queues, w.tau_lc, w.contrast_reduction, total)
                 lc.append(
-                    losses.low_level_contrast(o.features, out[j].features, *args) / len(peers)
+                    losses.low_level_contrast(o.features, out[j].features, *peer) / len(peers)
                 )
         return losses.sum_of(hc), losses.sum_of(lc)
 

@@ -107,11 +107,12 @@ class PseudoLabels(Method):
         n, w, sup, ct = len(b["images"]), self.settings.loss, [], []
         with step.phase("cross-entropy"):
             for k, (o, student) in enumerate(zip(out, self.students, strict=True)):
+                logits, stride = o.logits, student.stride
                 args = (b["label"], b["pixels"])
-                sup.append(losses.pixel_cross_entropy(o.logits[:n], student.stride, *args))
+                sup.append(losses.pixel_cross_entropy(logits[:n], stride, *args))
                 if "mixed" in b:
-                    args = (b[f"trusted {k}"], b[f"pixels {k}"], b.get(f"weight {k}"))
-                    ct.append(losses.pixel_cross_entropy(o.logits[n:], student.stride, *args))
+                    taught = (b[f"trusted {k}"], b[f"pixels {k}"], b.get(f"weight {k}"))
+                    ct.append(losses.pixel_cross_entropy(logits[n:], stride, *taught))
             terms: Terms = {"sup": (w.sup, losses.sum_of(sup))}
             if ct:
                 terms["ct"] = (w.ct * step["ramp"], losses.sum_of(ct))

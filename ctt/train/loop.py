@@ -314,9 +314,9 @@ class Trainer:
         self.warned = True
         self.console.print(
             f"Warning: at iteration {self.engine.iteration} the teachers gave no finite "
-            f"probability for {share:.1%} of the unlabelled pixels, and nothing is learnt there. If "
-            f"the share stays, train without --train.amp fp16, or look at --model.weights for batch "
-            f"norms with bad statistics; {LOST} in metrics.csv shows it.",
+            f"probability for {share:.1%} of the unlabelled pixels, and nothing is learnt there. "
+            f"If the share stays, train without --train.amp fp16, or look at --model.weights for "
+            f"batch norms with bad statistics; {LOST} in metrics.csv shows it.",
             soft_wrap=True,
         )
 

@@ -14,7 +14,7 @@ from ctt.data.check import check_quickly
 from ctt.data.source import IGNORE, Source
 from ctt.data.split import make_split, read_list
 from ctt.errors import UserError
-from ctt.methods.base import Method, Setup
+from ctt.methods.base import Method, Setup, unchanged
 from ctt.models.base import SegmentationModel
 from ctt.train import run
 from ctt.train.device import pick_device, set_up_torch
@@ -83,7 +83,7 @@ class Plan:
             self.pairs,
             len(self.labeled),
             self.fresh,
-            *((ready,) if finish else ()),
+            finish=ready if finish else unchanged,
             origins=self.origins,
         )
         method = self.about.load()(setup)
