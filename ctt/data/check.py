@@ -22,7 +22,7 @@ def check_quickly(source: Source, labeled: list[str], unlabeled: list[str]) -> N
     """All files are there, and a handful of images and masks can be read.
 
     Raises:
-        UserError: names the first missing file, or the broken one.
+        UserError: names the first missing file, or the broken one, or what the masks seem to mean.
     """
     evaluation = source.eval_ids()
     missing = list(missing_files(source, [*labeled, *evaluation], unlabeled))
@@ -33,11 +33,62 @@ def check_quickly(source: Source, labeled: list[str], unlabeled: list[str]) -> N
             f"data set, or train with lists of the images that are there (--split-labeled, "
             f"--split-unlabeled). Images without a mask can only be unlabelled ones."
         )
+    pixels = torch.zeros(len(source.info.classes) + 1, dtype=torch.int64)
     for names in (labeled, evaluation):
-        for name in names[:: max(1, len(names) // HANDFUL)][:HANDFUL]:
-            source.pair(name)
+        for name in handful(names):
+            pixels += histogram(source.pair(name)[1], len(source.info.classes))
+    if fault := ignored_class(source, pixels.tolist()):
+        raise UserError(fault)
     for name in unlabeled[:1]:
         source.image(name)
+
+
+def handful(names: list[str]) -> list[str]:
+    """Return up to `HANDFUL` of the names, evenly spread."""
+    return names[:: max(1, len(names) // HANDFUL)][:HANDFUL]
+
+
+def histogram(label: Tensor, classes: int) -> Tensor:
+    """Return the pixels (C + 1) of each class in labels of any shape, the ignored ones last."""
+    label = label.long()
+    label = label.masked_fill(label == IGNORE, classes).flatten()
+    return torch.bincount(label, minlength=classes + 1)
+
+
+def ignored_class(source: Source, pixels: list[int]) -> str:
+    """Return what is wrong if one of two classes has no pixel and the masks hold 255 instead.
+
+    Args:
+        pixels: of each class and of what is ignored.
+    """
+    value, classes = source.assumed_ignore, source.info.classes
+    if value is None or len(classes) != 2 or not pixels[2] or min(pixels[:2]) > 0:
+        return ""
+    missing = pixels.index(0)
+    other = 1 - missing
+    return (
+        f"The masks hold {f'{other} and {value}' if pixels[other] else value} only: {value} is "
+        f"ignored unless dataset.yaml says otherwise, and no pixel is left of class {missing}, "
+        f"{classes[missing]}. If {value} stands for {classes[missing]}, write `id_map: "
+        f"{{{other}: {other}, {value}: {missing}}}` into dataset.yaml; if these pixels are to be "
+        f"ignored, write `ignore_index: {value}`."
+    )
+
+
+def classes_without_pixel(source: Source, pixels: list[int]) -> list[str]:
+    """Return a sentence if there are masks and some class has no pixel in them."""
+    missing = [n for n, count in zip(source.info.classes, pixels, strict=False) if not count]
+    if not missing or not sum(pixels):
+        return []
+    ignored = (
+        f" {source.assumed_ignore} is ignored unless dataset.yaml says otherwise (id_map)."
+        if pixels[-1] and source.assumed_ignore is not None
+        else ""
+    )
+    return [
+        f"Warning: no mask shows {', '.join(missing)}, so no network can learn it. Check the list "
+        f"of classes and what the numbers in the masks mean.{ignored}"
+    ]
 
 
 def missing_files(source: Source, labeled: list[str], unlabeled: list[str]) -> Iterator[Path]:
@@ -54,10 +105,12 @@ class Report:
 
     Attributes:
         faults: all that is wrong, a sentence with the file's name each.
+        warnings: what is allowed and probably not meant.
         images, pixels: for each class and for what is ignored, images that show it and pixels.
     """
 
     faults: list[str]
+    warnings: list[str]
     images: list[int]
     pixels: list[int]
 
@@ -103,22 +156,20 @@ def check_all(
     images, pixels = torch.zeros(2, classes + 1, dtype=torch.int64)
     faults = []
 
-    def histogram(name: str, has_mask: bool) -> Tensor | str:
+    def look(name: str, has_mask: bool) -> Tensor | str:
         try:
             if not has_mask:
                 source.image(name)
                 return torch.zeros(classes + 1, dtype=torch.int64)
-            label = source.pair(name)[1].long()
+            return histogram(source.pair(name)[1], classes)
         except UserError as error:
             return str(error)
-        label = label.masked_fill(label == IGNORE, classes).flatten()
-        return torch.bincount(label, minlength=classes + 1)
 
     names = [*labeled, *evaluation, *unlabeled]
     masks = [i < len(labeled) + len(evaluation) for i in range(len(names))]
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         try:
-            for found in pool.map(histogram, names, masks):
+            for found in pool.map(look, names, masks):
                 advance()
                 if isinstance(found, str):
                     faults.append(found)
@@ -127,4 +178,6 @@ def check_all(
                     images += found > 0
         finally:
             pool.shutdown(cancel_futures=True)
-    return Report(faults, images.tolist(), pixels.tolist())
+    fault = ignored_class(source, pixels.tolist())
+    warnings = [] if fault else classes_without_pixel(source, pixels.tolist())
+    return Report([*faults, *filter(None, [fault])], warnings, images.tolist(), pixels.tolist())

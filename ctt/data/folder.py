@@ -37,10 +37,12 @@ class Description:
 
     Attributes:
         mapping: class, or 255, for each number that a mask may hold.
+        says_ignore: it says which numbers are ignored.
     """
 
     info: DatasetInfo
     mapping: dict[int, int]
+    says_ignore: bool
 
 
 class Folder(FileSource):
@@ -62,6 +64,7 @@ class Folder(FileSource):
         self.root = require_root(root, "folder", LAYOUT)
         description = read_description(self.root / DESCRIPTION)
         self.labels = LabelMap(description.mapping, description.info.classes)
+        self.assumed_ignore = None if description.says_ignore else IGNORE
         train = find_images(self.root, "images")
         if not train:
             raise UserError(
@@ -185,7 +188,8 @@ def read_description(path: Path) -> Description:
     mapping = _mapping(values.get("id_map"), ignore, classes, path)
     mean = _statistics(values.get("mean"), IMAGENET_MEAN, "mean", path)
     std = _statistics(values.get("std"), IMAGENET_STD, "std", path)
-    return Description(DatasetInfo("folder", classes, palette, mean, std), mapping)
+    says_ignore = "ignore_index" in values or "id_map" in values
+    return Description(DatasetInfo("folder", classes, palette, mean, std), mapping, says_ignore)
 
 
 def _is_integer(value: Any, end: int) -> bool:

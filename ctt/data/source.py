@@ -54,12 +54,14 @@ class Source(ABC):
     Attributes:
         submission: None where no server evaluates test images.
         notes: sentences on what was found and what follows from it, for the user.
+        assumed_ignore: the number in the masks that is ignored though nobody said so, or None.
         paper_counts: labelled images of a ratio where the paper's count is not the rounded one.
     """
 
     info: DatasetInfo
     submission: ClassVar[Submission | None] = None
     notes: tuple[str, ...] = ()
+    assumed_ignore: int | None = None
     paper_counts: ClassVar[Mapping[Fraction, int]] = {}
 
     @abstractmethod

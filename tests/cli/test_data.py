@@ -4,12 +4,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ctt import data
 from ctt.cli import data as program
+from ctt.data.check import check_quickly
 from ctt.data.options import SourceOptions
 from ctt.data.split import make_split
+from ctt.errors import UserError
 from tests.data import trees
 
 Call = Callable[..., tuple[int, str, str]]
@@ -173,3 +176,36 @@ def test_training_ends_with_the_name_of_a_broken_file(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert f"{broken} cannot be read as an image" in re.sub(r"\s+", " ", done.stderr)
     assert "Traceback" not in done.stderr
+
+
+def write_two_classes(root: Path, value: int, description: str = "") -> Path:
+    """Masks that hold 0 and `value`."""
+    trees.write_folder(root, description=f"classes: [ground, thing]\n{description}")
+    for path in root.rglob("*.png"):
+        mask = np.zeros((40, 48), np.uint8)
+        mask[:9] = value
+        trees.save_mask(path, mask, "L")
+    return root
+
+
+def test_a_class_that_is_taken_for_the_ignored_pixels_is_refused(
+    tmp_path: Path, call: Call
+) -> None:
+    root = write_two_classes(tmp_path / "a", 255)
+    code, out, err = call("check", "--dataset", "folder", "--data-root", root)
+    assert (code, "1 fault found" in err) == (2, True)
+    assert "The masks hold 0 and 255 only" in out
+    assert "`id_map: {0: 0, 255: 1}`" in out
+    source = data.open_source("folder", root, SourceOptions())
+    with pytest.raises(UserError, match="no pixel is left of class 1, thing"):
+        check_quickly(source, source.train_ids(), [])
+    mapped = write_two_classes(tmp_path / "b", 255, "id_map: {0: 0, 255: 1}\n")
+    code, out, _ = call("check", "--dataset", "folder", "--data-root", mapped)
+    assert (code, "Nothing is wrong." in out) == (0, True)
+
+
+def test_a_class_without_a_pixel_is_told(tmp_path: Path, call: Call) -> None:
+    root = write_two_classes(tmp_path, 255, "ignore_index: 255\n")
+    code, out, _ = call("check", "--dataset", "folder", "--data-root", root)
+    assert (code, "Nothing is wrong." in out) == (0, False)
+    assert "Warning: no mask shows thing, so no network can learn it." in out
