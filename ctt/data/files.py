@@ -46,7 +46,9 @@ def read_image(path: Path, *, turned: bool = True) -> Tensor:
     """
     try:
         with Image.open(path) as file:
-            pixels = to_rgb(ImageOps.exif_transpose(file) if turned else file)
+            picture = ImageOps.exif_transpose(file) if turned else file
+            picture.format = file.format  # which a turned copy lacks
+            pixels = to_rgb(picture)
     except BROKEN as error:
         raise _broken(path, "an image", error) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)

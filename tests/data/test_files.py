@@ -420,3 +420,18 @@ def test_links_show_each_image_once(tmp_path: Path) -> None:
     (tmp_path / "images" / "linked").symlink_to("../elsewhere")
     found = find_images(tmp_path, "images")
     assert found == ["images/b/y.jpg", "images/linked/z.jpg", "images/x.jpg"]
+
+
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_a_fourth_band_of_a_tiff_is_no_transparency(tmp_path: Path, orientation: int) -> None:
+    colours = np.random.default_rng(0).integers(0, 255, (5, 4, 3), np.uint8)
+    infrared = np.full((5, 4, 1), 10, np.uint8)
+    bands = Image.fromarray(np.concatenate([colours, infrared], axis=2), "RGBA")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    bands.save(tmp_path / "bands.tif", exif=exif)  # ExtraSamples 2, as GDAL writes four bands
+    bands.save(tmp_path / "photo.png")
+    expected = colours if orientation == 1 else colours[::-1, ::-1]
+    found = read_image(tmp_path / "bands.tif").permute(1, 2, 0).numpy()
+    assert np.array_equal(found, expected)
+    assert read_image(tmp_path / "photo.png").float().mean() > 240  # over white
