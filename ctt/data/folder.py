@@ -186,6 +186,18 @@ def read_description(path: Path) -> Description:
             f"{path}: ignore_index must be a number in 0..{VALUES - 1}, got {ignore!r}."
         )
     mapping = _mapping(values.get("id_map"), ignore, classes, path)
+    if "ignore_index" in values and mapping.get(ignore) != IGNORE:
+        raise UserError(
+            f"{path}: id_map says that {ignore} is the class {classes[mapping[ignore]]}, and "
+            f"ignore_index that it is ignored. Take one of the two out."
+        )
+    if "id_map" not in values and ignore < len(classes):
+        kept = ", ".join(f"{c + (c >= ignore)}: {c}" for c in range(len(classes) - 1))
+        raise UserError(
+            f"{path}: ignore_index {ignore} is also the number of the class {classes[ignore]}, "
+            f"which no pixel could have then. Take {classes[ignore]} out of the classes and write "
+            f"`id_map: {{{kept}}}`, or give another ignore_index."
+        )
     mean = _statistics(values.get("mean"), IMAGENET_MEAN, "mean", path)
     std = _statistics(values.get("std"), IMAGENET_STD, "std", path)
     says_ignore = "ignore_index" in values or "id_map" in values

@@ -286,6 +286,11 @@ def test_numbers_beyond_a_byte_can_be_mapped(tmp_path: Path) -> None:
         ("classes: [a, b]\npalette: [[0, 0, 0]]", "palette must be a list of 2 colours"),
         ("classes: [a, b]\npalette: [[0, 0, 0], [0, 0, 300]]", "palette must be"),
         ("classes: [a, b]\nignore_index: none", "ignore_index must be a number"),
+        (
+            "classes: [a, b, c]\nignore_index: 1",
+            "Take b out of the classes and write `id_map: {0: 0",
+        ),
+        ("classes: [a, b]\nignore_index: 3\nid_map: {3: b, 0: a}", "Take one of the two out"),
         ("classes: [a, b]\nid_map: {0: c}", "id_map maps 0 to 'c'"),
         ("classes: [a, b]\nid_map: {-1: 0}", "id_map maps -1 to 0"),
         ("classes: [a, b]\nid_map: [0]", "id_map must hold"),
