@@ -92,6 +92,7 @@ def _check_new(option: str, folder: Path | None) -> None:
 
 def _open_source(trained: Trained, parsed: Arguments) -> tuple[Source, Settings]:
     from ctt import data
+    from ctt.train import run
     from ctt.train.loop import open_source
 
     settings = trained.settings
@@ -116,6 +117,8 @@ def _open_source(trained: Trained, parsed: Arguments) -> tuple[Source, Settings]
             f"network was trained on."
         )
     _check_held_out(trained, source, settings)
+    if settings.dataset == trained.settings.dataset:
+        run.hold_out(parsed.path if parsed.path.is_dir() else parsed.path.parent, source)
     return source, settings
 
 

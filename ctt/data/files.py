@@ -178,13 +178,23 @@ class FileSource(Source):
                 f"{base} has {found[0]:,} images for training and {found[1]:,} for evaluation; the "
                 f"published data set has {published[0]:,} and {published[1]:,}.",
             )
-        if options.eval_split == "tune" or not self._eval:
-            self._eval, self._train = self._hold_out(options.holdout)
-            self.notes += (
-                f"{len(self._eval)} of the images with masks are held out and evaluated on.",
-            )
+        self._drawn = options.eval_split == "tune" or not self._eval
+        if self._drawn:
+            self._eval, self._train = self._draw(options.holdout)
+            self.notes += (self._held_out(),)
 
-    def _hold_out(self, share: float) -> tuple[list[str], list[str]]:
+    def evaluate_on(self, names: Iterable[str]) -> None:
+        present = {*self._train, *self._eval}
+        held_out = present & {self.find(name) for name in names}
+        if self._drawn and held_out:
+            before = self._held_out()
+            self._eval, self._train = sorted(held_out), sorted(present - held_out)
+            self.notes = tuple(self._held_out() if n == before else n for n in self.notes)
+
+    def _held_out(self) -> str:
+        return f"{len(self._eval)} of the images with masks are held out and evaluated on."
+
+    def _draw(self, share: float) -> tuple[list[str], list[str]]:
         """Names to evaluate on and to train on, at least one of each."""
         names = self.train_ids()
         if len(names) < 2:

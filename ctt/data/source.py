@@ -1,7 +1,7 @@
 """What a data set is to the rest: names of images, and an image or a label for a name."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -108,6 +108,9 @@ class Source(ABC):
     def find(self, entry: str) -> str | None:
         """The name of the image that `entry` in a split list means; None where there is none."""
         return entry if entry in self._names else None
+
+    def evaluate_on(self, names: Iterable[str]) -> None:  # noqa: B027 (most data sets fix it)
+        """Hold these training images out, where a drawn part of them is held out now."""
 
     def line(self, name: str) -> str:
         """The image in a split list for other programs: the paths of image and mask."""

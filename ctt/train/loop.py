@@ -167,6 +167,7 @@ class Trainer:
         (folder / run.LABELED_LIST).parent.mkdir(exist_ok=True)
         write_list(folder / run.LABELED_LIST, self.labeled)
         write_list(folder / run.UNLABELED_LIST, self.unlabeled)
+        write_list(folder / run.EVALUATION_LIST, self.source.eval_ids())
         return folder
 
     def train(self) -> dict[str, Any]:
@@ -545,6 +546,7 @@ def new_split(
 
 def split_of_run(folder: Path, source: Source) -> tuple[list[str], list[str]]:
     """`new_split` for a run that goes on: the lists that it was started with."""
+    run.hold_out(folder, source)
     labeled = read_list(folder / run.LABELED_LIST, source, labeled=True)
     path = folder / run.UNLABELED_LIST
     unlabeled = read_list(path, source, labeled=False) if path.stat().st_size else []
