@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ctt.data.files import FileSource
 from ctt.data.source import IGNORE, Source
 from ctt.data.split import UNLABELED_ALONE, all_others, examine_list, in_both
 from ctt.errors import UserError
@@ -20,6 +21,8 @@ HANDFUL = 5  # pairs read by the quick check, of the labelled and of the evaluat
 
 def check_quickly(source: Source, labeled: list[str], unlabeled: list[str]) -> None:
     """All files are there, and a handful of images and masks can be read.
+
+    What is allowed and probably not meant becomes one of the notes of `source`.
 
     Raises:
         UserError: names the first missing file, or the broken one, or what the masks seem to mean.
@@ -41,6 +44,8 @@ def check_quickly(source: Source, labeled: list[str], unlabeled: list[str]) -> N
         raise UserError(fault)
     for name in unlabeled[:1]:
         source.image(name)
+    if isinstance(source, FileSource):
+        source.notes += tuple(filter(None, [source.dark(handful([*labeled, *unlabeled]))]))
 
 
 def handful(names: list[str]) -> list[str]:
@@ -180,4 +185,6 @@ def check_all(
             pool.shutdown(cancel_futures=True)
     fault = ignored_class(source, pixels.tolist())
     warnings = [] if fault else classes_without_pixel(source, pixels.tolist())
+    if isinstance(source, FileSource):
+        warnings += filter(None, [source.dark(names)])
     return Report([*faults, *filter(None, [fault])], warnings, images.tolist(), pixels.tolist())

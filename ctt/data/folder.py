@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,7 +27,7 @@ from ctt.errors import UserError
 
 LAYOUT = "holds images/, masks/ and dataset.yaml"
 DESCRIPTION = "dataset.yaml"
-KEYS = ("classes", "palette", "ignore_index", "id_map", "mean", "std")
+KEYS = ("classes", "palette", "ignore_index", "id_map", "mean", "std", "white")
 IGNORED = "ignore"  # as a target in the id map
 MOST_CLASSES = IGNORE
 
@@ -200,8 +201,17 @@ def read_description(path: Path) -> Description:
         )
     mean = _statistics(values.get("mean"), IMAGENET_MEAN, "mean", path)
     std = _statistics(values.get("std"), IMAGENET_STD, "std", path)
+    white = values.get("white")
+    number = isinstance(white, int | float) and not isinstance(white, bool)
+    if white is not None and not (number and 0 < white < math.inf):
+        raise UserError(
+            f"{path}: white must be the value of white in images of more than 8 bits, such as "
+            f"4095, got {white!r}."
+        )
     says_ignore = "ignore_index" in values or "id_map" in values
-    return Description(DatasetInfo("folder", classes, palette, mean, std), mapping, says_ignore)
+    return Description(
+        DatasetInfo("folder", classes, palette, mean, std, white), mapping, says_ignore
+    )
 
 
 def _is_integer(value: Any, end: int) -> bool:

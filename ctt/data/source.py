@@ -22,6 +22,8 @@ class DatasetInfo:
     Attributes:
         classes: C names. palette: C colours (r, g, b) in 0..255.
         mean, std: of the channels in 0..1, for normalisation.
+        white: the value that stands for white in images of more than 8 bits; None: what their files
+            can hold at most.
     """
 
     name: str
@@ -29,6 +31,7 @@ class DatasetInfo:
     palette: tuple[tuple[int, int, int], ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    white: float | None = None
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from ctt import data
+import ctt
+from ctt import data, models
 from ctt.cli import data as program
+from ctt.cli import predict
 from ctt.data.check import check_quickly
 from ctt.data.options import SourceOptions
 from ctt.data.split import make_split
 from ctt.errors import UserError
+from ctt.train.checkpoint import save_network
 from tests.data import trees
 
 Call = Callable[..., tuple[int, str, str]]
@@ -209,3 +214,34 @@ def test_a_class_without_a_pixel_is_told(tmp_path: Path, call: Call) -> None:
     code, out, _ = call("check", "--dataset", "folder", "--data-root", root)
     assert (code, "Nothing is wrong." in out) == (0, False)
     assert "Warning: no mask shows thing, so no network can learn it." in out
+
+
+def test_twelve_bits_in_sixteen_are_told_and_can_be_stated(tmp_path: Path, call: Call) -> None:
+    description = "classes: [ground, thing]\nignore_index: 255\n"
+    root = write_two_classes(tmp_path, 1, "ignore_index: 255\n")
+    grey = np.linspace(0, 4000, 40 * 48).reshape(40, 48).astype(np.uint16)
+    for path in root.rglob("*.[jJ][pP][gG]"):
+        Image.fromarray(grey).save(path.with_suffix(".png") if "masks" not in path.parts else path)
+        path.unlink()
+    _, out, _ = call("check", "--dataset", "folder", "--data-root", root)
+    assert "Warning: the images of 16 bits hold values up to 4000 only" in out
+    assert "such as `white: 4095`" in out
+    source = data.open_source("folder", root, SourceOptions())
+    check_quickly(source, source.train_ids(), [])
+    assert source.notes[-1].startswith("Warning: the images of 16 bits")
+    (root / "dataset.yaml").write_text(f"{description}white: 4095\n", "utf-8")
+    _, out, _ = call("check", "--dataset", "folder", "--data-root", root)
+    assert "Nothing is wrong." in out
+    stated = data.open_source("folder", root, SourceOptions())
+    image = stated.image(stated.train_ids()[0])
+    assert image.max() == round(4000 / 4095 * 255)
+    network = models.build("small", len(stated.info.classes), width=4, features=8)
+    save_network(tmp_path / "w.safetensors", network, stated.info, "")
+    trained = ctt.load(tmp_path / "w.safetensors")
+    file = root / stated.train_ids()[0]
+    assert torch.equal(trained.predict(file), trained.predict(image))
+    assert torch.equal(trained.predict(Image.open(file)), trained.predict(image))
+    failures: list[str] = []
+    job = predict.Job(file, tmp_path / "out")
+    found = list(predict.read_all([job], stated.info.white, 0, failures))
+    assert torch.equal(found[0][1], image)

@@ -291,6 +291,7 @@ def test_numbers_beyond_a_byte_can_be_mapped(tmp_path: Path) -> None:
             "Take b out of the classes and write `id_map: {0: 0",
         ),
         ("classes: [a, b]\nignore_index: 3\nid_map: {3: b, 0: a}", "Take one of the two out"),
+        ("classes: [a, b]\nwhite: [1]", "white must be the value of white"),
         ("classes: [a, b]\nid_map: {0: c}", "id_map maps 0 to 'c'"),
         ("classes: [a, b]\nid_map: {-1: 0}", "id_map maps -1 to 0"),
         ("classes: [a, b]\nid_map: [0]", "id_map must hold"),
