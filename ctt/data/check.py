@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -46,6 +48,7 @@ def check_quickly(source: Source, labeled: list[str], unlabeled: list[str]) -> N
         source.image(name)
     if isinstance(source, FileSource):
         source.notes += tuple(filter(None, [source.dark(handful([*labeled, *unlabeled]))]))
+    source.notes += tuple(overlaps(image_files(source, labeled, unlabeled, evaluation), identity))
 
 
 def handful(names: list[str]) -> list[str]:
@@ -94,6 +97,56 @@ def classes_without_pixel(source: Source, pixels: list[int]) -> list[str]:
         f"Warning: no mask shows {', '.join(missing)}, so no network can learn it. Check the list "
         f"of classes and what the numbers in the masks mean.{ignored}"
     ]
+
+
+def overlaps(parts: dict[str, list[Path]], key: Callable[[Path], Hashable]) -> list[str]:
+    """Return a warning for each two parts of a data set that hold the same file.
+
+    Args:
+        parts: files by what they are for.
+        key: what makes two files the same; None of one that cannot be read.
+    """
+    keys = {part: {key(path): path for path in files} for part, files in parts.items()}
+    warnings = []
+    for one, other in combinations(keys, 2):
+        both = sorted(keys[one].keys() & keys[other].keys() - {None}, key=lambda k: keys[one][k])
+        if both:
+            first, second = keys[one][both[0]], keys[other][both[0]]
+            warnings.append(
+                f"Warning: {len(both)} of the images {other} are also images {one}, such as "
+                f"{first} and {second}. Take them out of one of the two, or what is learned or "
+                f"scored is not what it seems."
+            )
+    return warnings
+
+
+def identity(path: Path) -> Hashable:
+    """Return what a file and all links to it have in common."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return (state.st_dev, state.st_ino)
+
+
+def content(path: Path) -> Hashable:
+    """Return what a file and all copies of it have in common."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").digest()
+    except OSError:
+        return None
+
+
+def image_files(
+    source: Source, labeled: list[str], unlabeled: list[str], evaluation: list[str]
+) -> dict[str, list[Path]]:
+    """Return the images' files by what they are for; none of images in memory."""
+    parts = {"with masks": labeled, "without masks": unlabeled, "to evaluate on": evaluation}
+    return {
+        part: [path for name in names for path in source.files(name, labeled=False)]
+        for part, names in parts.items()
+    }
 
 
 def missing_files(source: Source, labeled: list[str], unlabeled: list[str]) -> Iterator[Path]:
@@ -187,4 +240,5 @@ def check_all(
     warnings = [] if fault else classes_without_pixel(source, pixels.tolist())
     if isinstance(source, FileSource):
         warnings += filter(None, [source.dark(names)])
+    warnings += overlaps(image_files(source, labeled, unlabeled, evaluation), content)
     return Report([*faults, *filter(None, [fault])], warnings, images.tolist(), pixels.tolist())

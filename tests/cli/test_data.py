@@ -1,4 +1,5 @@
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -220,8 +221,9 @@ def test_twelve_bits_in_sixteen_are_told_and_can_be_stated(tmp_path: Path, call:
     description = "classes: [ground, thing]\nignore_index: 255\n"
     root = write_two_classes(tmp_path, 1, "ignore_index: 255\n")
     grey = np.linspace(0, 4000, 40 * 48).reshape(40, 48).astype(np.uint16)
-    for path in root.rglob("*.[jJ][pP][gG]"):
-        Image.fromarray(grey).save(path.with_suffix(".png") if "masks" not in path.parts else path)
+    for i, path in enumerate(sorted(root.rglob("*.[jJ][pP][gG]"))):
+        grey[0, 0] = i
+        Image.fromarray(grey).save(path.with_suffix(".png"))
         path.unlink()
     _, out, _ = call("check", "--dataset", "folder", "--data-root", root)
     assert "Warning: the images of 16 bits hold values up to 4000 only" in out
@@ -245,3 +247,17 @@ def test_twelve_bits_in_sixteen_are_told_and_can_be_stated(tmp_path: Path, call:
     job = predict.Job(file, tmp_path / "out")
     found = list(predict.read_all([job], stated.info.white, 0, failures))
     assert torch.equal(found[0][1], image)
+
+
+def test_the_same_file_in_two_parts_is_told(tmp_path: Path, call: Call) -> None:
+    root = trees.write_folder(tmp_path)
+    copied, linked = root / "val" / "images" / "photo 0.jpg", root / "unlabeled" / "link.jpg"
+    shutil.copy(root / "images" / "photo 0.jpg", copied)
+    linked.symlink_to(root / "val" / "images" / "größer" / "photo 1.jpg")
+    _, out, _ = call("check", "--dataset", "folder", "--data-root", root)
+    assert "Warning: 1 of the images to evaluate on are also images with masks, such as " in out
+    assert f"{root / 'images' / 'photo 0.jpg'} and {copied}" in out
+    assert "Warning: 1 of the images to evaluate on are also images without masks" in out
+    source = data.open_source("folder", root, SourceOptions())
+    check_quickly(source, *make_split(source, "1/1", 0, None, None))
+    assert [str(linked) in note for note in source.notes] == [True]  # copies would take too long
