@@ -105,8 +105,18 @@ class Folder(FileSource):
         return self.labels
 
     def find(self, entry: str) -> str | None:
-        """Paths below the root or below images/, with or without the ending."""
-        return self._known.get(same_name(entry))
+        """Paths below the root or below images/, with or without the ending.
+
+        Before them may stand what leads to the root: its own name, or a whole path on any machine.
+        """
+        entry = same_name(entry.removeprefix("./"))
+        if entry in self._known:
+            return self._known[entry]
+        for folder in {self.root.absolute().name, self.root.resolve().name}:
+            _, found, below = f"/{entry}".partition(f"/{same_name(folder)}/")
+            if found and below in self._known:
+                return self._known[below]
+        return None
 
 
 def _stem(name: str) -> str:

@@ -96,8 +96,8 @@ def resolve(line: str, find: Callable[[str], str | None]) -> tuple[str, str] | N
     """The name and the mask ("" where the line has none) of a line of a split list.
 
     A line is a bare name, the path of an image, or an image and its mask with a space or a tab
-    between them; paths may start with a slash. Names may hold spaces: the reading counts that
-    `find` knows.
+    between them; paths may start with a slash or have backslashes. Names may hold spaces: the
+    reading counts that `find` knows.
 
     Returns:
         None where no reading is an image that `find` knows.
@@ -116,6 +116,8 @@ def resolve(line: str, find: Callable[[str], str | None]) -> tuple[str, str] | N
     if strangers:
         image, mask = strangers[0]
         raise UserError(f"{image} stands beside {mask}, which is not its mask.")
+    if "\\" in line:  # a list that was written on Windows
+        return resolve(line.replace("\\", "/"), find)
     return None
 
 
@@ -145,6 +147,7 @@ def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str
     """
     labelable = set(source.train_ids())
     evaluation, test = set(source.eval_ids()), set(source.test_ids())
+    example = next(iter([*source.train_ids(), *source.eval_ids()]), "none")
     lines_of: dict[str, int] = {}
     faults = []
     for number, line in read_lines(path).items():
@@ -155,7 +158,10 @@ def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str
             fault = str(error)
         else:
             if not name:
-                fault = f"{line.strip()} is no training image of this data set."
+                fault = (
+                    f"{line.strip()} is no training image of this data set, whose images have "
+                    f"names such as {example}."
+                )
             elif name in evaluation:
                 fault = f"{name} is an image to evaluate on."
             elif name in test:

@@ -184,7 +184,8 @@ def test_paper_counts_belong_to_the_whole_set(tmp_path: Path) -> None:
 
 
 def test_folder_with_unlabelled_images_and_val(tmp_path: Path) -> None:
-    source = opened("folder", trees.write_folder(tmp_path / "my data ü"))
+    root = trees.write_folder(tmp_path / "my data ü")
+    source = opened("folder", root)
     assert source.train_ids()[0] == "images/größer/photo 1.jpg"
     assert (len(source.train_ids()), len(source.eval_ids())) == (6, 2)
     assert source.unlabeled_ids()[-1] == "unlabeled/photo 2.JPG"
@@ -197,11 +198,20 @@ def test_folder_with_unlabelled_images_and_val(tmp_path: Path) -> None:
         "photo 2",
         "images/photo 2",
         "photo 2.jpg",
+        "./images/photo 2.jpg",
+        "images\\photo 2.jpg",
+        f"{root}/images/photo 2.jpg\t{root}/masks/photo 2.png",
+        f"{root.name}/images/photo 2.jpg",
+        f"/elsewhere/{root.name}/images/photo 2.jpg",
+        f"C:\\data\\{root.name}\\images\\photo 2.jpg",
     ):
         (tmp_path / "list.txt").write_text(f"{entry}\r\n", "utf-8")
         labeled, unlabeled = make_split(source, "1", 0, tmp_path / "list.txt", None)
         assert labeled == ["images/photo 2.jpg"]
         assert len(unlabeled) == 5 + 4
+    (tmp_path / "list.txt").write_text("/elsewhere/images/photo 2.jpg", "utf-8")
+    with pytest.raises(UserError, match=r"have names such as images/größer/photo 1\.jpg"):
+        make_split(source, "1", 0, tmp_path / "list.txt", None)
 
 
 def test_whole_names_win_over_shortened_ones(tmp_path: Path) -> None:
