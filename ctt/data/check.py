@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ctt.data.files import FileSource
 from ctt.data.source import IGNORE, Source
-from ctt.data.split import UNLABELED_ALONE, all_others, examine_list, in_both
+from ctt.data.split import UNLABELED_ALONE, all_others, examine_list, without_labeled
 from ctt.errors import UserError
 
 HANDFUL = 5  # pairs read by the quick check, of the labelled and of the evaluation images
@@ -192,9 +192,7 @@ def examine_split(
     if unlabeled_list is None:
         return labeled, all_others(source, labeled), faults
     unlabeled, more = examine_list(unlabeled_list, source, labeled=False)
-    both = in_both(labeled, unlabeled)
-    faults += more + [f"{name} is in {labeled_list} and in {unlabeled_list}." for name in both]
-    return labeled, unlabeled, faults
+    return labeled, without_labeled(source, labeled, unlabeled), faults + more
 
 
 def check_all(

@@ -205,8 +205,7 @@ def make_split(
     """The labelled and the unlabelled names.
 
     Raises:
-        UserError: no image may be labelled, a list names an image that is not there, or one image
-            is in both lists.
+        UserError: no image may be labelled, or a list names an image that is not there.
     """
     if labeled_list is None:
         if unlabeled_list is not None:
@@ -220,13 +219,7 @@ def make_split(
     if unlabeled_list is None:
         return labeled, all_others(source, labeled)
     unlabeled = read_list(unlabeled_list, source, labeled=False)
-    both = in_both(labeled, unlabeled)
-    if both:
-        raise UserError(
-            f"{both[0]} stands in {labeled_list} and in {unlabeled_list}: an image is either "
-            f"labelled or unlabelled ({len(both)} such)."
-        )
-    return labeled, unlabeled
+    return labeled, without_labeled(source, labeled, unlabeled)
 
 
 def all_others(source: Source, labeled: list[str]) -> list[str]:
@@ -234,5 +227,15 @@ def all_others(source: Source, labeled: list[str]) -> list[str]:
     return sorted({*source.train_ids(), *source.unlabeled_ids()} - set(labeled))
 
 
-def in_both(labeled: list[str], unlabeled: list[str]) -> list[str]:
-    return sorted(set(labeled) & set(unlabeled))
+def without_labeled(source: Source, labeled: list[str], unlabeled: list[str]) -> list[str]:
+    """Return the unlabelled names that are not labelled too, as in some published lists.
+
+    Such names become one of the notes of `source`.
+    """
+    both = sorted(set(labeled) & set(unlabeled))
+    if both:
+        source.notes += (
+            f"{len(both)} of the images are in the list of labelled and in that of unlabelled "
+            f"images, such as {both[0]}: they are labelled ones.",
+        )
+    return [name for name in unlabeled if name not in set(both)]
