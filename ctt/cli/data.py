@@ -131,7 +131,7 @@ def check(command: Check) -> int:
         f"{len(labeled):,} images with masks for training, {len(unlabeled):,} without, "
         f"{evaluation:,} for evaluation."
     )
-    for line in (counts, *source.notes):
+    for line in (counts, *source.notes, *report.warnings):
         console.print(line, soft_wrap=True)
     faults += report.faults
     for fault in faults[: command.show or None]:
@@ -140,7 +140,7 @@ def check(command: Check) -> int:
         hidden = len(faults) - command.show if command.show else 0
         more = f" ({hidden} more than shown; --show 0 names all)" if hidden > 0 else ""
         raise UserError(f"{len(faults)} fault{'s' * (len(faults) > 1)} found{more}.")
-    console.print("Nothing is wrong.")
+    console.print("Nothing else is wrong." if report.warnings else "Nothing is wrong.")
     return 0
 
 

@@ -92,6 +92,7 @@ def _check_new(option: str, folder: Path | None) -> None:
 
 def _open_source(trained: Trained, parsed: Arguments) -> tuple[Source, Settings]:
     from ctt import data
+    from ctt.train import run
 
     settings = trained.settings
     if parsed.dataset:
@@ -115,6 +116,8 @@ def _open_source(trained: Trained, parsed: Arguments) -> tuple[Source, Settings]
             f"network was trained on."
         )
     _check_held_out(trained, source, settings)
+    if settings.dataset == trained.settings.dataset:
+        run.hold_out(parsed.path if parsed.path.is_dir() else parsed.path.parent, source)
     return source, settings
 
 

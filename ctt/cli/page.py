@@ -67,7 +67,7 @@ class Viewer:
 
     def _predict(self, file: str, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Image (3, H, W) uint8, labels (H, W) uint8 and confidence (H, W) on the CPU."""
-        image = read_image(Path(file))
+        image = read_image(Path(file), self.info.white)
         predict = self.trained.choose([name]).predictor(self.device, self.settings)
         with torch.no_grad():
             confidence, label = predict(image[None])[0].max(dim=0)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -225,7 +226,7 @@ def segment(jobs: list[Job], predict: Predict, info: DatasetInfo, parsed: Argume
     _make_folder(parsed.out)
     with Progress(transient=True) as bar, torch.no_grad(), in_threads(parsed.workers) as call:
         task = bar.add_task("segmenting", total=len(jobs))
-        pictures = read_all(jobs, parsed.workers, failures)
+        pictures = read_all(jobs, info.white, parsed.workers, failures)
         for group in stacks(pictures, lambda pair: pair[1].shape[1:], parsed.eval.batch_pixels):
             try:
                 with memory_is_told(parsed.eval):
@@ -246,12 +247,14 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"--out {folder} cannot be written ({error.strerror}).") from None
 
 
-def read_all(jobs: list[Job], workers: int, failures: list[str]) -> Iterator[tuple[Job, Tensor]]:
+def read_all(
+    jobs: list[Job], white: float | None, workers: int, failures: list[str]
+) -> Iterator[tuple[Job, Tensor]]:
     """Each image (3, H, W) uint8, in order; of those that cannot be read, why, into `failures`."""
     from ctt.data.files import read_image
     from ctt.data.loader import in_order
 
-    found = in_order(read_image, [job.file for job in jobs], workers)
+    found = in_order(partial(read_image, white=white), [job.file for job in jobs], workers)
     for job, image in zip(jobs, found, strict=True):
         if isinstance(image, UserError):
             failures.append(str(image))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ctt.data.files import FileSource
 from ctt.data.source import IGNORE, Source
-from ctt.data.split import UNLABELED_ALONE, all_others, examine_list, in_both
+from ctt.data.split import UNLABELED_ALONE, all_others, examine_list, without_labeled
 from ctt.errors import UserError
 
 HANDFUL = 5  # pairs read by the quick check, of the labelled and of the evaluation images
@@ -21,8 +24,10 @@ HANDFUL = 5  # pairs read by the quick check, of the labelled and of the evaluat
 def check_quickly(source: Source, labeled: list[str], unlabeled: list[str]) -> None:
     """All files are there, and a handful of images and masks can be read.
 
+    What is allowed and probably not meant becomes one of the notes of `source`.
+
     Raises:
-        UserError: names the first missing file, or the broken one.
+        UserError: names the first missing file, or the broken one, or what the masks seem to mean.
     """
     evaluation = source.eval_ids()
     missing = list(missing_files(source, [*labeled, *evaluation], unlabeled))
@@ -33,11 +38,115 @@ def check_quickly(source: Source, labeled: list[str], unlabeled: list[str]) -> N
             f"data set, or train with lists of the images that are there (--split-labeled, "
             f"--split-unlabeled). Images without a mask can only be unlabelled ones."
         )
+    pixels = torch.zeros(len(source.info.classes) + 1, dtype=torch.int64)
     for names in (labeled, evaluation):
-        for name in names[:: max(1, len(names) // HANDFUL)][:HANDFUL]:
-            source.pair(name)
+        for name in handful(names):
+            pixels += histogram(source.pair(name)[1], len(source.info.classes))
+    if fault := ignored_class(source, pixels.tolist()):
+        raise UserError(fault)
     for name in unlabeled[:1]:
         source.image(name)
+    if isinstance(source, FileSource):
+        source.notes += tuple(filter(None, [source.dark(handful([*labeled, *unlabeled]))]))
+    source.notes += tuple(overlaps(image_files(source, labeled, unlabeled, evaluation), identity))
+
+
+def handful(names: list[str]) -> list[str]:
+    """Return up to `HANDFUL` of the names, evenly spread."""
+    return names[:: max(1, len(names) // HANDFUL)][:HANDFUL]
+
+
+def histogram(label: Tensor, classes: int) -> Tensor:
+    """Return the pixels (C + 1) of each class in labels of any shape, the ignored ones last."""
+    label = label.long()
+    label = label.masked_fill(label == IGNORE, classes).flatten()
+    return torch.bincount(label, minlength=classes + 1)
+
+
+def ignored_class(source: Source, pixels: list[int]) -> str:
+    """Return what is wrong if one of two classes has no pixel and the masks hold 255 instead.
+
+    Args:
+        pixels: of each class and of what is ignored.
+    """
+    value, classes = source.assumed_ignore, source.info.classes
+    if value is None or len(classes) != 2 or not pixels[2] or min(pixels[:2]) > 0:
+        return ""
+    missing = pixels.index(0)
+    other = 1 - missing
+    return (
+        f"The masks hold {f'{other} and {value}' if pixels[other] else value} only: {value} is "
+        f"ignored unless dataset.yaml says otherwise, and no pixel is left of class {missing}, "
+        f"{classes[missing]}. If {value} stands for {classes[missing]}, write `id_map: "
+        f"{{{other}: {other}, {value}: {missing}}}` into dataset.yaml; if these pixels are to be "
+        f"ignored, write `ignore_index: {value}`."
+    )
+
+
+def classes_without_pixel(source: Source, pixels: list[int]) -> list[str]:
+    """Return a sentence if there are masks and some class has no pixel in them."""
+    missing = [n for n, count in zip(source.info.classes, pixels, strict=False) if not count]
+    if not missing or not sum(pixels):
+        return []
+    ignored = (
+        f" {source.assumed_ignore} is ignored unless dataset.yaml says otherwise (id_map)."
+        if pixels[-1] and source.assumed_ignore is not None
+        else ""
+    )
+    return [
+        f"Warning: no mask shows {', '.join(missing)}, so no network can learn it. Check the list "
+        f"of classes and what the numbers in the masks mean.{ignored}"
+    ]
+
+
+def overlaps(parts: dict[str, list[Path]], key: Callable[[Path], Hashable]) -> list[str]:
+    """Return a warning for each two parts of a data set that hold the same file.
+
+    Args:
+        parts: files by what they are for.
+        key: what makes two files the same; None of one that cannot be read.
+    """
+    keys = {part: {key(path): path for path in files} for part, files in parts.items()}
+    warnings = []
+    for one, other in combinations(keys, 2):
+        both = sorted(keys[one].keys() & keys[other].keys() - {None}, key=lambda k: keys[one][k])
+        if both:
+            first, second = keys[one][both[0]], keys[other][both[0]]
+            warnings.append(
+                f"Warning: {len(both)} of the images {other} are also images {one}, such as "
+                f"{first} and {second}. Take them out of one of the two, or what is learned or "
+                f"scored is not what it seems."
+            )
+    return warnings
+
+
+def identity(path: Path) -> Hashable:
+    """Return what a file and all links to it have in common."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return (state.st_dev, state.st_ino)
+
+
+def content(path: Path) -> Hashable:
+    """Return what a file and all copies of it have in common."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").digest()
+    except OSError:
+        return None
+
+
+def image_files(
+    source: Source, labeled: list[str], unlabeled: list[str], evaluation: list[str]
+) -> dict[str, list[Path]]:
+    """Return the images' files by what they are for; none of images in memory."""
+    parts = {"with masks": labeled, "without masks": unlabeled, "to evaluate on": evaluation}
+    return {
+        part: [path for name in names for path in source.files(name, labeled=False)]
+        for part, names in parts.items()
+    }
 
 
 def missing_files(source: Source, labeled: list[str], unlabeled: list[str]) -> Iterator[Path]:
@@ -54,10 +163,12 @@ class Report:
 
     Attributes:
         faults: all that is wrong, a sentence with the file's name each.
+        warnings: what is allowed and probably not meant.
         images, pixels: for each class and for what is ignored, images that show it and pixels.
     """
 
     faults: list[str]
+    warnings: list[str]
     images: list[int]
     pixels: list[int]
 
@@ -81,9 +192,7 @@ def examine_split(
     if unlabeled_list is None:
         return labeled, all_others(source, labeled), faults
     unlabeled, more = examine_list(unlabeled_list, source, labeled=False)
-    both = in_both(labeled, unlabeled)
-    faults += more + [f"{name} is in {labeled_list} and in {unlabeled_list}." for name in both]
-    return labeled, unlabeled, faults
+    return labeled, without_labeled(source, labeled, unlabeled), faults + more
 
 
 def check_all(
@@ -103,22 +212,20 @@ def check_all(
     images, pixels = torch.zeros(2, classes + 1, dtype=torch.int64)
     faults = []
 
-    def histogram(name: str, has_mask: bool) -> Tensor | str:
+    def look(name: str, has_mask: bool) -> Tensor | str:
         try:
             if not has_mask:
                 source.image(name)
                 return torch.zeros(classes + 1, dtype=torch.int64)
-            label = source.pair(name)[1].long()
+            return histogram(source.pair(name)[1], classes)
         except UserError as error:
             return str(error)
-        label = label.masked_fill(label == IGNORE, classes).flatten()
-        return torch.bincount(label, minlength=classes + 1)
 
     names = [*labeled, *evaluation, *unlabeled]
     masks = [i < len(labeled) + len(evaluation) for i in range(len(names))]
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         try:
-            for found in pool.map(histogram, names, masks):
+            for found in pool.map(look, names, masks):
                 advance()
                 if isinstance(found, str):
                     faults.append(found)
@@ -127,4 +234,9 @@ def check_all(
                     images += found > 0
         finally:
             pool.shutdown(cancel_futures=True)
-    return Report(faults, images.tolist(), pixels.tolist())
+    fault = ignored_class(source, pixels.tolist())
+    warnings = [] if fault else classes_without_pixel(source, pixels.tolist())
+    if isinstance(source, FileSource):
+        warnings += filter(None, [source.dark(names)])
+    warnings += overlaps(image_files(source, labeled, unlabeled, evaluation), content)
+    return Report([*faults, *filter(None, [fault])], warnings, images.tolist(), pixels.tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import unicodedata
 from abc import abstractmethod
@@ -10,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ctt.data.options import SourceOptions
-from ctt.data.pixels import to_rgb
+from ctt.data.pixels import WORD, is_deep, to_rgb
 from ctt.data.source import IGNORE, DatasetInfo, Source
 from ctt.data.split import NO_MASK, draw_split
 from ctt.errors import UserError
@@ -35,10 +36,11 @@ BROKEN = (
 )
 
 
-def read_image(path: Path, *, turned: bool = True) -> Tensor:
+def read_image(path: Path, white: float | None = None, *, turned: bool = True) -> Tensor:
     """(3, H, W) uint8.
 
     Args:
+        white: the value of white in images of more than 8 bits, see `to_rgb`.
         turned: as the camera's note in the file (EXIF) says, and as viewers do.
 
     Raises:
@@ -46,10 +48,32 @@ def read_image(path: Path, *, turned: bool = True) -> Tensor:
     """
     try:
         with Image.open(path) as file:
-            pixels = to_rgb(ImageOps.exif_transpose(file) if turned else file)
+            if white is not None and "16" in raw_mode(file) and not is_deep(file.mode):
+                raise UserError(
+                    f"{path}: `white` is for grey images, and of this one in colours of 16 bits "
+                    f"only the upper 8 can be read. Write it again with 8 bits a colour."
+                )
+            picture = ImageOps.exif_transpose(file) if turned else file
+            picture.format = file.format  # which a turned copy lacks
+            pixels = to_rgb(picture, white)
     except BROKEN as error:
         raise _broken(path, "an image", error) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def raw_mode(file: Image.Image) -> str:
+    """Return how the pixels lie in the file, such as `RGB;16B`; empty where Pillow does not say."""
+    arguments = file.tile[0][3] if isinstance(file, ImageFile.ImageFile) and file.tile else ""
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+
+def largest_value(path: Path) -> float:
+    """Return the largest value of a grey image of 16 bits; 0 for other ones and for no images."""
+    try:
+        with Image.open(path) as file:
+            return float(np.asarray(file).max()) if file.mode.startswith("I;16") else 0
+    except BROKEN:
+        return 0
 
 
 def read_mask(path: Path) -> np.ndarray[tuple[int, int], np.dtype[np.integer]]:
@@ -60,7 +84,7 @@ def read_mask(path: Path) -> np.ndarray[tuple[int, int], np.dtype[np.integer]]:
     """
     try:
         with Image.open(path) as file:
-            mode, raw = file.mode, str(file.tile[0][3]) if file.tile else ""
+            mode, raw = file.mode, raw_mode(file)
             if mode not in MASK_MODES:
                 raise UserError(
                     f"{path}: the mask is an image of colours (mode {mode}), but one number for "
@@ -176,13 +200,23 @@ class FileSource(Source):
                 f"{base} has {found[0]:,} images for training and {found[1]:,} for evaluation; the "
                 f"published data set has {published[0]:,} and {published[1]:,}.",
             )
-        if options.eval_split == "tune" or not self._eval:
-            self._eval, self._train = self._hold_out(options.holdout)
-            self.notes += (
-                f"{len(self._eval)} of the images with masks are held out and evaluated on.",
-            )
+        self._drawn = options.eval_split == "tune" or not self._eval
+        if self._drawn:
+            self._eval, self._train = self._draw(options.holdout)
+            self.notes += (self._held_out(),)
 
-    def _hold_out(self, share: float) -> tuple[list[str], list[str]]:
+    def evaluate_on(self, names: Iterable[str]) -> None:
+        present = {*self._train, *self._eval}
+        held_out = present & {self.find(name) for name in names}
+        if self._drawn and held_out:
+            before = self._held_out()
+            self._eval, self._train = sorted(held_out), sorted(present - held_out)
+            self.notes = tuple(self._held_out() if n == before else n for n in self.notes)
+
+    def _held_out(self) -> str:
+        return f"{len(self._eval)} of the images with masks are held out and evaluated on."
+
+    def _draw(self, share: float) -> tuple[list[str], list[str]]:
         """Names to evaluate on and to train on, at least one of each."""
         names = self.train_ids()
         if len(names) < 2:
@@ -215,7 +249,21 @@ class FileSource(Source):
         return list(self._eval)
 
     def image(self, name: str) -> Tensor:
-        return read_image(self.image_path(name), turned=self.turned)
+        return read_image(self.image_path(name), self.info.white, turned=self.turned)
+
+    def dark(self, names: Iterable[str]) -> str:
+        """Return a warning if 16-bit images use so few of their values that they are dark."""
+        if self.info.white is not None:
+            return ""
+        largest = max((largest_value(self.image_path(name)) for name in names), default=0)
+        if not 0 < largest <= WORD / 8:
+            return ""
+        bits = math.ceil(math.log2(largest + 1))
+        return (
+            f"Warning: the images of 16 bits hold values up to {largest:.0f} only, of {WORD} that "
+            f"stand for white, so that they are nearly black. Say in dataset.yaml which value is "
+            f"white, such as `white: {2**bits - 1}`."
+        )
 
     def label(self, name: str) -> Tensor:
         path = self.mask_path(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,7 +27,7 @@ from ctt.errors import UserError
 
 LAYOUT = "holds images/, masks/ and dataset.yaml"
 DESCRIPTION = "dataset.yaml"
-KEYS = ("classes", "palette", "ignore_index", "id_map", "mean", "std")
+KEYS = ("classes", "palette", "ignore_index", "id_map", "mean", "std", "white")
 IGNORED = "ignore"  # as a target in the id map
 MOST_CLASSES = IGNORE
 
@@ -37,10 +38,12 @@ class Description:
 
     Attributes:
         mapping: class, or 255, for each number that a mask may hold.
+        says_ignore: it says which numbers are ignored.
     """
 
     info: DatasetInfo
     mapping: dict[int, int]
+    says_ignore: bool
 
 
 class Folder(FileSource):
@@ -62,6 +65,7 @@ class Folder(FileSource):
         self.root = require_root(root, "folder", LAYOUT)
         description = read_description(self.root / DESCRIPTION)
         self.labels = LabelMap(description.mapping, description.info.classes)
+        self.assumed_ignore = None if description.says_ignore else IGNORE
         train = find_images(self.root, "images")
         if not train:
             raise UserError(
@@ -101,8 +105,18 @@ class Folder(FileSource):
         return self.labels
 
     def find(self, entry: str) -> str | None:
-        """Paths below the root or below images/, with or without the ending."""
-        return self._known.get(same_name(entry))
+        """Paths below the root or below images/, with or without the ending.
+
+        Before them may stand what leads to the root: its own name, or a whole path on any machine.
+        """
+        entry = same_name(entry.removeprefix("./"))
+        if entry in self._known:
+            return self._known[entry]
+        for folder in {self.root.absolute().name, self.root.resolve().name}:
+            _, found, below = f"/{entry}".partition(f"/{same_name(folder)}/")
+            if found and below in self._known:
+                return self._known[below]
+        return None
 
 
 def _stem(name: str) -> str:
@@ -183,9 +197,31 @@ def read_description(path: Path) -> Description:
             f"{path}: ignore_index must be a number in 0..{VALUES - 1}, got {ignore!r}."
         )
     mapping = _mapping(values.get("id_map"), ignore, classes, path)
+    if "ignore_index" in values and mapping.get(ignore) != IGNORE:
+        raise UserError(
+            f"{path}: id_map says that {ignore} is the class {classes[mapping[ignore]]}, and "
+            f"ignore_index that it is ignored. Take one of the two out."
+        )
+    if "id_map" not in values and ignore < len(classes):
+        kept = ", ".join(f"{c + (c >= ignore)}: {c}" for c in range(len(classes) - 1))
+        raise UserError(
+            f"{path}: ignore_index {ignore} is also the number of the class {classes[ignore]}, "
+            f"which no pixel could have then. Take {classes[ignore]} out of the classes and write "
+            f"`id_map: {{{kept}}}`, or give another ignore_index."
+        )
     mean = _statistics(values.get("mean"), IMAGENET_MEAN, "mean", path)
     std = _statistics(values.get("std"), IMAGENET_STD, "std", path)
-    return Description(DatasetInfo("folder", classes, palette, mean, std), mapping)
+    white = values.get("white")
+    number = isinstance(white, int | float) and not isinstance(white, bool)
+    if white is not None and not (number and 0 < white < math.inf):
+        raise UserError(
+            f"{path}: white must be the value of white in images of more than 8 bits, such as "
+            f"4095, got {white!r}."
+        )
+    says_ignore = "ignore_index" in values or "id_map" in values
+    return Description(
+        DatasetInfo("folder", classes, palette, mean, std, white), mapping, says_ignore
+    )
 
 
 def _is_integer(value: Any, end: int) -> bool:

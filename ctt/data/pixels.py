@@ -6,12 +6,29 @@ from PIL import Image
 BYTE, WORD = 2**8 - 1, 2**16 - 1
 
 
-def to_rgb(picture: Image.Image) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
-    """(H, W, 3). Grey is repeated, 16 bits are scaled to 8, and what is transparent is white."""
-    if picture.mode in ("F", "I") or picture.mode.startswith("I;16"):
-        grey = np.nan_to_num(np.asarray(picture, dtype=np.float64)).clip(min=0)
-        scaled = (grey * (BYTE / _white(grey, picture.mode))).round().astype(np.uint8)
+def is_deep(mode: str) -> bool:
+    """Return whether pictures of this mode are grey ones of more than 8 bits."""
+    return mode in ("F", "I") or mode.startswith("I;16")
+
+
+def to_rgb(
+    picture: Image.Image, white: float | None = None
+) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
+    """(H, W, 3). Grey is repeated, 16 bits are scaled to 8, and what is transparent is white.
+
+    Args:
+        white: the value of white in grey pictures of more than 8 bits, and of all above it; by
+            default 65535 where there are 16.
+
+    The fourth band of a TIFF file is left out: near infrared is often marked as transparency.
+    """
+    if is_deep(picture.mode):
+        grey = np.nan_to_num(np.asarray(picture, dtype=np.float64)).clip(0, white)
+        white = white or _white(grey, picture.mode)
+        scaled = (grey * (BYTE / white)).round().astype(np.uint8)
         return np.repeat(scaled[:, :, None], 3, axis=2)
+    if picture.format == "TIFF" and "A" in picture.getbands():
+        return np.array(picture.convert("RGBA"))[:, :, :3]
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         paper = Image.new("RGBA", picture.size, "white")

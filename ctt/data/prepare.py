@@ -99,6 +99,7 @@ class Prepared(Source):
         except OSError:
             raise UserError(f"{path}: there is no such file.") from None
         parts = [kind, os.fspath(path.resolve()), state.st_mtime_ns, state.st_size, self.size]
+        parts.append(self.info.white)
         digest = hashlib.blake2b(repr(parts).encode(), digest_size=16)
         if kind == "label":
             digest.update(self.source.label_map(path).table.tobytes())

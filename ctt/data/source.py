@@ -1,7 +1,7 @@
 """What a data set is to the rest: names of images, and an image or a label for a name."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -22,6 +22,8 @@ class DatasetInfo:
     Attributes:
         classes: C names. palette: C colours (r, g, b) in 0..255.
         mean, std: of the channels in 0..1, for normalisation.
+        white: the value that stands for white in images of more than 8 bits; None: what their files
+            can hold at most.
     """
 
     name: str
@@ -29,6 +31,7 @@ class DatasetInfo:
     palette: tuple[tuple[int, int, int], ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    white: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,14 @@ class Source(ABC):
     Attributes:
         submission: None where no server evaluates test images.
         notes: sentences on what was found and what follows from it, for the user.
+        assumed_ignore: the number in the masks that is ignored though nobody said so, or None.
         paper_counts: labelled images of a ratio where the paper's count is not the rounded one.
     """
 
     info: DatasetInfo
     submission: ClassVar[Submission | None] = None
     notes: tuple[str, ...] = ()
+    assumed_ignore: int | None = None
     paper_counts: ClassVar[Mapping[Fraction, int]] = {}
 
     @abstractmethod
@@ -106,6 +111,9 @@ class Source(ABC):
     def find(self, entry: str) -> str | None:
         """The name of the image that `entry` in a split list means; None where there is none."""
         return entry if entry in self._names else None
+
+    def evaluate_on(self, names: Iterable[str]) -> None:  # noqa: B027 (most data sets fix it)
+        """Hold these training images out, where a drawn part of them is held out now."""
 
     def line(self, name: str) -> str:
         """The image in a split list for other programs: the paths of image and mask."""

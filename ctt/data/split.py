@@ -96,8 +96,8 @@ def resolve(line: str, find: Callable[[str], str | None]) -> tuple[str, str] | N
     """The name and the mask ("" where the line has none) of a line of a split list.
 
     A line is a bare name, the path of an image, or an image and its mask with a space or a tab
-    between them; paths may start with a slash. Names may hold spaces: the reading counts that
-    `find` knows.
+    between them; paths may start with a slash or have backslashes. Names may hold spaces: the
+    reading counts that `find` knows.
 
     Returns:
         None where no reading is an image that `find` knows.
@@ -116,6 +116,8 @@ def resolve(line: str, find: Callable[[str], str | None]) -> tuple[str, str] | N
     if strangers:
         image, mask = strangers[0]
         raise UserError(f"{image} stands beside {mask}, which is not its mask.")
+    if "\\" in line:  # a list that was written on Windows
+        return resolve(line.replace("\\", "/"), find)
     return None
 
 
@@ -145,6 +147,7 @@ def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str
     """
     labelable = set(source.train_ids())
     evaluation, test = set(source.eval_ids()), set(source.test_ids())
+    example = next(iter([*source.train_ids(), *source.eval_ids()]), "none")
     lines_of: dict[str, int] = {}
     faults = []
     for number, line in read_lines(path).items():
@@ -155,7 +158,10 @@ def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str
             fault = str(error)
         else:
             if not name:
-                fault = f"{line.strip()} is no training image of this data set."
+                fault = (
+                    f"{line.strip()} is no training image of this data set, whose images have "
+                    f"names such as {example}."
+                )
             elif name in evaluation:
                 fault = f"{name} is an image to evaluate on."
             elif name in test:
@@ -199,8 +205,7 @@ def make_split(
     """The labelled and the unlabelled names.
 
     Raises:
-        UserError: no image may be labelled, a list names an image that is not there, or one image
-            is in both lists.
+        UserError: no image may be labelled, or a list names an image that is not there.
     """
     if labeled_list is None:
         if unlabeled_list is not None:
@@ -214,13 +219,7 @@ def make_split(
     if unlabeled_list is None:
         return labeled, all_others(source, labeled)
     unlabeled = read_list(unlabeled_list, source, labeled=False)
-    both = in_both(labeled, unlabeled)
-    if both:
-        raise UserError(
-            f"{both[0]} stands in {labeled_list} and in {unlabeled_list}: an image is either "
-            f"labelled or unlabelled ({len(both)} such)."
-        )
-    return labeled, unlabeled
+    return labeled, without_labeled(source, labeled, unlabeled)
 
 
 def all_others(source: Source, labeled: list[str]) -> list[str]:
@@ -228,5 +227,15 @@ def all_others(source: Source, labeled: list[str]) -> list[str]:
     return sorted({*source.train_ids(), *source.unlabeled_ids()} - set(labeled))
 
 
-def in_both(labeled: list[str], unlabeled: list[str]) -> list[str]:
-    return sorted(set(labeled) & set(unlabeled))
+def without_labeled(source: Source, labeled: list[str], unlabeled: list[str]) -> list[str]:
+    """Return the unlabelled names that are not labelled too, as in some published lists.
+
+    Such names become one of the notes of `source`.
+    """
+    both = sorted(set(labeled) & set(unlabeled))
+    if both:
+        source.notes += (
+            f"{len(both)} of the images are in the list of labelled and in that of unlabelled "
+            f"images, such as {both[0]}: they are labelled ones.",
+        )
+    return [name for name in unlabeled if name not in set(both)]

@@ -33,6 +33,7 @@ class Segmenter(nn.Module):
         super().__init__()
         self.network = network
         self.classes, self.palette, self.note = info.classes, info.palette, note
+        self.white = info.white  # of images of more than 8 bits
         for name, values in (("mean", info.mean), ("std", info.std)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.eval()
@@ -67,7 +68,7 @@ class Segmenter(nn.Module):
             ValueError: another shape or type of numbers.
             ctt.errors.UserError: a file that cannot be read.
         """
-        pixels = image if isinstance(image, Tensor) else from_picture(image)
+        pixels = image if isinstance(image, Tensor) else from_picture(image, self.white)
         if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8:
             raise ValueError(
                 f"predict takes an RGB image of uint8, an array (H, W, 3) or a tensor (3, H, W); "
@@ -79,7 +80,7 @@ class Segmenter(nn.Module):
         return probability[0].argmax(dim=0).to(torch.uint8).cpu()
 
 
-def from_picture(image: Any) -> Tensor:
+def from_picture(image: Any, white: float | None = None) -> Tensor:
     """Return an array (H, W, 3), a PIL image or the image in a file as a tensor (3, H, W)."""
     import numpy as np
     from PIL import Image
@@ -88,9 +89,9 @@ def from_picture(image: Any) -> Tensor:
     from ctt.data.pixels import to_rgb
 
     if isinstance(image, str | Path):
-        return read_image(Path(image))
+        return read_image(Path(image), white)
     if isinstance(image, Image.Image):
-        image = to_rgb(image)
+        image = to_rgb(image, white)
 
     pixels = torch.from_numpy(np.array(image))  # a copy: pictures share memory not to be written
     return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels

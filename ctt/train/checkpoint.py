@@ -128,6 +128,7 @@ def description(network: SegmentationModel, info: DatasetInfo, note: str) -> dic
         "palette": info.palette,
         "mean": info.mean,
         "std": info.std,
+        "white": info.white,
         "note": note,
     }
 
@@ -173,6 +174,7 @@ def _network_of(
         palette=tuple((r, g, b) for r, g, b in meta["palette"]),
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
+        white=meta.get("white"),
     )
     network = models.build(num_classes=len(info.classes), **meta["model"])
     network.load_state_dict(tensors)

@@ -146,6 +146,7 @@ class Trainer:
         (folder / run.LABELED_LIST).parent.mkdir(exist_ok=True)
         write_list(folder / run.LABELED_LIST, self.labeled)
         write_list(folder / run.UNLABELED_LIST, self.unlabeled)
+        write_list(folder / run.EVALUATION_LIST, self.source.eval_ids())
         return folder
 
     def train(self) -> dict[str, Any]:

@@ -138,6 +138,7 @@ def new_split(
 
 def split_of_run(folder: Path, source: Source) -> tuple[list[str], list[str]]:
     """Return `new_split` for a run that goes on: the lists that it was started with."""
+    run.hold_out(folder, source)
     labeled = read_list(folder / run.LABELED_LIST, source, labeled=True)
     path = folder / run.UNLABELED_LIST
     unlabeled = read_list(path, source, labeled=False) if path.stat().st_size else []

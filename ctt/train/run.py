@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 
 from ctt import methods, recipes
+from ctt.data.source import Source
+from ctt.data.split import read_lines
 from ctt.errors import UnwritableError, UserError
 from ctt.files import written
 from ctt.train.settings import Settings, to_dict, update
@@ -23,6 +25,7 @@ CHECKPOINT = Path("checkpoints") / "last.pt"
 WEIGHTS = "best.safetensors"
 LABELED_LIST = Path("split") / "labeled.txt"
 UNLABELED_LIST = Path("split") / "unlabeled.txt"
+EVALUATION_LIST = Path("split") / "evaluation.txt"
 
 # What a checkpoint's tensors and data order stand for: a resumed run cannot change it.
 FIXED = ("dataset", "ratio", "method", "pairs", "seed", "split_labeled", "split_unlabeled", "model")
@@ -125,6 +128,40 @@ def find(path: Path) -> Path:
     if not os.access(folder, os.W_OK):
         raise UserError(f"--resume {path}: {folder} cannot be written.")
     return folder
+
+
+def hold_out(folder: Path, source: Source) -> None:
+    """Evaluate on the images that the run in `folder` held out, whatever came to the data since.
+
+    Leaves `source` as it is where none of those images is in it: it is another data set then.
+
+    Raises:
+        UserError: an image to evaluate on is one that the run was trained with.
+    """
+    if (folder / EVALUATION_LIST).is_file():
+        held_out = read_names(folder / EVALUATION_LIST)
+        source.evaluate_on(held_out)
+        if not set(source.eval_ids()) & {source.find(name) for name in held_out}:
+            return
+    learned = {
+        source.find(name)
+        for path in (LABELED_LIST, UNLABELED_LIST)
+        if (folder / path).is_file()
+        for name in read_names(folder / path)
+    }
+    both = sorted(set(source.eval_ids()) & learned)
+    if both:
+        raise UserError(
+            f"{both[0]} is an image to evaluate on, but the run in {folder} was trained with it "
+            f"({len(both)} such): the data set has changed since. Restore its images as they were, "
+            f"put images to evaluate on into a part of their own (val/ of a folder), or start a "
+            f"new run."
+        )
+
+
+def read_names(path: Path) -> list[str]:
+    """Return the names in a list of a run, which may be empty."""
+    return list(read_lines(path).values()) if path.stat().st_size else []
 
 
 def read_settings(folder: Path) -> Settings:

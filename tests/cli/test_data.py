@@ -1,15 +1,24 @@
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from ctt import data
+import ctt
+from ctt import data, models
 from ctt.cli import data as program
+from ctt.cli import predict
+from ctt.data.check import check_quickly
 from ctt.data.options import SourceOptions
 from ctt.data.split import make_split
+from ctt.errors import UserError
+from ctt.train.checkpoint import save_network
 from tests.data import trees
 
 Call = Callable[..., tuple[int, str, str]]
@@ -76,10 +85,10 @@ def test_faults_of_lists_are_named_by_line(tmp_path: Path, call: Call) -> None:
     unlabeled.write_text("/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png")
     options = ("--split-labeled", labeled, "--split-unlabeled", unlabeled)
     code, out, err = call("check", "--dataset", "voc", "--data-root", tmp_path, *options)
-    assert (code, "3 faults found" in err) == (2, True)
+    assert (code, "2 faults found" in err) == (2, True)
     assert f"{labeled}, line 2: nobody is no training image" in out
     assert f"{labeled}, line 3: 2007_000032 stands in the list more than once (line 1)" in out
-    assert f"2007_000032 is in {labeled} and in {unlabeled}" in out
+    assert "such as 2007_000032: they are labelled ones." in out
     labeled.write_bytes(b"2007_000032\r\n")
     options = ("--split-labeled", labeled)
     code, out, err = call("check", "--dataset", "voc", "--data-root", tmp_path, *options)
@@ -173,3 +182,82 @@ def test_training_ends_with_the_name_of_a_broken_file(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert f"{broken} cannot be read as an image" in re.sub(r"\s+", " ", done.stderr)
     assert "Traceback" not in done.stderr
+
+
+def write_two_classes(root: Path, value: int, description: str = "") -> Path:
+    """Masks that hold 0 and `value`."""
+    trees.write_folder(root, description=f"classes: [ground, thing]\n{description}")
+    for path in root.rglob("*.png"):
+        mask = np.zeros((40, 48), np.uint8)
+        mask[:9] = value
+        trees.save_mask(path, mask, "L")
+    return root
+
+
+def test_a_class_that_is_taken_for_the_ignored_pixels_is_refused(
+    tmp_path: Path, call: Call
+) -> None:
+    root = write_two_classes(tmp_path / "a", 255)
+    code, out, err = call("check", "--dataset", "folder", "--data-root", root)
+    assert (code, "1 fault found" in err) == (2, True)
+    assert "The masks hold 0 and 255 only" in out
+    assert "`id_map: {0: 0, 255: 1}`" in out
+    source = data.open_source("folder", root, SourceOptions())
+    with pytest.raises(UserError, match="no pixel is left of class 1, thing"):
+        check_quickly(source, source.train_ids(), [])
+    mapped = write_two_classes(tmp_path / "b", 255, "id_map: {0: 0, 255: 1}\n")
+    code, out, _ = call("check", "--dataset", "folder", "--data-root", mapped)
+    assert (code, "Nothing is wrong." in out) == (0, True)
+
+
+def test_a_class_without_a_pixel_is_told(tmp_path: Path, call: Call) -> None:
+    root = write_two_classes(tmp_path, 255, "ignore_index: 255\n")
+    code, out, _ = call("check", "--dataset", "folder", "--data-root", root)
+    assert (code, "Nothing is wrong." in out) == (0, False)
+    assert "Warning: no mask shows thing, so no network can learn it." in out
+
+
+def test_twelve_bits_in_sixteen_are_told_and_can_be_stated(tmp_path: Path, call: Call) -> None:
+    description = "classes: [ground, thing]\nignore_index: 255\n"
+    root = write_two_classes(tmp_path, 1, "ignore_index: 255\n")
+    grey = np.linspace(0, 4000, 40 * 48).reshape(40, 48).astype(np.uint16)
+    for i, path in enumerate(sorted(root.rglob("*.[jJ][pP][gG]"))):
+        grey[0, 0] = i
+        Image.fromarray(grey).save(path.with_suffix(".png"))
+        path.unlink()
+    _, out, _ = call("check", "--dataset", "folder", "--data-root", root)
+    assert "Warning: the images of 16 bits hold values up to 4000 only" in out
+    assert "such as `white: 4095`" in out
+    source = data.open_source("folder", root, SourceOptions())
+    check_quickly(source, source.train_ids(), [])
+    assert source.notes[-1].startswith("Warning: the images of 16 bits")
+    (root / "dataset.yaml").write_text(f"{description}white: 4095\n", "utf-8")
+    _, out, _ = call("check", "--dataset", "folder", "--data-root", root)
+    assert "Nothing is wrong." in out
+    stated = data.open_source("folder", root, SourceOptions())
+    image = stated.image(stated.train_ids()[0])
+    assert image.max() == round(4000 / 4095 * 255)
+    network = models.build("small", len(stated.info.classes), width=4, features=8)
+    save_network(tmp_path / "w.safetensors", network, stated.info, "")
+    trained = ctt.load(tmp_path / "w.safetensors")
+    file = root / stated.train_ids()[0]
+    assert torch.equal(trained.predict(file), trained.predict(image))
+    assert torch.equal(trained.predict(Image.open(file)), trained.predict(image))
+    failures: list[str] = []
+    job = predict.Job(file, tmp_path / "out")
+    found = list(predict.read_all([job], stated.info.white, 0, failures))
+    assert torch.equal(found[0][1], image)
+
+
+def test_the_same_file_in_two_parts_is_told(tmp_path: Path, call: Call) -> None:
+    root = trees.write_folder(tmp_path)
+    copied, linked = root / "val" / "images" / "photo 0.jpg", root / "unlabeled" / "link.jpg"
+    shutil.copy(root / "images" / "photo 0.jpg", copied)
+    linked.symlink_to(root / "val" / "images" / "größer" / "photo 1.jpg")
+    _, out, _ = call("check", "--dataset", "folder", "--data-root", root)
+    assert "Warning: 1 of the images to evaluate on are also images with masks, such as " in out
+    assert f"{root / 'images' / 'photo 0.jpg'} and {copied}" in out
+    assert "Warning: 1 of the images to evaluate on are also images without masks" in out
+    source = data.open_source("folder", root, SourceOptions())
+    check_quickly(source, *make_split(source, "1/1", 0, None, None))
+    assert [str(linked) in note for note in source.notes] == [True]  # copies would take too long

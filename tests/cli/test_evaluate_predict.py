@@ -14,12 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ctt.cli import evaluate, predict
+from ctt.cli import evaluate, predict, train
+from ctt.data import open_source
 from ctt.data.digits import Digits
 from ctt.data.files import read_image
+from ctt.data.options import SourceOptions
 from ctt.train import checkpoint, inference, run
 from ctt.train.settings import EvalSettings
 from ctt.train.trained import Trained
+from tests.data import trees
 
 RESULTS = ("_mask.png", "_overlay.png", "_confidence.png")
 SCORES = ("miou", "class_iou", "absent", "pixel_accuracy")
@@ -442,3 +445,40 @@ def test_bad_input(
         "weights": "notes.txt is no safetensors file",
     }[kind]
     assert expected in " ".join(shown.split())
+
+
+def test_images_that_came_later_do_not_change_what_is_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = trees.write_folder(tmp_path / "data", labeled=10, unlabeled=0, evaluation=0), "run"
+    monkeypatch.chdir(tmp_path)
+    quick = (
+        "--recipe digits --dataset folder --data-root data --out run --ratio 5 --data.batch-size 2 "
+        "--data.crop 16 16 --model.width 4 --model.features 8 --train.threads 1 --data.workers 0 "
+        "--train.iterations 3"
+    )
+    assert call(train.main, quick.split(), monkeypatch) == 0
+    before = json.loads(Path(out, "summary.json").read_text("utf-8"))
+    held_out = Path(out, "split", "evaluation.txt").read_text("utf-8").splitlines()
+    for i in range(20):
+        image, label = trees.picture((40, 48), (1, 2), i)
+        trees.save_image(root / "images" / f"later {i}.jpg", image)
+        trees.save_mask(root / "masks" / f"later {i}.png", label)
+    drawn_now = open_source("folder", root, SourceOptions()).eval_ids()
+    assert len(held_out) == 1
+    assert drawn_now != held_out
+    for weights, scores in ((out, "scores"), (f"{out}/best.safetensors", "scores of a file")):
+        arguments = [weights, "--data-root", "data", "--workers", "0", "--out", scores]
+        assert call(evaluate.main, arguments, monkeypatch) == 0
+        after = json.loads(Path(scores, "summary.json").read_text("utf-8"))
+        assert after["images_sha256"] == before["images_sha256"]
+    assert call(train.main, ["--resume", out, "--train.iterations", "4"], monkeypatch) == 0
+    resumed = json.loads(Path(out, "summary.json").read_text("utf-8"))
+    assert resumed["images_sha256"] == before["images_sha256"]
+    capsys.readouterr()
+    Path(out, "split", "evaluation.txt").unlink()
+    with Path(out, "split", "labeled.txt").open("a", encoding="utf-8") as file:
+        file.write(f"{drawn_now[0]}\n")
+    assert call(evaluate.main, [out, "--workers", "0"], monkeypatch) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{drawn_now[0]} is an image to evaluate on, but the run in run was trained" in said

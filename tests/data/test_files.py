@@ -184,7 +184,8 @@ def test_paper_counts_belong_to_the_whole_set(tmp_path: Path) -> None:
 
 
 def test_folder_with_unlabelled_images_and_val(tmp_path: Path) -> None:
-    source = opened("folder", trees.write_folder(tmp_path / "my data ü"))
+    root = trees.write_folder(tmp_path / "my data ü")
+    source = opened("folder", root)
     assert source.train_ids()[0] == "images/größer/photo 1.jpg"
     assert (len(source.train_ids()), len(source.eval_ids())) == (6, 2)
     assert source.unlabeled_ids()[-1] == "unlabeled/photo 2.JPG"
@@ -197,11 +198,20 @@ def test_folder_with_unlabelled_images_and_val(tmp_path: Path) -> None:
         "photo 2",
         "images/photo 2",
         "photo 2.jpg",
+        "./images/photo 2.jpg",
+        "images\\photo 2.jpg",
+        f"{root}/images/photo 2.jpg\t{root}/masks/photo 2.png",
+        f"{root.name}/images/photo 2.jpg",
+        f"/elsewhere/{root.name}/images/photo 2.jpg",
+        f"C:\\data\\{root.name}\\images\\photo 2.jpg",
     ):
         (tmp_path / "list.txt").write_text(f"{entry}\r\n", "utf-8")
         labeled, unlabeled = make_split(source, "1", 0, tmp_path / "list.txt", None)
         assert labeled == ["images/photo 2.jpg"]
         assert len(unlabeled) == 5 + 4
+    (tmp_path / "list.txt").write_text("/elsewhere/images/photo 2.jpg", "utf-8")
+    with pytest.raises(UserError, match=r"have names such as images/größer/photo 1\.jpg"):
+        make_split(source, "1", 0, tmp_path / "list.txt", None)
 
 
 def test_whole_names_win_over_shortened_ones(tmp_path: Path) -> None:
@@ -286,6 +296,12 @@ def test_numbers_beyond_a_byte_can_be_mapped(tmp_path: Path) -> None:
         ("classes: [a, b]\npalette: [[0, 0, 0]]", "palette must be a list of 2 colours"),
         ("classes: [a, b]\npalette: [[0, 0, 0], [0, 0, 300]]", "palette must be"),
         ("classes: [a, b]\nignore_index: none", "ignore_index must be a number"),
+        (
+            "classes: [a, b, c]\nignore_index: 1",
+            "Take b out of the classes and write `id_map: {0: 0",
+        ),
+        ("classes: [a, b]\nignore_index: 3\nid_map: {3: b, 0: a}", "Take one of the two out"),
+        ("classes: [a, b]\nwhite: [1]", "white must be the value of white"),
         ("classes: [a, b]\nid_map: {0: c}", "id_map maps 0 to 'c'"),
         ("classes: [a, b]\nid_map: {-1: 0}", "id_map maps -1 to 0"),
         ("classes: [a, b]\nid_map: [0]", "id_map must hold"),
@@ -420,3 +436,18 @@ def test_links_show_each_image_once(tmp_path: Path) -> None:
     (tmp_path / "images" / "linked").symlink_to("../elsewhere")
     found = find_images(tmp_path, "images")
     assert found == ["images/b/y.jpg", "images/linked/z.jpg", "images/x.jpg"]
+
+
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_a_fourth_band_of_a_tiff_is_no_transparency(tmp_path: Path, orientation: int) -> None:
+    colours = np.random.default_rng(0).integers(0, 255, (5, 4, 3), np.uint8)
+    infrared = np.full((5, 4, 1), 10, np.uint8)
+    bands = Image.fromarray(np.concatenate([colours, infrared], axis=2), "RGBA")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    bands.save(tmp_path / "bands.tif", exif=exif)  # ExtraSamples 2, as GDAL writes four bands
+    bands.save(tmp_path / "photo.png")
+    expected = colours if orientation == 1 else colours[::-1, ::-1]
+    found = read_image(tmp_path / "bands.tif").permute(1, 2, 0).numpy()
+    assert np.array_equal(found, expected)
+    assert read_image(tmp_path / "photo.png").float().mean() > 240  # over white

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ctt.data.check import examine_split
 from ctt.data.digits import INFO
 from ctt.data.files import same_name
 from ctt.data.source import Source
@@ -160,13 +161,25 @@ def test_lists_win_over_the_ratio(tmp_path: Path) -> None:
     assert make_split(source, "1/2", 0, *lists) == (IDS[5:8], IDS[:2])
 
 
+def test_an_image_in_both_lists_is_labelled(tmp_path: Path) -> None:
+    """As 2008_004822 is in the four lists of CPS for the augmented VOC."""
+    source = Names(IDS)
+    lists = (tmp_path / "labeled.txt", tmp_path / "unlabeled.txt")
+    write_list(lists[0], IDS[:3])
+    write_list(lists[1], IDS[2:9])
+    assert make_split(source, "1/2", 0, *lists) == (IDS[:3], IDS[3:9])
+    assert "1 of the images are in the list of labelled and in that of unl" in source.notes[0]
+    checked = Names(IDS)
+    assert examine_split(checked, *lists) == (IDS[:3], IDS[3:9], [])
+    assert checked.notes == source.notes
+
+
 @pytest.mark.parametrize(
     ("labeled", "unlabeled", "text"),
     [
         ("nobody\n", None, "nobody is no training image"),
         ("\n\n", None, "is empty"),
         (f"{IDS[0]}\n{IDS[0]}\n", None, "more than once"),
-        (f"{IDS[0]}\n", f"{IDS[0]}\n{IDS[1]}\n", "stands in"),
         (None, f"{IDS[0]}\n", "needs --split-labeled"),
         ("x 1\n", None, "x 1 is to be labelled"),
         (f"{IDS[0]}\n", "test 1\n", "an image to evaluate on"),
