@@ -24,20 +24,35 @@ class Output(NamedTuple):
 class SegmentationModel(nn.Module, ABC):
     """A network that gives features (B, D, h, w), and a 1x1 classifier on them.
 
-    Subclasses implement `extract`; `classifier` is the last 1x1 convolution.
+    Subclasses implement `encode` and `decode`, between which others may perturb the stages;
+    `classifier` is the last 1x1 convolution.
 
     Attributes:
         stride: input pixels for each pixel of the features: h = ceil(H / stride).
+        stage_channels: of each tensor that `encode` gives.
         options: what `ctt.models.build` makes this network from, but the number of classes.
     """
 
     classifier: nn.Conv2d
     stride: int
+    stage_channels: tuple[int, ...]
     options: dict[str, Any]
 
     @abstractmethod
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Return what `decode` reads of images (B, 3, H, W), normalised.
+
+        These are maps (B, `stage_channels[i]`, h_i, w_i), the finest first. Networks that pad their
+        images have the images as they are for the first: `decode` reads the size of those alone.
+        """
+
+    @abstractmethod
+    def decode(self, stages: list[Tensor]) -> Tensor:
+        """Return features (B, D, h, w) of stages, which may be perturbed but keep their shapes."""
+
     def extract(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised -> features (B, D, h, w)."""
+        return self.decode(self.encode(images))
 
     def forward(self, images: Tensor) -> Output:
         features = self.extract(images)

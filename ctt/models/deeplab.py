@@ -32,6 +32,7 @@ class DeepLabV2(BackboneModel):
         self.backbone_name, self.stride = backbone, output_stride
         self.backbone = Stages(backbone, output_stride)
         channels = self.backbone.channels[-1]
+        self.stage_channels = (channels,)
         self.aspp = nn.ModuleList(
             nn.Conv2d(channels, features, 3, padding=rate, dilation=rate) for rate in V2_RATES
         )
@@ -40,8 +41,11 @@ class DeepLabV2(BackboneModel):
             nn.init.normal_(layer.weight, std=0.01)  # as published
             nn.init.zeros_(layer.bias)
 
-    def extract(self, images: Tensor) -> Tensor:
-        x = self.backbone(images)[-1]  # (B, channels, h, w)
+    def encode(self, images: Tensor) -> list[Tensor]:
+        return [self.backbone(images)[-1]]  # (B, channels, h, w)
+
+    def decode(self, stages: list[Tensor]) -> Tensor:
+        (x,) = stages
         features: Tensor = sum(conv(x) for conv in self.aspp)  # (B, D, h, w)
         return features
 
@@ -64,6 +68,7 @@ class DeepLabV3Plus(BackboneModel):
         self.backbone = Stages(backbone, output_stride)
         channels, strides = self.backbone.channels, self.backbone.strides
         self.low_level = strides.index(LOW_LEVEL_STRIDE)
+        self.stage_channels = (channels[self.low_level], channels[-1])
         self.ratio = output_stride // LOW_LEVEL_STRIDE
         rates = tuple(rate * 16 // output_stride for rate in V3_RATES)
         self.aspp = Aspp(channels[-1], features, rates)
@@ -73,11 +78,15 @@ class DeepLabV3Plus(BackboneModel):
         )
         self.classifier = nn.Conv2d(features, num_classes, 1)
 
-    def extract(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> list[Tensor]:
         stages = self.backbone(images)
-        low = self.skip(stages[self.low_level])  # (B, 48, H/4, W/4)
+        return [stages[self.low_level], stages[-1]]
+
+    def decode(self, stages: list[Tensor]) -> Tensor:
+        fine, coarse = stages
+        low = self.skip(fine)  # (B, 48, H/4, W/4)
         # what align_corners gives images of 16 n + 1 pixels, as 321 and 513, for all sizes
-        high = stretch_like(self.aspp(stages[-1]), low, self.ratio, corners=True)  # (B, D, h, w)
+        high = stretch_like(self.aspp(coarse), low, self.ratio, corners=True)  # (B, D, h, w)
         features: Tensor = self.decoder(torch.cat([high, low], dim=1))
         return features
 

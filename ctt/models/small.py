@@ -18,6 +18,7 @@ class Small(SegmentationModel):
 
     def __init__(self, num_classes: int, features: int = 64, width: int = 24) -> None:
         super().__init__()
+        self.stage_channels = (width, 2 * width, 4 * width)
         self.stem = conv_bn(3, width, stride=2)
         self.stage1 = nn.Sequential(Residual(width, width), Residual(width, width))
         self.stage2 = nn.Sequential(
@@ -30,10 +31,13 @@ class Small(SegmentationModel):
         self.merge1 = conv_bn(3 * width, features, kernel=3)
         self.classifier = nn.Conv2d(features, num_classes, 1)
 
-    def extract(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> list[Tensor]:
         x1 = self.stage1(self.stem(images))  # (B, w, H/2, W/2)
         x2 = self.stage2(x1)  # (B, 2w, H/4, W/4)
-        x3 = self.stage3(x2)  # (B, 4w, H/8, W/8)
+        return [x1, x2, self.stage3(x2)]  # the last: (B, 4w, H/8, W/8)
+
+    def decode(self, stages: list[Tensor]) -> Tensor:
+        x1, x2, x3 = stages
         x2 = self.merge2(torch.cat([x2, stretch_like(x3, x2, 2)], dim=1))
         merged: Tensor = self.merge1(torch.cat([x1, stretch_like(x2, x1, 2)], dim=1))
         return merged

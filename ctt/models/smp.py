@@ -9,6 +9,7 @@ from typing import Any
 import segmentation_models_pytorch
 import timm
 import torch
+from segmentation_models_pytorch.encoders.timm_vit import TimmViTEncoder
 from torch import Tensor, nn
 
 from ctt.errors import UserError
@@ -30,7 +31,9 @@ class Smp(BackboneModel):
     and segformer at D = 256). Elsewhere a 3x3 convolution with batch norm and ReLU takes it to D.
     Decoders of the U-Net kind work at the resolution of the image: choose a small D there.
 
-    Images of any size: they are padded to what the encoder needs by the normalised colour 0.
+    Images of any size: they are padded to what the encoder needs by the normalised colour 0. The
+    stages are the library's, from the image on; one of no channels stands where the encoder has
+    nothing at stride 2. Each stage of a ViT has the class token, in every cell, beside its map.
 
     Args:
         architecture: one of `architectures()`. num_classes: C. features: D.
@@ -49,22 +52,48 @@ class Smp(BackboneModel):
         self.multiple = int(net.encoder.output_stride) * (2 if architecture == "dpt" else 1)
         # PAN halves the last stage three times over before its last convolution
         self.smallest = 8 * self.multiple if architecture == "pan" else 0
+        encoder_channels = tuple(net.encoder.out_channels)
+        self.is_vit = isinstance(net.encoder, TimmViTEncoder)
+        self.has_token = self.is_vit and bool(net.encoder.has_prefix_tokens)
+        self.lists_image = encoder_channels[0] == 3
+        if self.has_token:
+            encoder_channels = tuple(2 * channels for channels in encoder_channels)
+        self.stage_channels = encoder_channels if self.lists_image else (3, *encoder_channels)
         channels, self.stride = self._probe(f"smp:{architecture}")
         # where nothing is to be converted the classifier reads the decoder itself
         self.project = nn.Identity() if channels == features else conv_bn(channels, features)
         self.classifier = nn.Conv2d(features, num_classes, 1)
 
-    def extract(self, images: Tensor) -> Tensor:
-        decoded = self._decode(pad_to_multiple(images, self.multiple, self.smallest))
-        return crop_to_stride(self.project(decoded), images, self.stride)
+    def encode(self, images: Tensor) -> list[Tensor]:
+        found: Any = self.backbone(self._pad(images))
+        if self.is_vit:
+            maps, tokens = found  # (B, dim, h, w) and (B, tokens, dim) of each stage
+            if self.has_token:
+                # the decoder reads the first token, that of the class
+                pairs = zip(maps, tokens, strict=True)
+                maps = [torch.cat([x, spread(token[:, 0], x)], dim=1) for x, token in pairs]
+            return [images, *maps]
+        return [images, *(found[1:] if self.lists_image else found)]
 
-    def _decode(self, images: Tensor) -> Tensor:
-        stages = self.backbone(images)
-        # the encoder of a ViT gives its class token beside the stages
-        decoded: Tensor = (
-            self.decoder(*stages) if isinstance(stages, tuple) else self.decoder(stages)
-        )
+    def decode(self, stages: list[Tensor]) -> Tensor:
+        return crop_to_stride(self.project(self._decode(stages)), stages[0], self.stride)
+
+    def _decode(self, stages: list[Tensor]) -> Tensor:
+        images, *maps = stages
+        decoded: Tensor
+        if self.is_vit:
+            tokens: list[Tensor | None] = [None] * len(maps)
+            if self.has_token:
+                halves = [x.chunk(2, dim=1) for x in maps]
+                maps = [x.contiguous() for x, _ in halves]
+                tokens = [token[:, None, :, 0, 0] for _, token in halves]
+            decoded = self.decoder(maps, tokens)
+        else:
+            decoded = self.decoder([self._pad(images), *maps] if self.lists_image else maps)
         return decoded
+
+    def _pad(self, images: Tensor) -> Tensor:
+        return pad_to_multiple(images, self.multiple, self.smallest)
 
     def _probe(self, name: str) -> tuple[int, int]:
         """Channels and stride of what the decoder gives; what it leaves unread is not trained.
@@ -73,7 +102,8 @@ class Smp(BackboneModel):
         """
         empty = copy.deepcopy(self).eval().to("meta")
         try:
-            decoded = empty._decode(torch.empty(1, 3, PROBE, PROBE, device="meta"))
+            images = torch.empty(1, 3, PROBE, PROBE, device="meta")
+            decoded = empty._decode(empty.encode(images))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise _not_fitting(name, self.backbone_name, error) from None
         decoded.sum().backward()  # type: ignore[no-untyped-call]
@@ -106,6 +136,11 @@ def _not_fitting(name: str, backbone: str, error: Exception) -> UserError:
     return UserError(
         f"--model.name {name} cannot be built on --model.backbone {backbone} ({reason})."
     )
+
+
+def spread(vectors: Tensor, maps: Tensor) -> Tensor:
+    """Return vectors (B, D) in every cell of maps (B, _, h, w): (B, D, h, w)."""
+    return vectors[:, :, None, None].expand(-1, -1, *maps.shape[-2:])
 
 
 def allow_single_values(module: nn.Module) -> nn.Module:

@@ -31,6 +31,7 @@ class Vit(BackboneModel):
         self.backbone = transformer
         self.stride = transformer.patch_embed.patch_size[0] // 2
         depth, dim = len(transformer.blocks), transformer.embed_dim
+        self.stage_channels = (3, *[dim] * TAKEN)
         self.taken = [depth * (i + 1) // TAKEN - 1 for i in range(TAKEN)]
         self.reduce = nn.ModuleList(nn.Conv2d(dim, features, 1) for _ in self.taken)
         self.decoder = nn.Sequential(
@@ -41,10 +42,14 @@ class Vit(BackboneModel):
         )
         self.classifier = nn.Conv2d(features, num_classes, 1)
 
-    def extract(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> list[Tensor]:
         transformer: Any = self.backbone
         blocks: list[Tensor] = transformer.forward_intermediates(
             images, indices=self.taken, norm=True, output_fmt="NCHW", intermediates_only=True
         )  # of (B, dim, H / patch, W / patch)
+        return [images, *blocks]
+
+    def decode(self, stages: list[Tensor]) -> Tensor:
+        images, *blocks = stages
         merged = sum(conv(x) for conv, x in zip(self.reduce, blocks, strict=True))  # D channels
         return crop_to_stride(self.decoder(merged), images, self.stride)

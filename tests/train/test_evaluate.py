@@ -27,7 +27,11 @@ class Fixed(SegmentationModel):
         self.classifier = nn.Identity()
         self.table = torch.randn(8, 9, generator=rng)  # classes 9 and 10 are never predicted
 
-    def extract(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> list[Tensor]:
+        return [images]
+
+    def decode(self, stages: list[Tensor]) -> Tensor:
+        (images,) = stages
         colour = ((images[:, 0] * INFO.std[0] + INFO.mean[0]) * 7.99).long()
         logits = self.table[colour].permute(0, 3, 1, 2)
         return torch.cat([logits, torch.full_like(logits[:, :2], -20)], dim=1)
@@ -117,7 +121,8 @@ class Noisy(Fixed):
         super().__init__(seed)
         self.seed, self.known = seed, known
 
-    def extract(self, images: Tensor) -> Tensor:
+    def decode(self, stages: list[Tensor]) -> Tensor:
+        (images,) = stages
         rng = torch.Generator().manual_seed(self.seed + images.numel())
         logits = torch.randn(len(images), len(INFO.classes), *images.shape[-2:], generator=rng)
         logits[:, self.known :] -= 100
@@ -173,7 +178,8 @@ def test_the_ensemble_is_the_mean_of_the_teachers_probabilities() -> None:
             super().__init__(0)
             self.logits = torch.tensor([*logits, *[-30.0] * 8])
 
-        def extract(self, images: Tensor) -> Tensor:
+        def decode(self, stages: list[Tensor]) -> Tensor:
+            (images,) = stages
             size = (len(images), -1, *images.shape[-2:])
             return self.logits[None, :, None, None].expand(size)
 

@@ -36,15 +36,19 @@ class Pointwise(SegmentationModel):
             self.body = nn.Conv2d(3, 8, 1)
             self.classifier = nn.Conv2d(8, 5, 1)
 
-    def extract(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> list[Tensor]:
+        return [images]
+
+    def decode(self, stages: list[Tensor]) -> Tensor:
+        (images,) = stages
         return F.relu(self.body(images))
 
 
 class Symmetric(Pointwise):
     """Looks left and right alike."""
 
-    def extract(self, images: Tensor) -> Tensor:
-        return F.avg_pool2d(super().extract(images), (1, 3), 1, (0, 1))
+    def decode(self, stages: list[Tensor]) -> Tensor:
+        return F.avg_pool2d(super().decode(stages), (1, 3), 1, (0, 1))
 
 
 def pictures(size: tuple[int, int], images: int = 2) -> Tensor:
