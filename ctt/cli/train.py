@@ -7,13 +7,20 @@ import dataclasses
 import os
 import shlex
 import sys
+import typing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 from ctt import methods, recipes
 from ctt.cli.common import INTERRUPTED, run_program
 from ctt.errors import AlreadyReportedError, UserError
-from ctt.train.settings import Settings, to_dict, update, validate
+from ctt.train.settings import Settings, update, validate
+
+METHODS_CAPTION = (
+    "cost: time of a step as a multiple of mean-teacher's. `ctt-train --method NAME --help` shows "
+    "the settings of a method."
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,8 @@ class Arguments(Settings):
     """New folder for the run; by default a numbered one in runs/."""
     resume: Path | None = None
     """Go on with the stopped run in this folder, with its settings."""
+    list_methods: bool = False
+    """Print the training methods and end."""
     dry_run: bool = False
     """Check settings, data, weights and folders, tell how much memory the run takes, and write
     nothing."""
@@ -43,6 +52,10 @@ def main() -> None:
 
 
 def _main(arguments: list[str]) -> int:
+    if "--list-methods" in arguments:
+        if first_process():
+            list_methods()
+        return 0
     try:
         parsed, settings = read(arguments)
     except UserError:
@@ -66,6 +79,22 @@ def _main(arguments: list[str]) -> int:
             )
         return INTERRUPTED
     return 0
+
+
+def list_methods() -> None:
+    """Print a table of the training methods."""
+    from rich.table import Table
+
+    from ctt.console import plain_console
+
+    table = Table(title="training methods", caption=METHODS_CAPTION)
+    for column in ("method", "source", "students", "beside students and teachers", "cost"):
+        table.add_column(column, justify="right" if column in ("students", "cost") else "left")
+    for name in [*methods.names(), *methods.installed()]:
+        about = methods.get(name)
+        cost = f"{about.cost:.1f}" if about.cost else ""
+        table.add_row(name, about.paper, str(about.pairs), about.extra, cost)
+    plain_console().print(table)
 
 
 def first_process() -> bool:
@@ -138,6 +167,7 @@ def parse(arguments: list[str]) -> Arguments:
     for option in ("--recipe", "--config", "--dataset", "--resume"):
         early.add_argument(option)
     early.add_argument("--data.voc-set", "--data.voc_set", dest="voc_set")
+    early.add_argument("--method")
     early.add_argument("--model.name", dest="network")
     early.add_argument("--model.backbone", dest="backbone")
     given, _ = early.parse_known_args(arguments)
@@ -147,6 +177,8 @@ def parse(arguments: list[str]) -> Arguments:
 
         settings = run.read_settings(run.find(Path(given.resume)))
     values = recipes.load_file(Path(given.config)) if given.config is not None else {}
+    if given.method or "method" in values:
+        settings = settings.with_method(given.method or str(values["method"]))
     recipe = values.pop("recipe", [])
     if not isinstance(recipe, str | list):
         raise UserError(f"{given.config}: recipe must be a name or a list of names, got {recipe}.")
@@ -166,11 +198,63 @@ def parse(arguments: list[str]) -> Arguments:
             own = {"model": {"backbone": [], "output_stride": 0}}
             settings = update(settings, own, f"recipe {recipe}")
     settings = update(settings, values, str(given.config))
-    default = update(Arguments(), to_dict(settings), "settings")
-    return tyro.cli(
-        Arguments,
+    if given.method:
+        settings = settings.with_method(given.method)
+    shown = shown_class(settings, help_asked=bool({"-h", "--help"} & set(arguments)))
+    parsed = tyro.cli(
+        shown,
         prog="ctt-train",
         args=arguments,
-        default=default,
+        default=remade(shown, settings),
         console_outputs=first_process(),
     )
+    return remade(Arguments, parsed)
+
+
+def shown_class(settings: Settings, help_asked: bool) -> type[Arguments]:
+    """Return `Arguments` with the options of the method.
+
+    The help leaves out what the method does not read. Otherwise such settings can be given, so that
+    the message says what ignores them.
+    """
+    from tyro.conf import Suppress
+
+    try:
+        about = methods.get(settings.method)
+    except UserError:
+        return Arguments  # `validate` tells
+    unused = about.unused(settings.pairs or about.pairs) if help_asked else ()
+    fields: list[Any] = [("options", about.options, dataclasses.field(default=settings.options))]
+    for group in dict.fromkeys(name.partition(".")[0] for name in unused):
+        kind = type(getattr(settings, group))
+        if group in unused:
+            fields.append((group, Annotated[kind, Suppress], dataclasses.field(default=kind())))
+            continue
+        hints = typing.get_type_hints(kind)
+        hidden = [
+            (f.name, Annotated[hints[f.name], Suppress], dataclasses.field(default=f.default))
+            for f in dataclasses.fields(kind)
+            if f"{group}.{f.name}" in unused
+        ]
+        part = dataclasses.make_dataclass(kind.__name__, hidden, bases=(kind,), frozen=True)
+        fields.append((group, part, dataclasses.field(default=part())))
+    made = dataclasses.make_dataclass("Arguments", fields, bases=(Arguments,), frozen=True)
+    made.__doc__ = Arguments.__doc__
+    return made
+
+
+A = TypeVar("A")
+
+
+def remade(kind: type[A], values: Any) -> A:
+    """Return an instance of a dataclass with the values that another one has under its names."""
+    hints = typing.get_type_hints(kind)
+    found = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if not hasattr(values, field.name):
+            continue
+        value = getattr(values, field.name)
+        inner = hints[field.name]
+        nested = dataclasses.is_dataclass(value) and field.name != "options"
+        found[field.name] = remade(inner, value) if nested else value
+    return kind(**found)

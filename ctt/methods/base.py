@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ctt import models
 from ctt.data.seeding import derive_seed
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
+from ctt.methods.catalog import About
 from ctt.methods.optim import make_sgd
 from ctt.models.base import BackboneModel, Output, SegmentationModel
 from ctt.models.weights import start_from
@@ -180,6 +181,7 @@ class Method(nn.Module):
     (B, 3, H, W), and `padding` (B, H, W), which is true where there is no image.
 
     Attributes:
+        about: its source, how many pairs it has by default, and the class of its options.
         terms: names of the terms, in the order of the log.
         logged: names of other numbers that the method gives to `step.log` or `report`.
         students: the networks that are trained. teachers: those that follow them, always in
@@ -189,6 +191,7 @@ class Method(nn.Module):
         find_unused: whether a step may leave trainable parameters without a gradient.
     """
 
+    about: ClassVar[About] = About()
     terms: tuple[str, ...] = ()
     logged: tuple[str, ...] = ()
     labeled_beside = True

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
+import functools
+import importlib.util
+import sys
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ctt.errors import UserError
@@ -12,6 +19,7 @@ from ctt.methods.options import Options
 if TYPE_CHECKING:
     from ctt.methods.base import Method
 
+GROUP = "ctt.methods"  # of entry points, by which packages offer methods
 LABELING = ("loss.ct", "loss.ct_ramp", "loss.confidence_weight", "loss.confidence_threshold")
 LOW_LEVEL = ("loss.lc", "loss.tau_lc", "loss.directional", "loss.lc_pixels")
 CONTRAST = (
@@ -32,22 +40,27 @@ class About:
     """Facts of a method.
 
     Attributes:
-        target: where it is, `module:Class`. paper: its source, in one line.
+        paper: its source, in one line. target: where it is, `module:Class` or `file.py:Class`.
         pairs: K where the user asks for none.
         unlabeled: whether it takes unlabelled images.
         uses: settings of the run, or groups of them, that it reads among those that only some
             methods read.
         options: class of the settings that it alone has.
         contrast: whether the high-level and low-level contrast belong to it.
+        extra: what is trained or kept beside the students and their teachers, in words.
+        cost: of a step with its own number of pairs, as a multiple of a mean teacher's (measured
+            on a CPU); 0: not measured.
     """
 
-    target: str
-    paper: str
+    paper: str = ""
+    target: str = ""
     pairs: int = 1
     unlabeled: bool = True
     uses: tuple[str, ...] = ()
     options: type[Options] = Options
     contrast: bool = False
+    extra: str = ""
+    cost: float = 0.0
 
     def unused(self, pairs: int) -> tuple[str, ...]:
         """Return the settings, or groups of settings, that change nothing under this method."""
@@ -55,58 +68,121 @@ class About:
         return tuple(name for name in SHARED if name not in self.uses or name in lonely)
 
     def load(self) -> type[Method]:
-        """Return the class."""
-        module, _, name = self.target.partition(":")
-        found: type[Method] = getattr(importlib.import_module(module), name)
-        return found
+        """Return the class.
+
+        Raises:
+            UserError: it is none of a method, or its file cannot be run.
+        """
+        return load(self.target)
 
 
 METHODS = {
     "cross-teacher": About(
-        "ctt.methods.cross_teacher:CrossTeacher",
         "Xiao et al., Neurocomputing 508, 2022",
+        "ctt.methods.cross_teacher:CrossTeacher",
         pairs=2,
         uses=(*TAUGHT, *CONTRAST, *LOW_LEVEL),
         contrast=True,
+        extra="banks of features",
+    ),
+    "supervised": About(
+        "the labelled images alone",
+        "ctt.methods.supervised:Supervised",
+        unlabeled=False,
+        uses=("ema", "loss.sup"),
+    ),
+    "mean-teacher": About(
+        "Tarvainen and Valpola, NeurIPS 2017, with hard labels",
+        "ctt.methods.mean_teacher:MeanTeacher",
+        uses=TAUGHT,
     ),
     "cps": About(
-        "ctt.methods.cps:CrossPseudoSupervision",
         "Chen et al., CVPR 2021",
+        "ctt.methods.cps:CrossPseudoSupervision",
         pairs=2,
         uses=TAUGHT,
     ),
     "dual-teachers": About(
-        "ctt.methods.dual_teachers:DualTeachers",
         "Xiao et al., 2022, Table 5",
+        "ctt.methods.dual_teachers:DualTeachers",
         pairs=2,
         uses=TAUGHT,
     ),
-    "fixmatch": About("ctt.methods.fixmatch:FixMatch", "Sohn et al., NeurIPS 2020", uses=TAUGHT),
-    "mean-teacher": About(
-        "ctt.methods.mean_teacher:MeanTeacher",
-        "Tarvainen and Valpola, NeurIPS 2017, with hard labels",
-        uses=TAUGHT,
-    ),
-    "supervised": About(
-        "ctt.methods.supervised:Supervised",
-        "the labelled images alone",
-        unlabeled=False,
-        uses=("ema", "loss.sup"),
-    ),
+    "fixmatch": About("Sohn et al., NeurIPS 2020", "ctt.methods.fixmatch:FixMatch", uses=TAUGHT),
 }
 
 
 def names() -> list[str]:
-    """Return the names that `get` knows."""
+    """Return the names of the methods that come with the package."""
     return list(METHODS)
 
 
+def installed() -> dict[str, EntryPoint]:
+    """Return the methods that other installed packages offer, by name."""
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
 def get(name: str) -> About:
-    """Return the method of that name.
+    """Return the facts of a method.
+
+    Args:
+        name: one of `names`, or of `installed`, or a class in a file, `my_method.py:MyMethod`.
 
     Raises:
         UserError: there is none.
     """
-    if name not in METHODS:
-        raise UserError(f"--method {name}: no such method. Methods: {', '.join(names())}.")
-    return METHODS[name]
+    if name in METHODS:
+        return METHODS[name]
+    if ".py:" in name:
+        return dataclasses.replace(load(name).about, target=name)
+    others = installed()
+    if name in others:
+        target = others[name].value
+        return dataclasses.replace(load(target).about, target=target)
+    raise UserError(
+        f"--method {name}: no such method. Methods: {', '.join([*names(), *others])}; or give a "
+        f"class of your own as my_method.py:MyMethod."
+    )
+
+
+@functools.cache
+def load(target: str) -> type[Method]:
+    """Return the class that a target names.
+
+    Args:
+        target: `module:Class`, or `file.py:Class`, whose file is run.
+
+    Raises:
+        UserError: it is none of a method, or its file cannot be run.
+    """
+    from ctt.methods.base import Method
+
+    place, _, name = target.rpartition(":")
+    try:
+        module = run_file(Path(place)) if place.endswith(".py") else import_module(place)
+    except FileNotFoundError:
+        raise UserError(f"--method {target}: there is no file {place}.") from None
+    except Exception as error:  # code of the user can raise anything
+        raise UserError(
+            f"--method {target}: {place} cannot be run ({type(error).__name__}: {error})."
+        ) from error
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise UserError(
+            f"--method {target}: {place} has no class {name} that is a ctt.methods.base.Method."
+        )
+    return found
+
+
+def run_file(path: Path) -> ModuleType:
+    """Return the module that a file makes, which can be found again under its name."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    name = f"ctt_method_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look for their module there
+    spec.loader.exec_module(module)
+    return module

@@ -276,8 +276,7 @@ class Settings:
     split_unlabeled: Path | None = None
     """List of unlabelled images; without it all training images that are not labelled."""
     method: str = "cross-teacher"
-    """Who labels the unlabelled images: supervised (nobody), mean-teacher, dual-teachers,
-    cross-teacher, cps (the other student) or fixmatch (the student itself)."""
+    """Training method: a name of --list-methods, or a class in a file, my_method.py:MyMethod."""
     pairs: int = 0
     """K, pairs of student and teacher; 0: what the method uses by default."""
     seed: int = 0
