@@ -83,7 +83,7 @@ from pathlib import Path
 
 from ctt import recipes
 from ctt.train.loop import train
-from ctt.train.settings import Settings, update
+from ctt.settings import Settings, update
 
 folder, change = sys.argv[1:]
 settings = update(Settings(), recipes.load("digits"), "recipe")

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ctt.data.source import IGNORE
 from ctt.models.base import Output, SegmentationModel
-from ctt.train.settings import Settings
+from ctt.settings import Settings
 
 Batch = tuple[Tensor, Tensor]
 

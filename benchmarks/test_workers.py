@@ -16,8 +16,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks import harness
 from benchmarks.harness import Row, Setting
 from ctt import recipes
+from ctt.settings import Settings, update
 from ctt.train.loop import train
-from ctt.train.settings import Settings, update
 
 SIZES = {"tiny": 2, "digits": 100}  # steps of a run
 GROUPS = {"default": ["digits"], "paper": ["digits"], "series": []}

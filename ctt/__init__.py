@@ -35,8 +35,8 @@ def load(path: str | Path, network: str = "best") -> Segmenter:
     Raises:
         ctt.errors.UserError: there is no such file or network, or it cannot be read.
     """
+    from ctt.inference.load import load_trained
     from ctt.models.segmenter import Segmenter
-    from ctt.train.trained import load_trained
 
     trained = load_trained(Path(path), network)
     return Segmenter(trained.only(), trained.info, trained.origin).requires_grad_(False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ctt import recipes
-from ctt.train.settings import Settings, update
+from ctt.settings import Settings, update
 
 TINY = {
     "ratio": "6",

@@ -37,3 +37,11 @@ def test_no_module_hides_one_of_the_standard_library() -> None:
     modules = {path for folder in ("ctt", "kernels") for path in (root / folder).rglob("*.py")}
     assert len(modules) > 50
     assert [path for path in modules if path.stem in sys.stdlib_module_names] == []
+
+
+def test_packages_import_nothing_of_training() -> None:
+    root = Path(__file__).resolve().parents[1] / "ctt"
+    below = ("data", "inference", "methods", "models", "ops", "recipes")
+    files = [*root.glob("*.py"), *(path for name in below for path in (root / name).rglob("*.py"))]
+    assert len(files) > 50
+    assert [path for path in files if "ctt.train" in path.read_text(encoding="utf-8")] == []

@@ -5,7 +5,7 @@ import pytest
 from ctt import recipes
 from ctt.cli.train import parse
 from ctt.errors import UserError
-from ctt.train.settings import Settings, to_dict, update
+from ctt.settings import Settings, to_dict, update
 
 PAPER = ("voc-aug-deeplabv2", "voc-classic-deeplabv3plus", "cityscapes-deeplabv2")
 

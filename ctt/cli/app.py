@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ctt.cli.common import run_program
 from ctt.errors import UserError
-from ctt.train.settings import EvalSettings, validate_eval
+from ctt.settings import EvalSettings, validate_eval
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def _main(arguments: list[str]) -> int:
         raise UserError(f"--port {parsed.port} must be in 1..65535.")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     from ctt.cli.page import Viewer, serve
-    from ctt.train.device import pick_device
-    from ctt.train.inference import for_images
-    from ctt.train.trained import load_trained
+    from ctt.device import pick_device
+    from ctt.inference.load import load_trained
+    from ctt.inference.predict import for_images
 
     device = pick_device(parsed.device, "--device")
     trained = load_trained(parsed.path)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from ctt.cli.common import run_program
 from ctt.data.options import SourceOptions
 from ctt.errors import UserError
-from ctt.train.settings import DataSettings, Settings, validate
+from ctt.settings import DataSettings, Settings, validate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

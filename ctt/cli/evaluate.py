@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from ctt.cli.common import run_program
 from ctt.errors import UserError
-from ctt.train.settings import EvalSettings, Settings, update, validate_eval
+from ctt.settings import EvalSettings, Settings, update, validate_eval
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from ctt.data.source import DatasetInfo, Source
+    from ctt.inference.load import Trained
     from ctt.models.base import SegmentationModel
-    from ctt.train.trained import Trained
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def _main(arguments: list[str]) -> int:
     _check_new("--submission", parsed.submission)
     if parsed.workers < 0:
         raise UserError(f"--workers {parsed.workers} must be at least 0.")
-    from ctt.train.device import pick_device
-    from ctt.train.trained import load_trained
+    from ctt.device import pick_device
+    from ctt.inference.load import load_trained
 
     device = pick_device(parsed.device, "--device")
     trained = load_trained(parsed.path)
@@ -91,8 +91,7 @@ def _check_new(option: str, folder: Path | None) -> None:
 
 
 def _open_source(trained: Trained, parsed: Arguments) -> tuple[Source, Settings]:
-    from ctt import data
-    from ctt.train import run
+    from ctt import data, run
 
     settings = trained.settings
     if parsed.dataset:
@@ -148,8 +147,8 @@ def _submit(
 ) -> None:
     from rich.progress import Progress
 
-    from ctt.train.inference import for_images, in_words
-    from ctt.train.submission import images_to_submit, write_submission
+    from ctt.inference.predict import for_images, in_words
+    from ctt.inference.submission import images_to_submit, write_submission
 
     if parsed.split or parsed.out is not None:
         raise UserError(
@@ -186,7 +185,7 @@ def _confusions(
 ) -> dict[str, Tensor]:
     from rich.progress import Progress
 
-    from ctt.train.evaluate import confusions
+    from ctt.inference.evaluate import confusions
 
     for network in networks.values():
         network.to(device)
@@ -215,9 +214,9 @@ def _report(
 ) -> None:
     """Print the table; write summary.json and the pictures if wanted."""
     from ctt.console import plain_console
-    from ctt.train.evaluate import as_json, hash_of_list, score, score_table, write_json
-    from ctt.train.inference import in_words
-    from ctt.train.record import draw_confusion, write_confusion
+    from ctt.inference.evaluate import as_json, hash_of_list, score, score_table, write_json
+    from ctt.inference.figures import draw_confusion, write_confusion
+    from ctt.inference.predict import in_words
 
     scores = {name: score(matrix) for name, matrix in matrices.items()}
     console = plain_console()

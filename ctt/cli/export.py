@@ -62,8 +62,8 @@ def _main(arguments: list[str]) -> int:
             "--output, --normalized and --size say what a graph computes, and --format safetensors "
             "writes weights alone. Leave them out."
         )
-    from ctt.train.export import OPSET, SUFFIXES, export
-    from ctt.train.trained import load_trained
+    from ctt.inference.export import OPSET, SUFFIXES, export
+    from ctt.inference.load import load_trained
 
     folder = parsed.path if parsed.path.is_dir() else parsed.path.parent
     out = parsed.out or folder / f"{parsed.network}{SUFFIXES[parsed.format]}"

@@ -21,10 +21,10 @@ from torch import Tensor
 from ctt.data.files import read_image
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
-from ctt.train.inference import in_words
-from ctt.train.render import OVERLAY, colorize, overlay
-from ctt.train.settings import EvalSettings
-from ctt.train.trained import Trained
+from ctt.inference.load import Trained
+from ctt.inference.predict import in_words
+from ctt.inference.render import OVERLAY, colorize, overlay
+from ctt.settings import EvalSettings
 
 EXAMPLES = 8  # evaluation images offered
 SHOWN = (320, 1280)  # longer side of a picture on the page, in pixels: smallest and largest

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from ctt.cli.common import BAD_INPUT, run_program
 from ctt.data import IMAGE_SUFFIXES
 from ctt.errors import UserError
-from ctt.train.settings import EvalSettings, validate_eval
+from ctt.settings import EvalSettings, validate_eval
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ctt.data.source import DatasetInfo
-    from ctt.train.inference import Predict
+    from ctt.inference.predict import Predict
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ def _main(arguments: list[str]) -> int:
     jobs = check_targets(jobs, parsed)
     if parsed.workers < 0:
         raise UserError(f"--workers {parsed.workers} must be at least 0.")
-    from ctt.train.device import pick_device
-    from ctt.train.inference import for_images
-    from ctt.train.trained import load_trained
+    from ctt.device import pick_device
+    from ctt.inference.load import load_trained
+    from ctt.inference.predict import for_images
 
     device = pick_device(parsed.device, "--device")
     trained = load_trained(parsed.weights, parsed.network)
@@ -219,8 +219,8 @@ def segment(jobs: list[Job], predict: Predict, info: DatasetInfo, parsed: Argume
     import torch
     from rich.progress import Progress
 
-    from ctt.train.inference import memory_is_told, stacks
-    from ctt.train.render import in_threads
+    from ctt.inference.predict import memory_is_told, stacks
+    from ctt.inference.render import in_threads
 
     failures: list[str] = []
     _make_folder(parsed.out)
@@ -271,7 +271,7 @@ def write(
     parsed: Arguments,
 ) -> None:
     """The results of one image; the mask last, so that where it is the others are too."""
-    from ctt.train.render import confidence_image, overlay, palette_image, save_png
+    from ctt.inference.render import confidence_image, overlay, palette_image, save_png
 
     job.stem.parent.mkdir(parents=True, exist_ok=True)
     if parsed.overlay:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 from ctt import methods, recipes
 from ctt.cli.common import INTERRUPTED, run_program
 from ctt.errors import AlreadyReportedError, UserError
-from ctt.train.settings import Settings, update, validate
+from ctt.settings import Settings, update, validate
 
 METHODS_CAPTION = (
     "cost: time of a step as a multiple of mean-teacher's. `ctt-train --method NAME --help` shows "
@@ -116,7 +116,7 @@ def read(arguments: list[str]) -> tuple[Arguments, Settings]:
     if parsed.resume is not None and parsed.out is not None:
         raise UserError("--out and --resume exclude each other: a resumed run stays in its folder.")
     if parsed.resume is not None:
-        from ctt.train import run
+        from ctt import run
 
         run.check_resumable(run.read_settings(run.find(parsed.resume)), settings)
     return parsed, settings
@@ -173,7 +173,7 @@ def parse(arguments: list[str]) -> Arguments:
     given, _ = early.parse_known_args(arguments)
     settings = Settings()
     if given.resume is not None:
-        from ctt.train import run
+        from ctt import run
 
         settings = run.read_settings(run.find(Path(given.resume)))
     values = recipes.load_file(Path(given.config)) if given.config is not None else {}

@@ -20,7 +20,7 @@ from ctt.models.base import BackboneModel, Output, SegmentationModel
 from ctt.models.weights import start_from
 
 if TYPE_CHECKING:
-    from ctt.train.settings import Settings
+    from ctt.settings import Settings
 
 Batch = dict[str, Tensor]
 """Tensors by name: (B, ...) each, cut along the first axis into the parts of a step; a tensor of
@@ -109,7 +109,7 @@ class Setup:
 
 
 class Step(Protocol):
-    """What the engine lends a method during a step. See `ctt.train.context`."""
+    """What the engine lends a method during a step. See `StepContext`."""
 
     iteration: int
     """Steps before this one."""

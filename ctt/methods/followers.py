@@ -13,7 +13,7 @@ from ctt.methods.base import Networks
 from ctt.ops import ema_update_
 
 if TYPE_CHECKING:
-    from ctt.train.settings import EmaSettings
+    from ctt.settings import EmaSettings
 
 
 def copies(networks: Iterable[nn.Module]) -> Networks:

@@ -11,7 +11,7 @@ from torch import nn
 from ctt.models.base import SegmentationModel
 
 if TYPE_CHECKING:
-    from ctt.train.settings import OptimSettings
+    from ctt.settings import OptimSettings
 
 
 def make_sgd(

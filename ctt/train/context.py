@@ -15,9 +15,9 @@ from ctt.data.views import PhotometricView, normalize
 from ctt.methods.base import Schedule
 from ctt.methods.losses import mean_of, valid_pixels
 from ctt.models.base import Output, SegmentationModel, upsample
+from ctt.settings import Settings
 from ctt.train.distributed import World
 from ctt.train.phases import Phases
-from ctt.train.settings import Settings
 
 DOUBLE = ("decay",)  # schedules of which 1 - value needs more digits than float32 has
 

@@ -166,16 +166,6 @@ def is_lost_connection(error: RuntimeError) -> bool:
     )
 
 
-def local_rank() -> int:
-    """Number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def local_size() -> int:
-    """Processes of this run on its machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def synchronize(student: SegmentationModel, device: torch.device) -> SegmentationModel:
     """Return the student with batch norms that take the batches of all processes as one."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):

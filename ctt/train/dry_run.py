@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ctt import checkpoint, run
 from ctt.console import plain_console
-from ctt.train import checkpoint, run
+from ctt.settings import Settings
 from ctt.train.memory import estimate, memory_table
 from ctt.train.plan import Plan, check_iterations
-from ctt.train.settings import Settings
 
 
 def dry_run(settings: Settings, *, out: Path | None = None, resume: Path | None = None) -> None:

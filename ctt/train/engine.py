@@ -16,12 +16,12 @@ from ctt.data.source import IGNORE, DatasetInfo
 from ctt.data.views import to_unit
 from ctt.methods.base import Batch, Method
 from ctt.methods.optim import learning_rate
+from ctt.settings import Settings
 from ctt.train.compiling import compile_networks
 from ctt.train.context import StepContext
 from ctt.train.distributed import World
 from ctt.train.feed import Batch as Images
 from ctt.train.replay import Replay
-from ctt.train.settings import Settings
 
 
 class Engine:

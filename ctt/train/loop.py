@@ -25,18 +25,14 @@ from rich.progress import (
 from torch import Tensor
 from torch.profiler import record_function
 
-from ctt import __version__
+from ctt import __version__, checkpoint, run
 from ctt.console import plain_console
 from ctt.data.loader import DrawSampler, ViewDataset, load
 from ctt.data.prepare import Prepared
 from ctt.data.split import write_list
 from ctt.data.views import GeometricView
 from ctt.errors import UnwritableError, UserError
-from ctt.train import checkpoint, run
-from ctt.train.device import images_of_any_size
-from ctt.train.distributed import World, join
-from ctt.train.engine import Engine
-from ctt.train.evaluate import (
+from ctt.inference.evaluate import (
     Score,
     as_json,
     confusions,
@@ -45,12 +41,16 @@ from ctt.train.evaluate import (
     score_table,
     write_json,
 )
+from ctt.inference.figures import draw_samples
+from ctt.inference.predict import is_out_of_memory
+from ctt.settings import Settings, to_dict
+from ctt.train.distributed import World, join
+from ctt.train.engine import Engine
 from ctt.train.feed import Feed
-from ctt.train.inference import is_out_of_memory
 from ctt.train.plan import Plan, check_iterations
 from ctt.train.profiling import Profile
-from ctt.train.record import Recorder, draw_curves, draw_samples
-from ctt.train.settings import Settings, to_dict
+from ctt.train.record import Recorder, draw_curves
+from ctt.train.setup import images_of_any_size
 from ctt.train.signals import interrupt_flag
 
 SUMMARY = "summary.json"

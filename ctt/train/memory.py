@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ctt.methods import About, losses
 from ctt.methods.base import Method
 from ctt.models.base import SegmentationModel
+from ctt.settings import Settings
 from ctt.train.plan import images_at_once
-from ctt.train.settings import Settings
 
 MEBI = 1 << 20
 FLOAT = 4  # bytes

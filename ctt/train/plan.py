@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 
-from ctt import methods
+from ctt import methods, run
 from ctt.data.check import check_quickly
 from ctt.data.source import IGNORE, Source
 from ctt.data.split import make_split, read_list
+from ctt.device import pick_device
 from ctt.errors import UserError
 from ctt.methods.base import Method, Setup, unchanged
 from ctt.models.base import SegmentationModel
-from ctt.train import run
-from ctt.train.device import pick_device, set_up_torch
+from ctt.settings import Settings
 from ctt.train.distributed import synchronize
-from ctt.train.settings import Settings
+from ctt.train.setup import set_up_torch
 
 FEW = 300  # labelled images whose masks are read through at the start
 

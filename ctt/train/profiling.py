@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from ctt.settings import PROFILE_WARM_UP
 from ctt.train.phases import Phases
-from ctt.train.settings import PROFILE_WARM_UP
 
 TRACE = "trace.json"
 

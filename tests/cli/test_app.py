@@ -18,12 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
+from ctt import run
 from ctt.cli import app
 from ctt.data.digits import INFO, Digits
 from ctt.errors import UserError
-from ctt.train import run
-from ctt.train.settings import EvalSettings
-from ctt.train.trained import load_trained
+from ctt.inference.load import load_trained
+from ctt.settings import EvalSettings
 
 gradio = pytest.importorskip("gradio")
 from ctt.cli import page  # noqa: E402  (needs gradio)

@@ -12,13 +12,13 @@ from PIL import Image
 
 import ctt
 from ctt import data, models
+from ctt.checkpoint import save_network
 from ctt.cli import data as program
 from ctt.cli import predict
 from ctt.data.check import check_quickly
 from ctt.data.options import SourceOptions
 from ctt.data.split import make_split
 from ctt.errors import UserError
-from ctt.train.checkpoint import save_network
 from tests.data import trees
 
 Call = Callable[..., tuple[int, str, str]]

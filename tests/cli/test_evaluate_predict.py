@@ -14,14 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ctt import checkpoint, run
 from ctt.cli import evaluate, predict, train
 from ctt.data import open_source
 from ctt.data.digits import Digits
 from ctt.data.files import read_image
 from ctt.data.options import SourceOptions
-from ctt.train import checkpoint, inference, run
-from ctt.train.settings import EvalSettings
-from ctt.train.trained import Trained
+from ctt.inference import predict as inference
+from ctt.inference.load import Trained
+from ctt.settings import EvalSettings
 from tests.data import trees
 
 RESULTS = ("_mask.png", "_overlay.png", "_confidence.png")

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import ctt
-from ctt import models
+from ctt import checkpoint, models
 from ctt.cli import export
 from ctt.data.digits import INFO
-from ctt.train import checkpoint
-from ctt.train import export as graphs
+from ctt.inference import export as graphs
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

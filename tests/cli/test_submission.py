@@ -8,13 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ctt import data, models
+from ctt import checkpoint, data, models
 from ctt.cli import evaluate
 from ctt.cli.common import BAD_INPUT
 from ctt.data import cityscapes, voc
 from ctt.data.options import SourceOptions
 from ctt.data.source import DatasetInfo
-from ctt.train import checkpoint
 from tests.cli.test_evaluate_predict import call
 from tests.data import trees
 

@@ -2,7 +2,7 @@ import pytest
 
 from ctt import methods
 from ctt.errors import UserError
-from ctt.train.settings import Settings
+from ctt.settings import Settings
 from tests.train.steps import make
 
 

@@ -5,7 +5,7 @@ import torch
 
 from ctt.errors import UserError
 from ctt.methods.base import Method
-from ctt.train.settings import Settings, update, validate
+from ctt.settings import Settings, update, validate
 from tests.train.steps import make
 
 

@@ -7,12 +7,12 @@ from PIL import Image
 
 import ctt
 from ctt import models
+from ctt.checkpoint import save_network
 from ctt.data.digits import INFO
 from ctt.data.pixels import to_rgb
 from ctt.data.views import normalize, to_unit
 from ctt.errors import UserError
-from ctt.train.checkpoint import save_network
-from ctt.train.inference import whole
+from ctt.inference.predict import whole
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from ctt.data.digits import INFO
 from ctt.data.source import IGNORE
 from ctt.methods.base import Setup
 from ctt.models.base import SegmentationModel
+from ctt.settings import Settings
 from ctt.train.distributed import World
 from ctt.train.engine import Engine
 from ctt.train.plan import finished
-from ctt.train.settings import Settings
 
 Images = tuple[Tensor, Tensor]
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import pytest
 
 from ctt.ops import available_backends, prefer_backend
 from ctt.ops._registry import OPERATIONS, select
+from ctt.settings import Settings, update
 from ctt.train.loop import train
-from ctt.train.settings import Settings, update
 
 BACKENDS = [b for b in available_backends("cpu")["info_nce"] if b != "reference"]
 # Relative. Losses agree to 1e-6 until rounding tips one pixel over a threshold of the masks, which

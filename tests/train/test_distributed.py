@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ctt import checkpoint, run
 from ctt.cli import train as program
 from ctt.cli.common import run_program
 from ctt.errors import UserError
 from ctt.methods import losses
 from ctt.methods.base import Method
-from ctt.train import checkpoint, loop, run
+from ctt.settings import Settings, update
+from ctt.train import loop
 from ctt.train.distributed import join
 from ctt.train.engine import Engine
 from ctt.train.plan import Plan
-from ctt.train.settings import Settings, update
 from tests.train.processes import finish, shown, start
 
 EVERYTHING: list[dict[str, Any]] = [

@@ -15,12 +15,12 @@ from ctt.methods.base import Networks
 from ctt.methods.losses import usable_counts
 from ctt.methods.optim import learning_rate
 from ctt.models.base import Output, SegmentationModel
+from ctt.settings import Settings, update
 from ctt.train.context import StepContext
 from ctt.train.distributed import World
 from ctt.train.engine import Engine
 from ctt.train.feed import Feed
 from ctt.train.phases import NAMES
-from ctt.train.settings import Settings, update
 from tests.train.steps import CPU, batch, make, unlabelled
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ctt.settings import Settings, update
 from ctt.train.feed import Feed
 from ctt.train.phases import NAMES
-from ctt.train.settings import Settings, update
 from tests.train.steps import Images, batch, make, unlabelled
 
 pytestmark = [

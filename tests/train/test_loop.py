@@ -13,16 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ctt import methods
+from ctt import checkpoint, methods, run
 from ctt.data.split import make_split
+from ctt.device import pick_device
 from ctt.errors import UserError
-from ctt.train import checkpoint, run
-from ctt.train.device import pick_device
+from ctt.settings import Settings, update
 from ctt.train.dry_run import dry_run
 from ctt.train.engine import Engine
 from ctt.train.loop import Stopped, train
 from ctt.train.plan import check_batch_norm
-from ctt.train.settings import Settings, update
 from ctt.train.signals import interrupt_flag
 from tests.train.steps import student
 

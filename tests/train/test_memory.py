@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ctt import methods
 from ctt.methods import losses
+from ctt.settings import Settings, update
 from ctt.train.memory import ACTIVATIONS, _forward, estimate, size_of
-from ctt.train.settings import Settings, update
 from tests.train.steps import make, student
 
 

@@ -6,11 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ctt import models
+from ctt import checkpoint, models
 from ctt.data.digits import INFO
 from ctt.errors import UserError
-from ctt.train import checkpoint
-from ctt.train.evaluate import write_json
+from ctt.inference.evaluate import write_json
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import yaml
 
 from ctt import recipes
 from ctt.errors import UserError
-from ctt.train.settings import Settings, to_dict, update, validate
+from ctt.settings import Settings, to_dict, update, validate
 
 
 def test_settings_survive_yaml() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ctt.data.digits import INFO
-from ctt.train.render import colorize, in_threads, overlay, palette_image, save_png
+from ctt.inference.render import colorize, in_threads, overlay, palette_image, save_png
 
 
 def test_threads_do_all_calls_and_their_mistakes_are_raised() -> None:

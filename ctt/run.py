@@ -18,7 +18,7 @@ from ctt.data.source import Source
 from ctt.data.split import read_lines
 from ctt.errors import UnwritableError, UserError
 from ctt.files import written
-from ctt.train.settings import Settings, to_dict, update
+from ctt.settings import Settings, to_dict, update
 
 CONFIG = "config.yaml"
 CHECKPOINT = Path("checkpoints") / "last.pt"

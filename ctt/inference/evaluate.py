@@ -16,9 +16,9 @@ from ctt.data.loader import in_order, raised
 from ctt.data.source import IGNORE, DatasetInfo, Source
 from ctt.errors import UserError
 from ctt.files import written
+from ctt.inference.predict import memory_is_told, predictor, prepare, stacks, stated
 from ctt.models.base import SegmentationModel
-from ctt.train.inference import memory_is_told, predictor, prepare, stacks, stated
-from ctt.train.settings import EvalSettings
+from ctt.settings import EvalSettings
 
 ENSEMBLE = "ensemble"  # the mean of the teachers' probabilities
 

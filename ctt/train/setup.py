@@ -1,4 +1,4 @@
-"""Where a run computes, and how PyTorch is set up for it."""
+"""How PyTorch is set up for a run."""
 
 from __future__ import annotations
 
@@ -8,41 +8,10 @@ from collections.abc import Iterator
 
 import torch
 
-from ctt.errors import UserError
+from ctt.device import local_size
 from ctt.ops import prefer_backend
+from ctt.settings import Settings
 from ctt.train.compiling import uncompiled
-from ctt.train.distributed import local_rank, local_size
-from ctt.train.settings import Settings
-
-
-def pick_device(name: str, option: str = "--train.device") -> torch.device:
-    """Return the device of that name; `auto` is a GPU where there is one.
-
-    Under torchrun each process has a GPU of its own.
-
-    Args:
-        option: where the name comes from, for the message.
-
-    Raises:
-        UserError: not a device, or one that is not here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and "WORLD_SIZE" in os.environ:
-            if name != device.type:
-                raise RuntimeError("torchrun gives every process a device; leave the number out")
-            device = torch.device("cuda", local_rank())
-        elif name == "cuda":
-            device = torch.device("cuda", torch.cuda.current_device())
-        torch.zeros(1, device=device).item()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{option} {name} cannot be used here ({reason}).") from None
-    return device
 
 
 def set_up_torch(settings: Settings) -> None:

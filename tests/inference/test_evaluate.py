@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ctt.data.digits import INFO, Digits
 from ctt.data.source import Source
 from ctt.errors import UserError
+from ctt.inference.evaluate import Score, batches, confusions, score, score_table
 from ctt.models.base import SegmentationModel
-from ctt.train.evaluate import Score, batches, confusions, score, score_table
-from ctt.train.settings import EvalSettings
+from ctt.settings import EvalSettings
 
 
 class Fixed(SegmentationModel):

@@ -21,7 +21,7 @@ from ctt.data.source import DatasetInfo
 from ctt.data.views import normalize, to_unit
 from ctt.errors import UserError
 from ctt.models.base import SegmentationModel, upsample
-from ctt.train.settings import EvalSettings
+from ctt.settings import EvalSettings
 
 Predict = Callable[[Tensor], Tensor]
 T = TypeVar("T")

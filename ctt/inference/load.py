@@ -9,14 +9,13 @@ from pathlib import Path
 
 import torch
 
-from ctt import models
+from ctt import checkpoint, models, run
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
+from ctt.inference.evaluate import ENSEMBLE
+from ctt.inference.predict import Predict, mean_of, predictor
 from ctt.models.base import SegmentationModel
-from ctt.train import checkpoint, run
-from ctt.train.evaluate import ENSEMBLE
-from ctt.train.inference import Predict, mean_of, predictor
-from ctt.train.settings import EvalSettings, Settings
+from ctt.settings import EvalSettings, Settings
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from timm.layers import Conv2dSame
 from timm.layers.pool2d_same import MaxPool2dSame
 from torch import Tensor, nn
 
+from ctt.checkpoint import description, save_network
 from ctt.errors import UserError
 from ctt.files import written
+from ctt.inference.load import Trained
 from ctt.models.segmenter import Segmenter
-from ctt.train.checkpoint import description, save_network
-from ctt.train.trained import Trained
 
 OPSET = 18  # of ONNX: the first whose resizing knows all that PyTorch's does
 TOLERANCE = 1e-4  # of the outputs of the file, against those of the network

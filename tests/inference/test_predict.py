@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctt.data.digits import INFO
-from ctt.models.base import SegmentationModel
-from ctt.train.inference import (
+from ctt.inference.predict import (
     Predict,
     for_images,
     in_words,
@@ -19,7 +18,8 @@ from ctt.train.inference import (
     stacks,
     starts,
 )
-from ctt.train.settings import EvalSettings
+from ctt.models.base import SegmentationModel
+from ctt.settings import EvalSettings
 
 SIZES = [(1, 1), (7, 13), (24, 24), (31, 50), (50, 31)]
 

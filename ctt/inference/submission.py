@@ -11,9 +11,9 @@ from torch import Tensor
 from ctt.data.loader import in_order, raised
 from ctt.data.source import DatasetInfo, Source, Submission
 from ctt.errors import UserError
-from ctt.train.inference import Predict, memory_is_told, stacks
-from ctt.train.render import in_threads, palette_image, save_png
-from ctt.train.settings import EvalSettings
+from ctt.inference.predict import Predict, memory_is_told, stacks
+from ctt.inference.render import in_threads, palette_image, save_png
+from ctt.settings import EvalSettings
 
 
 def images_to_submit(source: Source) -> tuple[Submission, list[str]]:

@@ -1,0 +1,49 @@
+"""The device that a program computes on, and its place among the processes of a machine."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ctt.errors import UserError
+
+
+def local_rank() -> int:
+    """Return the number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_size() -> int:
+    """Return how many processes of this run its machine has."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def pick_device(name: str, option: str = "--train.device") -> torch.device:
+    """Return the device of that name; `auto` is a GPU where there is one.
+
+    Under torchrun each process has a GPU of its own.
+
+    Args:
+        option: where the name comes from, for the message.
+
+    Raises:
+        UserError: not a device, or one that is not here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and "WORLD_SIZE" in os.environ:
+            if name != device.type:
+                raise RuntimeError("torchrun gives every process a device; leave the number out")
+            device = torch.device("cuda", local_rank())
+        elif name == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
+        torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{option} {name} cannot be used here ({reason}).") from None
+    return device

@@ -1,0 +1,1 @@
+"""Trained networks at work: loading, predicting, evaluating, drawing, exporting."""
