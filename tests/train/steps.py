@@ -1,19 +1,28 @@
 """Batches and engines for the tests of training."""
 
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import pytest
 import torch
 from torch import Tensor
 
 from ctt import methods
+from ctt.data import views
 from ctt.data.digits import INFO
 from ctt.data.source import IGNORE
 from ctt.methods.base import Setup
+from ctt.models import base
 from ctt.models.base import SegmentationModel
 from ctt.settings import Settings
 from ctt.train.distributed import World
 from ctt.train.engine import Engine
-from ctt.train.plan import finished
+from ctt.train.plan import Plan, finished
 
 Images = tuple[Tensor, Tensor]
+T = TypeVar("T")
 CPU = torch.device("cpu")
 
 
@@ -49,3 +58,47 @@ def make(
 
 def student(settings: Settings, k: int = 0) -> SegmentationModel:
     return Setup(settings, INFO, k + 1, 6, initialize=False).student(k)
+
+
+@contextlib.contextmanager
+def exactly() -> Iterator[None]:
+    """Train inside in double precision, in which no rounding error decides which of two classes is
+    larger."""
+    rounded = {"upsample": base.upsample, "normalize": views.normalize}
+    exact = {
+        "upsample": base.stretch,
+        "normalize": lambda images, info: rounded["normalize"](images, info).double(),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for module in [m for name, m in sys.modules.items() if name.startswith("ctt.")]:
+            for name, function in rounded.items():
+                if getattr(module, name, None) is function:
+                    patch.setattr(module, name, exact[name])
+        build = Plan.build
+        patch.setattr(Plan, "build", lambda plan, *arguments: double(build, plan, *arguments))
+        yield
+
+
+def double(build: Callable[..., T], *arguments: Any) -> T:
+    """Return what `build` returns, with weights in double precision."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        return build(*arguments)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def run(engine: Engine, size: int, steps: int, first: int = 0) -> list[dict[str, Tensor]]:
+    """Train on batches of `size` images, of which this process takes its own.
+
+    Returns:
+        what each step gives, summed over the processes.
+    """
+    world, seen = engine.world, []
+    own = slice(world.rank * size // world.size, (world.rank + 1) * size // world.size)
+    for i in range(first, first + steps):
+        more = unlabelled(size, seed=100 + i)
+        labeled = [x[own] for x in batch(size, seed=i)]
+        terms = engine((labeled[0], labeled[1]), (more[0][own], more[1][own]))
+        seen.append({name: world.total(value) for name, value in terms.items()})
+    return seen

@@ -6,28 +6,23 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ctt import checkpoint, run
 from ctt.cli import train as program
 from ctt.cli.common import run_program
 from ctt.errors import UserError
-from ctt.methods import losses
-from ctt.methods.base import Method
 from ctt.settings import Settings, update
 from ctt.train import loop
 from ctt.train.distributed import join
 from ctt.train.engine import Engine
-from ctt.train.plan import Plan
 from tests.train.processes import finish, shown, start
+from tests.train.steps import exactly
 
 EVERYTHING: list[dict[str, Any]] = [
     {"views": {"mix": "cutmix"}, "loss": {"confidence_weight": "none"}},
@@ -43,23 +38,6 @@ EVERYTHING: list[dict[str, Any]] = [
 ]
 
 
-class ExactEngine(Engine):
-    """In double precision."""
-
-    def __init__(self, method: Method, *arguments: Any) -> None:
-        for network in method.networks().values():
-            network.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
-        super().__init__(method, *arguments)
-
-
-def build_exactly(plan: Plan, build: Callable[[Plan], Method]) -> Method:
-    torch.set_default_dtype(torch.float64)
-    try:
-        return build(plan)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def record_steps(settings: Settings, folder: Path) -> None:
     """Train in double precision, where no rounding error decides which of two classes is larger."""
     seen: list[dict[str, float]] = []
@@ -71,15 +49,11 @@ def record_steps(settings: Settings, folder: Path) -> None:
         last[:] = [self]
         return terms
 
-    def exact(logits: Tensor, size: tuple[int, int], stride: int) -> Tensor:
-        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    class Recorded(Engine):
+        __call__ = call
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ExactEngine, "__call__", call)
-        patch.setattr(losses, "upsample", exact)
-        patch.setattr("ctt.train.context.upsample", exact)
-        patch.setattr(loop, "Engine", ExactEngine)
-        patch.setattr(Plan, "build", partialmethod(build_exactly, Plan.build))
+    with exactly(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Engine", Recorded)
         loop.train(settings, out=folder / "run")
     state = {"seen": seen, "method": last[0].method.state_dict()}
     torch.save(state, folder / f"rank-{last[0].world.rank}.pt")

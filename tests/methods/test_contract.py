@@ -1,0 +1,144 @@
+"""What the engine promises for every method, tried with each."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import ctt
+from ctt import checkpoint, methods
+from ctt.cli import evaluate, export, predict
+from ctt.cli import train as program
+from ctt.data.source import IGNORE
+from ctt.settings import Settings, update
+from ctt.train.distributed import join
+from tests.train.processes import finish, shown, start
+from tests.train.steps import CPU, batch, double, exactly, make, run, unlabelled
+
+EVERY = pytest.mark.parametrize("name", methods.names())
+STEPS = 5
+
+
+def settings_of(name: str, tiny: Settings, change: dict[str, Any] | None = None) -> Settings:
+    common = {"data": {"batch_size": 4}, "loss": {"confidence_weight": "none"}}
+    return update(update(tiny.with_method(name), common, "test"), change or {}, "test")
+
+
+def train_exactly(settings: Settings, size: int, file: Path, fixed_norms: bool = False) -> None:
+    """Write what the steps give and what the method holds after them."""
+    with exactly(), join() as world:
+        engine = double(make, settings, 0, CPU, world)
+        for module in engine.method.modules() if fixed_norms else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        seen = run(engine, size, STEPS)
+    torch.save({"seen": seen, "method": engine.method.state_dict()}, f"{file}-{world.rank}.pt")
+
+
+def close(state: dict[str, Any], expected: dict[str, Any]) -> None:
+    for mine, wanted in zip(state["seen"], expected["seen"], strict=True):
+        for term, value in wanted.items():
+            torch.testing.assert_close(mine[term], value, rtol=1e-6, atol=1e-8, msg=term)
+    for name, value in expected["method"].items():
+        torch.testing.assert_close(
+            state["method"][name], value, rtol=1e-5, atol=1e-7, msg=name, equal_nan=True
+        )
+
+
+@EVERY
+def test_two_processes_equal_one_with_twice_the_batch(
+    tiny: Settings, tmp_path: Path, name: str
+) -> None:
+    settings = settings_of(name, tiny, {"model": {"sync_batch_norm": True}})
+    both = start(2, tmp_path / "log", train_exactly, settings, 4, tmp_path / "two")
+    train_exactly(settings, 4, tmp_path / "one")
+    assert finish(both) == [0, 0], shown(tmp_path / "log")
+    one, *two = (torch.load(tmp_path / f"{file}.pt") for file in ("one-0", "two-0", "two-1"))
+    for state in two:
+        close(state, one)
+
+
+@EVERY
+def test_a_batch_in_two_parts_is_the_batch(tiny: Settings, tmp_path: Path, name: str) -> None:
+    """Where no batch norm stands between its images, and no mean is over pixels that the students
+    choose: those of the other part are not known yet."""
+    whole = settings_of(name, tiny, {"loss": {"hc": 0, "lc": 0}})
+    train_exactly(whole, 4, tmp_path / "whole", True)
+    in_two = update(whole, {"train": {"accumulate": 2}}, "test")
+    train_exactly(in_two, 4, tmp_path / "parts", True)
+    parts, expected = (torch.load(tmp_path / f"{file}-0.pt") for file in ("parts", "whole"))
+    close(parts, expected)
+
+
+@EVERY
+def test_stopped_and_resumed_equals_undisturbed(tiny: Settings, tmp_path: Path, name: str) -> None:
+    settings = settings_of(name, tiny)
+    undisturbed = make(settings)
+    run(undisturbed, 4, 3)
+    checkpoint.save(tmp_path / "last.pt", undisturbed.state_dict())
+    expected = run(undisturbed, 4, 3, first=3)
+    resumed = make(update(settings, {"seed": settings.seed}, "test"))
+    resumed.load_state_dict(checkpoint.load(tmp_path / "last.pt"))
+    for one, other in zip(run(resumed, 4, 3, first=3), expected, strict=True):
+        assert {k: float(v) for k, v in one.items()} == {k: float(v) for k, v in other.items()}
+    assert_same(resumed.state_dict(), undisturbed.state_dict())
+
+
+def assert_same(one: Any, other: Any) -> None:
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        for mine, theirs in zip(one, other, strict=True):
+            assert_same(mine, theirs)
+    else:
+        assert one == other
+
+
+@EVERY
+def test_nothing_but_ignored_pixels_teaches_nothing(tiny: Settings, name: str) -> None:
+    engine = make(settings_of(name, tiny))
+    run(engine, 4, 2)  # so that banks and running numbers hold something
+    images, label = batch(4)
+    more, padding = unlabelled(4)
+    terms = engine(
+        (images, torch.full_like(label, IGNORE)), (more, torch.full_like(padding, IGNORE))
+    )
+    assert {term: float(terms[term]) for term in engine.method.terms} == dict.fromkeys(
+        engine.method.terms, 0.0
+    )
+    weights = engine.method.state_dict().values()
+    assert all(bool(x.isfinite().all()) for x in weights if x.is_floating_point())
+
+
+@EVERY
+def test_every_term_and_number_is_told(tiny: Settings, name: str) -> None:
+    """What `terms` and `logged` name are the columns of metrics.csv."""
+    engine = make(settings_of(name, tiny))
+    seen = run(engine, 4, 2)[-1].keys() | engine.method.report().keys()
+    assert seen == {*engine.method.terms, *engine.method.logged, "total"}
+
+
+@EVERY
+def test_from_training_to_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    out = str(tmp_path / "run")
+    quick = (
+        f"--method {name} --ratio 6 --data.labeled-pool 24 --data.eval-images 6 "
+        "--data.batch-size 2 --model.width 4 --model.features 8 --train.threads 1 "
+        "--train.iterations 4 --train.no-tensorboard --out"
+    )
+    assert program._main([*quick.split(), out]) == 0
+    assert evaluate._main([out, "--out", str(tmp_path / "scores"), "--workers", "0"]) == 0
+    picture = tmp_path / "picture.png"
+    Image.fromarray(batch(1)[0][0].permute(1, 2, 0).numpy()).save(picture)
+    assert predict._main([out, str(picture), "--out", str(tmp_path / "masks")]) == 0
+    assert len(list((tmp_path / "masks").rglob("picture*.png"))) > 0
+    best = tmp_path / "net.safetensors"
+    assert export._main([out, "--format", "safetensors", "--out", str(best)]) == 0
+    assert ctt.load(best).classes == ctt.load(out).classes
