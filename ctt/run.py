@@ -45,7 +45,9 @@ def create(out: Path | None, settings: Settings) -> Path:
     folder = out or Path("runs")
     with _told_of_out(folder):
         if out is None:
-            folder = _new_numbered(folder, f"{settings.dataset}-{settings.method}")
+            folder = _new_numbered(
+                folder, f"{settings.dataset}-{settings.method.rpartition(':')[2]}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         write_settings(folder, settings)
     return folder
@@ -165,8 +167,16 @@ def read_names(path: Path) -> list[str]:
 
 
 def read_settings(folder: Path) -> Settings:
-    """The settings of a run."""
-    return update(Settings(), recipes.load_file(folder / CONFIG), str(folder / CONFIG))
+    """Return the settings of a run.
+
+    Its networks serve without its method, of which nothing is left to read if its file is gone.
+    """
+    values = recipes.load_file(folder / CONFIG)
+    try:
+        methods.get(str(values.get("method", Settings.method)))
+    except UserError:
+        values.pop("options", None)
+    return update(Settings(), values, str(folder / CONFIG))
 
 
 def check_resumable(old: Settings, new: Settings) -> None:

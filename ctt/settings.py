@@ -293,6 +293,7 @@ class Settings:
     """Settings that the method alone has."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "method", methods.absolute(self.method))
         with contextlib.suppress(UserError):  # of a method that does not exist; `validate` tells
             wanted = methods.get(self.method).options
             if type(self.options) is not wanted:
@@ -319,6 +320,7 @@ class Settings:
         such as the folder of the data, is left out.
         """
         values = to_dict(self)
+        values["method"] = Path(self.method).name
         for group, names in WITHOUT_EFFECT.items():
             for name in names:
                 del (values[group] if group else values)[name]

@@ -1,5 +1,5 @@
 """Training methods by name, one file each."""
 
-from ctt.methods.catalog import About, get, installed, names
+from ctt.methods.catalog import About, absolute, get, installed, names
 
-__all__ = ["About", "get", "installed", "names"]
+__all__ = ["About", "absolute", "get", "installed", "names"]

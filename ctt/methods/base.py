@@ -16,6 +16,7 @@ from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
 from ctt.methods.catalog import About
 from ctt.methods.optim import make_sgd
+from ctt.methods.options import Options
 from ctt.models.base import BackboneModel, Output, SegmentationModel
 from ctt.models.weights import start_from
 
@@ -182,6 +183,7 @@ class Method(nn.Module):
 
     Attributes:
         about: its source, how many pairs it has by default, and the class of its options.
+        options: settings that the method alone has, of the class that `about` names.
         terms: names of the terms, in the order of the log.
         logged: names of other numbers that the method gives to `step.log` or `report`.
         students: the networks that are trained. teachers: those that follow them, always in
@@ -196,12 +198,13 @@ class Method(nn.Module):
     logged: tuple[str, ...] = ()
     labeled_beside = True
     find_unused = False
+    options: Options
     students: Networks
     teachers: Networks
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
-        self.settings = setup.settings
+        self.settings, self.options = setup.settings, setup.settings.options
         self.students = Networks(setup.student(k) for k in range(setup.pairs))
         self.teachers = Networks()
 

@@ -145,6 +145,12 @@ def get(name: str) -> About:
     )
 
 
+def absolute(name: str) -> str:
+    """Return the name of a method; that of a class in a file with the whole path of the file."""
+    place, separator, found = name.rpartition(":")
+    return f"{Path(place).absolute()}:{found}" if separator and place.endswith(".py") else name
+
+
 @functools.cache
 def load(target: str) -> type[Method]:
     """Return the class that a target names.

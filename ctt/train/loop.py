@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import shlex
+import shutil
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -147,6 +148,9 @@ class Trainer:
         write_list(folder / run.LABELED_LIST, self.labeled)
         write_list(folder / run.UNLABELED_LIST, self.unlabeled)
         write_list(folder / run.EVALUATION_LIST, self.source.eval_ids())
+        own = Path(self.settings.method.rpartition(":")[0])
+        if own.suffix == ".py":
+            shutil.copyfile(own, folder / "method.py")
         return folder
 
     def train(self) -> dict[str, Any]:

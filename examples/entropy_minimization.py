@@ -1,0 +1,52 @@
+"""Entropy minimisation (Grandvalet and Bengio, NeurIPS 2004): a training method of one's own.
+
+    ctt-train --method examples/entropy_minimization.py:EntropyMinimization --options.weight 0.1
+
+The student is asked to be sure of unlabelled images, whatever it says there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ctt.methods import About, losses
+from ctt.methods.base import Batch, Method, Step, Terms
+from ctt.methods.options import Check, Options
+from ctt.models.base import upsample
+
+
+@dataclass(frozen=True)
+class EntropyOptions(Options):
+    weight: float = 0.1
+    """Weight of the entropy of the unlabelled pixels."""
+
+    def checks(self) -> list[Check]:
+        return [("--options.weight", self.weight, self.weight >= 0, "must be at least 0")]
+
+
+class EntropyMinimization(Method):
+    about = About("Grandvalet and Bengio, 2004", uses=("loss.sup",), options=EntropyOptions)
+    terms = ("sup", "entropy")
+    options: EntropyOptions
+
+    def prepare(self, b: Batch, step: Step) -> Batch:
+        """Count the pixels of all processes, by which the means divide."""
+        seen = step.total((~b["padding"]).sum()).clamp(min=1)
+        return b | {"pixels": step.count(b["label"]), "seen": seen}
+
+    def losses(self, b: Batch, step: Step) -> Terms:
+        sup, entropy, n = [], [], len(b["images"])
+        for net in self.students:
+            logits = step.forward(net, torch.cat([b["images"], b["unlabeled"]])).logits
+            args = (net.stride, b["label"], b["pixels"])
+            sup.append(losses.pixel_cross_entropy(logits[:n], *args))
+            size = (b["label"].shape[-2], b["label"].shape[-1])
+            log_p = upsample(logits[n:], size, net.stride).log_softmax(dim=1)
+            unsure = -(log_p.exp() * log_p).sum(dim=1).masked_fill(b["padding"], 0)
+            entropy.append(unsure.sum() / b["seen"])
+        return {
+            "sup": (self.settings.loss.sup, losses.sum_of(sup)),
+            "entropy": (self.options.weight, losses.sum_of(entropy)),
+        }

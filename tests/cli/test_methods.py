@@ -1,0 +1,119 @@
+"""Methods by the command line: the list, the help of each, and methods of the user's own."""
+
+import shlex
+import shutil
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ctt import methods, run
+from ctt.cli import predict
+from ctt.cli import train as program
+from ctt.errors import UserError
+from ctt.methods import catalog
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "entropy_minimization.py"
+QUICK = (
+    "--ratio 6 --data.labeled-pool 24 --data.eval-images 6 --data.batch-size 2 --model.width 4 "
+    "--model.features 8 --train.threads 1 --train.iterations 2 --train.no-tensorboard"
+)
+
+
+def train(arguments: str) -> int:
+    return program._main(shlex.split(arguments))
+
+
+def test_a_method_in_a_file_trains_resumes_and_predicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its run serves without the file, but for going on."""
+    shutil.copy(EXAMPLE, tmp_path / "mine.py")
+    monkeypatch.chdir(tmp_path)
+    assert train(f"{QUICK} --method mine.py:EntropyMinimization --options.weight 0.3 --out r") == 0
+    assert (tmp_path / "r" / "method.py").read_text() == EXAMPLE.read_text()
+    assert yaml.safe_load((tmp_path / "r" / run.CONFIG).read_text())["options"] == {"weight": 0.3}
+    monkeypatch.chdir("/")
+    assert train(f"--resume {tmp_path / 'r'} --train.iterations 3") == 0
+    rows = (tmp_path / "r" / "metrics.csv").read_text().splitlines()
+    assert "loss_entropy" in rows[0]
+    (tmp_path / "mine.py").unlink()
+    catalog.load.cache_clear()
+    picture = tmp_path / "r" / "samples.png"
+    out = tmp_path / "masks"
+    assert predict._main([str(tmp_path / "r"), str(picture), "--out", str(out)]) == 0
+    with pytest.raises(UserError, match=r"there is no file .*mine\.py"):
+        train(f"--resume {tmp_path / 'r'} --train.iterations 4")
+
+
+def test_a_run_without_a_name_is_called_after_the_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train(f"{QUICK} --method {EXAMPLE}:EntropyMinimization") == 0
+    assert (tmp_path / "runs" / "digits-EntropyMinimization-1" / run.WEIGHTS).is_file()
+
+
+def test_options_of_a_method_in_a_settings_file(tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"method: {EXAMPLE}:EntropyMinimization\noptions: {{weight: 0.7}}\n")
+    assert program.read(["--config", str(config)])[1].options == catalog.get(
+        f"{EXAMPLE}:EntropyMinimization"
+    ).options(weight=0.7)
+    config.write_text(f"method: {EXAMPLE}:EntropyMinimization\noptions: {{height: 0.7}}\n")
+    with pytest.raises(UserError, match=r"there is no setting options\.height"):
+        program.read(["--config", str(config)])
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        ("", "Mine", "has no class Mine"),
+        ("class Mine: pass", "Mine", "has no class Mine that is a ctt.methods.base.Method"),
+        ("1 / 0", "Mine", r"cannot be run \(ZeroDivisionError: division by zero\)"),
+        ("import nowhere", "Mine", "No module named 'nowhere'"),
+        (None, "Mine", "there is no file"),
+    ],
+)
+def test_a_file_without_a_method_is_refused(
+    tmp_path: Path, text: str | None, name: str, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=message):
+        program.read(["--method", f"{tmp_path / 'mine.py'}:{name}"])
+
+
+def test_options_are_checked_and_those_of_others_refused() -> None:
+    with pytest.raises(UserError, match=r"--options\.weight must be at least 0, got -1"):
+        program.read(shlex.split(f"--method {EXAMPLE}:EntropyMinimization --options.weight -1"))
+    with pytest.raises(UserError, match=r"--loss\.hc changes nothing with --method .*entropy_min"):
+        program.read(shlex.split(f"--method {EXAMPLE}:EntropyMinimization --loss.hc 1"))
+
+
+def test_a_method_of_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    point = EntryPoint("entropy", "entropy_minimization:EntropyMinimization", catalog.GROUP)
+    monkeypatch.setattr(catalog, "entry_points", lambda group: [point])
+    settings = program.read(shlex.split("--method entropy --options.weight 2"))[1]
+    assert methods.get("entropy").load().__name__ == "EntropyMinimization"
+    assert settings.options == methods.get("entropy").options(weight=2)
+
+
+def test_the_list_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--list-methods") == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in methods.names())
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_help_shows_what_the_method_reads(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train(f"--method {name} --help")
+    shown = capsys.readouterr().out
+    about = methods.get(name)
+    unused = about.unused(about.pairs)
+    for setting in ("loss.hc", "bank.capacity", "ema.decay", "loss.ct", "views.mix"):
+        hidden = setting in unused or setting.partition(".")[0] in unused
+        assert (f"--{setting} " in shown) != hidden, setting
