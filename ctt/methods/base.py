@@ -191,6 +191,7 @@ class Method(nn.Module):
         labeled_beside: whether students in training mode see unlabelled images only in one batch
             with labelled ones.
         find_unused: whether a step may leave trainable parameters without a gradient.
+        recordable: whether a step never waits for the device, so that it can be a CUDA graph.
     """
 
     about: ClassVar[About] = About()
@@ -198,6 +199,7 @@ class Method(nn.Module):
     logged: tuple[str, ...] = ()
     labeled_beside = True
     find_unused = False
+    recordable = True
     options: Options
     students: Networks
     teachers: Networks

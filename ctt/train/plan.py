@@ -86,7 +86,13 @@ class Plan:
             finish=ready if finish else unchanged,
             origins=self.origins,
         )
-        method = self.about.load()(setup)
+        made = self.about.load()
+        if settings.train.cuda_graph and not made.recordable:
+            raise UserError(
+                f"--train.cuda-graph: a step of --method {settings.method} waits for the device, "
+                f"so it cannot be recorded. Leave it out."
+            )
+        method = made(setup)
         for student in method.students:
             beside = self.about.unlabeled and method.labeled_beside
             check_batch_norm(student, settings, beside)

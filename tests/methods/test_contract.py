@@ -1,5 +1,6 @@
 """What the engine promises for every method, tried with each."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from ctt import checkpoint, methods
 from ctt.cli import evaluate, export, predict
 from ctt.cli import train as program
 from ctt.data.source import IGNORE
+from ctt.errors import UserError
 from ctt.settings import Settings, update
 from ctt.train.distributed import join
+from ctt.train.plan import Plan
 from tests.train.processes import finish, shown, start
 from tests.train.steps import CPU, batch, double, exactly, make, run, unlabelled
 
@@ -142,3 +145,19 @@ def test_from_training_to_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     best = tmp_path / "net.safetensors"
     assert export._main([out, "--format", "safetensors", "--out", str(best)]) == 0
     assert ctt.load(best).classes == ctt.load(out).classes
+
+
+@EVERY
+def test_a_step_in_mixed_precision(tiny: Settings, name: str) -> None:
+    engine = make(settings_of(name, tiny, {"train": {"amp": "bf16"}}))
+    assert all(bool(x.isfinite()) for terms in run(engine, 4, 3) for x in terms.values())
+
+
+def test_a_method_that_waits_is_refused_with_a_cuda_graph(
+    tiny: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan.of(tiny, None)
+    graph = update(tiny, {"train": {"cuda_graph": True}}, "test")
+    monkeypatch.setattr(plan.about.load(), "recordable", False)
+    with pytest.raises(UserError, match="a step of --method cross-teacher waits for the device"):
+        dataclasses.replace(plan, settings=graph).build()
