@@ -1,6 +1,10 @@
 """Checkpoints of a run and weights of one network; both written atomically."""
 
+import dataclasses
 import json
+import os
+import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +24,71 @@ FORMER_FORMAT = "ctt-checkpoint-1"
 WEIGHTS_FORMAT = "ctt-weights-1"
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
+def save(path: Path, state: dict[str, Any], keep: bool = True) -> None:
     """Write a checkpoint; whoever reads `path` sees the old file or the new one, never a part.
+
+    Args:
+        keep: leave the old one beside it, see `previous`.
 
     Raises:
         UnwritableError: there is no room for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # through a file of Python, which names what torch's own writer hides
-    with written(path) as part, part.open("wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
+    with written(path) as part:
+        # through a file of Python, which names what torch's own writer hides
+        with part.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+        if keep and path.is_file():
+            with written(previous(path)) as kept:
+                kept.unlink()
+                try:
+                    os.link(path, kept)  # takes no room
+                except OSError:  # a file system without links
+                    shutil.copyfile(path, kept)
+
+
+def previous(path: Path) -> Path:
+    """Return where the checkpoint before `path` is kept."""
+    return path.with_name("previous.pt")
+
+
+def load_last(path: Path) -> tuple[dict[str, Any], str]:
+    """Read a checkpoint, or the one before it where it is broken or missing.
+
+    Returns:
+        the checkpoint, and a sentence on what is wrong with the last one, empty if nothing is.
+
+    Raises:
+        UserError: neither is there and whole.
+    """
+    try:
+        return load(path), ""
+    except UserError as error:
+        try:
+            state = load(previous(path))
+        except UserError:
+            raise error from None
+        reason = str(error).split(". Give")[0].removesuffix(".")
+        return state, (
+            f"{reason}. The checkpoint before it, after iteration {state['iteration']}, is whole "
+            f"and is used instead."
+        )
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; only tensors, numbers and strings are ever unpickled.
 
     Raises:
-        UserError: there is no such file, or it is no checkpoint of this program.
+        UserError: there is no such file, or it is no checkpoint of this program, or one of its
+            checksums is not that of what it holds.
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such checkpoint.")
     try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()  # which torch.load would read without a word
+        if broken is not None:
+            raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint can raise anything
         raise UserError(
@@ -98,6 +146,16 @@ def networks_in(state: dict[str, Any]) -> list[str]:
     """Return the names of the networks of a checkpoint: student_1.., teacher_1..."""
     places = dict.fromkeys(tuple(name.split(".")[:2]) for name in state["method"])
     return [f"{kind[:-1]}_{int(k) + 1}" for kind, k in places if kind in ("students", "teachers")]
+
+
+def facts(info: DatasetInfo) -> dict[str, Any]:
+    """Return the facts of a dataset as a checkpoint holds them."""
+    return dataclasses.asdict(info)
+
+
+def info_of(state: dict[str, Any]) -> DatasetInfo | None:
+    """Return the facts of the dataset that a run was trained on; None: an old checkpoint."""
+    return DatasetInfo(**state["info"]) if "info" in state else None
 
 
 def save_network(path: Path, network: SegmentationModel, info: DatasetInfo, note: str) -> None:

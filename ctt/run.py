@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ctt import methods, recipes
+from ctt import checkpoint, methods, recipes
 from ctt.data.source import Source
 from ctt.data.split import read_lines
 from ctt.errors import UnwritableError, UserError
@@ -67,7 +67,7 @@ def check_new(out: Path | None) -> None:
             go_on = f", or go on with its run by --resume {out}"
             raise UserError(
                 f"--out {out}: the folder is not empty. Give a new one"
-                f"{go_on if (out / CHECKPOINT).is_file() else ''}."
+                f"{go_on if has_checkpoint(out) else ''}."
             )
         whole = folder.absolute()
         nearest = next(path for path in (whole, *whole.parents) if path.exists())
@@ -123,13 +123,40 @@ def find(path: Path) -> Path:
     else:
         raise UserError(f"--resume {path}: there is no such folder.")
     for needed in (CONFIG, CHECKPOINT, LABELED_LIST, UNLABELED_LIST):
-        if not (folder / needed).is_file():
+        there = has_checkpoint(folder) if needed == CHECKPOINT else (folder / needed).is_file()
+        if not there:
             raise UserError(
                 f"--resume {path}: {folder} is no run that can go on, because {needed} is missing."
             )
     if not os.access(folder, os.W_OK):
         raise UserError(f"--resume {path}: {folder} cannot be written.")
     return folder
+
+
+def lock(folder: Path) -> contextlib.AbstractContextManager[object]:
+    """Return a lock that keeps other programs from training in the folder while it is entered.
+
+    Raises:
+        UserError: another program trains there.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        return FileLock(folder / "checkpoints" / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{folder}: another program trains in this folder right now. Wait for its end, or "
+            f"stop it."
+        ) from None
+    except (OSError, NotImplementedError):
+        return contextlib.nullcontext()  # a file system without locks, or one that is full
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether a run has written a checkpoint."""
+    last = folder / CHECKPOINT
+    return last.is_file() or checkpoint.previous(last).is_file()
 
 
 def hold_out(folder: Path, source: Source) -> None:

@@ -88,7 +88,7 @@ def load_trained(path: Path, network: str = "") -> Trained:
     Raises:
         UserError: there is neither, or its parts do not fit each other, or no such network.
     """
-    if network == "best" or not (path / run.CHECKPOINT).is_file():
+    if network == "best" or not run.has_checkpoint(path):
         trained = _of_file(path)
         network = "" if network == "best" else network
     else:
@@ -104,9 +104,9 @@ def _of_file(path: Path) -> Trained:
 
 
 def _of_run(folder: Path) -> Trained:
-    _, info, _ = checkpoint.load_network(folder / run.WEIGHTS)
     settings = run.read_settings(folder)
-    saved = checkpoint.load(folder / run.CHECKPOINT)
+    saved, broken = checkpoint.load_last(folder / run.CHECKPOINT)
+    info = checkpoint.info_of(saved) or checkpoint.load_network(folder / run.WEIGHTS)[1]
     networks: dict[str, SegmentationModel] = {}
     try:
         for name in checkpoint.networks_in(saved):
@@ -115,10 +115,13 @@ def _of_run(folder: Path) -> Trained:
             network.load_state_dict(checkpoint.weights_of(saved, name))
             networks[name] = network.eval()
         origin = f"{folder} after {saved['iteration']} iterations"
+        origin += f" ({broken})" if broken else ""
     except (RuntimeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: checkpoint and config.yaml do not fit ({reason}).") from None
-    return Trained(networks, info, settings, origin, sha256(folder / run.CHECKPOINT))
+    last = folder / run.CHECKPOINT
+    read = checkpoint.previous(last) if broken else last
+    return Trained(networks, info, settings, origin, sha256(read))
 
 
 def sha256(path: Path) -> str:

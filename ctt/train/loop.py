@@ -33,6 +33,7 @@ from ctt.data.prepare import Prepared
 from ctt.data.split import write_list
 from ctt.data.views import GeometricView
 from ctt.errors import UnwritableError, UserError
+from ctt.files import written
 from ctt.inference.evaluate import (
     Score,
     as_json,
@@ -91,7 +92,8 @@ def train(
         try:
             trainer = Trainer(settings, out, resume, world)
             folder = trainer.folder
-            return trainer.train()
+            with trainer.lock:
+                return trainer.train()
         except UnwritableError as error:
             raise UserError(f"{error}{way_on(folder)}") from None
         except RuntimeError as error:
@@ -106,7 +108,7 @@ def train(
 
 def way_on(folder: Path | None) -> str:
     """What is left of a run that failed, as the end of a message."""
-    if folder is None or not (folder / run.CHECKPOINT).is_file():
+    if folder is None or not run.has_checkpoint(folder):
         return ""
     return f" The last checkpoint is whole: --resume {shlex.quote(str(folder))} goes on from it."
 
@@ -134,13 +136,15 @@ class Trainer:
         self.streams: list[Generator[tuple[Tensor, Tensor]]] = []  # of batches
         self.sums: dict[str, Tensor] = {}  # of each loss since the last row of metrics.csv
         self.summed = 0  # steps in them
+        self.broken = ""  # what is wrong with the last checkpoint
         if resume is None:
             self.folder = Path(world.tell(str(self._create(out)) if world.is_main else ""))
         else:
             self.folder = run.find(resume)
-            self._load(checkpoint.load(self.folder / run.CHECKPOINT))
-            if world.is_main:
-                run.write_settings(self.folder, settings)  # for the next time it is resumed
+            saved, self.broken = checkpoint.load_last(self.folder / run.CHECKPOINT)
+            self._load(saved)
+        self.sound = self.engine.iteration  # until which all weights are known to be numbers
+        self.lock = run.lock(self.folder) if world.is_main else contextlib.nullcontext()
 
     def _create(self, out: Path | None) -> Path:
         folder = run.create(out, self.settings)
@@ -166,6 +170,9 @@ class Trainer:
             return finished
         recorder: Recorder | None = None
         if self.world.is_main:
+            run.write_settings(self.folder, settings)  # for the next time it is resumed
+            if self.broken:  # the next checkpoint must not take the place of the whole one
+                (self.folder / run.CHECKPOINT).unlink(missing_ok=True)
             recorder = Recorder(
                 self.folder, self.method, engine.iteration, tensorboard=settings.train.tensorboard
             )
@@ -182,7 +189,8 @@ class Trainer:
                     due = engine.iteration % self._every("eval_every") == 0
                     if due and engine.iteration < total:
                         self._evaluate(recorder)
-                    if engine.iteration % self._every("checkpoint_every") == 0:
+                    due = engine.iteration % self._every("checkpoint_every") == 0
+                    if due and engine.iteration < total:
                         self._save()
                     if self.world.agree(bool(interrupted)) and engine.iteration < total:
                         self._save()
@@ -190,6 +198,7 @@ class Trainer:
                         raise Stopped(self.folder, engine.iteration, self.world.is_main)
                 self._save()
                 scores = self._evaluate(recorder)
+                self._save(keep=False)  # with what was found to be the best network
         finally:
             for stream in self.streams:
                 # its processes ignore SIGTERM: at the end of Python they would be waited for
@@ -282,12 +291,48 @@ class Trainer:
         sums = dict(zip(self.sums, values, strict=True))
         if not math.isfinite(sums["total"]):
             bad = ", ".join(f"{name} {value}" for name, value in sums.items())
-            raise UserError(
-                f"Training diverged: by iteration {self.engine.iteration} the objective is no "
-                f"number any more ({bad}). Lower --optim.lr or set --optim.clip-norm; the last "
-                f"checkpoint in {self.folder} is from before."
-            )
+            raise self._diverged(f"the objective is no number any more ({bad})", self.summed)
         return sums
+
+    def _check_weights(self) -> None:
+        """Refuse to keep anything of weights that are no numbers any more."""
+        state = self.method.state_dict()
+        finite = {n: x.isfinite().all() for n, x in state.items() if x.is_floating_point()}
+        if not bool(torch.stack(list(finite.values())).all()):
+            lost = [name for name, good in finite.items() if not good]
+            what = f"{len(lost)} tensors are no numbers any more, first {lost[0]}"
+            raise self._diverged(what, self.engine.iteration - self.sound)
+        self.sound = self.engine.iteration
+
+    def _diverged(self, what: str, steps: int) -> UserError:
+        """Return the error, having written down the images of the last `steps` steps."""
+        return UserError(
+            f"Training diverged: by iteration {self.engine.iteration} {what}. Lower --optim.lr, "
+            f"set --optim.clip-norm or leave out --train.amp fp16; the last checkpoint in "
+            f"{self.folder} is from before, and {self._tell_images(steps)} names the images of the "
+            f"steps in question."
+        )
+
+    def _tell_images(self, steps: int) -> Path:
+        """Write the names of the images of the last steps, and return the file."""
+        path = self.folder / "diverged.txt"
+        first = self.engine.iteration - steps
+        images = self.settings.data.batch_size * self.world.size
+        lines = []
+        for purpose, ids in self._lists().items():
+            drawn = self.engine.drawn - steps * images
+            sampler = DrawSampler(len(ids), images, drawn, steps, self.settings.seed, purpose)
+            for i, batch in enumerate(sampler, first + 1):
+                lines.append(f"iteration {i}, {purpose}: {', '.join(ids[k] for k, _ in batch)}\n")
+        if self.world.is_main:
+            with written(path) as part:
+                part.write_text("".join(lines), "utf-8")
+        return path
+
+    def _lists(self) -> dict[str, list[str]]:
+        """Return the images that batches are drawn from, by the purpose of the draw."""
+        lists = {"labeled": self.labeled}
+        return lists | ({"unlabeled": self.unlabeled} if self.uses_unlabeled else {})
 
     def _log(
         self,
@@ -349,6 +394,7 @@ class Trainer:
 
     @record_function("evaluation")  # for a trace that it falls into
     def _evaluate(self, recorder: Recorder | None) -> dict[str, Score]:
+        self._check_weights()
         engine, world, networks = self.engine, self.world, self.method.networks()
         with images_of_any_size(self.settings.train.compile):
             matrices = confusions(
@@ -386,8 +432,9 @@ class Trainer:
         return scores
 
     @record_function("checkpoint")
-    def _save(self) -> None:
+    def _save(self, keep: bool = True) -> None:
         sums = self._finite_sums()
+        self._check_weights()
         if not self.world.is_main:
             return
         checkpoint.save(
@@ -395,12 +442,14 @@ class Trainer:
             {
                 **self.engine.state_dict(),
                 "settings": to_dict(self.settings),
+                "info": checkpoint.facts(self.source.info),
                 "seconds": self.seconds,
                 "waited": self.waited,
                 "best": self.best,
                 "sums": sums,
                 "summed": self.summed,
             },
+            keep,
         )
 
     def _load(self, saved: dict[str, Any]) -> None:
@@ -488,6 +537,7 @@ class Trainer:
             f"{s.method} with {pairs} pair{'s' * (pairs > 1)} on {s.dataset}: "
             f"{len(self.labeled)} labelled and {unlabeled} unlabelled images, "
             f"{s.train.iterations} iterations on {where}{start}. Run folder: {self.folder}",
+            *([f"Warning: {self.broken}"] if self.broken else []),
             *self.source.notes,
             *self.plan.warnings(),
             sep="\n",

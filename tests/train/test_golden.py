@@ -80,7 +80,7 @@ def save_first(save: Any) -> Any:
     """Return `checkpoint.save` that writes once and does nothing later, as if the run was lost."""
     calls = 0
 
-    def once(path: Path, state: dict[str, Any]) -> None:
+    def once(path: Path, state: dict[str, Any], keep: bool = True) -> None:
         nonlocal calls
         calls += 1
         if calls == 1:

@@ -231,9 +231,9 @@ def test_a_full_disk_ends_a_run_with_the_way_on(
     change = {"train": {"checkpoint_every": 2, "tensorboard": False}, "data": {"workers": 0}}
     save, times = checkpoint.save, iter((True, False))
 
-    def first_only(path: Path, state: dict[str, Any]) -> None:
+    def first_only(path: Path, state: dict[str, Any], keep: bool = True) -> None:
         with contextlib.nullcontext() if next(times) else no_room():
-            save(path, state)
+            save(path, state, keep)
 
     monkeypatch.setattr(checkpoint, "save", first_only)
     with pytest.raises(UserError, match=r"last\.pt cannot be written .* is whole: --resume"):
