@@ -135,6 +135,12 @@ class Step(Protocol):
     def forward(self, network: nn.Module, images: Tensor) -> Output:
         """Return the network's output for images (B, 3, H, W) in 0..1."""
 
+    def encode(self, network: SegmentationModel, images: Tensor) -> list[Tensor]:
+        """Return the stages of images (B, 3, H, W) in 0..1, to be perturbed and then decoded."""
+
+    def decode(self, network: SegmentationModel, stages: list[Tensor]) -> Output:
+        """Return the network's output for stages."""
+
     def probability(self, network: SegmentationModel, images: Tensor) -> Tensor:
         """Return the probabilities (B, C, H, W) that a network gives to every pixel."""
 

@@ -1,7 +1,7 @@
 """What every network gives: logits and features from one forward."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -55,8 +55,21 @@ class SegmentationModel(nn.Module, ABC):
         return self.decode(self.encode(images))
 
     def forward(self, images: Tensor) -> Output:
-        features = self.extract(images)
+        return self.finish(self.encode(images))
+
+    def finish(self, stages: list[Tensor]) -> Output:
+        """Return the output for stages."""
+        features = self.decode(stages)
         return Output(self.classifier(features), features)
+
+    def scale_channels(self, stages: list[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+        """Return stages with factors (B, `stage_channels[i]`) on the channels of each.
+
+        Images among the stages stay: `decode` reads their size alone.
+        """
+        first = int(self.stage_channels[0] == 3)
+        scaled = [x * f[:, :, None, None].to(x.dtype) for x, f in zip(stages, factors, strict=True)]
+        return [*stages[:first], *scaled[first:]]
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that the recipe may train with a larger learning rate."""

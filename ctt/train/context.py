@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,11 @@ from ctt.methods.base import Schedule
 from ctt.methods.losses import mean_of, valid_pixels
 from ctt.models.base import Output, SegmentationModel, upsample
 from ctt.settings import Settings
+from ctt.train.compiling import of_networks
 from ctt.train.distributed import World
 from ctt.train.phases import Phases
 
+T = TypeVar("T")
 DOUBLE = ("decay",)  # schedules of which 1 - value needs more digits than float32 has
 
 
@@ -47,6 +50,9 @@ class StepContext:
         self._plan: dict[str, tuple[tuple[int, ...], int | None]] = {}  # random numbers by name
         self._random: dict[str, Tensor] = {}
         self._values: dict[str, float | Tensor] = {}
+        how = settings.train.compile
+        self._encode = of_networks(encode, how)
+        self._decode = of_networks(SegmentationModel.finish, how)
         v = settings.views
         self.photometric = PhotometricView(
             v.jitter, v.jitter_probability, v.blur_probability, v.blur_sigma
@@ -114,16 +120,28 @@ class StepContext:
     def forward(self, network: nn.Module, images: Tensor) -> Output:
         """Return the output for images (B, 3, H, W) in 0..1; a whole batch goes in parts."""
         parts = self.settings.train.accumulate if self.whole else 1
-        outputs: list[Output] = []
-        for some in images.chunk(parts):
-            with self.phase("views"):
-                batch = self.normalize(some)
-            trained = torch.is_grad_enabled()
-            with self.phase("students" if trained else "teachers"), self.autocast():
-                outputs.append(network(batch))
+        outputs: list[Output] = [
+            self._run(network, self._normalized(some)) for some in images.chunk(parts)
+        ]
         if len(outputs) == 1:
             return outputs[0]
         return Output(*(torch.cat(maps) for maps in zip(*outputs, strict=True)))
+
+    def encode(self, network: SegmentationModel, images: Tensor) -> list[Tensor]:
+        return self._run(self._encode, network, self._normalized(images))
+
+    def decode(self, network: SegmentationModel, stages: list[Tensor]) -> Output:
+        return self._run(self._decode, network, stages)
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        with self.phase("views"):
+            return self.normalize(images)
+
+    def _run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run what belongs to a network in the run's precision."""
+        trained = torch.is_grad_enabled()
+        with self.phase("students" if trained else "teachers"), self.autocast():
+            return function(*arguments)
 
     def probability(self, network: SegmentationModel, images: Tensor) -> Tensor:
         logits = self.forward(network, images).logits
@@ -161,6 +179,11 @@ class StepContext:
 
     def log(self, name: str, value: Tensor) -> None:
         self.logged[name] = value.detach()
+
+
+def encode(network: SegmentationModel, images: Tensor) -> list[Tensor]:
+    """Return the stages of normalised images (B, 3, H, W)."""
+    return network.encode(images)
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:

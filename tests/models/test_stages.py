@@ -83,6 +83,22 @@ def test_perturbed_stages_are_decoded_and_teach(
     assert first.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize(("name", "backbone", "channels"), CASES, ids=NAMES)
+def test_channels_are_scaled_but_for_those_of_the_images(
+    name: str, backbone: str, channels: tuple[int, ...]
+) -> None:
+    network = make(name, backbone).eval()
+    stages = network.encode(images(64, 64))
+    factors = [torch.rand(2, n) for n in channels]
+    scaled = network.scale_channels(stages, factors)
+    for i, (stage, factor, found) in enumerate(zip(stages, factors, scaled, strict=True)):
+        kept = i == 0 and channels[0] == 3
+        assert torch.equal(found, stage if kept else stage * factor[:, :, None, None])
+    half = network.scale_channels([x.bfloat16() for x in stages], factors)
+    assert {x.dtype for x in half} == {torch.bfloat16}
+    assert network.finish(scaled).logits.shape == network.finish(stages).logits.shape
+
+
 @pytest.mark.parametrize("name", ["small", "deeplabv3plus"])
 def test_compiled_networks_are_split_too(name: str) -> None:
     network = make(name, "resnet18" if name != "small" else "").eval()

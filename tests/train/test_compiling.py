@@ -6,7 +6,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ctt import models
+from ctt.settings import Settings, update
 from ctt.train.compiling import compile_networks, repeated_blocks, uncompiled
+from tests.train.steps import make, student
 
 
 class Block(nn.Module):
@@ -103,6 +105,21 @@ def test_other_sizes_run_as_written(compiled: list[str], how: str) -> None:
     assert len(compiled) == before
     network(torch.randn(1, 4, 7, 8))
     assert len(compiled) > before
+
+
+@pytest.mark.parametrize("how", ["off", "network", "blocks"])
+def test_halves_of_a_network_are_compiled_as_the_network_is(
+    compiled: list[str], tiny: Settings, how: str
+) -> None:
+    step = make(update(tiny, {"train": {"compile": how}}, "test"), 1).step
+    step.whole = False
+    network = student(tiny)
+    images = torch.rand(2, 3, 24, 24)
+    stages = step.encode(network, images)
+    assert len(compiled) == (how == "network")
+    out = step.decode(network, stages)
+    assert len(compiled) == 2 * (how == "network")
+    assert torch.equal(out.logits, step.forward(network, images).logits)
 
 
 def test_a_network_keeps_the_names_of_its_weights(compiled: list[str]) -> None:
