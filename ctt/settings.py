@@ -78,8 +78,23 @@ class ViewSettings:
     """Share of the images blurred in the strong view."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur, in pixels."""
-    mix: Literal["none", "classmix", "cutmix"] = "none"
-    """How unlabelled images are mixed; every student sees the same mix."""
+    grey_probability: float = 0.0
+    """Share of the images that lose their colours in the strong view."""
+    mix: Literal[
+        "none",
+        "classmix",
+        "classmix-fewer",
+        "cutmix",
+        "half-area",
+        "half-width",
+        "small-box",
+        "cowmix",
+    ] = "none"
+    """How unlabelled images are mixed; every student sees the same mix. classmix pastes half of the
+    classes of an image, of an odd number the larger half or (classmix-fewer) the smaller; cutmix a
+    box of 1/4 to 1/2 of the area; half-area and half-width a box of 1/2, as the programs of French
+    et al. and of ClassMix draw it; small-box, into every other image, one of 2 to 40 %, as the
+    programs of UniMatch do; cowmix blobs that make one half."""
     strong_labeled: bool = False
     """Also give the labelled images the colour jitter and blur."""
     per_student: bool = True
@@ -182,6 +197,10 @@ class LossSettings:
     """How teachers' confidence weighs the cross-teacher term: not at all (paper), all pixels by the
     share of confident ones (authors' program), or only confident pixels."""
     confidence_threshold: float = 0.968
+    unlabeled_mean: Literal["kept", "valid", "all"] = "kept"
+    """What the sum over pixels with a pseudo-label is divided by: their number, that of all pixels
+    that show an image, or that of all pixels. The last two lower the weight of the term while few
+    pixels are confident."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +314,7 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", methods.absolute(self.method))
         with contextlib.suppress(UserError):  # of a method that does not exist; `validate` tells
-            wanted = methods.get(self.method).options
+            wanted = methods.get(self.method).option_class()
             if type(self.options) is not wanted:
                 object.__setattr__(self, "options", wanted())
 
@@ -461,6 +480,12 @@ def validate(settings: Settings) -> None:
             "--views.blur-probability",
             s.views.blur_probability,
             0 <= s.views.blur_probability <= 1,
+            share,
+        ),
+        (
+            "--views.grey-probability",
+            s.views.grey_probability,
+            0 <= s.views.grey_probability <= 1,
             share,
         ),
         (

@@ -89,7 +89,8 @@ def list_methods() -> None:
 
     table = Table(title="training methods", caption=METHODS_CAPTION)
     for column in ("method", "source", "students", "beside students and teachers", "cost"):
-        table.add_column(column, justify="right" if column in ("students", "cost") else "left")
+        right = column in ("students", "cost")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column == "method")
     for name in [*methods.names(), *methods.installed()]:
         about = methods.get(name)
         cost = f"{about.cost:.1f}" if about.cost else ""
@@ -224,7 +225,9 @@ def shown_class(settings: Settings, help_asked: bool) -> type[Arguments]:
     except UserError:
         return Arguments  # `validate` tells
     unused = about.unused(settings.pairs or about.pairs) if help_asked else ()
-    fields: list[Any] = [("options", about.options, dataclasses.field(default=settings.options))]
+    fields: list[Any] = [
+        ("options", about.option_class(), dataclasses.field(default=settings.options))
+    ]
     for group in dict.fromkeys(name.partition(".")[0] for name in unused):
         kind = type(getattr(settings, group))
         if group in unused:

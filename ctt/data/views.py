@@ -144,11 +144,12 @@ class PhotometricView:
     Args:
         strength: brightness, contrast and saturation change by a factor in 1 - s .. 1 + s, hue by
             an angle of up to s / 4 of the colour circle.
-        jitter_probability, blur_probability: share of the images that each is applied to.
+        jitter_probability, blur_probability, grey_probability: share of the images that each is
+            applied to.
         blur_sigma: range of the blur, in pixels.
     """
 
-    DRAWS = 7  # random numbers that an image takes
+    DRAWS = 8  # random numbers that an image takes; 7 do without grey images
 
     def __init__(
         self,
@@ -156,16 +157,21 @@ class PhotometricView:
         jitter_probability: float,
         blur_probability: float,
         blur_sigma: tuple[float, float],
+        grey_probability: float = 0.0,
     ) -> None:
+        self.grey_probability = grey_probability
         self.strength, self.jitter_probability = strength, jitter_probability
         self.blur_probability, self.blur_sigma = blur_probability, blur_sigma
 
     def __call__(self, images: Tensor, draw: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in 0..1 and uniform random numbers (7, B) -> the same, changed."""
+        """Return images (B, 3, H, W) in 0..1 as uniform random numbers (DRAWS, B) change them."""
         if self.strength and self.jitter_probability:
             images = self._jitter(images, draw[:5, :, None, None, None])
+        if self.grey_probability:
+            chosen = (draw[7] < self.grey_probability)[:, None, None, None]
+            images = torch.where(chosen, grey(images), images)
         if self.blur_probability:
-            images = self._blur(images, draw[5:])
+            images = self._blur(images, draw[5:7])
         return images
 
     def _jitter(self, images: Tensor, draw: Tensor) -> Tensor:

@@ -151,13 +151,17 @@ class Step(Protocol):
         """Return images (B, 3, H, W) in 0..1 as networks take them."""
 
     def strong(self, images: Tensor, draw: Tensor) -> Tensor:
-        """Return images with the colour jitter and blur that numbers (B, 7) draw."""
+        """Return images with the colour jitter and blur that numbers (B, 8) draw."""
 
-    def mixer(self, probability: Sequence[Tensor], padding: Tensor) -> Callable[[Tensor], Tensor]:
+    def mixer(
+        self, probability: Sequence[Tensor], padding: Tensor, rule: str = "", name: str = "mix"
+    ) -> Callable[[Tensor], Tensor]:
         """Return the function that mixes images, labels and confidences by `--views.mix`.
 
         Args:
             probability: of each teacher, (B, C, H, W). padding: (B, H, W), where no image is.
+            rule: one of the choices of `--views.mix`, instead of the run's.
+            name: of the random numbers; another one gives another mix of the same step.
         """
 
     def count(self, label: Tensor) -> Tensor:

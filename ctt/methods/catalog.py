@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from ctt.methods.base import Method
 
 GROUP = "ctt.methods"  # of entry points, by which packages offer methods
-LABELING = ("loss.ct", "loss.ct_ramp", "loss.confidence_weight", "loss.confidence_threshold")
+LABELING = (
+    "loss.ct",
+    "loss.ct_ramp",
+    "loss.confidence_weight",
+    "loss.confidence_threshold",
+    "loss.unlabeled_mean",
+)
 LOW_LEVEL = ("loss.lc", "loss.tau_lc", "loss.directional", "loss.lc_pixels")
 CONTRAST = (
     "bank",
@@ -45,7 +51,8 @@ class About:
         unlabeled: whether it takes unlabelled images.
         uses: settings of the run, or groups of them, that it reads among those that only some
             methods read.
-        options: class of the settings that it alone has.
+        options: class of the settings that it alone has; by its name, `module:Class`, where its
+            module is not to be imported before it is chosen.
         contrast: whether the high-level and low-level contrast belong to it.
         extra: what is trained or kept beside the students and their teachers, in words.
         cost: of a step with its own number of pairs, as a multiple of a mean teacher's (measured
@@ -57,7 +64,7 @@ class About:
     pairs: int = 1
     unlabeled: bool = True
     uses: tuple[str, ...] = ()
-    options: type[Options] = Options
+    options: type[Options] | str = Options
     contrast: bool = False
     extra: str = ""
     cost: float = 0.0
@@ -66,6 +73,14 @@ class About:
         """Return the settings, or groups of settings, that change nothing under this method."""
         lonely = LOW_LEVEL if pairs == 1 else ()  # one student has no peer
         return tuple(name for name in SHARED if name not in self.uses or name in lonely)
+
+    def option_class(self) -> type[Options]:
+        """Return the class of the settings that the method alone has."""
+        if not isinstance(self.options, str):
+            return self.options
+        module, _, name = self.options.partition(":")
+        found: type[Options] = getattr(import_module(module), name)
+        return found
 
     def load(self) -> type[Method]:
         """Return the class.
@@ -95,6 +110,30 @@ METHODS = {
         "Tarvainen and Valpola, NeurIPS 2017, with hard labels",
         "ctt.methods.mean_teacher:MeanTeacher",
         uses=TAUGHT,
+    ),
+    "mean-teacher-soft": About(
+        "Tarvainen and Valpola, NeurIPS 2017",
+        "ctt.methods.mean_teacher_soft:MeanTeacherSoft",
+        uses=("ema", "loss.sup", "views.mix"),
+        options="ctt.methods.mean_teacher_soft:MeanTeacherSoftOptions",
+    ),
+    "mean-teacher-ensemble": About(
+        "Xiao et al., 2022, Table 5: two mean teachers",
+        "ctt.methods.mean_teacher:MeanTeacher",
+        pairs=2,
+        uses=TAUGHT,
+    ),
+    "french": About(
+        "French et al., BMVC 2020: CutMix, Cutout, CowMix",
+        "ctt.methods.french:French",
+        uses=("ema", "loss.sup"),
+        options="ctt.methods.french:FrenchOptions",
+    ),
+    "classmix": About(
+        "Olsson et al., WACV 2021",
+        "ctt.methods.classmix:ClassMix",
+        uses=("ema", "loss.sup"),
+        options="ctt.methods.classmix:ClassMixOptions",
     ),
     "cps": About(
         "Chen et al., CVPR 2021",

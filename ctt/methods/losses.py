@@ -75,6 +75,17 @@ def pixel_cross_entropy(
     return mean if weight is None else mean * weight
 
 
+def squared_distance(logits: Tensor, stride: int, soft: Tensor, valid: Tensor) -> Tensor:
+    """Return the squared difference of probabilities, summed over the classes and valid pixels.
+
+    Args:
+        logits: (B, C, h, w), on a grid of this stride. soft: (B, C, H, W). valid: (B, H, W) bool.
+    """
+    probability = upsample(logits, (soft.shape[-2], soft.shape[-1]), stride).softmax(dim=1)
+    distance = (probability - soft).square().sum(dim=1)
+    return distance.masked_fill(~valid, 0).sum()
+
+
 def weigh_pseudo_label(
     pseudo_label: Tensor,
     confidence: Tensor,

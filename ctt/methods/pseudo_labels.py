@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ctt.data.source import IGNORE
 from ctt.data.views import PhotometricView
@@ -31,6 +32,11 @@ class PseudoLabels(Method):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
+        loss = self.settings.loss
+        self.mix: str = self.settings.views.mix
+        self.unlabeled_mean: str = loss.unlabeled_mean
+        self.confidence_weight: str = loss.confidence_weight
+        self.threshold = loss.confidence_threshold
         self.teachers = followers.copies(self.students)
         self.ema = followers.EmaUpdate(self.teachers, self.students, self.settings.ema)
 
@@ -52,10 +58,10 @@ class PseudoLabels(Method):
 
     def prepare(self, b: Batch, step: Step) -> Batch:
         """Equations (3)-(5): labels of the unlabelled images, mixed as the images are."""
-        loss, padding = self.settings.loss, b["padding"]
+        padding = b["padding"]
         probability = [step.probability(net, b["unlabeled"]) for net in self.labelers]
         with step.phase("views"):
-            mix = step.mixer(probability, padding)
+            mix = step.mixer(probability, padding, self.mix)
             b = b | {"mixed": mix(b["unlabeled"]), "pixels": step.count(b["label"])}
             b |= self.draws(len(padding), step)
             seen, shares = step.total((~padding).sum()).clamp(min=1), []
@@ -68,14 +74,20 @@ class PseudoLabels(Method):
                 label = mix(label.masked_fill(padding | lost, IGNORE))
                 confidence = mix(confidence.masked_fill(lost, 0))
                 trusted, weight = losses.weigh_pseudo_label(
-                    label, confidence, loss.confidence_weight, loss.confidence_threshold, step.total
+                    label, confidence, self.confidence_weight, self.threshold, step.total
                 )
                 b |= {f"label {k}": label, f"confidence {k}": confidence, f"trusted {k}": trusted}
-                b[f"pixels {k}"] = step.count(trusted)
+                b[f"pixels {k}"] = self.divisor(trusted, label, step)
                 if weight is not None:
                     b[f"weight {k}"] = weight
             step.log("lost_pixels", torch.stack(shares).mean())
         return b
+
+    def divisor(self, trusted: Tensor, label: Tensor, step: Step) -> Tensor:
+        """Return what the sum over pseudo-labelled pixels is divided by, see `unlabeled_mean`."""
+        if self.unlabeled_mean == "all":
+            return step.total(torch.ones_like(label).sum())
+        return step.count(trusted if self.unlabeled_mean == "kept" else label)
 
     def draws(self, images: int, step: Step, unlabeled: bool = True) -> Batch:
         """Return the numbers of every student's strong views, of labelled images first."""
@@ -83,7 +95,8 @@ class PseudoLabels(Method):
         kinds = views.strong_labeled + unlabeled
         for k in range(len(self.students)):
             name = f"strong-{k}" if views.per_student else "strong"
-            draw = step.rand(name, (kinds, PhotometricView.DRAWS, images), 2)
+            numbers = PhotometricView.DRAWS if views.grey_probability else PhotometricView.DRAWS - 1
+            draw = step.rand(name, (kinds, numbers, images), 2)
             b[f"draw {k}"] = draw.movedim(2, 0)
         return b
 
@@ -104,19 +117,26 @@ class PseudoLabels(Method):
 
     def cross_entropies(self, out: Sequence[Output], b: Batch, step: Step) -> Terms:
         """Equations (1)-(5), summed over the students."""
-        n, w, sup, ct = len(b["images"]), self.settings.loss, [], []
+        n, sup, ct = len(b["images"]), [], []
         with step.phase("cross-entropy"):
             for k, (o, student) in enumerate(zip(out, self.students, strict=True)):
-                logits, stride = o.logits, student.stride
-                args = (b["label"], b["pixels"])
-                sup.append(losses.pixel_cross_entropy(logits[:n], stride, *args))
+                truth = (b["label"], b["pixels"])
+                sup.append(losses.pixel_cross_entropy(o.logits[:n], student.stride, *truth))
                 if "mixed" in b:
-                    taught = (b[f"trusted {k}"], b[f"pixels {k}"], b.get(f"weight {k}"))
-                    ct.append(losses.pixel_cross_entropy(logits[n:], stride, *taught))
-            terms: Terms = {"sup": (w.sup, losses.sum_of(sup))}
+                    ct.append(self.unlabeled_loss(k, o.logits[n:], b))
+            terms: Terms = {"sup": (self.settings.loss.sup, losses.sum_of(sup))}
             if ct:
-                terms["ct"] = (w.ct * step["ramp"], losses.sum_of(ct))
+                terms["ct"] = (self.unlabeled_weight(step), losses.sum_of(ct))
         return terms
+
+    def unlabeled_weight(self, step: Step) -> float | Tensor:
+        """Return the weight of what students learn from unlabelled images."""
+        return self.settings.loss.ct * step["ramp"]
+
+    def unlabeled_loss(self, k: int, logits: Tensor, b: Batch) -> Tensor:
+        """Return what student k learns from the mixed images, of which it gives the logits."""
+        taught = (b[f"trusted {k}"], b[f"pixels {k}"], b.get(f"weight {k}"))
+        return losses.pixel_cross_entropy(logits, self.students[k].stride, *taught)
 
     def after_step(self, b: Batch, step: Step) -> None:
         with step.phase("ema"):

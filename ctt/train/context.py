@@ -55,7 +55,7 @@ class StepContext:
         self._decode = of_networks(SegmentationModel.finish, how)
         v = settings.views
         self.photometric = PhotometricView(
-            v.jitter, v.jitter_probability, v.blur_probability, v.blur_sigma
+            v.jitter, v.jitter_probability, v.blur_probability, v.blur_sigma, v.grey_probability
         )
 
     def begin(self, iteration: int) -> None:
@@ -153,19 +153,29 @@ class StepContext:
         with self.phase("views"):
             return self.photometric(images, draw.T)
 
-    def mixer(self, probability: Sequence[Tensor], padding: Tensor) -> Callable[[Tensor], Tensor]:
+    def mixer(
+        self,
+        probability: Sequence[Tensor],
+        padding: Tensor,
+        rule: str = "",
+        name: str = "mix",
+    ) -> Callable[[Tensor], Tensor]:
         """Return what mixes: parts of an image that are not kept come from the image before it,
         also across processes."""
-        rule, images = self.settings.views.mix, len(padding)
+        rule, images = rule or self.settings.views.mix, len(padding)
+        size = (padding.shape[-2], padding.shape[-1])
         if rule == "none":
             return lambda values: values
-        if rule == "cutmix":
-            size = (padding.shape[-2], padding.shape[-1])
-            keep = mixing.cutmix_mask(size, self.rand("mix", (4, images), 1))
+        if rule in mixing.BOXES:
+            mask, numbers = mixing.BOXES[rule]
+            keep = mask(size, self.rand(name, (numbers, images), 1))
+        elif rule == "cowmix":
+            noise = self.rand(f"{name} noise", (images, *size), 0)
+            keep = mixing.cow_mask(noise, self.rand(name, (images,), 0))
         else:
             label = mean_of(probability).argmax(dim=1).masked_fill(padding, IGNORE)
-            draw = self.rand("mix", (images, probability[0].shape[1]), 0)
-            keep = mixing.classmix_mask(label, draw)
+            draw = self.rand(name, (images, probability[0].shape[1]), 0)
+            keep = mixing.classmix_mask(label, draw, rule == "classmix-fewer")
         return lambda values: mixing.mix(values, self.roll(values), keep)
 
     def count(self, label: Tensor) -> Tensor:

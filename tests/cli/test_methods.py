@@ -60,7 +60,7 @@ def test_options_of_a_method_in_a_settings_file(tmp_path: Path) -> None:
     config.write_text(f"method: {EXAMPLE}:EntropyMinimization\noptions: {{weight: 0.7}}\n")
     assert program.read(["--config", str(config)])[1].options == catalog.get(
         f"{EXAMPLE}:EntropyMinimization"
-    ).options(weight=0.7)
+    ).option_class()(weight=0.7)
     config.write_text(f"method: {EXAMPLE}:EntropyMinimization\noptions: {{height: 0.7}}\n")
     with pytest.raises(UserError, match=r"there is no setting options\.height"):
         program.read(["--config", str(config)])
@@ -98,7 +98,7 @@ def test_a_method_of_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(catalog, "entry_points", lambda group: [point])
     settings = program.read(shlex.split("--method entropy --options.weight 2"))[1]
     assert methods.get("entropy").load().__name__ == "EntropyMinimization"
-    assert settings.options == methods.get("entropy").options(weight=2)
+    assert settings.options == methods.get("entropy").option_class()(weight=2)
 
 
 def test_the_list_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,3 +164,12 @@ def test_fine_patterns_do_not_turn_into_coarse_ones() -> None:
         )
         assert seen.float().std() <= reduced.std() + 3
         assert abs(seen.float().mean() - 127.5) < 3
+
+
+def test_a_share_of_the_images_loses_its_colours() -> None:
+    view = PhotometricView(0, 0, 0, (0.1, 2.0), grey_probability=0.3)
+    images = torch.rand(400, 3, 2, 2)
+    seen = view(images, torch.rand(view.DRAWS, 400))
+    lost = (seen[:, :1] == seen).flatten(1).all(dim=1)
+    assert abs(float(lost.float().mean()) - 0.3) < 0.1
+    assert torch.equal(seen[~lost], images[~lost])

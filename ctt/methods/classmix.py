@@ -1,0 +1,45 @@
+"""ClassMix (Olsson et al., WACV 2021, arXiv 2007.07936), as in its authors' program.
+
+A mean teacher labels the unmixed images. Half of the classes that it sees in an image, of an odd
+number the smaller half, are pasted onto another image, and the student learns the labels of both.
+Every pixel counts alike: the mean over all of them is weighed by the share of confident ones.
+
+The program pastes onto the next image of the batch, this one onto the one before, and its teacher
+normalises by its own batch, this one by its running statistics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ctt.methods.base import Setup, Step
+from ctt.methods.mean_teacher import MeanTeacher
+from ctt.methods.options import Check, Options
+
+
+@dataclass(frozen=True)
+class ClassMixOptions(Options):
+    weight: float = 1.0
+    """Weight of the unlabelled images (the program's)."""
+    threshold: float = 0.968
+    """Confidence of a pixel that counts in the share (the paper's, section 4.2)."""
+
+    def checks(self) -> list[Check]:
+        return [
+            ("--options.weight", self.weight, self.weight >= 0, "must be at least 0"),
+            ("--options.threshold", self.threshold, 0 <= self.threshold <= 1, "must be in 0..1"),
+        ]
+
+
+class ClassMix(MeanTeacher):
+    """A mean teacher on images that are mixed by class."""
+
+    options: ClassMixOptions
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.mix, self.unlabeled_mean = "classmix-fewer", "all"
+        self.confidence_weight, self.threshold = "uniform", self.options.threshold
+
+    def unlabeled_weight(self, step: Step) -> float:
+        return self.options.weight

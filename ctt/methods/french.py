@@ -1,0 +1,68 @@
+"""Mask-based consistency (French et al., BMVC 2020, arXiv 1906.01916), as in its program.
+
+The student sees images that are mixed by a mask, and is drawn to the teacher's probabilities of
+the unmixed ones, mixed by the same mask: squared difference, summed over the classes, its mean over
+the pixels times the share of pixels of which the teacher is sure. CutMix pastes a box of half the
+area, CowMix (the paper's first version) blobs; Cutout erases a box, where nothing is learnt.
+
+The program's Adam, frozen batch norms and EMA of 0.99 without warm-up are settings of the run here
+(--model.freeze-batch-norm, --ema.decay), and so are the colours of its later version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ctt.data import mixing
+from ctt.data.views import constant
+from ctt.methods.base import Batch, Setup, Step
+from ctt.methods.options import Check
+from ctt.methods.soft_labels import SoftLabels, SoftOptions
+
+RULES = {"cutmix": "half-area", "cowmix": "cowmix", "cutout": "none"}
+
+
+@dataclass(frozen=True)
+class FrenchOptions(SoftOptions):
+    mask: Literal["cutmix", "cutout", "cowmix"] = "cutmix"
+    """What the mask does."""
+    threshold: float = 0.97
+    """Confidence of a pixel that counts in the share (the program's)."""
+
+    def checks(self) -> list[Check]:
+        good = 0 <= self.threshold <= 1
+        return [
+            *super().checks(),
+            ("--options.threshold", self.threshold, good, "must be in 0..1"),
+        ]
+
+
+class French(SoftLabels):
+    """Each student is drawn to its average, through a mask."""
+
+    options: FrenchOptions
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.mix = RULES[self.options.mask]
+        self.mean = setup.info.mean
+
+    def change(
+        self, probability: list[Tensor], b: Batch, step: Step
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor], Tensor]:
+        if self.options.mask != "cutout":
+            return super().change(probability, b, step)
+        padding = b["padding"]
+        size = (padding.shape[-2], padding.shape[-1])
+        keep = mixing.cutout_mask(size, step.rand("cutout", (4, len(padding)), 1))
+        mean = constant(self.mean, padding.device)[:, None, None]  # 0, once it is normalised
+        erased = torch.where(keep[:, None], b["unlabeled"], mean)
+        return erased, lambda values: values, keep & ~padding
+
+    def factor(self, confidence: Tensor, valid: Tensor, seen: Tensor, step: Step) -> Tensor:
+        return step.total((valid & (confidence >= self.options.threshold)).sum()) / seen

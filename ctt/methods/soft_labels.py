@@ -1,0 +1,83 @@
+"""What methods have in common whose students learn the probabilities of a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ctt.methods import losses, ramps
+from ctt.methods.base import Batch, Schedule, Step
+from ctt.methods.mean_teacher import MeanTeacher
+from ctt.methods.options import Check, Options
+
+
+@dataclass(frozen=True)
+class SoftOptions(Options):
+    weight: float = 1.0
+    """Weight of the unlabelled images."""
+    ramp: float = 0.0
+    """Share of the run over which that weight rises, along a sigmoid."""
+
+    def checks(self) -> list[Check]:
+        return [
+            ("--options.weight", self.weight, self.weight >= 0, "must be at least 0"),
+            ("--options.ramp", self.ramp, 0 <= self.ramp <= 1, "must be in 0..1"),
+        ]
+
+
+class SoftLabels(MeanTeacher):
+    """Each student is drawn to the probabilities that its own average gives to the weak view.
+
+    Batch, besides what every method has: `mixed` (B, 3, H, W), what the student sees; for each
+    student k `soft k` (B, C, H, W), the teacher's probabilities of it, and `valid k` (B, H, W),
+    where they count; `seen k` (), how many pixels that is, and `factor k` (), by which the term is
+    multiplied.
+    """
+
+    options: SoftOptions
+
+    def schedules(self) -> dict[str, Schedule]:
+        total, ramp = self.settings.train.iterations, self.options.ramp
+        return super().schedules() | {"ramp": lambda i: ramps.sigmoid(i / total, ramp)}
+
+    def change(
+        self, probability: list[Tensor], b: Batch, step: Step
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor], Tensor]:
+        """Return what students see, what mixes the labels of it, and where (B, H, W) it counts."""
+        mix = step.mixer(probability, b["padding"], self.mix)
+        return mix(b["unlabeled"]), mix, mix(~b["padding"])
+
+    def factor(self, confidence: Tensor, valid: Tensor, seen: Tensor, step: Step) -> Tensor:
+        """Return the factor of the term, of the teacher's confidence in the mixed images."""
+        return seen.new_ones((), dtype=confidence.dtype)
+
+    def prepare(self, b: Batch, step: Step) -> Batch:
+        probability = [step.probability(teacher, b["unlabeled"]) for teacher in self.teachers]
+        lost = [~(p.amax(dim=1) > 0) for p in probability]  # where it is no number
+        probability = [
+            p.masked_fill(gone[:, None], 0) for p, gone in zip(probability, lost, strict=True)
+        ]
+        with step.phase("views"):
+            mixed, mix, valid = self.change(probability, b, step)
+            b = b | {"mixed": mixed, "pixels": step.count(b["label"])}
+            b |= self.draws(len(valid), step)
+            for k, (p, gone) in enumerate(zip(probability, lost, strict=True)):
+                own, soft = valid & ~mix(gone), mix(p)
+                seen = step.total(own.sum()).clamp(min=1)
+                factor = self.factor(soft.amax(dim=1), own, seen, step)
+                b |= {f"soft {k}": soft, f"valid {k}": own}
+                b |= {f"seen {k}": seen, f"factor {k}": factor}
+            images = step.total((~b["padding"]).sum()).clamp(min=1) * len(lost)
+            step.log("lost_pixels", sum((g & ~b["padding"]).sum() for g in lost) / images)
+        return b
+
+    def unlabeled_weight(self, step: Step) -> float | Tensor:
+        return self.options.weight * step["ramp"]
+
+    def unlabeled_loss(self, k: int, logits: Tensor, b: Batch) -> Tensor:
+        """Return the squared distance of the probabilities, its mean over pixels."""
+        stride = self.students[k].stride
+        distance = losses.squared_distance(logits, stride, b[f"soft {k}"], b[f"valid {k}"])
+        return distance / b[f"seen {k}"] * b[f"factor {k}"]

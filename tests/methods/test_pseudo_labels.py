@@ -1,0 +1,93 @@
+"""Methods with hard labels beside a rendering of their equations."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ctt.data import mixing
+from ctt.data.source import IGNORE
+from ctt.settings import Settings
+from tests.methods.rendering import (
+    SIZE,
+    Scene,
+    cross_entropies,
+    mean_cross_entropy,
+    mixed,
+    no_gradient,
+    scores,
+)
+
+LABELERS = {
+    "mean-teacher": ("teachers", lambda k, pairs: [k]),
+    "mean-teacher-ensemble": ("teachers", lambda k, pairs: [k]),
+    "dual-teachers": ("teachers", lambda k, pairs: list(range(pairs))),
+    "cps": ("students", lambda k, pairs: [j for j in range(pairs) if j != k]),
+    "fixmatch": ("students", lambda k, pairs: [k]),
+}
+
+
+def shown(scene: Scene, keep: Tensor, labelers: Any, chosen: Any) -> tuple[list, list, Tensor]:  # type: ignore[type-arg]
+    """Return label and confidence for each student, mixed, and the mixed images."""
+    given = [no_gradient(net, scene.more) for net in labelers]
+    labels, sure = [], []
+    for k in range(len(scene.method.students)):
+        p = torch.stack([given[j] for j in chosen(k, len(given))]).mean(dim=0)
+        confidence, label = p.max(dim=1)
+        label[scene.padding] = IGNORE
+        labels.append(mixed(label, keep))
+        sure.append(mixed(confidence, keep))
+    return labels, sure, mixed(scene.more, keep)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 3])
+def test_supervised(tiny: Settings, pairs: int) -> None:
+    scene = Scene(tiny, "supervised", {}, pairs)
+    sup = sum(
+        mean_cross_entropy(scores(net, scene.images), scene.label) for net in scene.method.students
+    )
+    scene.check({"sup": (1.0, sup)})
+
+
+@pytest.mark.parametrize("name", LABELERS)
+@pytest.mark.parametrize("rule", ["none", "uniform", "threshold"])
+@pytest.mark.parametrize("mean", ["kept", "valid", "all"])
+def test_hard_labels(tiny: Settings, name: str, rule: str, mean: str) -> None:
+    loss = {"confidence_weight": rule, "confidence_threshold": 0.2, "unlabeled_mean": mean}
+    change = {"views": {"mix": "cutmix"}, "loss": {**loss, "ct": 0.7, "ct_ramp": 12}}
+    scene = Scene(tiny, name, change)
+    keep = mixing.cutmix_mask(SIZE, scene.drawn("mix"))
+    kind, chosen = LABELERS[name]
+    labels, sure, images = shown(scene, keep, getattr(scene.method, kind), chosen)
+    sup, ct = 0, 0
+    for k, net in enumerate(scene.method.students):
+        out = scores(net, torch.cat([scene.images, images]))
+        sup += mean_cross_entropy(out[:3], scene.label)
+        label, valid = labels[k].clone(), labels[k] != IGNORE
+        if rule == "threshold":
+            label[sure[k] < 0.2] = IGNORE
+        divisor = {"kept": (label != IGNORE).sum(), "valid": valid.sum(), "all": label.numel()}
+        value = cross_entropies(out[3:], label).sum() / max(1, divisor[mean])
+        if rule == "uniform":
+            value = value * ((sure[k] >= 0.2) & valid).sum() / valid.sum()
+        ct += value
+    scene.check({"sup": (1.0, sup), "ct": (0.7 * 3 / 12, ct)})
+
+
+def test_classmix_with_fewer_classes_and_the_mean_over_all_pixels(tiny: Settings) -> None:
+    scene = Scene(tiny, "classmix", {"options": {"threshold": 0.2, "weight": 0.5}})
+    (teacher,), (student,) = scene.method.teachers, scene.method.students
+    confidence, label = no_gradient(teacher, scene.more).max(dim=1)
+    label[scene.padding] = IGNORE
+    keep = torch.zeros_like(scene.padding)
+    for i, draw in enumerate(scene.drawn("mix")):
+        present = sorted({int(c) for c in label[i].unique()} - {IGNORE}, key=lambda c: draw[c])
+        for c in present[: len(present) // 2]:
+            keep[i] |= label[i] == c
+    label, confidence = mixed(label, keep), mixed(confidence, keep)
+    out = scores(student, torch.cat([scene.images, mixed(scene.more, keep)]))
+    valid = label != IGNORE
+    share = ((confidence >= 0.2) & valid).sum() / valid.sum()
+    ct = cross_entropies(out[3:], label).sum() / label.numel() * share
+    scene.check({"sup": (1.0, mean_cross_entropy(out[:3], scene.label)), "ct": (0.5, ct)})
