@@ -51,8 +51,12 @@ class Networks(Modules[SegmentationModel]):
     """A list of segmentation networks."""
 
 
-def unchanged(network: SegmentationModel) -> SegmentationModel:
+def unchanged(network: M) -> M:
     return network
+
+
+class Finish(Protocol):
+    def __call__(self, network: M) -> M: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class Setup:
         labeled: how many labelled images the run has.
         initialize: whether students start from `--model.weights`; needless before a checkpoint is
             loaded.
-        finish: puts a new student on its device, in the layout in which it trains.
+        finish: puts a new student, or other network to be trained, on its device, in the layout
+            in which it trains.
         origins: filled with a sentence for each student that starts from published weights.
     """
 
@@ -73,7 +78,7 @@ class Setup:
     pairs: int
     labeled: int
     initialize: bool = True
-    finish: Callable[[SegmentationModel], SegmentationModel] = unchanged
+    finish: Finish = unchanged
     origins: list[str] = field(default_factory=list)
 
     @property
@@ -177,7 +182,10 @@ class Step(Protocol):
         """Name what runs inside, in profilers and in the table of `--train.profile`."""
 
     def log(self, name: str, value: Tensor) -> None:
-        """Write a number () to metrics.csv: this process's part of a mean over all."""
+        """Write a number () to metrics.csv: this process's part of a mean over all.
+
+        Numbers of one name add up in a step, such as those of its parts or of several students.
+        """
 
 
 class Method(nn.Module):

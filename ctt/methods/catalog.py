@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ctt.errors import UserError
-from ctt.methods.options import Options
+from ctt.methods.options import AdvSemiSegOptions, Options
 
 if TYPE_CHECKING:
     from ctt.methods.base import Method
@@ -148,6 +148,13 @@ METHODS = {
         uses=TAUGHT,
     ),
     "fixmatch": About("Sohn et al., NeurIPS 2020", "ctt.methods.fixmatch:FixMatch", uses=TAUGHT),
+    "advsemiseg": About(
+        "Hung et al., BMVC 2018, as in its program",
+        "ctt.methods.advsemiseg:AdvSemiSeg",
+        uses=("loss.sup",),
+        options=AdvSemiSegOptions,
+        extra="a discriminator for each student",
+    ),
 }
 
 

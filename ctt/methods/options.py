@@ -16,3 +16,49 @@ class Options:
     def checks(self) -> list[Check]:
         """Return what the values must fulfil."""
         return []
+
+
+def at_least_0(**options: float) -> list[Check]:
+    """Return a check for each option: weights, and other numbers that may be 0."""
+    return [
+        _check(name, value, value >= 0, "must be at least 0") for name, value in options.items()
+    ]
+
+
+def above_0(**options: float) -> list[Check]:
+    return [_check(name, value, value > 0, "must be above 0") for name, value in options.items()]
+
+
+def shares(**options: float) -> list[Check]:
+    return [
+        _check(name, value, 0 <= value <= 1, "must be in 0..1") for name, value in options.items()
+    ]
+
+
+def _check(name: str, value: float, good: bool, rule: str) -> Check:
+    return f"--options.{name.replace('_', '-')}", value, good, rule
+
+
+@dataclass(frozen=True)
+class AdvSemiSegOptions(Options):
+    """Values of the README's command of hfslyc/AdvSemiSeg."""
+
+    adv: float = 0.01
+    """Weight of passing for a mask on labelled images (the program's default is 0.1)."""
+    adv_unlabeled: float = 0.001
+    """Weight of passing for a mask on unlabelled images."""
+    semi: float = 0.1
+    """Weight of the student's own labels where the discriminator believes them."""
+    threshold: float = 0.2
+    """Probability of being a mask from which a pixel is believed."""
+    start: float = 0.25
+    """Share of the run before own labels are learnt (5,000 of 20,000 iterations)."""
+    critic_lr: float = 1e-4
+    """Learning rate of the discriminator at the start; it falls as that of the students does."""
+
+    def checks(self) -> list[Check]:
+        return [
+            *at_least_0(adv=self.adv, adv_unlabeled=self.adv_unlabeled, semi=self.semi),
+            *shares(threshold=self.threshold, start=self.start),
+            *above_0(critic_lr=self.critic_lr),
+        ]

@@ -188,7 +188,8 @@ class StepContext:
         return self.world.roll(values)
 
     def log(self, name: str, value: Tensor) -> None:
-        self.logged[name] = value.detach()
+        value = value.detach()
+        self.logged[name] = self.logged[name] + value if name in self.logged else value
 
 
 def encode(network: SegmentationModel, images: Tensor) -> list[Tensor]:

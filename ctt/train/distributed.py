@@ -21,7 +21,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from ctt.errors import AlreadyReportedError, UserError
-from ctt.models.base import PooledNorm, SegmentationModel
+from ctt.methods.base import M
+from ctt.models.base import PooledNorm
 
 TIMEOUT = timedelta(minutes=10)  # of a message; evaluation and checkpoints are shorter
 PATIENCE = 3.0  # seconds that the first process waits for others that fail for the same reason
@@ -166,16 +167,16 @@ def is_lost_connection(error: RuntimeError) -> bool:
     )
 
 
-def synchronize(student: SegmentationModel, device: torch.device) -> SegmentationModel:
-    """Return the student with batch norms that take the batches of all processes as one."""
+def synchronize(network: M, device: torch.device) -> M:
+    """Return the network with batch norms that take the batches of all processes as one."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return student
+        return network
     if device.type == "cpu":
-        synchronize_on_cpu(student)
-        return student
+        synchronize_on_cpu(network)
+        return network
     from timm.layers import convert_sync_batchnorm  # knows timm's norms with an activation in them
 
-    converted: SegmentationModel = convert_sync_batchnorm(student)
+    converted: M = convert_sync_batchnorm(network)
     return converted
 
 

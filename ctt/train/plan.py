@@ -15,7 +15,7 @@ from ctt.data.source import IGNORE, Source
 from ctt.data.split import make_split, read_list
 from ctt.device import pick_device
 from ctt.errors import UserError
-from ctt.methods.base import Method, Setup, unchanged
+from ctt.methods.base import M, Method, Setup, unchanged
 from ctt.models.base import SegmentationModel
 from ctt.settings import Settings
 from ctt.train.distributed import synchronize
@@ -168,14 +168,12 @@ def classes_without_label(source: Source, labeled: list[str]) -> list[str]:
     return [name for c, name in enumerate(source.info.classes) if c not in seen]
 
 
-def finished(
-    student: SegmentationModel, settings: Settings, device: torch.device
-) -> SegmentationModel:
-    """Return the student as it trains: on its device, and with batch norms over all processes."""
+def finished(network: M, settings: Settings, device: torch.device) -> M:
+    """Return a network as it trains: on its device, and with batch norms over all processes."""
     if settings.model.sync_batch_norm:
-        student = synchronize(student, device)
+        network = synchronize(network, device)
     # a quarter less time on the CPU, tensor cores on GPUs, pixels as rows without a copy
-    return student.to(memory_format=torch.channels_last).to(device)
+    return network.to(memory_format=torch.channels_last).to(device)
 
 
 def images_at_once(settings: Settings, unlabeled: bool) -> int:

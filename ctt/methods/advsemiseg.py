@@ -1,0 +1,90 @@
+"""AdvSemiSeg as in its program (Hung et al., BMVC 2018, arXiv 1802.07934; hfslyc/AdvSemiSeg).
+
+A discriminator learns to tell masks from predicted class maps, pixel by pixel. The student learns
+to pass for a mask, and on unlabelled images its own labels where the discriminator believes them.
+
+As in the program and unlike the paper, the discriminator learns the predictions of the unlabelled
+images as well, and the student is to deceive it there too. Unlike the program: labelled and
+unlabelled images go through the student in one batch, the masks that the discriminator is shown are
+those of the same labelled images, padding counts nowhere, and a step in which no pixel is believed
+keeps its adversarial term, which the program loses. Maps smaller than 32 pixels are padded for the
+discriminator. With `--train.accumulate` the mean over the believed pixels is that of each part.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ctt.data.source import IGNORE
+from ctt.methods import losses
+from ctt.methods.base import Batch, Method, Modules, Schedule, Setup, Step, Terms
+from ctt.methods.critics import Discriminator, frozen, judged, make_adam, one_hot
+from ctt.methods.options import AdvSemiSegOptions
+from ctt.models.base import upsample
+
+
+class AdvSemiSeg(Method):
+    """Each student has a discriminator of its own."""
+
+    terms = ("sup", "adv", "adv_unlabeled", "semi", "critic")
+    logged = ("believed",)
+    options: AdvSemiSegOptions
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        critics = []
+        for k in range(setup.pairs):
+            with setup.seeded("critic", k):
+                critics.append(setup.finish(Discriminator(setup.classes)))
+        self.critics = Modules[Discriminator](critics)
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        adam = make_adam(self.critics, self.options.critic_lr, self.settings)
+        return {**super().optimizers(), "critics": adam}
+
+    def schedules(self) -> dict[str, Schedule]:
+        start = self.options.start * self.settings.train.iterations
+        return {"begun": lambda iteration: float(iteration >= start)}
+
+    def prepare(self, b: Batch, step: Step) -> Batch:
+        """Count the labelled pixels, those of unlabelled images that are no padding, and both."""
+        counts = torch.stack([(b["label"] != IGNORE).sum(), (~b["padding"]).sum()])
+        pixels, seen = step.total(counts)
+        both = (pixels + seen).clamp(min=1)
+        return b | {"pixels": pixels.clamp(min=1), "seen": seen.clamp(min=1), "both": both}
+
+    def losses(self, b: Batch, step: Step) -> Terms:
+        found = [self.of_student(k, b, step) for k in range(len(self.students))]
+        o = self.options
+        weight: dict[str, float | torch.Tensor] = {
+            "sup": self.settings.loss.sup,
+            "adv": o.adv,
+            "adv_unlabeled": o.adv_unlabeled,
+            "semi": o.semi * step["begun"],
+            "critic": 1.0,
+        }
+        return {t: (weight[t], losses.sum_of([terms[t] for terms in found])) for t in self.terms}
+
+    def of_student(self, k: int, b: Batch, step: Step) -> dict[str, torch.Tensor]:
+        """Equations (1) to (5) for student k and its discriminator."""
+        label, n, student, critic = b["label"], len(b["label"]), self.students[k], self.critics[k]
+        valid = torch.cat([label != IGNORE, ~b["padding"]])  # (2B, H, W)
+        logits = step.forward(student, torch.cat([b["images"], b["unlabeled"]])).logits
+        size = (label.shape[-2], label.shape[-1])
+        probability = upsample(logits, size, student.stride).softmax(dim=1)
+        fake = probability.detach()
+        with step.phase("critics"), step.autocast():
+            seen = frozen(critic)(probability)  # as the student is judged
+            made, real = critic(fake), critic(one_hot(label, fake))
+        believed = valid[n:] & (seen[n:].detach().sigmoid() >= self.options.threshold)
+        step.log("believed", believed.sum() / b["seen"] / len(self.students))
+        own = fake[n:].argmax(dim=1).masked_fill(~believed, IGNORE)
+        taught = (own, step.count(own) * self.settings.train.accumulate)
+        fakes = judged(made, False, valid, b["both"])
+        return {
+            "sup": losses.pixel_cross_entropy(logits[:n], student.stride, label, b["pixels"]),
+            "adv": judged(seen[:n], True, valid[:n], b["pixels"]),
+            "adv_unlabeled": judged(seen[n:], True, valid[n:], b["seen"]),
+            "semi": losses.pixel_cross_entropy(logits[n:], student.stride, *taught),
+            "critic": (fakes + judged(real, True, valid[:n], b["pixels"])) / 2,
+        }

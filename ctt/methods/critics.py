@@ -1,0 +1,101 @@
+"""Networks that judge predictions, and how an objective uses them.
+
+A term that trains a student calls the critic `frozen`; the critic's own term is given predictions
+without their gradient. So one backward pass serves both, and neither moves the other's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ctt.models.base import pad_to_multiple
+
+if TYPE_CHECKING:
+    from ctt.settings import Settings
+
+BETAS = (0.9, 0.99)  # of Adam, in the programs of AdvSemiSeg, s4GAN and GCT
+WIDTHS = (64, 128, 256, 512)  # channels of the layers, in the same programs
+
+
+def frozen(critic: nn.Module) -> Callable[..., Any]:
+    """Return the critic as a function that gives its parameters no gradient."""
+    tensors = chain(critic.named_parameters(), critic.named_buffers())
+    fixed = {name: x.detach() for name, x in tensors}
+    return lambda *inputs: torch.func.functional_call(critic, fixed, inputs)
+
+
+def make_adam(critics: nn.Module, rate: float, settings: Settings) -> torch.optim.Adam:
+    """Return the critics' optimiser, whose rate falls as that of the students does.
+
+    Args:
+        rate: the learning rate that it starts from.
+    """
+    graph = settings.train.cuda_graph
+    group = {"params": list(critics.parameters()), "lr_factor": rate / settings.optim.lr}
+    adam = torch.optim.Adam([group], lr=rate, betas=BETAS, fused=True, capturable=graph)
+    # it would warn of the ordinary steps that come before the recording
+    adam._warned_capturable_if_run_uncaptured = graph
+    return adam
+
+
+def judged(logits: Tensor, real: bool, mask: Tensor, count: Tensor) -> Tensor:
+    """Return the binary cross-entropy of critics' logits, 0 where nothing is judged.
+
+    Args:
+        logits: of any shape. real: what they should say. mask: of the same shape, which of them
+            count. count: (), how many those are in the whole batch.
+    """
+    loss = F.softplus(-logits if real else logits)
+    return loss.masked_fill(~mask, 0).sum() / count
+
+
+def one_hot(label: Tensor, like: Tensor) -> Tensor:
+    """Return label (B, H, W) as probabilities of the shape (B, C, H, W) and type of `like`.
+
+    Pixels that are ignored have no class at all.
+    """
+    classes = torch.arange(like.shape[1], device=label.device)
+    return (label[:, None] == classes[:, None, None]).to(like.dtype)
+
+
+def layer(inputs: int, outputs: int, stride: int = 2) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel_size=4, stride=stride, padding=1)
+
+
+def at_pixels(scores: Tensor, padded: Tensor, maps: Tensor) -> Tensor:
+    """Return scores (B, 1, h, w) of `padded` at every pixel of `maps`, in float32: (B, H, W).
+
+    The corners of both grids lie on each other, as in the programs.
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    size = (padded.shape[-2], padded.shape[-1])
+    scores = F.interpolate(scores, size, mode="bilinear", align_corners=True)
+    return scores[:, 0, : maps.shape[-2], : maps.shape[-1]]
+
+
+class Discriminator(nn.Module):
+    """Judges class maps at every pixel (Hung et al., 2018): five convolutions of stride 2.
+
+    Args:
+        channels: of the maps.
+    """
+
+    SMALLEST = 32  # height and width of maps of which the last layer still gives a value
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip((channels, *WIDTHS[:-1]), WIDTHS, strict=True):
+            layers += [layer(inputs, outputs), nn.LeakyReLU(0.2, inplace=True)]
+        self.layers = nn.Sequential(*layers, layer(WIDTHS[-1], 1))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, C, H, W) -> logits (B, H, W), above 0 where the maps look like masks."""
+        padded = pad_to_multiple(maps, 1, self.SMALLEST)
+        return at_pixels(self.layers(padded), padded, maps)
