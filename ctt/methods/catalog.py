@@ -147,6 +147,13 @@ METHODS = {
         pairs=2,
         uses=TAUGHT,
     ),
+    "cct": About(
+        "Ouali et al., CVPR 2020",
+        "ctt.methods.cct:Cct",
+        uses=("loss.sup",),
+        options="ctt.methods.cct:CctOptions",
+        extra="24 auxiliary decoders",
+    ),
     "fixmatch": About("Sohn et al., NeurIPS 2020", "ctt.methods.fixmatch:FixMatch", uses=TAUGHT),
     "advsemiseg": About(
         "Hung et al., BMVC 2018, as in its program",
