@@ -117,8 +117,14 @@ def converted(state: dict[str, Any]) -> dict[str, Any]:
         for name, value in own.items()
         if kind != "banks" or state["settings"]["method"] == "cross-teacher"
     }
-    optimizers = {"students": state["optimizer"]}
-    return {**kept, "format": FORMAT, "method": tensors, "optimizers": optimizers}
+    taught = state["settings"]["method"] != "supervised"
+    return {
+        **kept,
+        "format": FORMAT,
+        "method": tensors,
+        "optimizers": {"students": state["optimizer"]},
+        "drawn_unlabeled": state["drawn"] if taught else 0,
+    }
 
 
 def weights_of(state: dict[str, Any], network: str) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ class GeometricView:
         self.mean = 255 * torch.tensor(mean)[:, None, None]
 
     def __call__(self, image: Tensor, label: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Image (3, H, W) uint8, label (H, W) uint8 -> the same of the crop's size."""
+        """Return an image (3, H, W) uint8 and a label (H, W) of integers at the crop's size."""
         rng = random.Random(seed)
         factor = rng.uniform(*self.scale)
         whole = self.matrix((label.shape[0], label.shape[1]), factor, rng)
@@ -84,7 +84,7 @@ class GeometricView:
         picture = picture.add_(self.mean).round_().clamp_(0, 255).to(torch.uint8)
         classes = label[rows, columns].float().add_(1)
         mask = F.grid_sample(classes[None, None], grid, "nearest", align_corners=False)
-        return picture, (mask[0, 0].to(torch.int16) - 1).to(torch.uint8)
+        return picture, (mask[0, 0].to(torch.int32) - 1).to(label.dtype)
 
     def matrix(self, size: tuple[int, int], factor: float, rng: random.Random) -> Tensor:
         """Affine map (2, 3) float64 from the crop to an image of that size, both in -1..1."""

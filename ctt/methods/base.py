@@ -21,7 +21,7 @@ from ctt.models.base import BackboneModel, Output, SegmentationModel
 from ctt.models.weights import start_from
 
 if TYPE_CHECKING:
-    from ctt.settings import Settings
+    from ctt.settings import EvalSettings, Settings
 
 Batch = dict[str, Tensor]
 """Tensors by name: (B, ...) each, cut along the first axis into the parts of a step; a tensor of
@@ -85,14 +85,17 @@ class Setup:
     def classes(self) -> int:
         return len(self.info.classes)
 
-    def student(self, k: int) -> SegmentationModel:
+    def student(self, k: int, attempt: int = 0) -> SegmentationModel:
         """Return student k, counted from 0; each starts from random weights of its own.
+
+        Args:
+            attempt: another number gives other random weights.
 
         Raises:
             UserError: no such network, or weights that cannot be had or do not fit.
         """
         model = self.settings.model
-        with self.seeded("weights", k):
+        with self.seeded(f"weights {attempt}" if attempt else "weights", k):
             student = models.build(num_classes=self.classes, **model.of_pair(k))
         weights = model.weights[k % len(model.weights)]
         if self.initialize and weights != "none":
@@ -112,6 +115,53 @@ class Setup:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(purpose, self.settings.seed, k))
             yield
+
+
+@dataclass(frozen=True)
+class Round:
+    """A part of a run.
+
+    Attributes:
+        share: of the run's iterations, among the shares of all rounds.
+        images: which unlabelled images the steps have: `none`, `all`, or `kept`, those that the
+            method has chosen and labelled before the round.
+        restart: make the optimisers anew and start the learning rate's schedule again.
+    """
+
+    share: float
+    images: str = "all"
+    restart: bool = True
+
+
+class Labeler(Protocol):
+    """What the engine lends a method between two rounds.
+
+    Attributes:
+        unlabeled: names of the unlabelled images.
+    """
+
+    unlabeled: list[str]
+
+    def probabilities(
+        self, networks: Sequence[SegmentationModel], names: Sequence[str], settings: EvalSettings
+    ) -> Iterator[tuple[str, list[Tensor]]]:
+        """Return the name of each image and what each network gives it: (C, H, W).
+
+        With several processes each has its own share of the names.
+        """
+
+    def keep(self, name: str, label: Tensor, confidence: Tensor) -> None:
+        """Keep a label (H, W), 255 where there is none, and its confidence in 0..1 for the next
+        round."""
+
+    def carry(self, name: str) -> None:
+        """Keep the label that the image had in the round before."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum over the processes."""
+
+    def use(self, names: Sequence[str]) -> None:
+        """Say which images, all of them with a kept label, the next round learns from."""
 
 
 class Step(Protocol):
@@ -197,7 +247,9 @@ class Method(nn.Module):
 
     The batch holds `images` (B, 3, H, W) in 0..1 and `label` (B, H, W) int64 with 255 for ignored
     pixels. If the method takes unlabelled images, it holds as many of them, `unlabeled`
-    (B, 3, H, W), and `padding` (B, H, W), which is true where there is no image.
+    (B, 3, H, W), and `padding` (B, H, W), which is true where there is no image. In a round with
+    kept labels, these are `kept` (B, H, W) and their confidence `sureness` (B, H, W), and `padding`
+    is true where there is no label.
 
     Attributes:
         about: its source, how many pairs it has by default, and the class of its options.
@@ -209,6 +261,7 @@ class Method(nn.Module):
         labeled_beside: whether students in training mode see unlabelled images only in one batch
             with labelled ones.
         find_unused: whether a step may leave trainable parameters without a gradient.
+        round: number of the round, from 0.
         recordable: whether a step never waits for the device, so that it can be a CUDA graph.
     """
 
@@ -218,6 +271,7 @@ class Method(nn.Module):
     labeled_beside = True
     find_unused = False
     recordable = True
+    round = 0
     options: Options
     students: Networks
     teachers: Networks
@@ -257,6 +311,16 @@ class Method(nn.Module):
     def schedules(self) -> dict[str, Schedule]:
         """Return the numbers that change from step to step, besides the learning rate `rate`."""
         return {}
+
+    def rounds(self) -> Sequence[Round]:
+        """Return the rounds of a run, between which `begin_round` is called."""
+        return [Round(1.0)]
+
+    def begin_round(self, labeler: Labeler) -> None:
+        """Choose and label images for the round `self.round`, which is not the first.
+
+        Called without gradient. If the run is stopped meanwhile, it is called anew.
+        """
 
     def stage(self, iteration: int) -> int:
         """Return a number that changes when a step does other work than the one before.

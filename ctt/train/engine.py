@@ -22,6 +22,7 @@ from ctt.train.context import StepContext
 from ctt.train.distributed import World
 from ctt.train.feed import Batch as Images
 from ctt.train.replay import Replay
+from ctt.train.rounds import Labeling, Rounds, unpack
 
 
 class Engine:
@@ -36,7 +37,7 @@ class Engine:
         world: the processes that share the batch; None: this one alone.
 
     Attributes:
-        iteration: steps done. drawn: labelled images that they took, of all processes.
+        iteration: steps done. drawn, drawn_unlabeled: images that they took, of all processes.
     """
 
     def __init__(
@@ -52,16 +53,17 @@ class Engine:
         if settings.train.compile != "off":
             compile_networks([*method.students, *method.teachers], settings.train.compile)
         self.optimizers = method.optimizers()
+        self.rounds = Rounds(method.rounds(), settings.train.iterations)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.train.amp == "fp16")
         schedules = {
-            "rate": lambda i: learning_rate(settings.optim, settings.train.iterations, i),
+            "rate": self._rate,
             **method.schedules(),
         }
         self.step = StepContext(settings, info, device, self.world, schedules)
         self.module = method if self.world.size == 1 else averaging_gradients(method)
         self.averaged_buffers = [] if settings.model.sync_batch_norm else list(statistics(method))
         self.iteration = 0
-        self.drawn = 0
+        self.drawn = self.drawn_unlabeled = 0
         self._replay = Replay()
 
     def __call__(self, labeled: Images, unlabeled: Images | None) -> dict[str, Tensor]:
@@ -74,6 +76,7 @@ class Engine:
             each term of the objective, unweighted, their weighted sum as `total`, and what the
             method logs; with several processes this one's part of them.
         """
+        self.method.round = self.rounds.at(self.iteration)
         with self.step.phase("views"):
             self.step.begin(self.iteration)
         # layers that draw numbers, such as dropout, do so alike after a resume
@@ -87,6 +90,7 @@ class Engine:
         sums = run(inputs)
         self.iteration += 1
         self.drawn += len(labeled[0]) * self.world.size
+        self.drawn_unlabeled += len(unlabeled[0]) * self.world.size if unlabeled else 0
         return sums
 
     def _replayed(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -96,7 +100,7 @@ class Engine:
             self.step.read(tensors[len(inputs) :])
             return self._run(tensors[: len(inputs)])
 
-        stage: Hashable = self.method.stage(self.iteration)
+        stage: Hashable = (self.method.round, self.method.stage(self.iteration))
         return self._replay(stage, [*inputs, *self.step.tensors()], body)
 
     def _run(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -106,6 +110,9 @@ class Engine:
             b: Batch = {"images": to_unit(inputs[0]), "label": inputs[1].long()}
             if len(inputs) > 2:
                 b |= {"unlabeled": to_unit(inputs[2]), "padding": inputs[3] == IGNORE}
+            if len(inputs) > 2 and self.rounds.rounds[method.round].images == "kept":
+                b["kept"], b["sureness"] = unpack(inputs[3])
+                b["padding"] = b["kept"] == IGNORE
         with torch.no_grad():
             b = method.prepare(b, step)
         for optimizer in self.optimizers.values():
@@ -132,6 +139,19 @@ class Engine:
                 self._average_buffers()
             method.after_step(b, step)
         return sums | step.logged
+
+    def _rate(self, iteration: int) -> float:
+        start, length = self.rounds.schedule(iteration)
+        return learning_rate(self.settings.optim, length, iteration - start)
+
+    def begin_round(self, labeling: Labeling) -> None:
+        """Let the method label images for the round that the next step belongs to."""
+        self.method.round = self.rounds.at(self.iteration)
+        with torch.no_grad():
+            self.method.begin_round(labeling)
+        labeling.finish()
+        if self.rounds.rounds[self.method.round].restart:
+            self.optimizers = self.method.optimizers()
 
     def _optimize(self) -> None:
         for name, optimizer in self.optimizers.items():
@@ -172,6 +192,7 @@ class Engine:
         return {
             "iteration": self.iteration,
             "drawn": self.drawn,
+            "drawn_unlabeled": self.drawn_unlabeled,
             "method": self.method.state_dict(),
             "optimizers": {name: opt.state_dict() for name, opt in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
@@ -194,6 +215,8 @@ class Engine:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.iteration, self.drawn = int(state["iteration"]), int(state["drawn"])
+        self.drawn_unlabeled = int(state["drawn_unlabeled"])
+        self.method.round = self.rounds.at(self.iteration)
 
 
 def split(b: Batch, parts: int) -> Iterator[Batch]:

@@ -52,6 +52,7 @@ from ctt.train.feed import Feed
 from ctt.train.plan import Plan, check_iterations
 from ctt.train.profiling import Profile
 from ctt.train.record import Recorder, draw_curves
+from ctt.train.rounds import KeptLabels, Labeling, folder_of, images_of
 from ctt.train.setup import images_of_any_size
 from ctt.train.signals import interrupt_flag
 
@@ -190,6 +191,7 @@ class Trainer:
                     if due and engine.iteration < total:
                         self._evaluate(recorder)
                     due = engine.iteration % self._every("checkpoint_every") == 0
+                    due |= engine.iteration in engine.rounds.starts  # files of the next one follow
                     if due and engine.iteration < total:
                         self._save()
                     if self.world.agree(bool(interrupted)) and engine.iteration < total:
@@ -241,14 +243,12 @@ class Trainer:
     ) -> Iterator[None]:
         """Do the steps that are left; yields after each one."""
         settings, engine = self.settings, self.engine
-        feed = Feed(
-            self._batches(self.labeled, labeled=True),
-            self._batches(self.unlabeled, labeled=False) if self.uses_unlabeled else None,
-            self.engine.step.phase,
-        )
+        feed, end = self._feed(), self._end_of_round()
         taken, start = 0, time.perf_counter()  # steps since the start of a row or of this process
         clock = start
         while engine.iteration < settings.train.iterations:
+            if engine.iteration == end:
+                feed, end = self._feed(), self._end_of_round()
             for name, value in engine(*feed()).items():
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
             taken, self.summed = taken + 1, self.summed + 1
@@ -276,8 +276,23 @@ class Trainer:
             if profile is not None:
                 profile.leave_out(pause)
 
+    def _feed(self) -> Feed:
+        """Return the batches of the round that the next step belongs to, once it has begun."""
+        engine, rounds = self.engine, self.engine.rounds
+        number = rounds.at(engine.iteration)
+        if number > 0 and engine.iteration == rounds.starts[number]:
+            where = (self.source, self.unlabeled, self.folder, number, self.device, self.world)
+            with images_of_any_size(self.settings.train.compile):
+                engine.begin_round(Labeling(self.settings, *where))
+        streams = {purpose: self._batches(purpose, ids) for purpose, ids in self._lists().items()}
+        return Feed(streams["labeled"], streams.get("unlabeled"), engine.step.phase)
+
+    def _end_of_round(self) -> int:
+        return self.engine.rounds.starts[self.engine.rounds.at(self.engine.iteration) + 1]
+
     def _images_a_step(self) -> int:
-        kinds = 2 if self.uses_unlabeled else 1
+        images = self.engine.rounds.rounds[self.method.round].images
+        kinds = 2 if self.uses_unlabeled and images != "none" else 1
         return self.settings.data.batch_size * kinds * self.world.size
 
     def _finite_sums(self) -> dict[str, float]:
@@ -316,6 +331,8 @@ class Trainer:
     def _tell_images(self, steps: int) -> Path:
         """Write the names of the images of the last steps, and return the file."""
         path = self.folder / "diverged.txt"
+        rounds = self.engine.rounds  # those before had other images
+        steps = min(steps, self.engine.iteration - rounds.starts[self.method.round])
         first = self.engine.iteration - steps
         images = self.settings.data.batch_size * self.world.size
         lines = []
@@ -330,9 +347,13 @@ class Trainer:
         return path
 
     def _lists(self) -> dict[str, list[str]]:
-        """Return the images that batches are drawn from, by the purpose of the draw."""
-        lists = {"labeled": self.labeled}
-        return lists | ({"unlabeled": self.unlabeled} if self.uses_unlabeled else {})
+        """Return the images that this round draws its batches from, by the purpose of the draw."""
+        number = self.engine.rounds.at(self.engine.iteration)
+        images = self.engine.rounds.rounds[number].images if self.uses_unlabeled else "none"
+        if images == "none":
+            return {"labeled": self.labeled}
+        more = self.unlabeled if images == "all" else images_of(self.folder, number)
+        return {"labeled": self.labeled, "unlabeled": more}
 
     def _log(
         self,
@@ -370,19 +391,22 @@ class Trainer:
             soft_wrap=True,
         )
 
-    def _batches(self, ids: list[str], *, labeled: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        s, d = self.settings, self.settings.data
-        purpose = "labeled" if labeled else "unlabeled"
+    def _batches(self, purpose: str, ids: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        s, d, rounds = self.settings, self.settings.data, self.engine.rounds
         view = GeometricView(
             d.crop, d.scale, d.flip, d.rotation, d.translation, self.source.info.mean
         )
         source = Prepared(self.source, d.resize, d.cache)
-        dataset = ViewDataset(source, ids, view, labeled, s.seed, purpose)
+        number = rounds.at(self.engine.iteration)
+        kept = purpose == "unlabeled" and rounds.rounds[number].images == "kept"
+        if kept:
+            source = KeptLabels(self.source, d.resize, d.cache, folder_of(self.folder, number))
+        dataset = ViewDataset(source, ids, view, kept or purpose == "labeled", s.seed, purpose)
         sampler = DrawSampler(
             len(ids),
             d.batch_size,
             self.engine.drawn,
-            s.train.iterations - self.engine.iteration,
+            rounds.starts[number + 1] - self.engine.iteration,
             s.seed,
             purpose,
             self.world.rank,
@@ -461,6 +485,13 @@ class Trainer:
                 f"{self.folder / run.CHECKPOINT} does not fit the settings of its run ({reason})."
             ) from None
         check_iterations(self.settings, self.engine.iteration)
+        planned = int(saved["settings"]["train"]["iterations"])
+        if len(self.engine.rounds.rounds) > 1 and planned != self.settings.train.iterations:
+            raise UserError(
+                f"--train.iterations {self.settings.train.iterations}: the rounds of "
+                f"{self.settings.method} are shares of the {planned} iterations that this run was "
+                f"started with. Leave the option out, or start a new run."
+            )
         self.seconds, self.waited = float(saved["seconds"]), float(saved["waited"])
         self.best = saved["best"]
         # one process goes on with the sums of all; checkpoints of earlier versions have none
@@ -473,7 +504,7 @@ class Trainer:
 
     def _finish(self, scores: dict[str, Score]) -> dict[str, Any]:
         s, info = self.settings, self.source.info
-        images = self.engine.drawn * (2 if self.uses_unlabeled else 1)
+        images = self.engine.drawn + self.engine.drawn_unlabeled
         summary = {
             **as_json(scores, info, s.eval),
             "dataset": s.dataset,

@@ -132,7 +132,7 @@ def test_the_named_images_are_those_of_the_steps(settings: Settings, tmp_path: P
         return read(name)
 
     trainer.source.image = noted  # type: ignore[method-assign]
-    stream = trainer._batches(trainer.labeled, labeled=True)
+    stream = trainer._batches("labeled", trainer.labeled)
     for _ in range(2):
         next(iter(stream))
     trainer.engine.iteration, trainer.engine.drawn = 2, 2 * 3

@@ -1,0 +1,169 @@
+"""Rounds of a run: between two of them networks label images, which the next one learns from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ctt.data.loader import in_order, raised
+from ctt.data.prepare import Prepared
+from ctt.data.source import DatasetInfo, Source
+from ctt.data.split import write_list
+from ctt.errors import UserError
+from ctt.inference.predict import Predict, predictor
+from ctt.inference.render import palette_image, save_png
+from ctt.methods.base import Round
+from ctt.models.base import SegmentationModel
+from ctt.run import read_names
+from ctt.settings import EvalSettings, Settings
+from ctt.train.distributed import World
+
+
+class Rounds:
+    """When the rounds of a run begin and end, in iterations.
+
+    Args:
+        rounds: in their order. total: iterations of the run.
+    """
+
+    def __init__(self, rounds: Sequence[Round], total: int) -> None:
+        self.rounds = rounds
+        done = itertools.accumulate((r.share for r in rounds), initial=0.0)
+        whole = sum(r.share for r in rounds)
+        self.starts = [round(total * share / whole) for share in done]  # and the end of the last
+
+    def at(self, iteration: int) -> int:
+        """Return the number, from 0, of the round that the step after `iteration` belongs to."""
+        begun = [r for r, start in enumerate(self.starts[:-1]) if start <= iteration]
+        return max(begun)
+
+    def schedule(self, iteration: int) -> tuple[int, int]:
+        """Return where the learning rate that holds there began to fall, and in how many steps it
+        does."""
+        r = self.at(iteration)
+        fresh = [i for i, kind in enumerate(self.rounds) if i == 0 or kind.restart]
+        first = max(i for i in fresh if i <= r)
+        later = [i for i in fresh if i > r]
+        return self.starts[first], self.starts[later[0] if later else -1] - self.starts[first]
+
+
+class KeptLabels(Prepared):
+    """The images of a round, with the labels that networks gave them.
+
+    Args:
+        folder: of the round, in the run folder.
+    """
+
+    def __init__(
+        self, source: Source, size: tuple[int, int] | None, cache: Path | None, folder: Path
+    ) -> None:
+        super().__init__(source, size, cache)
+        self.folder = folder
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the image (3, H, W) and its label + 256 * confidence (H, W), int32."""
+        label, confidence = (
+            torch.from_numpy(np.array(Image.open(path)).astype(np.int32))
+            for path in paths(self.folder, name)
+        )
+        return self.image(name), label + 256 * confidence
+
+
+def paths(folder: Path, name: str) -> tuple[Path, Path]:
+    """Return the files of the label and of the confidence of an image."""
+    return folder / "labels" / f"{name}.png", folder / "confidence" / f"{name}.png"
+
+
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return label (int64) and confidence in 0..1 of what `KeptLabels` gives; outside of an image,
+    which is -1, they are 255 and 0."""
+    return (packed & 255).long(), (packed >> 8).clamp(min=0).float() / 255
+
+
+class Labeling:
+    """The `ctt.methods.base.Labeler` of the engine."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        source: Source,
+        unlabeled: list[str],
+        folder: Path,
+        number: int,
+        device: torch.device,
+        world: World,
+    ) -> None:
+        self.settings, self.unlabeled, self.device, self.world = settings, unlabeled, device, world
+        self.source = Prepared(source, settings.data.resize, settings.data.cache)
+        self.info: DatasetInfo = source.info
+        self.folder, self.before = folder_of(folder, number), folder_of(folder, number - 1)
+        self.names: list[str] = []
+
+    def probabilities(
+        self, networks: Sequence[SegmentationModel], names: Sequence[str], settings: EvalSettings
+    ) -> Iterator[tuple[str, list[Tensor]]]:
+        own = names[self.world.rank :: self.world.size]
+        predicts: list[Predict] = [predictor(net, self.info, settings) for net in networks]
+        training = [net.training for net in networks]
+        for net in networks:
+            net.eval()
+        read = in_order(self.source.image, own, self.settings.data.workers)
+        for name, image in zip(own, raised(read), strict=True):
+            batch = image[None].to(self.device)
+            yield name, [predict(batch)[0] for predict in predicts]
+        for net, mode in zip(networks, training, strict=True):
+            net.train(mode)
+
+    def keep(self, name: str, label: Tensor, confidence: Tensor) -> None:
+        for path in paths(self.folder, name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        own, sure = paths(self.folder, name)
+        save_png(palette_image(label, self.info), own)
+        level = (255 * confidence.clamp(0, 1)).round().to(torch.uint8).cpu()
+        save_png(Image.fromarray(level.numpy()), sure)
+
+    def carry(self, name: str) -> None:
+        for new, old in zip(paths(self.folder, name), paths(self.before, name), strict=True):
+            new.parent.mkdir(parents=True, exist_ok=True)
+            with Image.open(old) as picture:
+                save_png(picture.copy(), new)
+
+    def total(self, values: Tensor) -> Tensor:
+        return self.world.total(values)
+
+    def use(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+
+    def finish(self) -> None:
+        """Write the list of the images, after all processes have written their labels."""
+        self.world.total(torch.zeros((), device=self.device))
+        if self.world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_list(self.folder / "images.txt", self.names)
+        self.world.total(torch.zeros((), device=self.device))
+
+
+def folder_of(run: Path, number: int) -> Path:
+    """Return the folder of a round."""
+    return run / "rounds" / str(number)
+
+
+def images_of(run: Path, number: int) -> list[str]:
+    """Return the images that a round learns from.
+
+    Raises:
+        UserError: the round's files are gone.
+    """
+    path = folder_of(run, number) / "images.txt"
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing, so the run cannot go on in its round {number}. Restore the folder "
+            f"{path.parent}, which several processes must see alike, or start a new run."
+        )
+    return read_names(path)
