@@ -14,37 +14,39 @@ discriminator. With `--train.accumulate` the mean over the believed pixels is th
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ctt.data.source import IGNORE
 from ctt.methods import losses
-from ctt.methods.base import Batch, Method, Modules, Schedule, Setup, Step, Terms
-from ctt.methods.critics import Discriminator, frozen, judged, make_adam, one_hot
+from ctt.methods.base import Batch, Schedule, Step
+from ctt.methods.critics import Adversarial, Discriminator, frozen, judged, one_hot
 from ctt.methods.options import AdvSemiSegOptions
 from ctt.models.base import upsample
 
 
-class AdvSemiSeg(Method):
+class AdvSemiSeg(Adversarial):
     """Each student has a discriminator of its own."""
 
     terms = ("sup", "adv", "adv_unlabeled", "semi", "critic")
     logged = ("believed",)
     options: AdvSemiSegOptions
 
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
-        critics = []
-        for k in range(setup.pairs):
-            with setup.seeded("critic", k):
-                critics.append(setup.finish(Discriminator(setup.classes)))
-        self.critics = Modules[Discriminator](critics)
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        adam = make_adam(self.critics, self.options.critic_lr, self.settings)
-        return {**super().optimizers(), "critics": adam}
+    def new_critic(self, classes: int) -> Discriminator:
+        return Discriminator(classes)
 
     def schedules(self) -> dict[str, Schedule]:
         start = self.options.start * self.settings.train.iterations
         return {"begun": lambda iteration: float(iteration >= start)}
+
+    def weights(self, step: Step) -> dict[str, float | Tensor]:
+        o = self.options
+        return {
+            "sup": self.settings.loss.sup,
+            "adv": o.adv,
+            "adv_unlabeled": o.adv_unlabeled,
+            "semi": o.semi * step["begun"],
+            "critic": 1.0,
+        }
 
     def prepare(self, b: Batch, step: Step) -> Batch:
         """Count the labelled pixels, those of unlabelled images that are no padding, and both."""
@@ -53,19 +55,7 @@ class AdvSemiSeg(Method):
         both = (pixels + seen).clamp(min=1)
         return b | {"pixels": pixels.clamp(min=1), "seen": seen.clamp(min=1), "both": both}
 
-    def losses(self, b: Batch, step: Step) -> Terms:
-        found = [self.of_student(k, b, step) for k in range(len(self.students))]
-        o = self.options
-        weight: dict[str, float | torch.Tensor] = {
-            "sup": self.settings.loss.sup,
-            "adv": o.adv,
-            "adv_unlabeled": o.adv_unlabeled,
-            "semi": o.semi * step["begun"],
-            "critic": 1.0,
-        }
-        return {t: (weight[t], losses.sum_of([terms[t] for terms in found])) for t in self.terms}
-
-    def of_student(self, k: int, b: Batch, step: Step) -> dict[str, torch.Tensor]:
+    def of_student(self, k: int, b: Batch, step: Step) -> dict[str, Tensor]:
         """Equations (1) to (5) for student k and its discriminator."""
         label, n, student, critic = b["label"], len(b["label"]), self.students[k], self.critics[k]
         valid = torch.cat([label != IGNORE, ~b["padding"]])  # (2B, H, W)

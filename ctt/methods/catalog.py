@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ctt.errors import UserError
-from ctt.methods.options import AdvSemiSegOptions, Options
+from ctt.methods.options import AdvSemiSegOptions, Options, S4GanOptions
 
 if TYPE_CHECKING:
     from ctt.methods.base import Method
@@ -161,6 +161,13 @@ METHODS = {
         uses=("loss.sup",),
         options=AdvSemiSegOptions,
         extra="a discriminator for each student",
+    ),
+    "s4gan": About(
+        "Mittal et al., TPAMI 2021, the GAN branch alone",
+        "ctt.methods.s4gan:S4Gan",
+        uses=("loss.sup",),
+        options=S4GanOptions,
+        extra="a discriminator of images for each student",
     ),
 }
 

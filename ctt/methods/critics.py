@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ctt.methods import losses
+from ctt.methods.base import Batch, Method, Modules, Setup, Step, Terms
+from ctt.methods.options import CriticOptions
 from ctt.models.base import pad_to_multiple
 
 if TYPE_CHECKING:
@@ -99,3 +102,73 @@ class Discriminator(nn.Module):
         """(B, C, H, W) -> logits (B, H, W), above 0 where the maps look like masks."""
         padded = pad_to_multiple(maps, 1, self.SMALLEST)
         return at_pixels(self.layers(padded), padded, maps)
+
+
+class ImageCritic(nn.Module):
+    """Judges a class map together with its image as a whole (Mittal et al., 2019).
+
+    Args:
+        channels: of class map and image together.
+    """
+
+    SMALLEST = 16
+    DRAWS = sum(WIDTHS[:-1])  # random numbers that an image takes, one for a channel that may drop
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        ends = zip((channels, *WIDTHS[:-1]), WIDTHS, strict=True)
+        self.layers = nn.ModuleList(layer(inputs, outputs) for inputs, outputs in ends)
+        self.score = nn.Linear(WIDTHS[-1], 1)
+
+    def forward(self, maps: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logit (B,) of being a mask, and the features (B, 512) it is made of.
+
+        Args:
+            maps: (B, C + 3, H, W). draw: (B, DRAWS) uniform in 0..1; below 0.5 a channel drops.
+        """
+        x = pad_to_multiple(maps, 1, self.SMALLEST)
+        drops: list[Tensor | None] = [*draw.split_with_sizes(WIDTHS[:-1], dim=1), None]
+        for convolution, numbers in zip(self.layers, drops, strict=True):
+            x = F.leaky_relu(convolution(x), 0.2)
+            if numbers is not None:
+                x = x * (2 * (numbers >= 0.5))[:, :, None, None].to(x.dtype)
+        features = x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+        return self.score(features)[:, 0].to(features.dtype), features
+
+
+class Adversarial(Method):
+    """Students that are judged, each by a critic of its own.
+
+    A method of this kind says what a critic is, and the terms of one student and their weights.
+    """
+
+    options: CriticOptions
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        critics = []
+        for k in range(setup.pairs):
+            with setup.seeded("critic", k):
+                critics.append(setup.finish(self.new_critic(setup.classes)))
+        self.critics = Modules[nn.Module](critics)
+
+    def new_critic(self, classes: int) -> nn.Module:
+        """Return a critic with random weights."""
+        raise NotImplementedError
+
+    def weights(self, step: Step) -> dict[str, float | Tensor]:
+        """Return the weights of the terms, in the order of `terms`."""
+        raise NotImplementedError
+
+    def of_student(self, k: int, b: Batch, step: Step) -> dict[str, Tensor]:
+        """Return the terms of student k and its critic."""
+        raise NotImplementedError
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        adam = make_adam(self.critics, self.options.critic_lr, self.settings)
+        return {**super().optimizers(), "critics": adam}
+
+    def losses(self, b: Batch, step: Step) -> Terms:
+        found = [self.of_student(k, b, step) for k in range(len(self.students))]
+        weighted = self.weights(step).items()
+        return {t: (weight, losses.sum_of([terms[t] for terms in found])) for t, weight in weighted}

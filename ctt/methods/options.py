@@ -40,7 +40,18 @@ def _check(name: str, value: float, good: bool, rule: str) -> Check:
 
 
 @dataclass(frozen=True)
-class AdvSemiSegOptions(Options):
+class CriticOptions(Options):
+    """Of methods with a network that judges predictions."""
+
+    critic_lr: float = 1e-4
+    """Learning rate of the critic at the start; it falls as that of the students does."""
+
+    def checks(self) -> list[Check]:
+        return above_0(critic_lr=self.critic_lr)
+
+
+@dataclass(frozen=True)
+class AdvSemiSegOptions(CriticOptions):
     """Values of the README's command of hfslyc/AdvSemiSeg."""
 
     adv: float = 0.01
@@ -53,12 +64,27 @@ class AdvSemiSegOptions(Options):
     """Probability of being a mask from which a pixel is believed."""
     start: float = 0.25
     """Share of the run before own labels are learnt (5,000 of 20,000 iterations)."""
-    critic_lr: float = 1e-4
-    """Learning rate of the discriminator at the start; it falls as that of the students does."""
 
     def checks(self) -> list[Check]:
         return [
+            *super().checks(),
             *at_least_0(adv=self.adv, adv_unlabeled=self.adv_unlabeled, semi=self.semi),
             *shares(threshold=self.threshold, start=self.start),
-            *above_0(critic_lr=self.critic_lr),
         ]
+
+
+@dataclass(frozen=True)
+class S4GanOptions(CriticOptions):
+    """Values of train_s4GAN.py of sud0301/semisup-semseg, for VOC; `critic_lr` is 1e-5 on
+    Cityscapes."""
+
+    fm: float = 0.1
+    """Weight of feature matching."""
+    st: float = 1.0
+    """Weight of the student's own labels on images that the critic takes for masks."""
+    threshold: float = 0.6
+    """Probability of being a mask above which an image is learnt (Cityscapes: 0.7)."""
+
+    def checks(self) -> list[Check]:
+        weights = at_least_0(fm=self.fm, st=self.st)
+        return [*super().checks(), *weights, *shares(threshold=self.threshold)]

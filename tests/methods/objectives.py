@@ -38,9 +38,9 @@ def objective(
     """
     with exactly():
         engine = double(make, update(settings, {"data": {"batch_size": len(b["label"])}}, "test"))
+        engine.step.begin(iteration)
         if change is not None:
             change(engine)
-        engine.step.begin(iteration)
         with torch.no_grad():
             whole = engine.method.prepare(b, engine.step)
         engine.step.whole = False
