@@ -258,8 +258,8 @@ class Method(nn.Module):
         logged: names of other numbers that the method gives to `step.log` or `report`.
         students: the networks that are trained. teachers: those that follow them, always in
             evaluation mode.
-        labeled_beside: whether students in training mode see unlabelled images only in one batch
-            with labelled ones.
+        labeled_beside: whether every batch that students see in training mode holds at least two
+            images for each labelled one: it and an unlabelled one, or two views.
         find_unused: whether a step may leave trainable parameters without a gradient.
         round: number of the round, from 0.
         recordable: whether a step never waits for the device, so that it can be a CUDA graph.

@@ -147,6 +147,18 @@ METHODS = {
         pairs=2,
         uses=TAUGHT,
     ),
+    "unimatch": About(
+        "Yang et al., CVPR 2023",
+        "ctt.methods.unimatch:UniMatch",
+        uses=("ema", "loss.sup"),
+        options="ctt.methods.unimatch:UniMatchOptions",
+    ),
+    "unimatch-v2": About(
+        "Yang et al., TPAMI 2025",
+        "ctt.methods.unimatch_v2:UniMatchV2",
+        uses=("ema", "loss.sup"),
+        options="ctt.methods.unimatch_v2:UniMatchV2Options",
+    ),
     "cct": About(
         "Ouali et al., CVPR 2020",
         "ctt.methods.cct:Cct",

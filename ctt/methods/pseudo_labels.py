@@ -89,8 +89,12 @@ class PseudoLabels(Method):
             return step.total(torch.ones_like(label).sum())
         return step.count(trusted if self.unlabeled_mean == "kept" else label)
 
-    def draws(self, images: int, step: Step, unlabeled: bool = True) -> Batch:
-        """Return the numbers of every student's strong views, of labelled images first."""
+    def draws(self, images: int, step: Step, unlabeled: int = 1) -> Batch:
+        """Return the numbers of every student's strong views, of labelled images first.
+
+        Args:
+            unlabeled: views of each unlabelled image.
+        """
         views, b = self.settings.views, {}
         kinds = views.strong_labeled + unlabeled
         for k in range(len(self.students)):
@@ -104,13 +108,17 @@ class PseudoLabels(Method):
         """Return each student's output for labelled and mixed images, in one batch."""
         out = []
         for k, student in enumerate(self.students):
-            images, draw = [b["images"]], b[f"draw {k}"]
-            if self.settings.views.strong_labeled:
-                images = [step.strong(b["images"], draw[:, 0])]
+            images = [self.labeled_view(k, b, step)]
             if "mixed" in b:
-                images.append(step.strong(b["mixed"], draw[:, -1]))
+                images.append(step.strong(b["mixed"], b[f"draw {k}"][:, -1]))
             out.append(step.forward(student, torch.cat(images)))
         return out
+
+    def labeled_view(self, k: int, b: Batch, step: Step) -> Tensor:
+        """Return the labelled images as student k sees them."""
+        if not self.settings.views.strong_labeled:
+            return b["images"]
+        return step.strong(b["images"], b[f"draw {k}"][:, 0])
 
     def losses(self, b: Batch, step: Step) -> Terms:
         return self.cross_entropies(self.ask_students(b, step), b, step)

@@ -11,5 +11,5 @@ class Supervised(PseudoLabels):
     logged = ()
 
     def prepare(self, b: Batch, step: Step) -> Batch:
-        draws = self.draws(len(b["images"]), step, unlabeled=False)
+        draws = self.draws(len(b["images"]), step, unlabeled=0)
         return b | {"pixels": step.count(b["label"])} | draws
