@@ -1,5 +1,8 @@
 """The memory bank: one first-in first-out queue of pixel features per class."""
 
+import copy
+from typing import TYPE_CHECKING, Any, Literal, Self
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -7,6 +10,9 @@ from torch import Tensor, nn
 from ctt.ops import _checks
 from ctt.ops.push import queue_push_
 from ctt.ops.topk import class_topk
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class MemoryBank(nn.Module):
@@ -18,23 +24,44 @@ class MemoryBank(nn.Module):
 
     Args:
         num_classes: C, at least 1. capacity: V, at least 1. dim: D, at least 1.
+        group: the processes that share one bank: every one of them must call `push` at each step.
+            None: all processes, where torch.distributed is initialised. "local": this process has a
+            bank of its own, `push` waits for no other, and the banks differ from rank to rank
+            (inside a DistributedDataParallel module: with broadcast_buffers=False, or every forward
+            overwrites them with rank 0's).
 
     Raises:
-        TypeError, ValueError: one of them is no integer or below 1.
+        TypeError: a size is no integer, or `group` is none of these.
+        ValueError: a size is below 1, or this process is not in the group.
     """
 
     keys: Tensor
     count: Tensor
     cursor: Tensor
 
-    def __init__(self, num_classes: int, capacity: int, dim: int) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        capacity: int,
+        dim: int,
+        *,
+        group: "ProcessGroup | Literal['local'] | None" = None,
+    ) -> None:
         super().__init__()
         for name, value in (("num_classes", num_classes), ("capacity", capacity), ("dim", dim)):
             _checks.positive_int("MemoryBank", name, value)
         self.num_classes, self.capacity, self.dim = num_classes, capacity, dim
+        self.group = _checked(group)
         self.register_buffer("keys", torch.zeros(num_classes, capacity, dim))
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("cursor", torch.zeros(num_classes, dtype=torch.int64))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self.group)] = self.group  # a process group cannot be copied
+        copied = self.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     @torch.no_grad()
     def push(
@@ -53,8 +80,8 @@ class MemoryBank(nn.Module):
 
         Candidates of class c are the valid pixels with label c; of these the `top_k` most confident
         are kept, and of these at most `per_class` are pushed, drawn at random when there are more
-        (none is drawn when top_k <= per_class). Under torch.distributed the candidates of all ranks
-        are pooled first, in the order of the ranks, so that every rank ends with the bank that one
+        (none is drawn when top_k <= per_class). The candidates of all ranks of the bank's group are
+        pooled first, in the order of the ranks, so that every rank ends with the bank that one
         process with the joined batch would have.
 
         Args:
@@ -62,7 +89,7 @@ class MemoryBank(nn.Module):
             valid: (N,) bool, None: all.
             top_k, per_class: at least 1.
             generator: source of the draw; None: torch's default generator of the device. Ranks use
-                the draw of rank 0.
+                the draw of the group's rank 0.
             ticket: (C, top_k) uniform random numbers of the device, the same on every rank, instead
                 of a generator: the candidates with the highest are pushed. A captured graph can be
                 replayed with others.
@@ -77,11 +104,11 @@ class MemoryBank(nn.Module):
             shape = (self.num_classes, top_k)
             _checks.tensor("MemoryBank.push", "ticket", ticket, shape, None, features.device)
         index, _ = class_topk(confidence, label, top_k, self.num_classes, valid=valid)
-        pooled = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        pooled = self._ranks() > 1
         chosen = self._pool_ranks(confidence, index) if pooled else index
         if top_k > per_class:
             if ticket is None:
-                ticket = _tickets(chosen, generator)
+                ticket = self._tickets(chosen, generator)
             chosen = _draw(chosen, per_class, ticket)
         if pooled:
             features, chosen = self._fetch(features, index, chosen)
@@ -96,11 +123,11 @@ class MemoryBank(nn.Module):
         owner = torch.arange(num_classes, device=index.device).repeat_interleave(k)
         owner = torch.where((index >= 0).flatten(), owner, -1)
         pooled = [
-            torch.empty((dist.get_world_size(), *x.shape), dtype=x.dtype, device=x.device)
+            torch.empty((self._ranks(), *x.shape), dtype=x.dtype, device=x.device)
             for x in (score, owner)
         ]
         for target, source in zip(pooled, (score, owner), strict=True):
-            dist.all_gather(list(target.unbind()), source)
+            dist.all_gather(list(target.unbind()), source, group=self._process_group)
         # a rank lists its candidates by falling confidence and, among equals, by position, so the
         # order of the pool decides ties as the joined batch would
         scores, owners = (x.flatten() for x in pooled)
@@ -112,16 +139,35 @@ class MemoryBank(nn.Module):
 
         Only what is pushed travels: each rank fills in its own rows, and the sum joins them.
         """
-        own = chosen - dist.get_rank() * index.numel()
+        own = chosen - dist.get_rank(self._process_group) * index.numel()
         mine = (chosen >= 0) & (own >= 0) & (own < index.numel())
         dtype = torch.promote_types(features.dtype, torch.float32)  # which every group can sum
         rows = features.new_zeros(chosen.numel(), self.dim, dtype=dtype)
         if features.shape[0]:
             place = index.flatten()[own.clamp(0, index.numel() - 1)].clamp(min=0).flatten()
             rows = torch.where(mine.flatten()[:, None], features[place].to(dtype), 0)
-        dist.all_reduce(rows)
+        dist.all_reduce(rows, group=self._process_group)
         numbers = torch.arange(chosen.numel(), device=chosen.device).view_as(chosen)
         return rows, torch.where(chosen >= 0, numbers, -1)
+
+    def _tickets(self, index: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Uniform random numbers (C, k), on every rank those of the group's rank 0."""
+        ticket = torch.rand(index.shape, generator=generator, device=index.device)
+        if self._ranks() > 1:
+            group = self._process_group
+            first = 0 if group is None else dist.get_global_rank(group, 0)
+            dist.broadcast(ticket, first, group=group)
+        return ticket
+
+    def _ranks(self) -> int:
+        """How many processes share the bank."""
+        if self.group == "local" or not (dist.is_available() and dist.is_initialized()):
+            return 1
+        return dist.get_world_size(self._process_group)
+
+    @property
+    def _process_group(self) -> "ProcessGroup | None":
+        return None if self.group == "local" else self.group
 
     @property
     def full(self) -> Tensor:
@@ -141,12 +187,20 @@ class MemoryBank(nn.Module):
         return f"num_classes={self.num_classes}, capacity={self.capacity}, dim={self.dim}"
 
 
-def _tickets(index: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform random numbers (C, k), on every rank those of rank 0."""
-    ticket = torch.rand(index.shape, generator=generator, device=index.device)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast(ticket, 0)
-    return ticket
+def _checked(group: Any) -> Any:
+    """Return `group` where this process can share a bank with it."""
+    if group is None or group == "local":
+        return group
+    if dist.is_available():
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                "MemoryBank: this process is not in the group; only its members make the bank"
+            )
+        if isinstance(group, dist.ProcessGroup):
+            return group
+    raise TypeError(
+        f"MemoryBank: group must be a process group, None (all processes) or 'local', got {group!r}"
+    )
 
 
 def _draw(index: Tensor, per_class: int, ticket: Tensor) -> Tensor:

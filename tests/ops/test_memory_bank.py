@@ -1,8 +1,10 @@
 """`MemoryBank`: the order of the queues, the draw, and several processes."""
 
+import copy
 import socket
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +121,8 @@ def test_errors_name_the_argument() -> None:
         MemoryBank(3, 0, 4)
     with pytest.raises(TypeError, match="MemoryBank: dim must be an integer, got float"):
         MemoryBank(3, 2, 4.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="MemoryBank: group must be a process group, None"):
+        MemoryBank(3, 2, 4, group="all")  # type: ignore[arg-type]
     bank = MemoryBank(CLASSES, CAPACITY, DIM)
     features, label, confidence = batch(5, 0)
     with pytest.raises(ValueError, match="features must have shape"):
@@ -139,9 +143,9 @@ STEPS = 3
 SIZES = ((40, 25), (0, 30), (3, 60))  # pixels of each rank at each step
 
 
-def train(rank: int, draw: bool) -> MemoryBank:
+def train(rank: int, draw: bool, group: Any = None) -> MemoryBank:
     """Pushes the batch of one rank, or for rank -1 the batches of both joined."""
-    bank = MemoryBank(CLASSES, CAPACITY, DIM)
+    bank = MemoryBank(CLASSES, CAPACITY, DIM, group=group)
     source = torch.Generator().manual_seed(max(rank, 0))
     for step in range(STEPS):
         parts = [batch(n, 10 * step + r) for r, n in enumerate(SIZES[step])]
@@ -164,8 +168,24 @@ def work(rank: int, port: int, folder: str, draw: bool) -> None:
     )
     try:
         torch.save(train(rank, draw).state_dict(), Path(folder) / f"{rank}.pt")
+        check_groups(rank, draw)
     finally:
         dist.destroy_process_group()
+
+
+def check_groups(rank: int, draw: bool) -> None:
+    """One rank alone pushes: to a bank of its own, and to that of a group that holds it alone."""
+    both, last = dist.new_group([0, 1]), dist.new_group([1])
+    shared = train(rank, draw, both)
+    assert copy.deepcopy(shared).group is both
+    if rank == 0:
+        with pytest.raises(ValueError, match="this process is not in the group"):
+            MemoryBank(CLASSES, CAPACITY, DIM, group=last)
+        return
+    alone, grouped = train(1, draw, "local"), train(1, draw, last)
+    for name, value in alone.state_dict().items():
+        assert torch.equal(grouped.state_dict()[name], value), name
+    assert not torch.equal(alone.keys, shared.keys)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
