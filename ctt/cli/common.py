@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable
 
 from ctt.errors import AlreadyReportedError, UserError
+from ctt.text import printable, replace_what_cannot_be_shown
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -19,6 +20,7 @@ def run_program(name: str, body: Callable[[], int], extra: str = "train") -> Non
     Args:
         extra: of the package, that holds what the program needs.
     """
+    replace_what_cannot_be_shown()
     try:
         code = body()
     except AlreadyReportedError:
@@ -43,6 +45,7 @@ def run_program(name: str, body: Callable[[], int], extra: str = "train") -> Non
 
 def fail(name: str, text: str) -> None:
     # a path stays in one piece, so that it can be copied
-    lines = textwrap.fill(f"{name}: {text}", 100, break_long_words=False, break_on_hyphens=False)
+    text = printable(f"{name}: {text}")
+    lines = textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
     print(lines, file=sys.stderr)
     sys.exit(BAD_INPUT)

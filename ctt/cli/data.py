@@ -12,6 +12,7 @@ from ctt.cli.common import run_program
 from ctt.data.options import SourceOptions
 from ctt.errors import UserError
 from ctt.settings import DataSettings, Settings, validate
+from ctt.text import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -187,7 +188,7 @@ def split(command: Split) -> int:
             write_list(path, map(line, names))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror}).") from None
-    print(f"{len(labeled)} labelled and {len(unlabeled)} unlabelled images are listed in {out}")
+    say(f"{len(labeled)} labelled and {len(unlabeled)} unlabelled images are listed in {out}")
     return 0
 
 
@@ -198,7 +199,7 @@ def fetch(command: Fetch) -> int:
     if command.what == "weights":
         from ctt.models.weights import fetch_published
 
-        print(f"The weights of {command.backbone} are in {fetch_published(command.backbone)}")
+        say(f"The weights of {command.backbone} are in {fetch_published(command.backbone)}")
         return 0
     from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
@@ -224,5 +225,5 @@ def fetch(command: Fetch) -> int:
                 f"Check it with: {check_command(command.data_root, 'classic')}\n"
                 f"For the augmented one: {fetch_command('voc-aug', command.data_root)}"
             )
-    print(text)
+    say(text)
     return 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ctt.cli.common import run_program
 from ctt.errors import UserError
 from ctt.settings import EvalSettings, Settings, update, validate_eval
+from ctt.text import say
 
 if TYPE_CHECKING:
     import torch
@@ -169,7 +170,7 @@ def _submit(
             parsed.workers,
             lambda images: bar.advance(task, images),
         )
-    print(
+    say(
         f"{trained.origin}: {total} test images of {source.info.name} as {name} sees them, "
         f"protocol {in_words(protocol)}, are in {folder}"
     )

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ctt.cli.common import run_program
 from ctt.errors import UserError
+from ctt.text import say
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _main(arguments: list[str]) -> int:
     difference = export(trained, out, parsed.format, parsed.output, parsed.normalized, parsed.size)
     details = f", opset {OPSET}" if parsed.format == "onnx" else ""
     checked = f"; largest difference from the network {difference:.1g}" if difference else ""
-    print(f"{out}: {parsed.network} of {trained.origin} as {parsed.format}{details}{checked}")
+    say(f"{out}: {parsed.network} of {trained.origin} as {parsed.format}{details}{checked}")
     return 0
 
 

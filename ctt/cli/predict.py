@@ -16,6 +16,7 @@ from ctt.cli.common import BAD_INPUT, run_program
 from ctt.data import IMAGE_SUFFIXES
 from ctt.errors import UserError
 from ctt.settings import EvalSettings, validate_eval
+from ctt.text import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,9 +104,9 @@ def _main(arguments: list[str]) -> int:
     predict = trained.predictor(device, for_images(parsed.eval))
     failures = segment(jobs, predict, trained.info, parsed)
     done = len(jobs) - len(failures)
-    print(f"{done} of {len(jobs)} images are segmented in {parsed.out}")
+    say(f"{done} of {len(jobs)} images are segmented in {parsed.out}")
     for failure in failures:
-        print(f"ctt-predict: {failure}", file=sys.stderr)
+        say(f"ctt-predict: {failure}", sys.stderr)
     return BAD_INPUT if failures else 0
 
 

@@ -16,6 +16,7 @@ from ctt import methods, recipes
 from ctt.cli.common import INTERRUPTED, run_program
 from ctt.errors import AlreadyReportedError, UserError
 from ctt.settings import Settings, update, validate
+from ctt.text import say
 
 METHODS_CAPTION = (
     "cost: time of a step as a multiple of mean-teacher's. `ctt-train --method NAME --help` shows "
@@ -73,7 +74,7 @@ def _main(arguments: list[str]) -> int:
         train(settings, out=parsed.out, resume=parsed.resume)
     except Stopped as stopped:
         if stopped.is_main:
-            print(
+            say(
                 f"Stopped after iteration {stopped.iteration}; a checkpoint is written. "
                 f"Go on with: ctt-train --resume {shlex.quote(str(stopped.folder))}"
             )

@@ -194,6 +194,12 @@ class FileSource(Source):
     ) -> None:
         self.info, self.base = info, base
         self._train, self._unlabeled, self._eval = map(sorted, names)
+        for name in (*self._train, *self._unlabeled, *self._eval):
+            if "\n" in name or "\r" in name:
+                raise UserError(
+                    f"{base}: the name of the image {name!r} holds the end of a line, which a list "
+                    f"of images cannot hold. Rename it."
+                )
         found = (len(self._train), len(self._eval))
         if published is not None and found != published:
             self.notes += (

@@ -10,8 +10,10 @@ from ctt.data.seeding import generator
 from ctt.data.source import Source
 from ctt.errors import UserError
 from ctt.files import written
+from ctt.text import BYTE_OF_A_NAME, BYTES_AS_THEY_ARE
 
 NO_MASK = "None"  # as the mask of an unlabelled image is written in some lists
+NO_UTF_8 = " The line is no UTF-8: save the list as UTF-8, if its names are."
 UNLABELED_ALONE = "--split-unlabeled needs --split-labeled beside it."
 # first bytes of pickles (protocols 2 to 5), .npy and .npz or .pt
 BINARY = (b"\x80", b"\x93NUMPY", b"PK\x03\x04")
@@ -75,12 +77,7 @@ def read_lines(path: Path) -> dict[int, str]:
             f"images in the order of one machine's folder. Give a text file with one image name a "
             f"line; `ctt-data split` writes one."
         )
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: the split list cannot be read ({error}). Save it as UTF-8."
-        ) from None
+    text = data.decode("utf-8-sig", BYTES_AS_THEY_ARE)
     # not splitlines: names may hold what that takes for the end of a line
     lines = {
         number: line.removesuffix("\r")
@@ -161,6 +158,7 @@ def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str
                 fault = (
                     f"{line.strip()} is no training image of this data set, whose images have "
                     f"names such as {example}."
+                    f"{NO_UTF_8 if BYTE_OF_A_NAME.search(line) else ''}"
                 )
             elif name in evaluation:
                 fault = f"{name} is an image to evaluate on."
@@ -196,7 +194,8 @@ def read_list(path: Path, source: Source, *, labeled: bool) -> list[str]:
 
 def write_list(path: Path, lines: Iterable[str]) -> None:
     with written(path) as part:
-        part.write_text("".join(f"{line}\n" for line in lines), "utf-8", newline="\n")
+        text = "".join(f"{line}\n" for line in lines)
+        part.write_text(text, "utf-8", BYTES_AS_THEY_ARE, "\n")
 
 
 def make_split(

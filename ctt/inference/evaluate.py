@@ -19,6 +19,7 @@ from ctt.files import written
 from ctt.inference.predict import memory_is_told, predictor, prepare, stacks, stated
 from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings
+from ctt.text import BYTES_AS_THEY_ARE
 
 ENSEMBLE = "ensemble"  # the mean of the teachers' probabilities
 
@@ -203,7 +204,8 @@ def score_table(scores: dict[str, Score], info: DatasetInfo) -> Table:
 
 def hash_of_list(ids: Iterable[str]) -> str:
     """SHA-256 of the names, one a line, in their order: that of the same list as a text file."""
-    return hashlib.sha256("".join(f"{name}\n" for name in ids).encode()).hexdigest()
+    text = "".join(f"{name}\n" for name in ids)
+    return hashlib.sha256(text.encode("utf-8", BYTES_AS_THEY_ARE)).hexdigest()
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

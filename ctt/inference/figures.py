@@ -90,8 +90,8 @@ def draw_confusion(path: Path, confusion: Tensor, info: DatasetInfo, title: str)
                 axis.text(
                     column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7
                 )
-    axis.set_xticks(range(classes), info.classes, rotation=90)
-    axis.set_yticks(range(classes), info.classes)
+    axis.set_xticks(range(classes), info.classes, rotation=90, parse_math=False)
+    axis.set_yticks(range(classes), info.classes, parse_math=False)
     axis.set(xlabel="predicted", ylabel="label", title=f"{title}: % of the label's pixels")
     figure.colorbar(picture, shrink=0.7)
     save_figure(figure, path)

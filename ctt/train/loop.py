@@ -46,6 +46,7 @@ from ctt.inference.evaluate import (
 from ctt.inference.figures import draw_samples
 from ctt.inference.predict import is_out_of_memory
 from ctt.settings import Settings, to_dict
+from ctt.text import BYTES_AS_THEY_ARE
 from ctt.train.distributed import World, join
 from ctt.train.engine import Engine
 from ctt.train.feed import Feed
@@ -343,7 +344,7 @@ class Trainer:
                 lines.append(f"iteration {i}, {purpose}: {', '.join(ids[k] for k, _ in batch)}\n")
         if self.world.is_main:
             with written(path) as part:
-                part.write_text("".join(lines), "utf-8")
+                part.write_text("".join(lines), "utf-8", BYTES_AS_THEY_ARE)
         return path
 
     def _lists(self) -> dict[str, list[str]]:

@@ -211,7 +211,10 @@ def test_a_pickle_is_refused_and_not_read(tmp_path: Path, protocol: int) -> None
 
 def test_other_files_are_no_list(tmp_path: Path) -> None:
     torch.save(torch.arange(3), tmp_path / "split")
-    (tmp_path / "latin").write_bytes("Straße\n".encode("latin-1"))
-    for name in ("split", "latin", "nothing"):
+    for name in ("split", "nothing"):
         with pytest.raises(UserError, match="cannot be read"):
             read_list(tmp_path / name, Names(IDS), labeled=True)
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / "list").write_bytes("Straße\n".encode(encoding))
+        with pytest.raises(UserError, match="The line is no UTF-8: save the list as UTF-8"):
+            read_list(tmp_path / "list", Names(["Straße"]), labeled=True)
