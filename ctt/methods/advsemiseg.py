@@ -7,11 +7,13 @@ As in the program and unlike the paper, the discriminator learns the predictions
 images as well, and the student is to deceive it there too. Unlike the program: labelled and
 unlabelled images go through the student in one batch, the masks that the discriminator is shown are
 those of the same labelled images, padding counts nowhere, and a step in which no pixel is believed
-keeps its adversarial term, which the program loses. Maps smaller than 32 pixels are padded for the
-discriminator. With `--train.accumulate` the mean over the believed pixels is that of each part.
+keeps its adversarial term, which the program loses. The discriminator has a cell for 32 pixels, and
+of crops below 64 pixels a single one. With `--train.accumulate` the mean over the believed pixels is that of each part.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,9 +21,40 @@ from torch import Tensor
 from ctt.data.source import IGNORE
 from ctt.methods import losses
 from ctt.methods.base import Batch, Schedule, Step
-from ctt.methods.critics import Adversarial, Discriminator, frozen, judged, one_hot
-from ctt.methods.options import AdvSemiSegOptions
+from ctt.methods.critics import (
+    Adversarial,
+    CriticOptions,
+    Discriminator,
+    counted,
+    frozen,
+    judged,
+    one_hot,
+)
+from ctt.methods.options import Check, at_least_0, shares
 from ctt.models.base import upsample
+
+
+@dataclass(frozen=True)
+class AdvSemiSegOptions(CriticOptions):
+    """Values of the README's command of hfslyc/AdvSemiSeg."""
+
+    adv: float = 0.01
+    """Weight of passing for a mask on labelled images (the program's default is 0.1)."""
+    adv_unlabeled: float = 0.001
+    """Weight of passing for a mask on unlabelled images."""
+    semi: float = 0.1
+    """Weight of the student's own labels where the discriminator believes them."""
+    threshold: float = 0.2
+    """Probability of being a mask from which a pixel is believed."""
+    start: float = 0.25
+    """Share of the run before own labels are learnt (5,000 of 20,000 iterations)."""
+
+    def checks(self) -> list[Check]:
+        return [
+            *super().checks(),
+            *at_least_0(adv=self.adv, adv_unlabeled=self.adv_unlabeled, semi=self.semi),
+            *shares(threshold=self.threshold, start=self.start),
+        ]
 
 
 class AdvSemiSeg(Adversarial):
@@ -32,7 +65,7 @@ class AdvSemiSeg(Adversarial):
     options: AdvSemiSegOptions
 
     def new_critic(self, classes: int) -> Discriminator:
-        return Discriminator(classes)
+        return Discriminator(classes, self.options.critic_width)
 
     def schedules(self) -> dict[str, Schedule]:
         start = self.options.start * self.settings.train.iterations
@@ -49,11 +82,7 @@ class AdvSemiSeg(Adversarial):
         }
 
     def prepare(self, b: Batch, step: Step) -> Batch:
-        """Count the labelled pixels, those of unlabelled images that are no padding, and both."""
-        counts = torch.stack([(b["label"] != IGNORE).sum(), (~b["padding"]).sum()])
-        pixels, seen = step.total(counts)
-        both = (pixels + seen).clamp(min=1)
-        return b | {"pixels": pixels.clamp(min=1), "seen": seen.clamp(min=1), "both": both}
+        return counted(b, step)
 
     def of_student(self, k: int, b: Batch, step: Step) -> dict[str, Tensor]:
         """Equations (1) to (5) for student k and its discriminator."""

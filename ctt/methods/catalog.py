@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ctt.errors import UserError
-from ctt.methods.options import AdvSemiSegOptions, Options, S4GanOptions
+from ctt.methods.options import Options
 
 if TYPE_CHECKING:
     from ctt.methods.base import Method
@@ -171,15 +171,23 @@ METHODS = {
         "Hung et al., BMVC 2018, as in its program",
         "ctt.methods.advsemiseg:AdvSemiSeg",
         uses=("loss.sup",),
-        options=AdvSemiSegOptions,
+        options="ctt.methods.advsemiseg:AdvSemiSegOptions",
         extra="a discriminator for each student",
     ),
     "s4gan": About(
         "Mittal et al., TPAMI 2021, the GAN branch alone",
         "ctt.methods.s4gan:S4Gan",
         uses=("loss.sup",),
-        options=S4GanOptions,
+        options="ctt.methods.s4gan:S4GanOptions",
         extra="a discriminator of images for each student",
+    ),
+    "gct": About(
+        "Ke et al., ECCV 2020, as in PixelSSL",
+        "ctt.methods.gct:Gct",
+        pairs=2,
+        uses=("loss.sup",),
+        options="ctt.methods.gct:GctOptions",
+        extra="a flaw detector",
     ),
 }
 

@@ -7,23 +7,25 @@ without their gradient. So one backward pass serves both, and neither moves the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ctt.data.source import IGNORE
 from ctt.methods import losses
 from ctt.methods.base import Batch, Method, Modules, Setup, Step, Terms
-from ctt.methods.options import CriticOptions
+from ctt.methods.options import Check, Options, above_0
 from ctt.models.base import pad_to_multiple
 
 if TYPE_CHECKING:
     from ctt.settings import Settings
 
 BETAS = (0.9, 0.99)  # of Adam, in the programs of AdvSemiSeg, s4GAN and GCT
-WIDTHS = (64, 128, 256, 512)  # channels of the layers, in the same programs
+GROWTH = (1, 2, 4, 8)  # channels of the layers, as multiples of those of the first
 
 
 def frozen(critic: nn.Module) -> Callable[..., Any]:
@@ -58,6 +60,14 @@ def judged(logits: Tensor, real: bool, mask: Tensor, count: Tensor) -> Tensor:
     return loss.masked_fill(~mask, 0).sum() / count
 
 
+def counted(b: Batch, step: Step) -> Batch:
+    """Return the batch with how many pixels of all processes have a label, `pixels` (), belong to
+    an unlabelled image, `seen` (), and one or the other, `both` (); each at least 1."""
+    pixels, seen = step.total(torch.stack([(b["label"] != IGNORE).sum(), (~b["padding"]).sum()]))
+    counts = {"pixels": pixels, "seen": seen, "both": pixels + seen}
+    return b | {name: count.clamp(min=1) for name, count in counts.items()}
+
+
 def one_hot(label: Tensor, like: Tensor) -> Tensor:
     """Return label (B, H, W) as probabilities of the shape (B, C, H, W) and type of `like`.
 
@@ -86,17 +96,18 @@ class Discriminator(nn.Module):
     """Judges class maps at every pixel (Hung et al., 2018): five convolutions of stride 2.
 
     Args:
-        channels: of the maps.
+        channels: of the maps. width: channels of the first layer.
     """
 
     SMALLEST = 32  # height and width of maps of which the last layer still gives a value
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs, outputs in zip((channels, *WIDTHS[:-1]), WIDTHS, strict=True):
+        ends = (channels, *(width * times for times in GROWTH))
+        for inputs, outputs in pairwise(ends):
             layers += [layer(inputs, outputs), nn.LeakyReLU(0.2, inplace=True)]
-        self.layers = nn.Sequential(*layers, layer(WIDTHS[-1], 1))
+        self.layers = nn.Sequential(*layers, layer(ends[-1], 1))
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, C, H, W) -> logits (B, H, W), above 0 where the maps look like masks."""
@@ -104,36 +115,96 @@ class Discriminator(nn.Module):
         return at_pixels(self.layers(padded), padded, maps)
 
 
+class FlawDetector(nn.Module):
+    """Tells at every pixel how wrong a class map of an image is (Ke et al., 2020).
+
+    Args:
+        channels: of image and class map together. width: channels of the first layer.
+    """
+
+    SMALLEST = 60
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        inputs = channels
+        for times in GROWTH:
+            for stride in (2, 1) if times > 1 else (2,):
+                outputs = width * times
+                layers += [layer(inputs, outputs, stride), HalfNorm(outputs), nn.LeakyReLU(0.2)]
+                inputs = outputs
+        self.layers = nn.Sequential(*layers, layer(inputs, 1))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, 3 + C, H, W) -> flaws (B, H, W), of any size."""
+        padded = pad_to_multiple(maps, 1, self.SMALLEST)
+        return at_pixels(self.layers(padded), padded, maps)
+
+
+class HalfNorm(nn.Module):
+    """Batch norm of the first half of the channels, instance norm of the others."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm2d(channels // 2)
+        self.instance_norm = nn.InstanceNorm2d(channels - channels // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = x.tensor_split((self.batch_norm.num_features,), dim=1)
+        return torch.cat([self.batch_norm(one), self.instance_norm(other)], dim=1)
+
+
 class ImageCritic(nn.Module):
     """Judges a class map together with its image as a whole (Mittal et al., 2019).
 
     Args:
-        channels: of class map and image together.
+        channels: of class map and image together. width: channels of the first layer.
     """
 
     SMALLEST = 16
-    DRAWS = sum(WIDTHS[:-1])  # random numbers that an image takes, one for a channel that may drop
+    DRAWS = sum(GROWTH[:-1])  # random numbers that an image takes, as a multiple of the width
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        ends = zip((channels, *WIDTHS[:-1]), WIDTHS, strict=True)
-        self.layers = nn.ModuleList(layer(inputs, outputs) for inputs, outputs in ends)
-        self.score = nn.Linear(WIDTHS[-1], 1)
+        widths = [width * times for times in GROWTH]
+        self.dropping = widths[:-1]  # channels that may drop
+        self.layers = nn.ModuleList(layer(*ends) for ends in pairwise((channels, *widths)))
+        self.score = nn.Linear(widths[-1], 1)
 
     def forward(self, maps: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logit (B,) of being a mask, and the features (B, 512) it is made of.
+        """Return the logit (B,) of being a mask, and the features (B, 8 * width) of it.
 
         Args:
-            maps: (B, C + 3, H, W). draw: (B, DRAWS) uniform in 0..1; below 0.5 a channel drops.
+            maps: (B, C + 3, H, W). draw: (B, DRAWS * width) in 0..1; below 0.5 a channel drops.
         """
         x = pad_to_multiple(maps, 1, self.SMALLEST)
-        drops: list[Tensor | None] = [*draw.split_with_sizes(WIDTHS[:-1], dim=1), None]
+        drops: list[Tensor | None] = [*draw.split_with_sizes(self.dropping, dim=1), None]
         for convolution, numbers in zip(self.layers, drops, strict=True):
             x = F.leaky_relu(convolution(x), 0.2)
             if numbers is not None:
                 x = x * (2 * (numbers >= 0.5))[:, :, None, None].to(x.dtype)
         features = x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
         return self.score(features)[:, 0].to(features.dtype), features
+
+
+@dataclass(frozen=True)
+class CriticOptions(Options):
+    """Of methods with a network that judges predictions."""
+
+    critic_lr: float = 1e-4
+    """Learning rate of the critic at the start; it falls as that of the students does."""
+
+    critic_width: int = 64
+    """Channels of the critic's first layer; the last has eight times as many."""
+
+    def checks(self) -> list[Check]:
+        width = (
+            "--options.critic-width",
+            self.critic_width,
+            self.critic_width >= 2,
+            "must be at least 2",
+        )
+        return [*above_0(critic_lr=self.critic_lr), width]
 
 
 class Adversarial(Method):

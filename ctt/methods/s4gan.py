@@ -14,15 +14,34 @@ batch; images that are nothing but ignored pixels or padding count nowhere. With
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ctt.data.source import IGNORE
 from ctt.methods import losses
 from ctt.methods.base import Batch, Schedule, Step
-from ctt.methods.critics import Adversarial, ImageCritic, frozen, judged, one_hot
-from ctt.methods.options import S4GanOptions
+from ctt.methods.critics import Adversarial, CriticOptions, ImageCritic, frozen, judged, one_hot
+from ctt.methods.options import Check, at_least_0, shares
 from ctt.models.base import upsample
+
+
+@dataclass(frozen=True)
+class S4GanOptions(CriticOptions):
+    """Values of train_s4GAN.py of sud0301/semisup-semseg, for VOC; `critic_lr` is 1e-5 on
+    Cityscapes."""
+
+    fm: float = 0.1
+    """Weight of feature matching."""
+    st: float = 1.0
+    """Weight of the student's own labels on images that the critic takes for masks."""
+    threshold: float = 0.6
+    """Probability of being a mask above which an image is learnt (Cityscapes: 0.7)."""
+
+    def checks(self) -> list[Check]:
+        weights = at_least_0(fm=self.fm, st=self.st)
+        return [*super().checks(), *weights, *shares(threshold=self.threshold)]
 
 
 class S4Gan(Adversarial):
@@ -33,7 +52,7 @@ class S4Gan(Adversarial):
     options: S4GanOptions
 
     def new_critic(self, classes: int) -> ImageCritic:
-        return ImageCritic(classes + 3)
+        return ImageCritic(classes + 3, self.options.critic_width)
 
     def schedules(self) -> dict[str, Schedule]:
         return {"begun": lambda iteration: float(iteration > 0)}
@@ -49,7 +68,7 @@ class S4Gan(Adversarial):
         counts = step.total(torch.stack([real.sum(), fake.sum()])).clamp(min=1)
         b = b | {"pixels": step.count(b["label"]), "masks": counts[0], "fakes": counts[1]}
         for k in range(len(self.students)):
-            shape = (4, ImageCritic.DRAWS, len(b["images"]))
+            shape = (4, ImageCritic.DRAWS * self.options.critic_width, len(b["images"]))
             b[f"dropout {k}"] = step.rand(f"dropout-{k}", shape, 2).movedim(2, 0)
         return b
 

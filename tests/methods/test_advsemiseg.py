@@ -12,12 +12,21 @@ from ctt.train.engine import Engine
 from tests.methods.objectives import has_gradient, objective, odd_batch, scores
 from tests.train.steps import batch, make, unlabelled
 
-OPTIONS = {"adv": 0.7, "adv_unlabeled": 0.4, "semi": 0.9, "threshold": 0.5, "start": 0.5}
+OPTIONS = {
+    "adv": 0.7,
+    "adv_unlabeled": 0.4,
+    "semi": 0.9,
+    "threshold": 0.5,
+    "critic_width": 8,
+    "start": 0.5,
+}
 
 
 @pytest.fixture
 def adversarial(tiny: Settings) -> Settings:
-    settings = update(tiny.with_method("advsemiseg"), {"options": OPTIONS}, "test")
+    settings = update(
+        tiny.with_method("advsemiseg"), {"options": OPTIONS | {"critic_width": 8}}, "test"
+    )
     return update(settings, {"loss": {"sup": 1.3}}, "test")
 
 
@@ -69,7 +78,7 @@ def test_the_objective_is_that_of_the_equations(
 
 
 def test_a_frozen_critic_gets_no_gradient_and_gives_one() -> None:
-    critic, maps = Discriminator(5), torch.rand(2, 5, 40, 33, requires_grad=True)
+    critic, maps = Discriminator(5, 8), torch.rand(2, 5, 40, 33, requires_grad=True)
     frozen(critic)(maps).sum().backward()
     assert all(w.grad is None for w in critic.parameters())
     assert maps.grad.abs().sum() > 0
@@ -78,7 +87,7 @@ def test_a_frozen_critic_gets_no_gradient_and_gives_one() -> None:
 
 def test_the_discriminator_is_that_of_the_paper() -> None:
     """Five layers of stride 2: crops of 321 become 10 cells wide."""
-    critic = Discriminator(21)
+    critic = Discriminator(21, 64)
     kernels = [tuple(w.shape) for name, w in critic.named_parameters() if name.endswith("weight")]
     widths = (21, 64, 128, 256, 512, 1)
     assert kernels == [(b, a, 4, 4) for a, b in pairwise(widths)]

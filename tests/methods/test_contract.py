@@ -19,7 +19,7 @@ from ctt.settings import Settings, update
 from ctt.train.distributed import join
 from ctt.train.plan import Plan
 from tests.train.processes import finish, shown, start
-from tests.train.steps import CPU, batch, double, exactly, make, run, unlabelled
+from tests.train.steps import CPU, batch, double, exactly, make, run, unlabelled, with_small_critics
 
 EVERY = pytest.mark.parametrize("name", methods.names())
 STEPS = 5
@@ -29,7 +29,8 @@ BY_PART = {"advsemiseg": ("semi",), "s4gan": ("fm", "st")}
 
 def settings_of(name: str, tiny: Settings, change: dict[str, Any] | None = None) -> Settings:
     common = {"data": {"batch_size": 4}, "loss": {"confidence_weight": "none"}}
-    return update(update(tiny.with_method(name), common, "test"), change or {}, "test")
+    settings = with_small_critics(tiny.with_method(name))
+    return update(update(settings, common, "test"), change or {}, "test")
 
 
 def train_exactly(settings: Settings, size: int, file: Path, fixed_norms: bool = False) -> None:

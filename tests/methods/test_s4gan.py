@@ -13,7 +13,7 @@ from ctt.train.engine import Engine
 from tests.methods.objectives import has_gradient, objective, odd_batch, scores
 from tests.train.steps import make
 
-OPTIONS = {"fm": 0.7, "st": 0.9, "threshold": 0.5}
+OPTIONS = {"fm": 0.7, "st": 0.9, "threshold": 0.5, "critic_width": 8}
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def undecided(engine: Engine, b: Batch) -> None:
             weight *= 0 if name.endswith("bias") else 3
         p = scores(student, torch.cat([b["images"], b["unlabeled"]])).softmax(dim=1)
         made = torch.cat([p[len(b["label"]) :], b["unlabeled"]], dim=1)
-        draw = engine.step.rand("dropout-0", (4, 448, 3), 2)[0].T
+        draw = engine.step.rand("dropout-0", (4, 56, 3), 2)[0].T
         critic.score.bias -= critic(made, draw)[0][1:].mean()
 
 
@@ -54,7 +54,7 @@ def test_the_objective_is_that_of_the_equations(
     b["padding"][0] = True
     engine, terms = objective(settings, b, iteration, lambda engine: undecided(engine, b))
     (student,), (critic,) = engine.method.students, engine.method.critics
-    kept = engine.step.rand("dropout-0", (4, 448, 3), 2).permute(0, 2, 1) >= 0.5
+    kept = engine.step.rand("dropout-0", (4, 56, 3), 2).permute(0, 2, 1) >= 0.5
     y, n = b["label"], 3
     logits = scores(student, torch.cat([b["images"], b["unlabeled"]]))
     p = logits[n:].softmax(dim=1)
@@ -100,9 +100,9 @@ def test_an_image_at_the_threshold_is_not_learnt(settings: Settings) -> None:
 
 def test_the_critic_is_that_of_the_program() -> None:
     """Four layers 4x4 of stride 2, whose last is pooled: 20 cells of a crop of 321."""
-    critic = ImageCritic(24)
+    critic = ImageCritic(24, 64)
     kernels = [tuple(layer.weight.shape) for layer in critic.layers]
     assert kernels == [(b, a, 4, 4) for a, b in pairwise((24, 64, 128, 256, 512))]
     assert critic.score.weight.shape == (1, 512)
-    score, features = critic(torch.zeros(2, 24, 8, 40), torch.rand(2, ImageCritic.DRAWS))
+    score, features = critic(torch.zeros(2, 24, 8, 40), torch.rand(2, 448))
     assert (score.shape, features.shape) == ((2,), (2, 512))

@@ -16,7 +16,7 @@ from ctt.data.source import IGNORE
 from ctt.methods.base import Setup
 from ctt.models import base
 from ctt.models.base import SegmentationModel
-from ctt.settings import Settings
+from ctt.settings import Settings, update
 from ctt.train.distributed import World
 from ctt.train.engine import Engine
 from ctt.train.plan import Plan, finished
@@ -54,6 +54,13 @@ def make(
 
     setup = Setup(settings, INFO, pairs or about.pairs, 6, finish=finish)
     return Engine(about.load()(setup), settings, INFO, device, world)
+
+
+def with_small_critics(settings: Settings) -> Settings:
+    """Return settings in which networks that judge predictions are small, if there are any."""
+    if not hasattr(settings.options, "critic_width"):
+        return settings
+    return update(settings, {"options": {"critic_width": 4}}, "test")
 
 
 def student(settings: Settings, k: int = 0) -> SegmentationModel:
