@@ -8,7 +8,8 @@ images as well, and the student is to deceive it there too. Unlike the program: 
 unlabelled images go through the student in one batch, the masks that the discriminator is shown are
 those of the same labelled images, padding counts nowhere, and a step in which no pixel is believed
 keeps its adversarial term, which the program loses. The discriminator has a cell for 32 pixels, and
-of crops below 64 pixels a single one. With `--train.accumulate` the mean over the believed pixels is that of each part.
+of crops below 64 pixels a single one. With `--train.accumulate` the mean over the believed pixels
+is that of each part.
 """
 
 from __future__ import annotations
