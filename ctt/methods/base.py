@@ -109,6 +109,19 @@ class Setup:
             student.freeze_batch_norm()
         return self.finish(student)
 
+    def foreground(self, background: int) -> tuple[int, ...]:
+        """Return the classes but that of the background; all where it is -1.
+
+        Raises:
+            UserError: no such class.
+        """
+        if background >= self.classes:
+            raise UserError(
+                f"--options.background {background}: the data has {self.classes} classes, from 0 "
+                f"on. Give one of them, or -1 if none is the background."
+            )
+        return tuple(c for c in range(self.classes) if c != background)
+
     @contextlib.contextmanager
     def seeded(self, purpose: str, k: int = 0) -> Iterator[None]:
         """Draw random weights inside from the seed of the run, for this purpose alone."""

@@ -159,6 +159,13 @@ METHODS = {
         uses=("ema", "loss.sup"),
         options="ctt.methods.unimatch_v2:UniMatchV2Options",
     ),
+    "pseudoseg": About(
+        "Zou et al., ICLR 2021",
+        "ctt.methods.pseudoseg:PseudoSeg",
+        uses=("ema", "loss.sup"),
+        options="ctt.methods.pseudoseg:PseudoSegOptions",
+        extra="a classifier of images and an attention module",
+    ),
     "cct": About(
         "Ouali et al., CVPR 2020",
         "ctt.methods.cct:Cct",

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ctt.errors import UserError
 from ctt.methods import losses, ramps
 from ctt.methods.base import Batch, Method, Modules, Schedule, Setup, Step, Terms
 from ctt.methods.losses import to_grid
@@ -82,13 +81,8 @@ class Cct(Method):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        background = self.options.background
-        if background >= setup.classes:
-            raise UserError(
-                f"--options.background {background}: the data has {setup.classes} classes, from 0 "
-                f"on. Give one of them, or -1 if none is the background."
-            )
-        guided = CONTEXT + OBJECTS if background >= 0 else 0
+        without = len(setup.foreground(self.options.background)) == setup.classes
+        guided = 0 if without else CONTEXT + OBJECTS
         count = ADVERSARIAL + DROPOUT + guided + FEATURE_DROPOUT + NOISE
         features = self.settings.model.features
         with setup.seeded("decoders"):

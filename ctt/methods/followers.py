@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
 def copies(networks: Iterable[nn.Module]) -> Networks:
     """Return a copy of each network that is never trained, in evaluation mode."""
     return Networks(copy.deepcopy(net).requires_grad_(False) for net in networks).eval()
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Have the network in evaluation mode inside."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class EmaUpdate:

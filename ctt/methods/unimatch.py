@@ -13,15 +13,14 @@ threshold (--options.threshold 0). Its colours are a setting of the run: --views
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ctt.methods import losses
 from ctt.methods.base import Batch, Step, Terms
+from ctt.methods.followers import evaluating
 from ctt.methods.options import Check
 from ctt.methods.two_views import VIEWS, TwoViews, TwoViewsOptions
 from ctt.models.base import upsample
@@ -104,15 +103,3 @@ class UniMatch(TwoViews):
         perturbed = student.scale_channels([x[n:] for x in stages], factors)
         joined = [torch.cat(pair) for pair in zip(stages, perturbed, strict=True)]
         return step.decode(student, joined).logits.chunk(3)
-
-
-@contextlib.contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Have the network in evaluation mode inside."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -50,6 +50,11 @@ class SegmentationModel(nn.Module, ABC):
     def decode(self, stages: list[Tensor]) -> Tensor:
         """Return features (B, D, h, w) of stages, which may be perturbed but keep their shapes."""
 
+    @property
+    def first_map(self) -> int:
+        """Which of the stages is the first that is no image."""
+        return int(self.stage_channels[0] == 3)
+
     def extract(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised -> features (B, D, h, w)."""
         return self.decode(self.encode(images))
@@ -67,7 +72,7 @@ class SegmentationModel(nn.Module, ABC):
 
         Images among the stages stay: `decode` reads their size alone.
         """
-        first = int(self.stage_channels[0] == 3)
+        first = self.first_map
         scaled = [x * f[:, :, None, None].to(x.dtype) for x, f in zip(stages, factors, strict=True)]
         return [*stages[:first], *scaled[first:]]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -119,23 +120,25 @@ class StepContext:
 
     def forward(self, network: nn.Module, images: Tensor) -> Output:
         """Return the output for images (B, 3, H, W) in 0..1; a whole batch goes in parts."""
-        parts = self.settings.train.accumulate if self.whole else 1
-        outputs: list[Output] = [
-            self._run(network, self._normalized(some)) for some in images.chunk(parts)
-        ]
-        if len(outputs) == 1:
-            return outputs[0]
-        return Output(*(torch.cat(maps) for maps in zip(*outputs, strict=True)))
+        return Output(*self._in_parts(network, images))
 
     def encode(self, network: SegmentationModel, images: Tensor) -> list[Tensor]:
-        return self._run(self._encode, network, self._normalized(images))
+        return self._in_parts(partial(self._encode, network), images)
 
     def decode(self, network: SegmentationModel, stages: list[Tensor]) -> Output:
         return self._run(self._decode, network, stages)
 
-    def _normalized(self, images: Tensor) -> Tensor:
-        with self.phase("views"):
-            return self.normalize(images)
+    def _in_parts(
+        self, function: Callable[[Tensor], Iterable[Tensor]], images: Tensor
+    ) -> list[Tensor]:
+        """Return what a function gives for images (B, 3, H, W) in 0..1, once normalised."""
+        parts = self.settings.train.accumulate if self.whole else 1
+        found = []
+        for some in images.chunk(parts):
+            with self.phase("views"):
+                batch = self.normalize(some)
+            found.append(list(self._run(function, batch)))
+        return found[0] if len(found) == 1 else [torch.cat(x) for x in zip(*found, strict=True)]
 
     def _run(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run what belongs to a network in the run's precision."""

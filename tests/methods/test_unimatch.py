@@ -10,7 +10,7 @@ from torch import Tensor
 from ctt.data import mixing
 from ctt.data.source import IGNORE
 from ctt.methods.base import Batch
-from ctt.methods.unimatch import evaluating
+from ctt.methods.followers import evaluating
 from ctt.models.base import SegmentationModel
 from ctt.settings import Settings, update
 from tests.methods.rendering import (
