@@ -1,7 +1,19 @@
 """C++ kernels of csrc/cpu; addresses are `Tensor.data_ptr()`, 0 for none, strides in elements."""
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 Matrix = tuple[int, int, int, int]  # address, dtype code, row stride, column stride
 Queues = tuple[int, int, int, int, int]  # address of begins, of sizes, banks, C, m
+
+class Layout:
+    """Where equally many tensors of both sequences lie in memory, and in what form."""
+
+    def __init__(
+        self, exchange: object, teacher: Sequence[Tensor], student: Sequence[Tensor]
+    ) -> None: ...
+    def matches(self, teacher: Sequence[Tensor], student: Sequence[Tensor]) -> bool: ...
 
 def ema_update(
     teacher: list[int],

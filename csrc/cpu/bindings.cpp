@@ -1,10 +1,11 @@
 // ctt._cpu: addresses, sizes and strides in, nothing of torch, so that one binary fits every torch
-// version. ctt/ops/backends/cpu.py is the only caller and has checked the arguments. The GIL is
-// released around every kernel.
+// version. ctt/ops/backends/cpu.py has checked the arguments of the kernels, around which the GIL is
+// released; ctt/ops/_plans.py calls Layout.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "layout.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -86,9 +87,38 @@ void contrast(const MatrixArgs& query, const MatrixArgs& positive, const MatrixA
   ctt::contrast(in, queues(q), at<const A>(keys), at<A>(loss));
 }
 
+// The elements of both sequences, lists or tuples.
+std::vector<PyObject*> objects(const py::object& teacher, const py::object& student) {
+  std::vector<PyObject*> all;
+  for (const py::object& sequence : {teacher, student}) {
+    const auto fast = py::reinterpret_steal<py::object>(
+        PySequence_Fast(sequence.ptr(), "a list or tuple of tensors"));
+    if (!fast) throw py::error_already_set();
+    PyObject** first = PySequence_Fast_ITEMS(fast.ptr());
+    all.insert(all.end(), first, first + PySequence_Fast_GET_SIZE(fast.ptr()));
+  }
+  return all;
+}
+
+ctt::Layout layout(const py::object& exchange, const py::object& teacher,
+                   const py::object& student) {
+  const ctt::ReadTensor read = ctt::tensor_reader(exchange.ptr());
+  ctt::Layout made;
+  if (read == nullptr || !made.record(read, objects(teacher, student))) {
+    throw std::invalid_argument("ctt._cpu: these tensors cannot be read through DLPack");
+  }
+  return made;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
+  py::class_<ctt::Layout>(m, "Layout")
+      .def(py::init(&layout))
+      .def("matches", [](const ctt::Layout& self, const py::object& teacher,
+                         const py::object& student) {
+        return self.matches(objects(teacher, student));
+      });
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("ema_update", &ema_update, release);
   m.def("class_topk", &class_topk, release);

@@ -1,6 +1,7 @@
 """Checks of arguments: dtype, shape and device only, so that nothing waits for a GPU."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -39,6 +40,38 @@ def tensor(
         )
     if device is not None and value.device != device:
         raise ValueError(f"{operation}: {name} must be on {device}, got {value.device}")
+
+
+def number(operation: str, name: str, value: object) -> float:
+    """Return a scalar of any usual kind, such as NumPy's, as a number.
+
+    Raises:
+        TypeError: it is none.
+    """
+    # numbers of Python, and symbolic ones under torch.compile, stay what they are
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return value  # type: ignore[return-value]
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{operation}: {name} must be a number, got {value!r}") from None
+
+
+def untransformed(operation: str, tensors: Iterable[Tensor]) -> None:
+    """Refuse tensors inside torch.func transforms, which have no memory of their own.
+
+    Raises:
+        RuntimeError: there is one.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        raise RuntimeError(
+            f"{operation} cannot run inside torch.func.grad, vmap and the like, on their tensors; "
+            f"call it outside of the transformed function"
+        )
 
 
 def temperature(operation: str, value: float) -> None:

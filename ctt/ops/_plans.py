@@ -1,76 +1,121 @@
 """What is found out once for the lists of tensors of `ema_update_`, and kept for the next call."""
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+try:
+    from ctt._cpu import Layout as CppLayout
+except ImportError:
+    CppLayout = None  # type: ignore[assignment, misc]
 
 PLANS = 16  # a few models'
 
-_dtype_of = attrgetter("dtype")
+Tensors = Sequence[Tensor]
+_attributes = (attrgetter("dtype"), Tensor.data_ptr, Tensor.size, Tensor.stride)
+
+
+class Layout(Protocol):
+    """Where the tensors of two lists lie in memory, and in what form."""
+
+    def matches(self, teacher: Tensors, student: Tensors) -> bool:
+        """Whether these are the same tensors, and still lie so."""
+
+
+class PythonLayout:
+    """The layout as the attributes that PyTorch gives; half a microsecond a tensor."""
+
+    def __init__(self, teacher: Tensors, student: Tensors) -> None:
+        self.ids = self._ids(teacher, student)
+        self.attributes = self._read(teacher, student)
+
+    def matches(self, teacher: Tensors, student: Tensors) -> bool:
+        same = self.ids == self._ids(teacher, student)
+        return same and self.attributes == self._read(teacher, student)
+
+    @staticmethod
+    def _ids(teacher: Tensors, student: Tensors) -> tuple[int, ...]:
+        return (*map(id, teacher), *map(id, student))
+
+    @staticmethod
+    def _read(teacher: Tensors, student: Tensors) -> list[Any]:
+        return [x for read in _attributes for x in (*map(read, teacher), *map(read, student))]
+
+
+def layout_of(teacher: Tensors, student: Tensors) -> Layout:
+    """Return the layout of both lists, read by C++ where PyTorch and the build let it."""
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if CppLayout is not None and exchange is not None:
+        try:
+            return CppLayout(exchange, teacher, student)
+        except ValueError:  # subclasses whose memory is elsewhere
+            pass
+    return PythonLayout(teacher, student)
 
 
 class Plan:
     """Two lists that fit each other, as long as all their tensors live and lie where they are.
 
     Attributes:
-        tables: what backends have made for the lists, by their names.
+        averaged: positions of the pairs of floating-point tensors. None: all are.
+        copied: positions of the others.
+        half: the types of half-precision teachers.
+        tables: what backends have made for the averaged pairs, by their names.
     """
 
-    def __init__(self, watches: list[weakref.ref[Tensor]]) -> None:
+    def __init__(self, teacher: Tensors, student: Tensors) -> None:
+        self.layout = layout_of(teacher, student)
+        self.copied = [i for i, t in enumerate(teacher) if not t.is_floating_point()]
+        kept = set(self.copied)
+        self.averaged = [i for i in range(len(teacher)) if i not in kept] if kept else None
+        self.half = {t.dtype for t in teacher} & {torch.float16, torch.bfloat16}
         self.tables: dict[str, Any] = {}
-        self._watches = watches  # end the plan with the first of its tensors
+        self._watches = [weakref.ref(t, self._end) for t in (*teacher, *student)]
+
+    def _end(self, _: object) -> None:
+        """End with the first of the tensors: its id and place could come to be another's."""
+        if self in _plans:
+            _plans.remove(self)
 
 
-_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
+_plans: list[Plan] = []  # the last one used comes last
 
 
-def plan_of(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Plan:
+def plan_of(teacher: Tensors, student: Tensors) -> Plan:
     """Return the plan of equally many tensors, made where they are new or have changed.
 
-    The key holds all that a plan depends on: `x.data = x.data.t()` keeps the object, its address
-    and its bytes, and changes the layout. To run the checks again would cost more than a GPU's
-    whole update of 600 tensors. An id and an address could come to belong to another tensor, so a
-    plan ends with the first of its tensors.
+    All that a plan depends on is compared: `x.data = x.data.t()` keeps the object, its address and
+    its bytes, and changes the layout. To run the checks again would cost more than a GPU's whole
+    update of 600 tensors.
 
     Raises:
         TypeError, ValueError: they do not fit, as `ema_update_` tells.
     """
-    tensors = (*teacher, *student)
-    try:
-        key = (
-            *map(id, tensors),
-            *map(Tensor.data_ptr, tensors),
-            *map(_dtype_of, tensors),
-            *map(Tensor.size, tensors),
-            *map(Tensor.stride, tensors),
-        )
-    except (AttributeError, TypeError):  # something that is no tensor
-        _check(teacher, student)
-        raise
-    plan = _plans.get(key)
-    if plan is not None:
-        _plans.move_to_end(key)
-        return plan
+    for plan in reversed(_plans.copy()):
+        if plan.layout.matches(teacher, student):
+            if plan is not _plans[-1]:
+                _plans.remove(plan)
+                _plans.append(plan)
+            return plan
     _check(teacher, student)
-    watches = [weakref.ref(t, lambda _: _plans.pop(key, None)) for t in tensors]
-    plan = _plans[key] = Plan(watches)
-    if len(_plans) > PLANS:
-        _plans.popitem(last=False)
+    plan = Plan(teacher, student)
+    _plans.append(plan)
+    del _plans[:-PLANS]
     return plan
 
 
-def _check(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> None:
+def _check(teacher: Tensors, student: Tensors) -> None:
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
         if not (isinstance(t, Tensor) and isinstance(s, Tensor)):
             raise TypeError(f"ema_update_: element {i} must be a pair of tensors")
-        if not (t.is_floating_point() and s.is_floating_point()):
+        if t.is_floating_point() != s.is_floating_point() or t.is_complex() or s.is_complex():
             raise TypeError(
-                f"ema_update_: element {i} must be floating point, got teacher {t.dtype} and "
-                f"student {s.dtype}; copy integer buffers instead"
+                f"ema_update_: element {i} must be floating point (averaged) or integer (copied) "
+                f"in both, got teacher {t.dtype} and student {s.dtype}"
             )
         if t.shape != s.shape:
             raise ValueError(
@@ -81,4 +126,8 @@ def _check(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"ema_update_: all tensors must be on {teacher[0].device}, got element {i} with "
                 f"teacher on {t.device} and student on {s.device}"
+            )
+        if t.is_neg() or s.is_neg():
+            raise ValueError(
+                f"ema_update_: element {i} is a view that negates its memory; call resolve_neg()"
             )

@@ -1,63 +1,144 @@
 """Update of the teachers: exponential moving average of the students' tensors."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ctt.ops import _library  # noqa: F401  (defines the operators)
+from ctt.ops import _checks, _library  # noqa: F401  (_library defines the operators)
 from ctt.ops._nvtx import named_range
 from ctt.ops._plans import plan_of
 from ctt.ops._registry import select
 
+Averaged = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
+
+# A half-precision teacher that no student moves which differs from it by less than this is stuck.
+_LOST_DIFFERENCE = 0.1
+_warned: set[torch.dtype] = set()
+
 
 def ema_update_(
-    teacher: Sequence[Tensor],
-    student: Sequence[Tensor],
-    decay: float | Tensor,
-    *,
-    backend: str = "auto",
+    teacher: Averaged, student: Averaged, decay: float | Tensor, *, backend: str = "auto"
 ) -> None:
     """teacher <- decay * teacher + (1 - decay) * student, in place, for all tensors at once.
 
+    Integer and boolean tensors, such as the counter of batches of a batch normalisation, are
+    copied from the student.
+
     Args:
-        teacher: floating-point tensors of any shapes, all on one device; written in place. The same
-            tensors call after call, not new views of them, spare their being looked at again.
-        student: as many tensors, pairwise of the same shape; a student in half precision may
-            feed a teacher in float32.
+        teacher: tensors of any shapes, all on one device, as a list, tuple or other iterable;
+            written in place. Or a module, of which all parameters and buffers are taken, or a state
+            dict. The same list of the same tensors call after call, not new views of them, spares
+            the host most: a module is walked through at each call.
+        student: as many tensors, pairwise of the same shape (of modules and state dicts: of the
+            same name); a student in half precision may feed a teacher in float32. A teacher in half
+            precision loses steps that are smaller than its rounding: keep teachers in float32.
         decay: a in 0..1. A tensor of shape () is read on the device, so that a captured graph can
             be replayed with another value; its range is then not checked.
         backend: "auto" or a name from `ctt.ops.available_backends()`.
 
     Raises:
-        TypeError: an element is no floating-point tensor (copy integer buffers instead).
-        ValueError: another number of tensors, unequal shapes or devices, or decay outside 0..1.
+        TypeError: an element is no tensor, or the types of a pair do not fit.
+        ValueError: another number of tensors, unequal names, shapes or devices, or decay outside
+            0..1.
         RuntimeError: the backend that was asked for cannot run here.
     """
-    _check(teacher, student, decay)
+    decay = _checked(decay)
+    teacher, student = _paired(teacher, student)
     if len(teacher) == 0:
         return
     if torch.compiler.is_compiling():
-        value = decay if isinstance(decay, Tensor) else torch.tensor(decay, dtype=torch.float64)
-        torch.ops.ctt.ema_update_(list(teacher), list(student), value, backend)
+        _traced(teacher, student, decay, backend)
         return
+    _checks.untransformed("ema_update_", (*teacher, *student))
     plan = plan_of(teacher, student)
-    device = teacher[0].device
-    with torch.no_grad(), named_range("ctt.ema_update_", device):
-        select("ema_update_", backend, device).ema_update_(teacher, student, decay, plan)
+    if plan.half and not isinstance(decay, Tensor):
+        _warn_of_lost_steps(plan.half, decay)
+    with torch.no_grad(), named_range("ctt.ema_update_", teacher[0].device):
+        for i in plan.copied:
+            teacher[i].copy_(student[i])
+        if plan.averaged is not None:
+            teacher = [teacher[i] for i in plan.averaged]
+            student = [student[i] for i in plan.averaged]
+        if teacher:
+            run = select("ema_update_", backend, teacher[0].device).ema_update_
+            run(teacher, student, decay, plan)
 
 
-def _check(teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | Tensor) -> None:
+def _traced(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | Tensor, backend: str
+) -> None:
+    averaged = [(t, s) for t, s in zip(teacher, student, strict=True) if t.is_floating_point()]
+    for t, s in zip(teacher, student, strict=True):
+        if not t.is_floating_point():
+            t.copy_(s)
+    if averaged:
+        value = decay if isinstance(decay, Tensor) else torch.tensor(decay, dtype=torch.float64)
+        teacher, student = ([pair[i] for pair in averaged] for i in range(2))
+        torch.ops.ctt.ema_update_(teacher, student, value, backend)
+
+
+def _checked(decay: float | Tensor) -> float | Tensor:
     if isinstance(decay, Tensor):
         if decay.dim() != 0 or not decay.is_floating_point():
             raise ValueError(
                 f"ema_update_: decay must be a number or a floating-point tensor of shape (), "
                 f"got {decay.dtype} {tuple(decay.shape)}"
             )
-    elif not (isinstance(decay, (int, float)) and 0 <= decay <= 1):
+        return decay
+    value = _checks.number("ema_update_", "decay", decay)
+    if not 0 <= value <= 1:
         raise ValueError(f"ema_update_: decay must be in 0..1, got {decay!r}")
-    if len(teacher) != len(student):
+    return value
+
+
+def _paired(teacher: Averaged, student: Averaged) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return both as sequences of equal length."""
+    named = (nn.Module, Mapping)
+    if isinstance(teacher, named) and isinstance(student, named):
+        ours, theirs = _by_name(teacher), _by_name(student)
+        for name in (*ours, *theirs):
+            if name not in ours or name not in theirs:
+                has, lacks = ("teacher", "student") if name in ours else ("student", "teacher")
+                raise ValueError(
+                    f"ema_update_: teacher and student must hold tensors of the same names; the "
+                    f"{has} has {name!r}, the {lacks} has not"
+                )
+        return list(ours.values()), [theirs[name] for name in ours]
+    t, s = _listed("teacher", teacher), _listed("student", student)
+    if len(t) != len(s):
         raise ValueError(
-            f"ema_update_: teacher and student must hold as many tensors, got {len(teacher)} "
-            f"and {len(student)}"
+            f"ema_update_: teacher and student must hold as many tensors, got {len(t)} and {len(s)}"
         )
+    return t, s
+
+
+def _by_name(x: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return x if isinstance(x, Mapping) else dict((*x.named_parameters(), *x.named_buffers()))
+
+
+def _listed(name: str, x: Averaged) -> Sequence[Tensor]:
+    if isinstance(x, (list, tuple)):
+        return x
+    if isinstance(x, (nn.Module, Mapping, Tensor)) or not isinstance(x, Iterable):
+        raise TypeError(
+            f"ema_update_: {name} must be an iterable of tensors, or both teacher and student "
+            f"modules or state dicts; got {type(x).__name__}"
+        )
+    return list(x)
+
+
+def _warn_of_lost_steps(types: set[torch.dtype], decay: float) -> None:
+    """Tell once for each type that its teachers cannot follow at this decay."""
+    for dtype in types - _warned:
+        # between a quarter and half of eps, relative to a value, is rounded away
+        lost = torch.finfo(dtype).eps / 4 / (1 - decay) if decay < 1 else 0.0
+        if lost > _LOST_DIFFERENCE:
+            _warned.add(dtype)
+            warnings.warn(
+                f"ema_update_: with decay {decay:g} a teacher in {dtype} does not follow a student "
+                f"that differs from it by less than {lost:.0%}, because the step is rounded away; "
+                f"keep teachers in float32 (their students may be in half precision)",
+                stacklevel=3,
+            )

@@ -46,6 +46,7 @@ def queue_push_(
     if torch.compiler.is_compiling():
         torch.ops.ctt.queue_push_(keys, count, cursor, features, index, backend)
         return
+    _checks.untransformed("queue_push_", (keys, count, cursor, features, index))
     with torch.no_grad(), named_range("ctt.queue_push_", device):
         run = select("queue_push_", backend, device).queue_push_
         run(keys, count, cursor, features, index)

@@ -48,6 +48,7 @@ def class_topk(
             confidence, label, k, num_classes, valid, backend
         )
         return traced
+    _checks.untransformed("class_topk", (confidence, label))
     run = select("class_topk", backend, device).class_topk
     with named_range("ctt.class_topk", device):
         result: tuple[Tensor, Tensor] = run(confidence, label, k, num_classes, valid)

@@ -1,7 +1,12 @@
 """`ema_update_`: every backend against the formula in float64."""
 
+import importlib
+import warnings
 from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +16,7 @@ from torch import Tensor
 from ctt.ops import available_backends, ema_update_, reference
 from tests.ops.common import DTYPES, assert_accurate, examples, runs, skip_unfit
 
+ema = importlib.import_module("ctt.ops.ema")
 RUNS = pytest.mark.parametrize(("backend", "device"), runs("ema_update_"))
 SHAPES = [(), (0,), (1,), (123,), (19, 3), (64, 7, 3, 3), (8580,), (2, 0, 3)]
 
@@ -147,6 +153,10 @@ def test_nothing_to_average(backend: str, device: str) -> None:
     ema_update_([empty], [empty.clone()], 0.9, backend=backend)
 
 
+def linear(bias: bool) -> torch.nn.Module:
+    return torch.nn.Linear(2, 2, bias=bias)
+
+
 def test_errors_name_the_argument() -> None:
     good = [torch.zeros(3)]
     ema_update_(good, [torch.ones(3)], 0.9)
@@ -162,7 +172,13 @@ def test_errors_name_the_argument() -> None:
         (ValueError, "decay", (good, good, float("nan"))),
         (ValueError, "decay", (good, good, torch.ones(1))),
         (ValueError, "decay", (good, good, torch.ones((), dtype=torch.int64))),
-        (ValueError, "decay", (good, good, "0.9")),
+        (TypeError, "decay", (good, good, "0.9")),
+        (TypeError, "teacher must be an iterable", (good[0], good[0], 0.9)),
+        (TypeError, "student must be an iterable", (good, torch.nn.Linear(1, 1), 0.9)),
+        (ValueError, "the teacher has 'bias'", (*map(linear, (True, False)), 0.9)),
+        (ValueError, "the student has 'bias'", (*map(linear, (False, True)), 0.9)),
+        (TypeError, "element 0", ([good[0].to(torch.complex64)] * 2, good * 2, 0.9)),
+        (ValueError, "resolve_neg", (good, [torch._neg_view(torch.ones(3))], 0.9)),
     ]
     for error, name, arguments in bad:
         with pytest.raises(error, match=rf"^ema_update_: .*{name}"):
@@ -187,3 +203,101 @@ def test_a_layout_that_changes_between_calls_is_seen(backend: str) -> None:
     student.data = student.data.view(3, 2)
     with pytest.raises(ValueError, match="must have one shape"):
         ema_update_([teacher], [student], 0.0, backend=backend)
+
+
+def network() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+
+
+def expected(teacher: torch.nn.Module, student: torch.nn.Module) -> dict[str, Tensor]:
+    """Averages with a decay of 0.9; the student's where a value is no floating-point number."""
+    ours = {name: t.clone() for name, t in teacher.state_dict().items()}
+    for name, s in student.state_dict().items():
+        if s.is_floating_point():
+            reference.ema_update_([ours[name]], [s], 0.9)
+        else:
+            ours[name] = s.clone()
+    return ours
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda net: net,
+        lambda net: net.state_dict(),
+        lambda net: net.state_dict().values(),
+        lambda net: (x for x in net.state_dict().values()),
+    ],
+    ids=["module", "state dict", "its values", "generator"],
+)
+def test_whole_networks_in_every_form(form: Any) -> None:
+    teacher, student = network(), network()
+    student(torch.randn(2, 3, 5, 5))
+    want = expected(teacher, student)
+    for _ in range(2):
+        ema_update_(form(teacher), form(student), 0.9)
+        for name, value in teacher.state_dict().items():
+            torch.testing.assert_close(value, want[name])
+        want = expected(teacher, student)
+
+
+def test_traced_with_integer_buffers() -> None:
+    torch._dynamo.reset()
+    teacher, student = network(), network()
+    student(torch.randn(2, 3, 5, 5))
+    want = expected(teacher, student)
+    ours, theirs = (list(x.state_dict().values()) for x in (teacher, student))
+    update = torch.compile(ema_update_, fullgraph=True, backend="aot_eager")
+    update(ours, theirs, 0.9)
+    for name, value in teacher.state_dict().items():
+        torch.testing.assert_close(value, want[name])
+
+
+def test_as_the_averaging_function_of_swa_utils() -> None:
+    student = network()
+    model = torch.optim.swa_utils.AveragedModel(
+        student, multi_avg_fn=lambda t, s, n: ema_update_(t, s, 0.9), use_buffers=True
+    )
+    for step in range(3):
+        student(torch.randn(2, 3, 5, 5))
+        want = expected(model.module, student) if step else student.state_dict()
+        model.update_parameters(student)
+        for name, value in model.module.state_dict().items():
+            torch.testing.assert_close(value, want[name])
+
+
+@pytest.mark.parametrize("kind", [numpy.float32, numpy.float64, numpy.array, Fraction])
+def test_decay_of_other_kinds_of_scalar(kind: Any) -> None:
+    teacher = torch.zeros(3)
+    ema_update_([teacher], [torch.ones(3)], kind(0.5))
+    assert (teacher == 0.5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_teachers_that_cannot_move_are_told_once(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ema, "_warned", set())
+    teacher = torch.ones(9, dtype=dtype)
+    student = teacher * 1.05
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ema_update_([teacher.float()], [student], 0.999)
+        ema_update_([teacher.clone()], [student], 0.5)
+        ema_update_([teacher], [student], 1.0)
+    with pytest.warns(UserWarning, match="keep teachers in float32"):
+        ema_update_([teacher], [student], 0.999)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(100):
+            ema_update_([teacher], [student], 0.999)
+    assert (teacher == 1).all()
+
+
+def test_inside_a_transform_it_is_refused() -> None:
+    def loss(x: Tensor) -> Tensor:
+        ema_update_([x.clone()], [x], 0.5)
+        return x.sum()
+
+    with pytest.raises(RuntimeError, match=r"ema_update_ cannot run inside torch\.func\.grad"):
+        torch.func.grad(loss)(torch.ones(3))

@@ -7,14 +7,22 @@ import torch
 from torch import Tensor
 
 from ctt.ops import _plans, available_backends, ema_update_
-from ctt.ops._plans import plan_of
+from ctt.ops._plans import PythonLayout, plan_of
 
 BACKENDS = available_backends("cpu")["ema_update_"]
 
 
-@pytest.fixture(autouse=True)
-def forget() -> None:
+@pytest.fixture(autouse=True, params=["as built", "in Python"])
+def forget(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the layouts as this build reads them, and as one without a compiler does."""
+    if request.param == "in Python":
+        monkeypatch.setattr(_plans, "CppLayout", None)
     _plans._plans.clear()
+
+
+def test_layouts_are_read_by_cpp_where_it_is_built() -> None:
+    fast = _plans.CppLayout is not None and hasattr(Tensor, "__dlpack_c_exchange_api__")
+    assert isinstance(plan_of(*([x] for x in pair(5))).layout, PythonLayout) is not fast
 
 
 def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -57,6 +65,21 @@ def test_a_plan_follows_the_data(backend: str, place: str) -> None:
     assert (teacher == 0.5).all()
     assert (storage[7:40] == 0.5).all()
     assert (storage[40:] == 1).all()
+
+
+def test_each_part_of_a_layout_is_compared() -> None:
+    teacher, student = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4, 4))
+    memory = student.data
+    plan = plan_of([teacher], [student])
+    other_type = memory.view(torch.bfloat16)[:, :4]
+    forms = [memory.t(), memory.clone(), other_type, memory[:, :2], memory[None]]
+    for form in forms:
+        student.data = form
+        assert not plan.layout.matches([teacher], [student])
+        student.data = memory
+        assert plan.layout.matches([teacher], [student])
+    assert not plan.layout.matches([teacher], [torch.ones(4, 4)])
+    assert not plan.layout.matches([teacher, teacher], [student, student])
 
 
 def test_plans_are_few() -> None:
