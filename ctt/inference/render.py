@@ -25,7 +25,9 @@ def colorize(label: Tensor, info: DatasetInfo) -> Tensor:
 def palette_image(label: Tensor, info: DatasetInfo) -> Image.Image:
     """Labels (H, W) as a picture whose values are the classes, shown in the palette's colours."""
     mask = Image.fromarray(label.to(torch.uint8).cpu().numpy(), mode="P")
-    mask.putpalette([channel for colour in info.palette for channel in colour])
+    colours = [channel for colour in info.palette for channel in colour]
+    # of a palette that is shorter, Pillow writes as few bits as it needs, and cuts 255 to them
+    mask.putpalette([*colours, *[0] * (3 * 256 - len(colours))])
     return mask
 
 

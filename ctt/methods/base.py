@@ -150,10 +150,12 @@ class Labeler(Protocol):
     """What the engine lends a method between two rounds.
 
     Attributes:
-        unlabeled: names of the unlabelled images.
+        unlabeled: names of the unlabelled images. used: those of them that the round before
+            learnt from.
     """
 
     unlabeled: list[str]
+    used: list[str]
 
     def probabilities(
         self, networks: Sequence[SegmentationModel], names: Sequence[str], settings: EvalSettings

@@ -38,6 +38,15 @@ CONTRAST = (
     "loss.contrast_reduction",
 )
 SHARED = ("ema", "loss.sup", "views.mix", *LABELING, *CONTRAST, *LOW_LEVEL)
+KEPT = (
+    "ema",
+    "loss.sup",
+    "loss.ct",
+    "loss.confidence_weight",
+    "loss.confidence_threshold",
+    "loss.unlabeled_mean",
+    "views.mix",
+)
 TAUGHT = ("ema", "loss.sup", "views.mix", *LABELING)
 
 
@@ -134,6 +143,42 @@ METHODS = {
         "ctt.methods.classmix:ClassMix",
         uses=("ema", "loss.sup"),
         options="ctt.methods.classmix:ClassMixOptions",
+    ),
+    "self-training": About(
+        "Xiao et al., 2022, Table 5: labels of a first training",
+        "ctt.methods.self_training:SelfTraining",
+        uses=KEPT,
+        options="ctt.methods.self_training:SelfTrainingOptions",
+        extra="rounds",
+    ),
+    "st": About(
+        "Yang et al., CVPR 2022, ST",
+        "ctt.methods.st:St",
+        uses=("ema", "loss.sup", "loss.ct"),
+        options="ctt.methods.st:StOptions",
+        extra="rounds",
+    ),
+    "st++": About(
+        "Yang et al., CVPR 2022, ST++",
+        "ctt.methods.st:StPlusPlus",
+        uses=("ema", "loss.sup", "loss.ct"),
+        options="ctt.methods.st:StPlusPlusOptions",
+        extra="rounds, two copies of each student",
+    ),
+    "dst-cbc": About(
+        "Feng et al., 2020, arXiv 2004.08514v1",
+        "ctt.methods.dst_cbc:DstCbc",
+        uses=("ema", "loss.sup", "loss.ct", "views.mix"),
+        options="ctt.methods.dst_cbc:DstCbcOptions",
+        extra="rounds",
+    ),
+    "dmt": About(
+        "Feng et al., Pattern Recognition 130, 2022",
+        "ctt.methods.dmt:Dmt",
+        pairs=2,
+        uses=("ema", "loss.sup", "loss.ct", "views.mix"),
+        options="ctt.methods.dmt:DmtOptions",
+        extra="rounds",
     ),
     "cps": About(
         "Chen et al., CVPR 2021",

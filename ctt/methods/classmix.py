@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ctt.methods.base import Setup, Step
 from ctt.methods.mean_teacher import MeanTeacher
-from ctt.methods.options import Check, Options
+from ctt.methods.options import Check, Options, at_least_0, shares
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,7 @@ class ClassMixOptions(Options):
     """Confidence of a pixel that counts in the share (the paper's, section 4.2)."""
 
     def checks(self) -> list[Check]:
-        return [
-            ("--options.weight", self.weight, self.weight >= 0, "must be at least 0"),
-            ("--options.threshold", self.threshold, 0 <= self.threshold <= 1, "must be in 0..1"),
-        ]
+        return [*at_least_0(weight=self.weight), *shares(threshold=self.threshold)]
 
 
 class ClassMix(MeanTeacher):

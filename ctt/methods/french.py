@@ -21,7 +21,7 @@ from torch import Tensor
 from ctt.data import mixing
 from ctt.data.views import constant
 from ctt.methods.base import Batch, Setup, Step
-from ctt.methods.options import Check
+from ctt.methods.options import Check, shares
 from ctt.methods.soft_labels import SoftLabels, SoftOptions
 
 RULES = {"cutmix": "half-area", "cowmix": "cowmix", "cutout": "none"}
@@ -35,11 +35,7 @@ class FrenchOptions(SoftOptions):
     """Confidence of a pixel that counts in the share (the program's)."""
 
     def checks(self) -> list[Check]:
-        good = 0 <= self.threshold <= 1
-        return [
-            *super().checks(),
-            ("--options.threshold", self.threshold, good, "must be in 0..1"),
-        ]
+        return [*super().checks(), *shares(threshold=self.threshold)]
 
 
 class French(SoftLabels):

@@ -49,6 +49,11 @@ class PseudoLabels(Method):
         """The networks that label; students do so in training mode, without gradient."""
         return self.teachers
 
+    @property
+    def learning(self) -> Sequence[int]:
+        """The students that learn in this round."""
+        return range(len(self.students))
+
     def schedules(self) -> dict[str, Schedule]:
         ramp = self.settings.loss.ct_ramp
         return {
@@ -105,13 +110,13 @@ class PseudoLabels(Method):
         return b
 
     def ask_students(self, b: Batch, step: Step) -> list[Output]:
-        """Return each student's output for labelled and mixed images, in one batch."""
+        """Return the output of each that learns for labelled and mixed images, in one batch."""
         out = []
-        for k, student in enumerate(self.students):
+        for k in self.learning:
             images = [self.labeled_view(k, b, step)]
             if "mixed" in b:
                 images.append(step.strong(b["mixed"], b[f"draw {k}"][:, -1]))
-            out.append(step.forward(student, torch.cat(images)))
+            out.append(step.forward(self.students[k], torch.cat(images)))
         return out
 
     def labeled_view(self, k: int, b: Batch, step: Step) -> Tensor:
@@ -127,9 +132,9 @@ class PseudoLabels(Method):
         """Equations (1)-(5), summed over the students."""
         n, sup, ct = len(b["images"]), [], []
         with step.phase("cross-entropy"):
-            for k, (o, student) in enumerate(zip(out, self.students, strict=True)):
-                truth = (b["label"], b["pixels"])
-                sup.append(losses.pixel_cross_entropy(o.logits[:n], student.stride, *truth))
+            for k, o in zip(self.learning, out, strict=True):
+                truth = (self.students[k].stride, b["label"], b["pixels"])
+                sup.append(losses.pixel_cross_entropy(o.logits[:n], *truth))
                 if "mixed" in b:
                     ct.append(self.unlabeled_loss(k, o.logits[n:], b))
             terms: Terms = {"sup": (self.settings.loss.sup, losses.sum_of(sup))}

@@ -10,7 +10,7 @@ from torch import Tensor
 from ctt.methods import losses, ramps
 from ctt.methods.base import Batch, Schedule, Step
 from ctt.methods.mean_teacher import MeanTeacher
-from ctt.methods.options import Check, Options
+from ctt.methods.options import Check, Options, at_least_0, shares
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,7 @@ class SoftOptions(Options):
     """Share of the run over which that weight rises, along a sigmoid."""
 
     def checks(self) -> list[Check]:
-        return [
-            ("--options.weight", self.weight, self.weight >= 0, "must be at least 0"),
-            ("--options.ramp", self.ramp, 0 <= self.ramp <= 1, "must be in 0..1"),
-        ]
+        return [*at_least_0(weight=self.weight), *shares(ramp=self.ramp)]
 
 
 class SoftLabels(MeanTeacher):

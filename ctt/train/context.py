@@ -59,6 +59,10 @@ class StepContext:
             v.jitter, v.jitter_probability, v.blur_probability, v.blur_sigma, v.grey_probability
         )
 
+    def forget(self) -> None:
+        """Forget which random numbers the steps so far have asked for; others may follow."""
+        self._plan, self._random = {}, {}
+
     def begin(self, iteration: int) -> None:
         """Make the numbers of a step."""
         self.iteration = iteration

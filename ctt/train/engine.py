@@ -147,10 +147,13 @@ class Engine:
     def begin_round(self, labeling: Labeling) -> None:
         """Let the method label images for the round that the next step belongs to."""
         self.method.round = self.rounds.at(self.iteration)
+        self.step.forget()
         with torch.no_grad():
             self.method.begin_round(labeling)
-        labeling.finish()
-        if self.rounds.rounds[self.method.round].restart:
+        kind = self.rounds.rounds[self.method.round]
+        if kind.images == "kept":
+            labeling.finish()
+        if kind.restart:
             self.optimizers = self.method.optimizers()
 
     def _optimize(self) -> None:
@@ -239,8 +242,9 @@ def averaging_gradients(method: Method) -> DistributedDataParallel:
 
 
 def statistics(method: Method) -> Iterator[Tensor]:
-    """Return the running statistics that training changes."""
-    followers = {id(module) for module in method.teachers.modules()}
+    """Return the running statistics that training changes; teachers and copies are not trained."""
     for module in method.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in followers:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.weight is None or module.weight.requires_grad
+        ):
             yield from (x for x in module.buffers() if x.is_floating_point())

@@ -24,12 +24,17 @@ from ctt.run import read_names
 from ctt.settings import EvalSettings, Settings
 from ctt.train.distributed import World
 
+LIST = "images.txt"  # of a round, in its folder
+
 
 class Rounds:
     """When the rounds of a run begin and end, in iterations.
 
     Args:
         rounds: in their order. total: iterations of the run.
+
+    Raises:
+        UserError: a round would have no iteration.
     """
 
     def __init__(self, rounds: Sequence[Round], total: int) -> None:
@@ -37,6 +42,11 @@ class Rounds:
         done = itertools.accumulate((r.share for r in rounds), initial=0.0)
         whole = sum(r.share for r in rounds)
         self.starts = [round(total * share / whole) for share in done]  # and the end of the last
+        if any(end <= start for start, end in itertools.pairwise(self.starts)):
+            raise UserError(
+                f"--train.iterations {total} are too few for the {len(rounds)} rounds of this "
+                f"method. Give more, or other shares of the run by --options."
+            )
 
     def at(self, iteration: int) -> int:
         """Return the number, from 0, of the round that the step after `iteration` belongs to."""
@@ -104,6 +114,8 @@ class Labeling:
         self.info: DatasetInfo = source.info
         self.folder, self.before = folder_of(folder, number), folder_of(folder, number - 1)
         self.names: list[str] = []
+        listed = (self.before / LIST).is_file()
+        self.used = images_of(folder, number - 1) if listed else []
 
     def probabilities(
         self, networks: Sequence[SegmentationModel], names: Sequence[str], settings: EvalSettings
@@ -145,7 +157,7 @@ class Labeling:
         self.world.total(torch.zeros((), device=self.device))
         if self.world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_list(self.folder / "images.txt", self.names)
+            write_list(self.folder / LIST, self.names)
         self.world.total(torch.zeros((), device=self.device))
 
 
@@ -160,7 +172,7 @@ def images_of(run: Path, number: int) -> list[str]:
     Raises:
         UserError: the round's files are gone.
     """
-    path = folder_of(run, number) / "images.txt"
+    path = folder_of(run, number) / LIST
     if not path.is_file():
         raise UserError(
             f"{path} is missing, so the run cannot go on in its round {number}. Restore the folder "

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ctt.data.digits import INFO
 from ctt.inference.render import colorize, in_threads, overlay, palette_image, save_png
@@ -72,3 +73,9 @@ def test_overlay_leaves_the_background() -> None:
     assert np.array(mask).tolist() == [[0, 3]]
     assert np.array(mask.convert("RGB")).tolist() == colorize(label, INFO).tolist()
     assert colorize(torch.tensor([255]), INFO).tolist() == [[255, 255, 255]]
+
+
+def test_pixels_without_a_class_stay_so_in_a_file(tmp_path: Path) -> None:
+    label = torch.tensor([[0, 3, 255, 10]], dtype=torch.uint8)
+    save_png(palette_image(label, INFO), tmp_path / "mask.png")
+    assert np.array(Image.open(tmp_path / "mask.png")).tolist() == label.tolist()

@@ -36,12 +36,21 @@ def unlabeled(count: int, seed: int) -> Images:
     return images, padding
 
 
+def kept(count: int, seed: int) -> Images:
+    """Return random images and labels that were kept of them, some pixels of which have none."""
+    images, label = labeled(count, seed)
+    rng = torch.Generator().manual_seed(seed)
+    confidence = torch.randint(0, 256, label.shape, generator=rng, dtype=torch.int32)
+    return images, label.int() + 256 * confidence
+
+
 class Scene:
     """The last of some steps: what it was given, what the networks were, and what it did.
 
     Attributes:
         method: as it was before the step. images, more: (B, 3, H, W) as networks take them.
-        label: (B, H, W) int64. padding: (B, H, W) bool. terms: what the step gave.
+        label: (B, H, W) int64. padding: (B, H, W) bool. kept, sureness: (B, H, W), labels of the
+            unlabelled images and their confidence, in rounds with such. terms: what the step gave.
     """
 
     def __init__(
@@ -51,13 +60,17 @@ class Scene:
         settings = update(update(tiny.with_method(name), common, "test"), change, "test")
         with exactly():
             engine = double(make, settings, pairs)
+            engine.iteration = engine.rounds.starts[-2]
+            is_kept = engine.rounds.rounds[-1].images == "kept"
             for i in range(steps):
                 self.method: Any = copy.deepcopy(engine.method)
-                first, second = labeled(3, i), unlabeled(3, 100 + i)
+                first = labeled(3, i)
+                second = kept(3, 100 + i) if is_kept else unlabeled(3, 100 + i)
                 terms = engine(first, second)
         self.engine, self.settings = engine, settings
         self.images, self.more = (normalized(x) for x in (first[0], second[0]))
-        self.label, self.padding = first[1].long(), second[1] == IGNORE
+        self.label, self.padding = first[1].long(), second[1].int() % 256 == IGNORE
+        self.kept, self.sureness = (second[1].int() % 256).long(), second[1].int() // 256 / 255
         self.terms = {name: value.double() for name, value in terms.items()}
 
     def drawn(self, name: str) -> Tensor:

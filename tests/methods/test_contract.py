@@ -17,6 +17,7 @@ from ctt.data.source import IGNORE
 from ctt.errors import UserError
 from ctt.settings import Settings, update
 from ctt.train.distributed import join
+from ctt.train.engine import Engine
 from ctt.train.plan import Plan
 from tests.train.processes import finish, shown, start
 from tests.train.steps import CPU, batch, double, exactly, make, run, unlabelled, with_small_critics
@@ -28,15 +29,25 @@ BY_PART = {"advsemiseg": ("semi",), "s4gan": ("fm", "st")}
 
 
 def settings_of(name: str, tiny: Settings, change: dict[str, Any] | None = None) -> Settings:
-    common = {"data": {"batch_size": 4}, "loss": {"confidence_weight": "none"}}
+    common = {
+        "data": {"batch_size": 4},
+        "loss": {"confidence_weight": "none"},
+        "train": {"iterations": 400},
+    }
     settings = with_small_critics(tiny.with_method(name))
     return update(update(settings, common, "test"), change or {}, "test")
+
+
+def in_last_round(engine: Engine) -> Engine:
+    """Return an engine whose next step is the first of its last round."""
+    engine.iteration = engine.rounds.starts[-2]
+    return engine
 
 
 def train_exactly(settings: Settings, size: int, file: Path, fixed_norms: bool = False) -> None:
     """Write what the steps give and what the method holds after them."""
     with exactly(), join() as world:
-        engine = double(make, settings, 0, CPU, world)
+        engine = in_last_round(double(make, settings, 0, CPU, world))
         for module in engine.method.modules() if fixed_norms else ():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
@@ -85,7 +96,7 @@ def test_a_batch_in_two_parts_is_the_batch(tiny: Settings, tmp_path: Path, name:
 @EVERY
 def test_stopped_and_resumed_equals_undisturbed(tiny: Settings, tmp_path: Path, name: str) -> None:
     settings = settings_of(name, tiny)
-    undisturbed = make(settings)
+    undisturbed = in_last_round(make(settings))
     run(undisturbed, 4, 3)
     checkpoint.save(tmp_path / "last.pt", undisturbed.state_dict())
     expected = run(undisturbed, 4, 3, first=3)
@@ -112,7 +123,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 @EVERY
 def test_nothing_but_ignored_pixels_teaches_nothing(tiny: Settings, name: str) -> None:
-    engine = make(settings_of(name, tiny))
+    engine = in_last_round(make(settings_of(name, tiny)))
     run(engine, 4, 2)  # so that banks and running numbers hold something
     images, label = batch(4)
     more, padding = unlabelled(4)
@@ -129,7 +140,7 @@ def test_nothing_but_ignored_pixels_teaches_nothing(tiny: Settings, name: str) -
 @EVERY
 def test_every_term_and_number_is_told(tiny: Settings, name: str) -> None:
     """What `terms` and `logged` name are the columns of metrics.csv."""
-    engine = make(settings_of(name, tiny))
+    engine = in_last_round(make(settings_of(name, tiny)))
     seen = run(engine, 4, 2)[-1].keys() | engine.method.report().keys()
     assert seen == {*engine.method.terms, *engine.method.logged, "total"}
 
@@ -137,10 +148,11 @@ def test_every_term_and_number_is_told(tiny: Settings, name: str) -> None:
 @EVERY
 def test_from_training_to_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     out = str(tmp_path / "run")
+    iterations = 24 if "rounds" in methods.get(name).extra else 4
     quick = (
         f"--method {name} --ratio 6 --data.labeled-pool 24 --data.eval-images 6 "
         "--data.batch-size 2 --model.width 4 --model.features 8 --train.threads 1 "
-        "--train.iterations 4 --train.no-tensorboard --out"
+        f"--train.iterations {iterations} --train.no-tensorboard --out"
     )
     assert program._main([*quick.split(), out]) == 0
     assert evaluate._main([out, "--out", str(tmp_path / "scores"), "--workers", "0"]) == 0
@@ -155,7 +167,7 @@ def test_from_training_to_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 @EVERY
 def test_a_step_in_mixed_precision(tiny: Settings, name: str) -> None:
-    engine = make(settings_of(name, tiny, {"train": {"amp": "bf16"}}))
+    engine = in_last_round(make(settings_of(name, tiny, {"train": {"amp": "bf16"}})))
     assert all(bool(x.isfinite()) for terms in run(engine, 4, 3) for x in terms.values())
 
 

@@ -40,6 +40,15 @@ def unlabelled(size: int = 3, seed: int = 1) -> Images:
     return images, padding
 
 
+def kept(size: int = 3, seed: int = 1) -> Images:
+    """Return images with labels that networks gave them, and their confidence."""
+    images, label = batch(size, seed)
+    label[:, :2] = IGNORE
+    rng = torch.Generator().manual_seed(seed)
+    confidence = torch.randint(30, 256, label.shape, generator=rng, dtype=torch.int32)
+    return images, label.int() + 256 * confidence
+
+
 def make(
     settings: Settings,
     pairs: int = 0,
@@ -104,8 +113,10 @@ def run(engine: Engine, size: int, steps: int, first: int = 0) -> list[dict[str,
     world, seen = engine.world, []
     own = slice(world.rank * size // world.size, (world.rank + 1) * size // world.size)
     for i in range(first, first + steps):
-        more = unlabelled(size, seed=100 + i)
+        images = engine.rounds.rounds[engine.rounds.at(engine.iteration)].images
+        more = kept(size, seed=100 + i) if images == "kept" else unlabelled(size, seed=100 + i)
         labeled = [x[own] for x in batch(size, seed=i)]
-        terms = engine((labeled[0], labeled[1]), (more[0][own], more[1][own]))
+        unlabeled = None if images == "none" else (more[0][own], more[1][own])
+        terms = engine((labeled[0], labeled[1]), unlabeled)
         seen.append({name: world.total(value) for name, value in terms.items()})
     return seen

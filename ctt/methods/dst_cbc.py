@@ -1,0 +1,111 @@
+"""DST-CBC (Feng et al., 2020, arXiv 2004.08514v1): dynamic self-training, class-balanced.
+
+After a training on the labelled images come rounds that go on from its weights. Before each round
+the students label all unlabelled images. Each class has a threshold of its own: the confidence
+that a growing share of the pixels predicted as it reach. The label is the class whose probability
+is largest in multiples of its threshold, where it reaches it. In training, a pixel counts by the
+student's present probability of its label, to the power gamma.
+
+The program starts each round from the network that was best on the validation images so far, this
+one from the last. It takes thresholds from every 16th pixel, this one from all, in steps of 1/1024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ctt.data.source import IGNORE
+from ctt.methods import losses
+from ctt.methods.base import Batch, Labeler, Networks, Round, Setup, Step
+from ctt.methods.options import Check, at_least_0
+from ctt.methods.self_training import SelfTraining, SelfTrainingOptions
+from ctt.models.base import upsample
+from ctt.settings import EvalSettings
+
+BINS = 1024  # of confidence
+
+
+@dataclass(frozen=True)
+class DstCbcOptions(SelfTrainingOptions):
+    gamma: float = 2.0
+    """Power of the probability by which a pixel counts (the program's default; 9 for VOC 1/106)."""
+    count: int = 5
+    """Rounds after the first training (the paper's); each takes a larger share of the pixels."""
+
+    def checks(self) -> list[Check]:
+        good = 1 <= self.count <= 100
+        return [
+            *super().checks(),
+            *at_least_0(gamma=self.gamma),
+            ("--options.count", self.count, good, "must be in 1..100"),
+        ]
+
+
+class DstCbc(SelfTraining):
+    """Rounds of labels by class thresholds, weighed as the student changes."""
+
+    options: DstCbcOptions
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.confidence_weight = "none"
+
+    def rounds(self) -> Sequence[Round]:
+        first, count = self.options.first, self.options.count
+        return [Round(first, "none"), *[Round((1 - first) / count, "kept")] * count]
+
+    def begin_round(self, labeler: Labeler) -> None:
+        ratio = self.round / self.options.count
+        threshold = class_thresholds(self.students, labeler, ratio, self.setup.classes)
+        names = labeler.unlabeled
+        for name, given in labeler.probabilities(list(self.students), names, EvalSettings()):
+            probability = losses.mean_of(given)
+            multiple, label = (probability / threshold[:, None, None]).max(dim=0)
+            confidence = probability.gather(0, label[None])[0]
+            labeler.keep(name, label.masked_fill(~(multiple >= 1), IGNORE), confidence)
+        labeler.use(names)
+
+    def prepare(self, b: Batch, step: Step) -> Batch:
+        """Prepare the batch with one divisor for labelled and unlabelled pixels together."""
+        b = super().prepare(b, step)
+        if "mixed" in b:
+            both = step.total((b["label"] != IGNORE).sum() + (b["trusted 0"] != IGNORE).sum())
+            b |= {"pixels": both.clamp(min=1), "pixels 0": both.clamp(min=1)}
+        return b
+
+    def unlabeled_loss(self, k: int, logits: Tensor, b: Batch) -> Tensor:
+        label = b["trusted 0"]
+        log_p = log_probability(logits, self.students[k].stride, label)
+        return -(log_p.detach().exp() ** self.options.gamma * log_p).sum() / b["pixels"]
+
+
+def log_probability(logits: Tensor, stride: int, label: Tensor) -> Tensor:
+    """Return the logarithm of the probability of each label (B, H, W), 0 where there is none."""
+    scores = upsample(logits, (label.shape[-2], label.shape[-1]), stride).log_softmax(dim=1)
+    there = label != IGNORE
+    chosen = scores.gather(1, label.masked_fill(~there, 0)[:, None])[:, 0]
+    return chosen.masked_fill(~there, 0)
+
+
+def class_thresholds(networks: Networks, labeler: Labeler, ratio: float, classes: int) -> Tensor:
+    """Return the confidence (C,) that a share of the pixels predicted as each class reach.
+
+    Args:
+        networks: whose mean predicts, on all unlabelled images. ratio: the share.
+    """
+    device = next(networks.parameters()).device
+    counts = torch.zeros(classes * BINS, dtype=torch.int64, device=device)
+    given = labeler.probabilities(list(networks), labeler.unlabeled, EvalSettings())
+    for _, probabilities in given:
+        confidence, label = losses.mean_of(probabilities).max(dim=0)
+        level = (confidence * BINS).long().clamp(0, BINS - 1)  # what is no number is at 0
+        counts += torch.bincount((label * BINS + level).flatten(), minlength=len(counts))
+    counts = labeler.total(counts).view(classes, BINS)
+    reached = counts.flip(1).cumsum(dim=1).flip(1)  # pixels at least as sure as each level
+    wanted = (ratio * reached[:, :1]).ceil().clamp(min=1)
+    level = (reached >= wanted).sum(dim=1) - 1  # -1 of a class that is nowhere predicted
+    return torch.where(level >= 0, level / BINS, 1.0).clamp(min=1 / BINS)

@@ -1,0 +1,226 @@
+"""Runs in rounds: when they begin, what they label, and how they go on after a crash."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ctt import checkpoint, run
+from ctt.data.views import GeometricView
+from ctt.errors import UserError
+from ctt.methods.base import Round
+from ctt.methods.dst_cbc import class_thresholds
+from ctt.methods.st import mean_iou
+from ctt.settings import Settings, update
+from ctt.train import rounds
+from ctt.train.loop import train
+from ctt.train.rounds import Labeling, Rounds, unpack
+from tests.train.processes import finish, shown, start
+from tests.train.test_distributed import record_steps
+
+METHODS = ["self-training", "st", "st++", "dst-cbc", "dmt"]
+
+
+def settings_of(name: str, tiny: Settings, change: dict[str, Any] | None = None) -> Settings:
+    common = {
+        "iterations": 24,
+        "checkpoint_every": 5,
+        "eval_every": 24,
+        "log_every": 1,
+        "tensorboard": False,
+    }
+    few = {"options": {"count": 2}} if name in ("dst-cbc", "dmt") else {}
+    settings = update(tiny.with_method(name), {"train": common, **few}, "test")
+    return update(settings, change or {}, "test")
+
+
+def test_when_rounds_begin_and_the_rate_falls() -> None:
+    kinds = [Round(0.1, "none"), Round(0.2, "none", restart=False), Round(0.3, "kept"), Round(0.4)]
+    found = Rounds(kinds, 100)
+    assert found.starts == [0, 10, 30, 60, 100]
+    assert [found.at(i) for i in (0, 9, 10, 29, 30, 99, 100)] == [0, 0, 1, 1, 2, 3, 3]
+    assert found.schedule(5) == found.schedule(29) == (0, 30)
+    assert found.schedule(30) == (30, 30)
+    assert found.schedule(99) == (60, 40)
+    with pytest.raises(UserError, match="too few for the 4 rounds"):
+        Rounds(kinds, 4)
+
+
+def test_label_and_confidence_go_through_the_same_view() -> None:
+    label = torch.arange(100).view(10, 10).remainder(5).int()
+    confidence = torch.full_like(label, 51) + 51 * label
+    view = GeometricView((16, 16), (0.8, 1.2), True, 20, 0.1, (0.5, 0.5, 0.5))
+    image = torch.zeros(3, 10, 10, dtype=torch.uint8)
+    for seed in range(5):
+        own, sure = unpack(view(image, label + 256 * confidence, seed)[1])
+        expected = view(image, label.to(torch.uint8), seed)[1]
+        assert torch.equal(own, expected.long())
+        inside = own != 255
+        torch.testing.assert_close(sure[inside], (own[inside] + 1) / 5)
+        assert (sure[~inside] == 0).all()
+
+
+def test_two_alike_predictions_agree_wholly() -> None:
+    label = torch.tensor([[0, 0, 3, 3]])
+    assert float(mean_iou(label, label, 7)) == 1
+    assert float(mean_iou(label, torch.tensor([[0, 0, 3, 4]]), 7)) == pytest.approx((1 + 0.5) / 3)
+
+
+class Fixed:
+    """A labeler whose networks give probabilities that are known."""
+
+    def __init__(self, given: list[torch.Tensor]) -> None:
+        self.given, self.unlabeled = given, [str(i) for i in range(len(given))]
+
+    def probabilities(self, *_: Any) -> Any:
+        return ((name, [p]) for name, p in zip(self.unlabeled, self.given, strict=True))
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 1.0])
+def test_thresholds_keep_their_share_of_each_class(tiny: Settings, ratio: float) -> None:
+    from ctt.methods.base import Networks
+    from tests.train.steps import student
+
+    rng = torch.Generator().manual_seed(0)
+    given = [torch.randn(3, 40, 50, generator=rng).mul(3).softmax(dim=0) for _ in range(3)]
+    given = [torch.cat([p, torch.zeros(1, 40, 50)]) for p in given]  # a class nowhere predicted
+    labeler: Any = Fixed(given)
+    threshold = class_thresholds(Networks([student(tiny)]), labeler, ratio, 4)
+    confidence, label = torch.stack(given).max(dim=1)
+    for c in range(3):
+        sure = confidence[label == c]
+        kept = float((sure >= threshold[c]).float().mean())
+        assert ratio - 1e-6 <= kept < ratio + 0.02
+    assert threshold[3] == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_that_is_lost_anywhere_ends_as_an_undisturbed_one(
+    tiny: Settings, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(name, tiny)
+    train(settings, out=tmp_path / "whole")
+
+    class LostError(Exception):
+        pass
+
+    save, keep, count = checkpoint.save, Labeling.keep, 0
+
+    def lost_after_saving(*arguments: Any) -> None:
+        save(*arguments)
+        raise LostError
+
+    def lost_while_labeling(*arguments: Any) -> None:
+        nonlocal count
+        keep(*arguments)
+        count += 1
+        if count == 7 and lost % 2 == 1:
+            raise LostError
+
+    monkeypatch.setattr(Labeling, "keep", lost_while_labeling)
+    out, folder, lost = tmp_path / "run", None, 0
+    while lost < 40:
+        # every second life ends at its first checkpoint, the others while images are labelled
+        with monkeypatch.context() as patch:
+            if lost % 2 == 0:
+                patch.setattr(checkpoint, "save", lost_after_saving)
+            count = 0
+            try:
+                train(settings, out=None if folder else out, resume=folder)
+                break
+            except LostError:
+                lost += 1
+        folder = out if run.has_checkpoint(out) else None
+    assert 2 < lost < 40
+    ends = [checkpoint.load(tmp_path / n / run.CHECKPOINT) for n in ("whole", "run")]
+    for key, value in ends[0]["method"].items():
+        assert torch.equal(value, ends[1]["method"][key]), key
+    for path in sorted((tmp_path / "whole" / "rounds").rglob("*.*")):
+        other = tmp_path / "run" / path.relative_to(tmp_path / "whole")
+        assert path.read_bytes() == other.read_bytes()
+    assert (tmp_path / "whole" / "rounds").is_dir()
+
+
+def test_labels_of_a_round_are_those_of_the_network(tiny: Settings, tmp_path: Path) -> None:
+    settings = settings_of("self-training", tiny)
+    with pytest.MonkeyPatch.context() as patch:
+        networks: list[dict[str, Any]] = []
+        label = rounds.Labeling.probabilities
+
+        def noted(self: Labeling, nets: Any, *arguments: Any) -> Any:
+            networks.append({k: v.clone() for k, v in nets[0].state_dict().items()})
+            return label(self, nets, *arguments)
+
+        patch.setattr(rounds.Labeling, "probabilities", noted)
+        train(settings, out=tmp_path / "run")
+    assert len(networks) == 1
+    names = (tmp_path / "run" / "rounds" / "1" / "images.txt").read_text().split()
+    assert names == (tmp_path / "run" / "split" / "unlabeled.txt").read_text().split()
+    from ctt.inference.predict import predictor
+    from tests.train.steps import student
+
+    network = student(settings).eval()
+    network.load_state_dict(networks[0])
+    source = settings.open_source()
+    with torch.no_grad():
+        p = predictor(network, source.info, settings.eval)(source.image(names[0])[None])[0]
+    folder = tmp_path / "run" / "rounds" / "1"
+    shown_label = np.array(Image.open(folder / "labels" / f"{names[0]}.png"))
+    sure = np.array(Image.open(folder / "confidence" / f"{names[0]}.png"))
+    assert (shown_label == p.argmax(dim=0).numpy()).mean() > 0.99  # ties of rounding
+    assert np.abs(sure / 255 - p.amax(dim=0).numpy()).max() < 0.01
+
+
+def test_the_reliable_half_comes_first_and_then_all(tiny: Settings, tmp_path: Path) -> None:
+    train(settings_of("st++", tiny), out=tmp_path / "run")
+    folder = tmp_path / "run" / "rounds"
+    half, whole = ((folder / n / "images.txt").read_text().split() for n in ("3", "4"))
+    assert len(half) == (len(whole) + 1) // 2
+    assert set(half) < set(whole)
+    for name in half:
+        first, second = (folder / n / "labels" / f"{name}.png" for n in ("3", "4"))
+        assert np.array_equal(np.array(Image.open(first)), np.array(Image.open(second)))
+
+
+def test_the_number_of_iterations_of_rounds_is_fixed(tiny: Settings, tmp_path: Path) -> None:
+    settings = settings_of("self-training", tiny)
+    train(settings, out=tmp_path / "run")
+    with pytest.raises(UserError, match=r"--train.iterations 30: the rounds of self-training"):
+        train(update(settings, {"train": {"iterations": 30}}, "test"), resume=tmp_path / "run")
+
+
+def test_rows_tell_the_round(tiny: Settings, tmp_path: Path) -> None:
+    train(settings_of("self-training", tiny), out=tmp_path / "run")
+    header, *rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    place = header.split(",").index("round")
+    told = [row.split(",")[place] for row in rows if row.split(",")[place]]
+    assert told == ["0"] * 7 + ["1"] * 17
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["method"] == "self-training"
+
+
+@pytest.mark.parametrize("name", ["dst-cbc", "st++"])
+def test_two_processes_label_and_learn_as_one(tiny: Settings, tmp_path: Path, name: str) -> None:
+    change = {"model": {"sync_batch_norm": True}, "views": {"mix": "cutmix"}}
+    change = change if name == "dst-cbc" else {"model": {"sync_batch_norm": True}}
+    settings = settings_of(name, tiny, change)
+    both = start(2, tmp_path / "two", record_steps, settings, tmp_path / "two")
+    (tmp_path / "one").mkdir()
+    record_steps(update(settings, {"data": {"batch_size": 6}}, "test"), tmp_path / "one")
+    assert finish(both) == [0, 0], shown(tmp_path / "two")
+    one, first, second = (
+        torch.load(tmp_path / n) for n in ("one/rank-0.pt", "two/rank-0.pt", "two/rank-1.pt")
+    )
+    for key, expected in one["method"].items():
+        assert torch.equal(first["method"][key], second["method"][key]), key
+        torch.testing.assert_close(first["method"][key], expected, rtol=1e-5, atol=1e-6, msg=key)
+    for path in sorted((tmp_path / "one" / "run" / "rounds").rglob("*.txt")):
+        other = tmp_path / "two" / "run" / path.relative_to(tmp_path / "one" / "run")
+        assert path.read_text() == other.read_text()
