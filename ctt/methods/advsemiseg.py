@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ctt.data.source import IGNORE
 from ctt.methods import losses
-from ctt.methods.base import Batch, Schedule, Step
+from ctt.methods.base import Batch, Schedule, Setup, Step
 from ctt.methods.critics import (
     Adversarial,
     CriticOptions,
@@ -65,8 +65,8 @@ class AdvSemiSeg(Adversarial):
     logged = ("believed",)
     options: AdvSemiSegOptions
 
-    def new_critic(self, classes: int) -> Discriminator:
-        return Discriminator(classes, self.options.critic_width)
+    def new_critic(self, setup: Setup, k: int) -> Discriminator:
+        return setup.finish(Discriminator(setup.classes, self.options.critic_width))
 
     def schedules(self) -> dict[str, Schedule]:
         start = self.options.start * self.settings.train.iterations

@@ -241,6 +241,13 @@ METHODS = {
         options="ctt.methods.gct:GctOptions",
         extra="a flaw detector",
     ),
+    "ecs": About(
+        "Mendel et al., ECCV 2020, our reading of the abstract",
+        "ctt.methods.ecs:Ecs",
+        uses=("loss.sup",),
+        options="ctt.methods.ecs:EcsOptions",
+        extra="a correction network for each student",
+    ),
 }
 
 

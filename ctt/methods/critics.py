@@ -193,38 +193,31 @@ class CriticOptions(Options):
 
     critic_lr: float = 1e-4
     """Learning rate of the critic at the start; it falls as that of the students does."""
-
     critic_width: int = 64
     """Channels of the critic's first layer; the last has eight times as many."""
 
     def checks(self) -> list[Check]:
-        width = (
-            "--options.critic-width",
-            self.critic_width,
-            self.critic_width >= 2,
-            "must be at least 2",
-        )
-        return [*above_0(critic_lr=self.critic_lr), width]
+        width = self.critic_width
+        at_least_2: Check = ("--options.critic-width", width, width >= 2, "must be at least 2")
+        return [*above_0(critic_lr=self.critic_lr), at_least_2]
 
 
-class Adversarial(Method):
+class Judged(Method):
     """Students that are judged, each by a critic of its own.
 
     A method of this kind says what a critic is, and the terms of one student and their weights.
     """
-
-    options: CriticOptions
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         critics = []
         for k in range(setup.pairs):
             with setup.seeded("critic", k):
-                critics.append(setup.finish(self.new_critic(setup.classes)))
+                critics.append(self.new_critic(setup, k))
         self.critics = Modules[nn.Module](critics)
 
-    def new_critic(self, classes: int) -> nn.Module:
-        """Return a critic with random weights."""
+    def new_critic(self, setup: Setup, k: int) -> nn.Module:
+        """Return the critic of student k, as it trains."""
         raise NotImplementedError
 
     def weights(self, step: Step) -> dict[str, float | Tensor]:
@@ -235,11 +228,17 @@ class Adversarial(Method):
         """Return the terms of student k and its critic."""
         raise NotImplementedError
 
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        adam = make_adam(self.critics, self.options.critic_lr, self.settings)
-        return {**super().optimizers(), "critics": adam}
-
     def losses(self, b: Batch, step: Step) -> Terms:
         found = [self.of_student(k, b, step) for k in range(len(self.students))]
         weighted = self.weights(step).items()
         return {t: (weight, losses.sum_of([terms[t] for terms in found])) for t, weight in weighted}
+
+
+class Adversarial(Judged):
+    """Students whose critics are small networks, trained by Adam."""
+
+    options: CriticOptions
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        adam = make_adam(self.critics, self.options.critic_lr, self.settings)
+        return {**super().optimizers(), "critics": adam}

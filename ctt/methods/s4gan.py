@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ctt.data.source import IGNORE
 from ctt.methods import losses
-from ctt.methods.base import Batch, Schedule, Step
+from ctt.methods.base import Batch, Schedule, Setup, Step
 from ctt.methods.critics import Adversarial, CriticOptions, ImageCritic, frozen, judged, one_hot
 from ctt.methods.options import Check, at_least_0, shares
 from ctt.models.base import upsample
@@ -51,8 +51,8 @@ class S4Gan(Adversarial):
     logged = ("images_chosen",)
     options: S4GanOptions
 
-    def new_critic(self, classes: int) -> ImageCritic:
-        return ImageCritic(classes + 3, self.options.critic_width)
+    def new_critic(self, setup: Setup, k: int) -> ImageCritic:
+        return setup.finish(ImageCritic(setup.classes + 3, self.options.critic_width))
 
     def schedules(self) -> dict[str, Schedule]:
         return {"begun": lambda iteration: float(iteration > 0)}

@@ -1,0 +1,118 @@
+"""Our reading of ECS, error-correcting supervision (Mendel et al., ECCV 2020).
+
+There is no public program, and this follows what the abstract says: no number may be compared with
+the paper's. A correction network sees an image and the student's class map of it. It learns on
+labelled images to tell which pixels are right and to name the class of the others, and, as a
+regulariser, the student learns to be found right there. On unlabelled images the student learns its
+own class where the correction network finds it right and the network's class elsewhere, each pixel
+weighted by the certainty of that finding.
+
+Ours are the rest: the correction network is a second network of the run's kind and weights, whose
+first convolution also reads the class map and which has one class more, "as predicted"; it is
+trained as students are; the weights of the terms and the ramp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ctt.data.source import IGNORE
+from ctt.methods import losses, ramps
+from ctt.methods.base import Batch, Schedule, Setup, Step
+from ctt.methods.critics import Judged, counted, frozen
+from ctt.methods.optim import make_sgd
+from ctt.methods.options import Check, Options, at_least_0, shares
+from ctt.models.base import Output, SegmentationModel, upsample
+
+
+@dataclass(frozen=True)
+class EcsOptions(Options):
+    """The paper's values are not known to us; these are ours."""
+
+    agreement: float = 0.1
+    """Weight of being found right on labelled images."""
+    semi: float = 1.0
+    """Final weight of the corrected labels of unlabelled images."""
+    ramp: float = 0.1
+    """Share of the run over which that weight rises, along a sigmoid."""
+
+    def checks(self) -> list[Check]:
+        weights = at_least_0(agreement=self.agreement, semi=self.semi)
+        return [*weights, *shares(ramp=self.ramp)]
+
+
+class Ecs(Judged):
+    """Each student has a correction network of its own."""
+
+    terms = ("sup", "agreement", "semi", "corrector")
+    logged = ("corrected",)
+    options: EcsOptions
+
+    def new_critic(self, setup: Setup, k: int) -> SegmentationModel:
+        """Return a network that reads C channels more than an image has and gives C + 1 scores."""
+        network = setup.student(k, attempt=1)
+        old = network.classifier
+        network.classifier = nn.Conv2d(old.in_channels, setup.classes + 1, 1).to(old.weight)
+        convolutions = (m for m in network.modules() if isinstance(m, nn.Conv2d))
+        first = next(m for m in convolutions if m.in_channels == 3)
+        read = first.weight.new_empty(first.out_channels, setup.classes, *first.kernel_size)
+        nn.init.kaiming_normal_(read)
+        whole = torch.cat([first.weight.detach(), read], dim=1)
+        first.weight = nn.Parameter(whole.contiguous(memory_format=torch.channels_last))
+        first.in_channels += setup.classes
+        return network
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {**super().optimizers(), "critics": make_sgd(self.critics, self.settings.optim)}
+
+    def schedules(self) -> dict[str, Schedule]:
+        total, length = self.settings.train.iterations, self.options.ramp
+        return {"ramp": lambda iteration: ramps.sigmoid(iteration / total, length)}
+
+    def weights(self, step: Step) -> dict[str, float | Tensor]:
+        sup, o = self.settings.loss.sup, self.options
+        semi = o.semi * step["ramp"]
+        return {"sup": sup, "agreement": o.agreement, "semi": semi, "corrector": 1.0}
+
+    def prepare(self, b: Batch, step: Step) -> Batch:
+        return counted(b, step)
+
+    def of_student(self, k: int, b: Batch, step: Step) -> dict[str, Tensor]:
+        label, n, student = b["label"], len(b["label"]), self.students[k]
+        corrector = self.critics[k]
+        assert isinstance(corrector, SegmentationModel)
+        stride = corrector.stride
+        images = torch.cat([b["images"], b["unlabeled"]])
+        logits = step.forward(student, images).logits
+        size = (label.shape[-2], label.shape[-1])
+        scores = upsample(logits, size, student.stride)  # (2B, C, H, W)
+        seen, probability = step.normalize(images), scores.softmax(dim=1)
+
+        def findings(network: Callable[..., Any], maps: Tensor) -> Tensor:
+            with step.phase("critics"), step.autocast():
+                out: Output = network(torch.cat([seen, maps], dim=1))
+            return upsample(out.logits, size, stride)  # (2B, C + 1, H, W)
+
+        as_predicted, own = scores.shape[1], scores.argmax(dim=1)
+        right = torch.where(label == IGNORE, IGNORE, as_predicted)
+        truth = torch.where(own[:n] == label, as_predicted, label)
+        found = findings(frozen(corrector), probability)
+        told = findings(corrector, probability.detach())
+        certainty, answer = found[n:].detach().softmax(dim=1).max(dim=1)
+        other = answer != as_predicted
+        step.log("corrected", (other & ~b["padding"]).sum() / b["seen"] / len(self.students))
+        target = torch.where(other, answer, own[n:]).masked_fill(b["padding"], IGNORE)
+        semi = F.cross_entropy(scores[n:], target, ignore_index=IGNORE, reduction="none")
+        sup = losses.pixel_cross_entropy(logits[:n], student.stride, label, b["pixels"])
+        return {
+            "sup": sup,
+            "agreement": losses.pixel_cross_entropy(found[:n], 1, right, b["pixels"]),
+            "semi": (semi * certainty).sum() / b["seen"],
+            "corrector": losses.pixel_cross_entropy(told[:n], 1, truth, b["pixels"]),
+        }
