@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctt.methods.losses import to_grid
-from ctt.models.base import SegmentationModel
+from ctt.models.base import PooledNorm, SegmentationModel
 
 DIMENSIONS = 128  # of queries and keys (Zou et al., PseudoSeg, 2021)
 
@@ -27,9 +27,7 @@ class Refiner(nn.Module):
         self.classifier = nn.Linear(channels[-1], objects)
         self.query = nn.Conv2d(sum(channels), DIMENSIONS, 1, bias=False)
         self.key = nn.Conv2d(sum(channels), DIMENSIONS, 1, bias=False)
-        self.logits = nn.Sequential(
-            nn.Conv2d(classes, classes, 1, bias=False), nn.BatchNorm2d(classes)
-        )
+        self.logits = nn.Sequential(nn.Conv2d(classes, classes, 1, bias=False), PooledNorm(classes))
 
     def presence(self, stages: list[Tensor]) -> Tensor:
         """Return logits (B, C - 1) of the classes but the background, of whole images."""
