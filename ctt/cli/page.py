@@ -18,7 +18,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
-from ctt.data.files import read_image
+from ctt.data.pictures import read_image
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
 from ctt.inference.load import Trained

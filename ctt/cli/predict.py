@@ -252,8 +252,8 @@ def read_all(
     jobs: list[Job], white: float | None, workers: int, failures: list[str]
 ) -> Iterator[tuple[Job, Tensor]]:
     """Each image (3, H, W) uint8, in order; of those that cannot be read, why, into `failures`."""
-    from ctt.data.files import read_image
     from ctt.data.loader import in_order
+    from ctt.data.pictures import read_image
 
     found = in_order(partial(read_image, white=white), [job.file for job in jobs], workers)
     for job, image in zip(jobs, found, strict=True):

@@ -32,9 +32,11 @@ def check_quickly(source: Source, labeled: list[str], unlabeled: list[str]) -> N
     evaluation = source.eval_ids()
     missing = list(missing_files(source, [*labeled, *evaluation], unlabeled))
     if missing:
+        name, path = missing[0]
         more = f" {len(missing)} files are missing in all." if len(missing) > 1 else ""
+        near = source.candidate(name) if isinstance(source, FileSource) else ""
         raise UserError(
-            f"{missing[0]}: there is no such file, but the data set needs it.{more} Complete the "
+            f"{path}: there is no such file, but the data set needs it.{near}{more} Complete the "
             f"data set, or train with lists of the images that are there (--split-labeled, "
             f"--split-unlabeled). Images without a mask can only be unlabelled ones."
         )
@@ -149,12 +151,15 @@ def image_files(
     }
 
 
-def missing_files(source: Source, labeled: list[str], unlabeled: list[str]) -> Iterator[Path]:
+def missing_files(
+    source: Source, labeled: list[str], unlabeled: list[str]
+) -> Iterator[tuple[str, Path]]:
+    """Yield the name of each image of which a file is missing, and that file."""
     for names, has_mask in ((labeled, True), (unlabeled, False)):
         for name in names:
             for path in source.files(name, has_mask):
                 if not path.is_file():
-                    yield path
+                    yield name, path
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,12 @@ from ctt.data.files import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     FileSource,
-    LabelMap,
     first_with,
     list_names,
-    plain_map,
     require_root,
     same_name,
 )
+from ctt.data.labels import LabelMap, plain_map
 from ctt.data.options import SourceOptions
 from ctt.data.source import IGNORE, DatasetInfo, Submission
 from ctt.errors import UserError

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,22 +17,39 @@ from ctt.data import IMAGE_SUFFIXES
 from ctt.data.files import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    VALUES,
     FileSource,
-    LabelMap,
     require_root,
     same_name,
 )
+from ctt.data.labels import VALUES, LabelMap
 from ctt.data.options import SourceOptions
+from ctt.data.pictures import Colour
 from ctt.data.source import IGNORE, DatasetInfo
+from ctt.data.split import NO_MASK, read_lines, readings
 from ctt.data.voc import bit_palette
 from ctt.errors import UserError
 
 LAYOUT = "holds images/, masks/ and dataset.yaml"
 DESCRIPTION = "dataset.yaml"
-KEYS = ("classes", "palette", "ignore_index", "id_map", "mean", "std", "white")
+KEYS = (
+    "classes",
+    "palette",
+    "ignore_color",
+    "ignore_index",
+    "id_map",
+    "mask_suffix",
+    "image_suffix",
+    "pairs",
+    "mean",
+    "std",
+    "white",
+)
 IGNORED = "ignore"  # as a target in the id map
 MOST_CLASSES = IGNORE
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
+JPEG_SUFFIXES = (".jpg", ".jpeg")  # taken for a mask where there is no other, and then refused
+JOINTS = "_-. "  # with which programs add to the name of an image
+COMPARED = 1000  # names of masks among which the nearest one is searched
 
 
 @dataclass(frozen=True)
@@ -38,12 +58,19 @@ class Description:
 
     Attributes:
         mapping: class, or 255, for each number that a mask may hold.
+        colours: class, or 255, for each colour that a mask may hold; None: it does not say.
         says_ignore: it says which numbers are ignored.
+        mask_suffix, image_suffix: what stands after the name that image and mask have in common.
+        pairs: a list of images and their masks; empty: none.
     """
 
     info: DatasetInfo
     mapping: dict[int, int]
+    colours: dict[Colour, int] | None
     says_ignore: bool
+    mask_suffix: str
+    image_suffix: str
+    pairs: str
 
 
 class Folder(FileSource):
@@ -63,8 +90,10 @@ class Folder(FileSource):
 
     def __init__(self, root: Path | None, options: SourceOptions) -> None:
         self.root = require_root(root, "folder", LAYOUT)
-        description = read_description(self.root / DESCRIPTION)
-        self.labels = LabelMap(description.mapping, description.info.classes)
+        path = self.root / DESCRIPTION
+        self.description = description = read_description(path)
+        classes = description.info.classes
+        self.labels = LabelMap(description.mapping, classes, description.colours, str(path))
         self.assumed_ignore = None if description.says_ignore else IGNORE
         train = find_images(self.root, "images")
         if not train:
@@ -75,14 +104,6 @@ class Folder(FileSource):
         evaluation = find_images(self.root, "val/images")
         if (self.root / "val").is_dir() and not evaluation:
             raise UserError(f"{self.root / 'val' / 'images'}: there are no images.")
-        self._masks = {
-            name: masks[key]
-            for folder in ("", "val/")
-            for masks in [find_masks(self.root, f"{folder}masks")]
-            for name in (evaluation if folder else train)
-            if (key := _stem(name.removeprefix(f"{folder}images/"))) in masks
-        }
-        super().__init__(description.info, self.root, (train, unlabeled, evaluation), options)
         everything = [*train, *unlabeled, *evaluation]
         self._known = {same_name(name): name for name in everything}
         for name in everything:
@@ -91,6 +112,59 @@ class Folder(FileSource):
             short = name.removeprefix("images/")
             self._known.setdefault(same_name(short), name)
             self._known.setdefault(_stem(short), name)
+        self._masks = self._read_pairs()
+        self._strays: list[Path] = []  # masks of no image
+        for names, folder in ((train, ""), (evaluation, "val/")):
+            self._match(names, folder)
+        super().__init__(description.info, self.root, (train, unlabeled, evaluation), options)
+        if self._strays:
+            stray = self._strays[0].relative_to(self.root)
+            self.notes += (
+                f"Warning: {len(self._strays)} of the masks belong to no image, such as {stray}.",
+            )
+
+    def _read_pairs(self) -> dict[str, Path]:
+        """Return the masks that the list of pairs gives to images.
+
+        Raises:
+            UserError: a line is no image and a mask below the root, or an image has two masks.
+        """
+        masks: dict[str, Path] = {}
+        if not self.description.pairs:
+            return masks
+        path = self.root / self.description.pairs
+        for number, line in read_lines(path).items():
+            found = [
+                (name, mask)
+                for image, text in readings(line.replace("\\", "/"))
+                if text and text != NO_MASK
+                if (name := self.find(image)) and (mask := self._file(text))
+            ]
+            if not found:
+                raise UserError(
+                    f"{path}, line {number}: {line.strip()} is no image and its mask, with a tab "
+                    f"between them. Both are paths below {self.root}, such as images/1.jpg and "
+                    f"masks/a.png, and must be there."
+                )
+            name, mask = found[0]
+            if masks.setdefault(name, mask) != mask:
+                raise UserError(
+                    f"{path}, line {number}: {name} has the mask {mask}, and in a line before it "
+                    f"the mask {masks[name]}. Take one of the two out."
+                )
+        return masks
+
+    def _match(self, names: list[str], folder: str) -> None:
+        """Give the images of a part their masks by their names."""
+        masks = find_masks(self.root, f"{folder}masks", self.description.mask_suffix)
+        paired = set(self._masks.values())
+        for name in names:
+            key = _stem(name.removeprefix(f"{folder}images/"))
+            key = key.removesuffix(same_name(self.description.image_suffix))
+            mask = masks.pop(key, None)
+            if mask is not None:
+                self._masks.setdefault(name, mask)
+        self._strays += sorted(set(masks.values()) - paired)
 
     def image_path(self, name: str) -> Path:
         return self.root / name
@@ -98,8 +172,42 @@ class Folder(FileSource):
     def mask_path(self, name: str) -> Path:
         if name in self._masks:
             return self._masks[name]
-        expected = PurePosixPath(name.replace("images/", "masks/", 1)).with_suffix(".png")
-        return self.root / expected
+        path = PurePosixPath(name.replace("images/", "masks/", 1))
+        stem = path.stem.removesuffix(self.description.image_suffix)
+        return self.root / path.with_name(f"{stem}{self.description.mask_suffix}.png")
+
+    def candidate(self, name: str) -> str:
+        """Return a sentence on the file that is likeliest meant as the mask of an image."""
+        stem = PurePosixPath(name).stem
+        for path in self._strays:
+            shown = path.relative_to(self.root)
+            if path.stem.startswith(stem) and path.stem[len(stem) :][:1] in JOINTS:
+                setting = f"mask_suffix: {path.stem[len(stem) :]}"
+            elif stem.startswith(path.stem) and stem[len(path.stem) :][:1] in JOINTS:
+                setting = f"image_suffix: {stem[len(path.stem) :]}"
+            else:
+                continue
+            return f" {shown} is there: if it is the mask, write `{setting}` into {DESCRIPTION}."
+        if elsewhere := self._elsewhere.get(stem):
+            return f" Is {elsewhere} meant? Masks are expected in masks/."
+        names = {path.stem: path for path in self._strays[:COMPARED]}
+        if near := difflib.get_close_matches(stem, names, 1):
+            shown = names[near[0]].relative_to(self.root)
+            return (
+                f" The nearest name is {shown}: rename it, or give a list of `pairs` in "
+                f"{DESCRIPTION}."
+            )
+        return ""
+
+    @cached_property
+    def _elsewhere(self) -> dict[str, str]:
+        """Files by their names without the ending, outside of the folders of this layout."""
+        own = ("images/", "unlabeled/", "val/images/", "masks/", "val/masks/")
+        return {
+            PurePosixPath(name).stem: name
+            for name in _walk(self.root, "")
+            if name.lower().endswith(MASK_SUFFIXES) and not name.startswith(own)
+        }
 
     def label_map(self, mask: Path) -> LabelMap:
         return self.labels
@@ -109,14 +217,26 @@ class Folder(FileSource):
 
         Before them may stand what leads to the root: its own name, or a whole path on any machine.
         """
+        return next((self._known[path] for path in self._below(entry) if path in self._known), None)
+
+    def is_mask(self, name: str, path: str) -> bool | None:
+        file = self._file(path)
+        return None if file is None else file == self.mask_path(name)
+
+    def _below(self, entry: str) -> Iterator[str]:
+        """Yield what a path in a list may mean below the root."""
         entry = same_name(entry.removeprefix("./"))
-        if entry in self._known:
-            return self._known[entry]
+        yield entry
         for folder in {self.root.absolute().name, self.root.resolve().name}:
             _, found, below = f"/{entry}".partition(f"/{same_name(folder)}/")
-            if found and below in self._known:
-                return self._known[below]
-        return None
+            if found:
+                yield below
+
+    def _file(self, entry: str) -> Path | None:
+        """Return the file below the root that a path in a list means; None: there is none."""
+        paths = (PurePosixPath(path) for path in self._below(entry))
+        inside = (path for path in paths if not path.is_absolute() and ".." not in path.parts)
+        return next((self.root / p for p in inside if (self.root / p).is_file()), None)
 
 
 def _stem(name: str) -> str:
@@ -141,10 +261,29 @@ def find_images(root: Path, folder: str) -> list[str]:
     return names
 
 
-def find_masks(root: Path, folder: str) -> dict[str, Path]:
-    """PNG files in `folder` and its subfolders, by their paths in it without the ending."""
-    names = [n for n in _walk(root, folder) if n.lower().endswith(".png")]
-    return {_stem(name.removeprefix(f"{folder}/")): root / name for name in names}
+def find_masks(root: Path, folder: str, suffix: str = "") -> dict[str, Path]:
+    """Masks in `folder` and its subfolders, by their paths in it without suffix and ending.
+
+    Raises:
+        UserError: two masks would belong to one image.
+    """
+    names = _walk(root, folder)
+    masks: dict[str, Path] = {}
+    for endings in (MASK_SUFFIXES, JPEG_SUFFIXES):
+        found: dict[str, Path] = {}
+        for name in names:
+            stem = _stem(name.removeprefix(f"{folder}/"))
+            if not name.lower().endswith(endings) or not stem.endswith(same_name(suffix)):
+                continue
+            key = stem.removesuffix(same_name(suffix))
+            other = found.setdefault(key, root / name)
+            if other != root / name:
+                raise UserError(
+                    f"{other} and {root / name} differ in their endings only, so that both would "
+                    f"be the mask of one image. Take one of them away."
+                )
+        masks = {**found, **masks}
+    return masks
 
 
 def _walk(root: Path, folder: str) -> list[str]:
@@ -190,7 +329,8 @@ def read_description(path: Path) -> Description:
     if strange:
         raise UserError(f"{path}: {strange[0]} is none of the known keys: {', '.join(KEYS)}.")
     classes = _classes(values.get("classes"), path)
-    palette = _palette(values.get("palette"), len(classes), path)
+    palette = _palette(values.get("palette"), classes, path)
+    colours = _colours(values, palette, classes, path)
     ignore = values.get("ignore_index", IGNORE)
     if not _is_integer(ignore, VALUES):
         raise UserError(
@@ -218,10 +358,23 @@ def read_description(path: Path) -> Description:
             f"{path}: white must be the value of white in images of more than 8 bits, such as "
             f"4095, got {white!r}."
         )
-    says_ignore = "ignore_index" in values or "id_map" in values
     return Description(
-        DatasetInfo("folder", classes, palette, mean, std, white), mapping, says_ignore
+        DatasetInfo("folder", classes, palette, mean, std, white),
+        mapping,
+        colours,
+        "ignore_index" in values or "id_map" in values,
+        _part_of_a_name(values, "mask_suffix", path),
+        _part_of_a_name(values, "image_suffix", path),
+        _part_of_a_name(values, "pairs", path),
     )
+
+
+def _part_of_a_name(values: dict[Any, Any], key: str, path: Path) -> str:
+    value = values.get(key, "")
+    whole = isinstance(value, str) and not PurePosixPath(value).is_absolute()
+    if not whole or ".." in PurePosixPath(value).parts:
+        raise UserError(f"{path}: {key} must be a part of a name below the folder, got {value!r}.")
+    return str(value)
 
 
 def _is_integer(value: Any, end: int) -> bool:
@@ -247,21 +400,48 @@ def _classes(value: Any, path: Path) -> tuple[str, ...]:
     return names
 
 
-def _palette(value: Any, classes: int, path: Path) -> tuple[tuple[int, int, int], ...]:
+def _palette(value: Any, classes: tuple[str, ...], path: Path) -> tuple[Colour, ...]:
     if value is None:
-        return bit_palette(classes)
-    good = (
-        isinstance(value, list)
-        and len(value) == classes
-        and all(isinstance(colour, list) and len(colour) == 3 for colour in value)
-        and all(_is_integer(channel, 256) for colour in value for channel in colour)
-    )
-    if not good:
+        return bit_palette(len(classes))
+    if not isinstance(value, list) or len(value) != len(classes) or not all(map(_is_colour, value)):
         raise UserError(
-            f"{path}: palette must be a list of {classes} colours, one for each class, such as "
-            f"[128, 64, 0], got {value!r}."
+            f"{path}: palette must be a list of {len(classes)} colours, one for each class, such "
+            f"as [128, 64, 0], got {value!r}."
         )
     return tuple((r, g, b) for r, g, b in value)
+
+
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(_is_integer(v, 256) for v in value)
+
+
+def _colours(
+    values: dict[Any, Any], palette: tuple[Colour, ...], classes: tuple[str, ...], path: Path
+) -> dict[Colour, int] | None:
+    """What colours in masks mean; None where the file does not say.
+
+    Raises:
+        UserError: one colour would mean two things, or is none.
+    """
+    ignored = values.get("ignore_color")
+    if ignored is not None and (not _is_colour(ignored) or "palette" not in values):
+        raise UserError(
+            f"{path}: ignore_color must be a colour such as [255, 255, 255] beside a palette, got "
+            f"{ignored!r}."
+        )
+    if values.get("palette") is None:
+        return None
+    named = [*zip(palette, classes, range(len(classes)), strict=True)]
+    if ignored is not None:
+        named.append(((ignored[0], ignored[1], ignored[2]), "ignore_color", IGNORE))
+    seen: dict[Colour, str] = {}
+    for colour, name, _ in named:
+        if (other := seen.setdefault(colour, name)) != name:
+            raise UserError(
+                f"{path}: {other} and {name} have the same colour {list(colour)}. Give each its "
+                f"own."
+            )
+    return {colour: label for colour, _, label in named}
 
 
 def _mapping(value: Any, ignore: int, classes: tuple[str, ...], path: Path) -> dict[int, int]:

@@ -99,10 +99,10 @@ class Prepared(Source):
         except OSError:
             raise UserError(f"{path}: there is no such file.") from None
         parts = [kind, os.fspath(path.resolve()), state.st_mtime_ns, state.st_size, self.size]
-        parts.append(self.info.white)
+        parts += [self.info.white, self.source.turned]
         digest = hashlib.blake2b(repr(parts).encode(), digest_size=16)
         if kind == "label":
-            digest.update(self.source.label_map(path).table.tobytes())
+            digest.update(self.source.label_map(path).key())
         return digest.hexdigest()
 
     def _keep(self, path: Path, value: Tensor) -> None:

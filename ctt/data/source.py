@@ -112,6 +112,10 @@ class Source(ABC):
         """The name of the image that `entry` in a split list means; None where there is none."""
         return entry if entry in self._names else None
 
+    def is_mask(self, name: str, path: str) -> bool | None:
+        """Whether the file that a list means by `path` is the image's mask; None: there is none."""
+        return None
+
     def evaluate_on(self, names: Iterable[str]) -> None:  # noqa: B027 (most data sets fix it)
         """Hold these training images out, where a drawn part of them is held out now."""
 

@@ -14,6 +14,7 @@ from ctt.text import BYTE_OF_A_NAME, BYTES_AS_THEY_ARE
 
 NO_MASK = "None"  # as the mask of an unlabelled image is written in some lists
 NO_UTF_8 = " The line is no UTF-8: save the list as UTF-8, if its names are."
+PAIRING = " Own images may have masks of any names: see `pairs` of dataset.yaml in the README."
 UNLABELED_ALONE = "--split-unlabeled needs --split-labeled beside it."
 # first bytes of pickles (protocols 2 to 5), .npy and .npz or .pt
 BINARY = (b"\x80", b"\x93NUMPY", b"PK\x03\x04")
@@ -89,12 +90,20 @@ def read_lines(path: Path) -> dict[int, str]:
     return lines
 
 
-def resolve(line: str, find: Callable[[str], str | None]) -> tuple[str, str] | None:
+def resolve(
+    line: str,
+    find: Callable[[str], str | None],
+    is_mask: Callable[[str, str], bool | None] = lambda name, mask: None,
+) -> tuple[str, str] | None:
     """The name and the mask ("" where the line has none) of a line of a split list.
 
     A line is a bare name, the path of an image, or an image and its mask with a space or a tab
     between them; paths may start with a slash or have backslashes. Names may hold spaces: the
     reading counts that `find` knows.
+
+    Args:
+        is_mask: whether the file of this path is the mask of the image of this name; None where
+            there is no such file, so that its name decides.
 
     Returns:
         None where no reading is an image that `find` knows.
@@ -107,14 +116,15 @@ def resolve(line: str, find: Callable[[str], str | None]) -> tuple[str, str] | N
         name = find(image)
         if name is None:
             continue
-        if not mask or mask == NO_MASK or belongs(mask, image):
+        known = None if mask in ("", NO_MASK) else is_mask(name, mask)
+        if mask in ("", NO_MASK) or (belongs(mask, image) if known is None else known):
             return name, mask
         strangers.append((image, mask))
     if strangers:
         image, mask = strangers[0]
-        raise UserError(f"{image} stands beside {mask}, which is not its mask.")
+        raise UserError(f"{image} stands beside {mask}, which is not its mask.{PAIRING}")
     if "\\" in line:  # a list that was written on Windows
-        return resolve(line.replace("\\", "/"), find)
+        return resolve(line.replace("\\", "/"), find, is_mask)
     return None
 
 
@@ -150,7 +160,7 @@ def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str
     for number, line in read_lines(path).items():
         name, fault = "", ""
         try:
-            name, mask = resolve(line, source.find) or ("", "")
+            name, mask = resolve(line, source.find, source.is_mask) or ("", "")
         except UserError as error:
             fault = str(error)
         else:

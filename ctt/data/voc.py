@@ -10,15 +10,14 @@ from ctt.data.files import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     FileSource,
-    LabelMap,
     first_with,
     list_names,
-    plain_map,
     require_root,
     same_name,
 )
+from ctt.data.labels import LabelMap, plain_map
 from ctt.data.options import SourceOptions
-from ctt.data.source import DatasetInfo, Submission
+from ctt.data.source import IGNORE, DatasetInfo, Submission
 from ctt.data.split import read_lines, resolve
 from ctt.errors import UserError
 
@@ -66,6 +65,7 @@ CLASSES = (
     "train",
     "tvmonitor",
 )
+BORDER = (224, 224, 192)  # the colour of the pixels to ignore
 INFO = DatasetInfo("voc", CLASSES, bit_palette(len(CLASSES)), IMAGENET_MEAN, IMAGENET_STD)
 
 
@@ -90,7 +90,8 @@ class Voc(FileSource):
                 f"the folder that {LAYOUT}."
             )
         self.folder = folder
-        self.labels = plain_map(CLASSES)
+        colours = {colour: c for c, colour in enumerate(INFO.palette)}
+        self.labels = plain_map(CLASSES, colours={**colours, BORDER: IGNORE})
         images = [n[:-4] for n in list_names(folder / "JPEGImages") if n.lower().endswith(".jpg")]
         self._known = {same_name(name): name for name in images}
         order = (AUG_MASKS, CLASSIC_MASKS)

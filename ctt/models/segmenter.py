@@ -85,7 +85,7 @@ def from_picture(image: Any, white: float | None = None) -> Tensor:
     import numpy as np
     from PIL import Image
 
-    from ctt.data.files import read_image
+    from ctt.data.pictures import read_image
     from ctt.data.pixels import to_rgb
 
     if isinstance(image, str | Path):

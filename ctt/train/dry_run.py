@@ -36,6 +36,7 @@ def dry_run(settings: Settings, *, out: Path | None = None, resume: Path | None 
         f"{len(plan.labeled)} labelled and {len(plan.unlabeled)} unlabelled images. Nothing is "
         f"written.",
         *notes,
+        *plan.source.notes,
         *plan.warnings(),
         *dict.fromkeys(plan.origins),
         sep="\n",

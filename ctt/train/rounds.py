@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ctt.data.loader import in_order, raised
+from ctt.data.pictures import open_picture, read_mask
 from ctt.data.prepare import Prepared
 from ctt.data.source import DatasetInfo, Source
 from ctt.data.split import write_list
@@ -79,7 +80,7 @@ class KeptLabels(Prepared):
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the image (3, H, W) and its label + 256 * confidence (H, W), int32."""
         label, confidence = (
-            torch.from_numpy(np.array(Image.open(path)).astype(np.int32))
+            torch.from_numpy(read_mask(path).values.astype(np.int32))
             for path in paths(self.folder, name)
         )
         return self.image(name), label + 256 * confidence
@@ -143,7 +144,7 @@ class Labeling:
     def carry(self, name: str) -> None:
         for new, old in zip(paths(self.folder, name), paths(self.before, name), strict=True):
             new.parent.mkdir(parents=True, exist_ok=True)
-            with Image.open(old) as picture:
+            with open_picture(old) as picture:
                 save_png(picture.copy(), new)
 
     def total(self, values: Tensor) -> Tensor:

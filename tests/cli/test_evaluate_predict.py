@@ -18,8 +18,8 @@ from ctt import checkpoint, run
 from ctt.cli import evaluate, predict, train
 from ctt.data import open_source
 from ctt.data.digits import Digits
-from ctt.data.files import read_image
 from ctt.data.options import SourceOptions
+from ctt.data.pictures import read_image
 from ctt.inference import predict as inference
 from ctt.inference.load import Trained
 from ctt.settings import EvalSettings

@@ -1,0 +1,272 @@
+"""Images and masks in files: how they are read, and what is said of one that is broken."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ctt.data.pixels import is_deep, to_rgb
+from ctt.errors import UserError
+
+MOST_PIXELS = 500_000_000  # of an image, unless CTT_MAX_PIXELS says so; read with some 5 GB
+MOST_PIXELS_VARIABLE = "CTT_MAX_PIXELS"
+NUMBERS = ("1", "L", "P", "I", "F")  # modes with one number a pixel, beside I;16 and its kin
+WITH_ALPHA = {"LA": "L", "PA": "P", "RGBA": "RGB"}
+LOSSY = ("JPEG", "MPO")  # formats that change the values of a mask
+# Pillow spreads the values of grey PNGs of 2 and 4 bits over 0..255
+SPREAD = {"L;2": 85, "L;4": 17}
+REDUCED = 1  # bit of a TIFF page that is a small copy of another one
+SUBFILE_TYPE = 254  # its tag
+ORIENTATION = 0x0112
+BROKEN = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+)
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.integer]]
+Colour = tuple[int, int, int]
+
+
+class Mask(NamedTuple):
+    """What a mask's file holds.
+
+    Attributes:
+        values: (H, W) numbers, of a palette PNG the indices; or (H, W, 3) colours.
+        palette: of a palette PNG, the colours of the indices.
+    """
+
+    values: Array
+    palette: tuple[Colour, ...] = ()
+
+
+class _NoLimit:
+    """While it is entered, by any thread, Pillow opens images of any size.
+
+    Its own limit is one of the whole process, and far below what microscopes and satellites give.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.depth = threading.Lock(), 0
+        self.limit: int | None = None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.depth == 0:
+                self.limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.depth -= 1
+            if self.depth == 0:
+                Image.MAX_IMAGE_PIXELS = self.limit
+
+
+_no_limit = _NoLimit()
+
+
+def most_pixels() -> int:
+    """Return how many pixels an image may have.
+
+    Raises:
+        UserError: the environment variable that says so holds no number.
+    """
+    text = os.environ.get(MOST_PIXELS_VARIABLE, "")
+    try:
+        return int(float(text)) if text else MOST_PIXELS
+    except (ValueError, OverflowError):
+        raise UserError(
+            f"{MOST_PIXELS_VARIABLE}={text}: this must be a number of pixels, such as "
+            f"{MOST_PIXELS}."
+        ) from None
+
+
+@contextlib.contextmanager
+def open_picture(path: Path) -> Iterator[Image.Image]:
+    """Open an image whose pixels are not read yet.
+
+    Raises:
+        UserError: it has more pixels than `most_pixels`.
+    """
+    with _no_limit:
+        opened = Image.open(path)
+    with opened as file:
+        width, height = file.size
+        if width * height > most_pixels():
+            raise UserError(
+                f"{path}: the image has {width}x{height} pixels, and {most_pixels():,} are read at "
+                f"most, so that a small file cannot fill the memory. If it is as large as that, "
+                f"set the environment variable {MOST_PIXELS_VARIABLE}={width * height}."
+            )
+        yield file
+
+
+def read_image(path: Path, white: float | None = None, *, turned: bool = True) -> Tensor:
+    """(3, H, W) uint8.
+
+    Args:
+        white: the value of white in images of more than 8 bits, see `to_rgb`.
+        turned: as the camera's note in the file (EXIF) says, and as viewers do.
+
+    Raises:
+        UserError: there is no such file, or it is no image, a broken or a too large one.
+    """
+    try:
+        with open_picture(path) as file:
+            if white is not None and "16" in raw_mode(file) and not is_deep(file.mode):
+                raise UserError(
+                    f"{path}: `white` is for grey images, and of this one in colours of 16 bits "
+                    f"only the upper 8 can be read. Write it again with 8 bits a colour."
+                )
+            picture = ImageOps.exif_transpose(file) if turned else file
+            picture.format = file.format  # which a turned copy lacks
+            pixels = to_rgb(picture, white)
+    except BROKEN as error:
+        raise broken(path, "an image", error) from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def raw_mode(file: Image.Image) -> str:
+    """Return how the pixels lie in the file, such as `RGB;16B`; empty where Pillow does not say."""
+    arguments = file.tile[0][3] if isinstance(file, ImageFile.ImageFile) and file.tile else ""
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+
+def is_turned(file: Image.Image) -> bool:
+    """Return whether a camera's note in the file (EXIF) says that viewers turn or mirror it."""
+    return file.getexif().get(ORIENTATION, 1) in range(2, 9)
+
+
+def pages(file: Image.Image) -> int:
+    """Return how many images the file holds, without small copies of them."""
+    count = getattr(file, "n_frames", 1)
+    if count == 1 or file.format == "MPO":  # whose other frames are previews and depths
+        return 1
+    if file.format != "TIFF":
+        return int(count)
+    own = 0
+    for page in range(count):
+        file.seek(page)
+        own += not file.tag_v2.get(SUBFILE_TYPE, 0) & REDUCED  # type: ignore[attr-defined]
+    file.seek(0)
+    return own
+
+
+def largest_value(path: Path) -> float:
+    """Return the largest value of a grey image of 16 bits; 0 for other ones and for no images."""
+    try:
+        with open_picture(path) as file:
+            return float(np.asarray(file).max()) if file.mode.startswith("I;16") else 0
+    except (*BROKEN, UserError):
+        return 0
+
+
+def read_mask(path: Path, *, turned: bool = False) -> Mask:
+    """Read the numbers or colours of a mask as they are stored.
+
+    Args:
+        turned: as the camera's note in the file (EXIF) says, as `read_image` does.
+
+    Raises:
+        UserError: there is no such file, or it is no image, a broken one, or one from which the
+            values that were drawn cannot be had.
+    """
+    try:
+        with open_picture(path) as file:
+            raw = raw_mode(file)
+            _refuse_altered(path, file, raw)
+            picture = ImageOps.exif_transpose(file) if turned else file
+            if picture.mode in WITH_ALPHA:
+                picture = _without_alpha(path, picture)
+            values = np.array(picture)
+            palette = _colours_of(picture) if picture.mode == "P" else ()
+    except BROKEN as error:
+        raise broken(path, "a mask", error) from None
+    if values.dtype == np.bool_:
+        values = values.astype(np.uint8)
+    if values.dtype.kind == "f":
+        values = _whole(path, values)
+    return Mask(values // SPREAD[raw] if raw in SPREAD else values, palette)
+
+
+def _refuse_altered(path: Path, file: Image.Image, raw: str) -> None:
+    """Refuse files that do not hold, or do not give, one number or colour for each pixel."""
+    if file.format in LOSSY:
+        raise UserError(
+            f"{path}: the mask is a {file.format} file, which changes the values at the edges of "
+            f"objects. Save masks as PNG, from what they were drawn in."
+        )
+    if "16" in raw and not is_deep(file.mode):
+        raise UserError(
+            f"{path}: the mask has colours of 16 bits, of which only the upper 8 can be read. "
+            f"Write it again as a grey PNG of class numbers, or with 8 bits a colour."
+        )
+    if (count := pages(file)) > 1:
+        raise UserError(
+            f"{path}: the mask's file holds {count} pages, but one number for each pixel is "
+            f"expected, the class. Write the classes of all pages into one."
+        )
+    known = file.mode in (*NUMBERS, *WITH_ALPHA, "RGB") or file.mode.startswith("I;16")
+    if not known:
+        raise UserError(
+            f"{path}: the mask is an image of colours (mode {file.mode}), but one number for each "
+            f"pixel is expected, the class: a PNG with a palette (mode P) or a grey one (mode L). "
+            f"Write it again with the classes as values."
+        )
+
+
+def _without_alpha(path: Path, picture: Image.Image) -> Image.Image:
+    """Return a mask without transparency; transparent black, as drawing tools leave it, is black.
+
+    Raises:
+        UserError: other pixels are transparent, wholly or partly.
+    """
+    alpha = np.asarray(picture.getchannel("A"))
+    opaque = picture.convert(WITH_ALPHA[picture.mode])
+    clear = (alpha == 0) & (np.asarray(opaque).reshape(*alpha.shape, -1) == 0).all(-1)
+    other = int(((alpha < 255) & ~clear).sum())
+    if other:
+        raise UserError(
+            f"{path}: the mask has {other:,} transparent pixels (mode {picture.mode}), of which it "
+            f"is unclear whether they count. Save it without transparency."
+        )
+    return opaque
+
+
+def _colours_of(picture: Image.Image) -> tuple[Colour, ...]:
+    channels = picture.getpalette() or []
+    return tuple(zip(channels[::3], channels[1::3], channels[2::3], strict=True))
+
+
+def _whole(path: Path, values: np.ndarray[tuple[int, ...], np.dtype[np.floating]]) -> Array:
+    """Return numbers that a file holds as fractions, as geographic programs write them."""
+    numbers = values.astype(np.int64) if np.isfinite(values).all() else None
+    if numbers is None or (numbers != values).any():
+        raise UserError(
+            f"{path}: the mask holds fractions, but one whole number for each pixel is expected, "
+            f"the class. Write it again with the classes as values."
+        )
+    return numbers
+
+
+def broken(path: Path, what: str, error: Exception) -> UserError:
+    """Return what is to be said of a file that cannot be read as `what`."""
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path}: there is no such file.")
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return UserError(
+        f"{path} cannot be read as {what} ({reason}). Replace the file by a whole one, or leave "
+        f"it out."
+    )
