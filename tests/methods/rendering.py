@@ -1,6 +1,7 @@
 """A step of training in double precision, to hold beside a rendering of its equations."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,8 +55,19 @@ class Scene:
     """
 
     def __init__(
-        self, tiny: Settings, name: str, change: dict[str, Any], pairs: int = 0, steps: int = 3
+        self,
+        tiny: Settings,
+        name: str,
+        change: dict[str, Any],
+        pairs: int = 0,
+        steps: int = 3,
+        alter: Callable[[Any], None] = lambda method: None,
     ) -> None:
+        """Train.
+
+        Args:
+            alter: what is done to the method before the last step.
+        """
         common = {"views": PLAIN, "data": {"batch_size": 3, "crop": list(SIZE)}}
         settings = update(update(tiny.with_method(name), common, "test"), change, "test")
         with exactly():
@@ -63,6 +75,8 @@ class Scene:
             engine.iteration = engine.rounds.starts[-2]
             is_kept = engine.rounds.rounds[-1].images == "kept"
             for i in range(steps):
+                if i == steps - 1:
+                    alter(engine.method)
                 self.method: Any = copy.deepcopy(engine.method)
                 first = labeled(3, i)
                 second = kept(3, 100 + i) if is_kept else unlabeled(3, 100 + i)
@@ -81,7 +95,9 @@ class Scene:
         """Compare the rendering's weights and values, and the gradients of all that is trained."""
         assert terms.keys() == {*self.engine.method.terms}
         for name, (_, value) in terms.items():
-            torch.testing.assert_close(self.terms[name], value.detach(), rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(
+                self.terms[name], value.detach().double(), rtol=1e-5, atol=1e-7
+            )
         total = sum((weight * value for weight, value in terms.values()), torch.zeros(()))
         named = dict(self.method.named_parameters())
         trained = {n: p for n, p in named.items() if p.requires_grad}
