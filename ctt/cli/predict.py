@@ -88,6 +88,7 @@ def _main(arguments: list[str]) -> int:
     jobs = check_targets(jobs, parsed)
     if parsed.workers < 0:
         raise UserError(f"--workers {parsed.workers} must be at least 0.")
+    from ctt.data.remarks import PAGED, of_pages, traits
     from ctt.device import pick_device
     from ctt.inference.load import load_trained
     from ctt.inference.predict import for_images
@@ -105,6 +106,8 @@ def _main(arguments: list[str]) -> int:
     failures = segment(jobs, predict, trained.info, parsed)
     done = len(jobs) - len(failures)
     say(f"{done} of {len(jobs)} images are segmented in {parsed.out}")
+    for remark in of_pages(traits(job.file for job in jobs if job.file.suffix.lower() in PAGED)):
+        say(remark)
     for failure in failures:
         say(f"ctt-predict: {failure}", sys.stderr)
     return BAD_INPUT if failures else 0

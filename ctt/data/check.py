@@ -49,7 +49,7 @@ def check_quickly(source: Source, labeled: list[str], unlabeled: list[str]) -> N
     for name in unlabeled[:1]:
         source.image(name)
     if isinstance(source, FileSource):
-        source.notes += tuple(filter(None, [source.dark(handful([*labeled, *unlabeled]))]))
+        source.notes += tuple(source.remarks(handful([*labeled, *unlabeled])))
     source.notes += tuple(overlaps(image_files(source, labeled, unlabeled, evaluation), identity))
 
 
@@ -242,6 +242,6 @@ def check_all(
     fault = ignored_class(source, pixels.tolist())
     warnings = [] if fault else classes_without_pixel(source, pixels.tolist())
     if isinstance(source, FileSource):
-        warnings += filter(None, [source.dark(names)])
+        warnings += source.remarks(names, threads)
     warnings += overlaps(image_files(source, labeled, unlabeled, evaluation), content)
     return Report([*faults, *filter(None, [fault])], warnings, images.tolist(), pixels.tolist())

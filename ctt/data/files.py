@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import unicodedata
 from abc import abstractmethod
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from ctt.data.labels import LabelMap
 from ctt.data.options import SourceOptions
-from ctt.data.pictures import largest_value, read_image, read_mask
-from ctt.data.pixels import WORD
+from ctt.data.pictures import read_image, read_mask
+from ctt.data.remarks import of_channels, of_darkness, of_pages, of_turning, traits
 from ctt.data.source import DatasetInfo, Source
 from ctt.data.split import NO_MASK, draw_split
 from ctt.errors import UserError
@@ -113,18 +112,27 @@ class FileSource(Source):
     def image(self, name: str) -> Tensor:
         return read_image(self.image_path(name), self.info.white, turned=self.turned)
 
-    def dark(self, names: Iterable[str]) -> str:
-        """Return a warning if 16-bit images use so few of their values that they are dark."""
-        if self.info.white is not None:
+    def remarks(self, names: Iterable[str], threads: int = 1) -> list[str]:
+        """Return a sentence for each thing in these images that is allowed and maybe not meant.
+
+        Args:
+            threads: files read at a time; 0: one for each core.
+        """
+        images = traits((self.image_path(name) for name in names), threads)
+        return [
+            *(of_turning(images) if self.turned else []),
+            *of_pages(images),
+            *of_channels(images),
+            *(of_darkness(images) if self.info.white is None else []),
+        ]
+
+    def why_sizes_differ(self, name: str, image: Tensor, label: Tensor) -> str:
+        turned = self.turned and traits([self.image_path(name)])[0].turned
+        if not turned or image.shape[1:] != label.shape[::-1]:
             return ""
-        largest = max((largest_value(self.image_path(name)) for name in names), default=0)
-        if not 0 < largest <= WORD / 8:
-            return ""
-        bits = math.ceil(math.log2(largest + 1))
         return (
-            f"Warning: the images of 16 bits hold values up to {largest:.0f} only, of {WORD} that "
-            f"stand for white, so that they are nearly black. Say in dataset.yaml which value is "
-            f"white, such as `white: {2**bits - 1}`."
+            " The camera's note in the image (EXIF) turns it, and the mask was drawn on the "
+            "pixels as they are stored: turn the mask, or take the note out of the image."
         )
 
     def label(self, name: str) -> Tensor:

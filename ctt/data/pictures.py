@@ -164,15 +164,6 @@ def pages(file: Image.Image) -> int:
     return own
 
 
-def largest_value(path: Path) -> float:
-    """Return the largest value of a grey image of 16 bits; 0 for other ones and for no images."""
-    try:
-        with open_picture(path) as file:
-            return float(np.asarray(file).max()) if file.mode.startswith("I;16") else 0
-    except (*BROKEN, UserError):
-        return 0
-
-
 def read_mask(path: Path, *, turned: bool = False) -> Mask:
     """Read the numbers or colours of a mask as they are stored.
 

@@ -104,9 +104,13 @@ class Source(ABC):
             raise UserError(
                 f"{files[1] if files else name}: the mask has {columns}x{rows} pixels, but its "
                 f"image{f' {files[0]}' if files else ''} has {width}x{height}. Both must be of one "
-                f"size."
+                f"size.{self.why_sizes_differ(name, image, label)}"
             )
         return image, label
+
+    def why_sizes_differ(self, name: str, image: Tensor, label: Tensor) -> str:
+        """Return a sentence on why an image and its mask are of two sizes; empty: unknown."""
+        return ""
 
     def find(self, entry: str) -> str | None:
         """The name of the image that `entry` in a split list means; None where there is none."""

@@ -261,3 +261,49 @@ def test_the_same_file_in_two_parts_is_told(tmp_path: Path, call: Call) -> None:
     source = data.open_source("folder", root, SourceOptions())
     check_quickly(source, *make_split(source, "1/1", 0, None, None))
     assert [str(linked) in note for note in source.notes] == [True]  # copies would take too long
+
+
+def test_what_is_unusual_in_images_is_told(tmp_path: Path, call: Call) -> None:
+    root = write_two_classes(tmp_path, 1, "ignore_index: 255\n")
+    turned, pages, clear, bands = sorted((root / "images").rglob("*.jpg"))[:4]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(turned) as picture:
+        picture.resize((48, 48)).save(turned, exif=exif)
+        mask = root / "masks" / turned.relative_to(root / "images").with_suffix(".png")
+        trees.save_mask(mask, np.eye(48, dtype=np.uint8))
+        picture = picture.convert("RGB")
+    frames = [picture, Image.new("RGB", picture.size, "red")]
+    frames[0].save(pages.with_suffix(".tif"), save_all=True, append_images=frames[1:])
+    picture.putalpha(7)
+    picture.save(clear.with_suffix(".png"))
+    picture.save(bands.with_suffix(".tif"))
+    for path in (pages, clear, bands):
+        path.unlink()
+    expected = (
+        f"are turned as the camera's note in the file (EXIF) says, such as {turned}",
+        f"are files of several pages, such as {pages.with_suffix('.tif')}: only the first page",
+        f"have transparent pixels, such as {clear.with_suffix('.png')}: they are shown on white",
+        f"have a fourth channel, such as {bands.with_suffix('.tif')}: only the first three",
+    )
+    code, out, _ = call("check", "--dataset", "folder", "--data-root", root)
+    assert code == 0
+    assert all(f"1 of the 12 images looked at {text}" in out for text in expected)
+    assert "Nothing else is wrong." in out
+    source = data.open_source("folder", root, SourceOptions())
+    check_quickly(source, source.train_ids()[:5], [])
+    assert sum(text in note for note in source.notes for text in expected) == 4
+
+
+def test_a_mask_of_an_image_that_is_turned(tmp_path: Path, call: Call) -> None:
+    root = trees.write_folder(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = root / "images" / "photo 0.jpg"
+    with Image.open(path) as picture:
+        picture.save(path, exif=exif)
+    code, out, _ = call("check", "--dataset", "folder", "--data-root", root)
+    assert code == 2
+    assert (
+        "has 40x48. Both must be of one size. The camera's note in the image (EXIF) turns it" in out
+    )

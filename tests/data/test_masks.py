@@ -1,5 +1,6 @@
 """Masks as annotation tools write them: read as they are meant, or refused with the reason."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from ctt.data import open_source
 from ctt.data.check import check_quickly
 from ctt.data.options import SourceOptions
-from ctt.data.pictures import read_mask
+from ctt.data.pictures import open_picture, read_image, read_mask
 from ctt.data.split import read_list
 from ctt.errors import UserError
 
@@ -291,3 +292,19 @@ def test_two_masks_of_one_image_are_refused(tmp_path: Path) -> None:
         open_source("folder", root, SourceOptions())
     (root / "masks" / "a.tif").rename(root / "masks" / "a.jpg")
     assert open_source("folder", root, SourceOptions()).label("images/a.jpg").shape == (2, 3)
+
+
+def test_large_images_are_read_up_to_a_stated_number_of_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "large.png")  # twice as large as Pillow takes
+    with warnings.catch_warnings(), open_picture(tmp_path / "large.png") as file:
+        warnings.simplefilter("error")
+        assert file.size == (20_000, 10_000)
+    assert Image.MAX_IMAGE_PIXELS is not None  # for everybody else
+    monkeypatch.setenv("CTT_MAX_PIXELS", "1e8")
+    with pytest.raises(UserError, match=r"100,000,000 are read.*CTT_MAX_PIXELS=200000000"):
+        read_image(tmp_path / "large.png")
+    monkeypatch.setenv("CTT_MAX_PIXELS", "many")
+    with pytest.raises(UserError, match="CTT_MAX_PIXELS=many: this must be a number"):
+        read_image(tmp_path / "large.png")

@@ -1,0 +1,118 @@
+"""What is unusual in image files: allowed, but a reason to look whether it is meant."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ctt.data.pictures import BROKEN, is_turned, open_picture, pages
+from ctt.data.pixels import WORD
+from ctt.errors import UserError
+
+PAGED = (".tif", ".tiff", ".webp")  # endings of formats that often have several pages
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a file says of an image.
+
+    Attributes:
+        turned: viewers turn or mirror it. pages: images in the file.
+        fourth: it is a TIFF file of more than three channels. clear: some pixels are transparent.
+        largest: the largest value of a grey image of 16 bits; 0 of other ones.
+    """
+
+    path: Path
+    turned: bool
+    pages: int
+    fourth: bool
+    clear: bool
+    largest: float
+
+
+def traits(paths: Iterable[Path], threads: int = 1) -> list[Traits]:
+    """Return the traits of the images that can be opened.
+
+    Args:
+        threads: files read at a time; 0: one for each core.
+    """
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        return [found for found in pool.map(_traits, paths) if found is not None]
+
+
+def _traits(path: Path) -> Traits | None:
+    try:
+        with open_picture(path) as file:
+            return _traits_of(path, file)
+    except (*BROKEN, UserError):
+        return None  # which the reading of the image tells
+
+
+def _traits_of(path: Path, file: Image.Image) -> Traits:
+    alpha = "A" in file.getbands() or "transparency" in file.info
+    tiff = file.format == "TIFF"
+    count, turned = pages(file), is_turned(file)
+    opacity = file.convert("RGBA").getchannel("A") if alpha and not tiff else None
+    clear = opacity is not None and int(np.asarray(opacity).min()) < 255
+    largest = float(np.asarray(file).max()) if file.mode.startswith("I;16") else 0
+    return Traits(path, turned, count, alpha and tiff, clear, largest)
+
+
+def of_pages(images: list[Traits]) -> list[str]:
+    """Return a warning if only a part of some files is used."""
+    return _told(
+        images,
+        lambda image: image.pages > 1,
+        "Warning: {} of the {} images looked at are files of several pages, such as {}: only the "
+        "first page is used.",
+    )
+
+
+def of_channels(images: list[Traits]) -> list[str]:
+    """Return a warning if some images have more than three channels."""
+    return _told(
+        images,
+        lambda image: image.fourth,
+        "Warning: {} of the {} images looked at have a fourth channel, such as {}: only the first "
+        "three are used.",
+    ) + _told(
+        images,
+        lambda image: image.clear,
+        "Warning: {} of the {} images looked at have transparent pixels, such as {}: they are "
+        "shown on white.",
+    )
+
+
+def of_turning(images: list[Traits]) -> list[str]:
+    """Return a sentence if some images are turned, which their masks must be too."""
+    return _told(
+        images,
+        lambda image: image.turned,
+        "{} of the {} images looked at are turned as the camera's note in the file (EXIF) says, "
+        "such as {}: their masks must fit what viewers show.",
+    )
+
+
+def of_darkness(images: list[Traits]) -> list[str]:
+    """Return a warning if 16-bit images use so few of their values that they are dark."""
+    largest = max((image.largest for image in images), default=0)
+    if not 0 < largest <= WORD / 8:
+        return []
+    bits = math.ceil(math.log2(largest + 1))
+    return [
+        f"Warning: the images of 16 bits hold values up to {largest:.0f} only, of {WORD} that "
+        f"stand for white, so that they are nearly black. Say in dataset.yaml which value is "
+        f"white, such as `white: {2**bits - 1}`."
+    ]
+
+
+def _told(images: list[Traits], holds: Callable[[Traits], bool], text: str) -> list[str]:
+    such = [image for image in images if holds(image)]
+    return [text.format(len(such), len(images), such[0].path)] if such else []
