@@ -138,6 +138,12 @@ METHODS = {
         uses=("ema", "loss.sup"),
         options="ctt.methods.french:FrenchOptions",
     ),
+    "vat": About(
+        "Miyato et al., TPAMI 2018, as in French's program",
+        "ctt.methods.vat:Vat",
+        uses=("ema", "loss.sup"),
+        options="ctt.methods.vat:VatOptions",
+    ),
     "classmix": About(
         "Olsson et al., WACV 2021",
         "ctt.methods.classmix:ClassMix",
