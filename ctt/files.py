@@ -25,6 +25,21 @@ def told(path: Path) -> Iterator[None]:
         raise UnwritableError(path, cause.strerror or str(cause)) from None
 
 
+def expanded(path: Path, option: str) -> Path:
+    """Return a path with the home folder in place of `~` or `~user` at its front.
+
+    Raises:
+        UserError: nobody knows that folder.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{option} {path}: it is not known which folder {path.parts[0]} stands for. Give the "
+            f"whole path."
+        ) from None
+
+
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
     """The path of a part, which becomes `path` when the block ends and is dropped when it fails.

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 from ctt import methods
 from ctt.data.options import SourceOptions
 from ctt.errors import UserError
+from ctt.files import expanded
 from ctt.methods.options import Check, Options
 
 if TYPE_CHECKING:
@@ -574,6 +575,8 @@ def validate(settings: Settings) -> None:
         *_eval_checks(s.eval),
     ]
     _refuse([*checks, *s.options.checks()])
+    if s.data.cache is not None:
+        expanded(s.data.cache, "--data.cache")
     if not s.model.weights:
         raise UserError("--model.weights needs none, imagenet or a file.")
     if s.model.freeze_batch_norm and "none" in s.model.weights:

@@ -149,7 +149,7 @@ def _find(text: str, out: Path, recursive: bool) -> list[Job]:
             for file in _images_below(path, out, recursive)
         ]
     else:
-        files = sorted(map(Path, glob.glob(text, recursive=True)))  # noqa: PTH207 (absolute)
+        files = sorted(_matching(text))
         jobs = [
             Job(file, out / file.stem)
             for file in files
@@ -159,6 +159,18 @@ def _find(text: str, out: Path, recursive: bool) -> list[Job]:
             raise UserError(f"{text}: there is no such image or folder.")
     results = {_place(job.target(kind)) for job in jobs for kind in KINDS}
     return [job for job in jobs if _place(job.file) not in results]  # of an earlier call
+
+
+def _matching(pattern: str) -> list[Path]:
+    """Return the files that fit a pattern; brackets in names of folders may mean themselves."""
+    found = glob.glob(pattern, recursive=True)  # noqa: PTH207 (absolute)
+    if not found:
+        parts = Path(pattern).parts
+        there = [n for n in range(len(parts)) if Path(*parts[:n]).is_dir()]
+        folder, rest = Path(*parts[: there[-1]]), Path(*parts[there[-1] :])
+        literal = Path(glob.escape(str(folder))) / rest
+        found = glob.glob(str(literal), recursive=True)  # noqa: PTH207
+    return [Path(path) for path in found]
 
 
 def _images_below(folder: Path, out: Path, recursive: bool) -> list[Path]:

@@ -17,6 +17,7 @@ from ctt.data.remarks import of_channels, of_darkness, of_pages, of_turning, tra
 from ctt.data.source import DatasetInfo, Source
 from ctt.data.split import NO_MASK, draw_split
 from ctt.errors import UserError
+from ctt.files import expanded
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -181,7 +182,7 @@ def require_root(root: Path | None, dataset: str, layout: str) -> Path:
     """
     if root is None:
         raise UserError(f"--data-root: the data set {dataset} needs the folder that {layout}.")
-    root = root.expanduser()
+    root = expanded(root, "--data-root")
     if not root.is_dir():
         raise UserError(
             f"--data-root {root}: there is no such folder. Give the folder that {layout}."

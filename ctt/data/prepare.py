@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ctt.data.files import FileSource
 from ctt.data.source import Source
 from ctt.errors import UserError
+from ctt.files import expanded
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -46,7 +47,8 @@ class Prepared(Source):
     def __init__(self, source: Source, size: tuple[int, int] | None, cache: Path | None) -> None:
         self.source, self.size = source, size
         self.info = source.info
-        self.cache = cache.expanduser() if isinstance(source, FileSource) and cache else None
+        in_files = isinstance(source, FileSource)
+        self.cache = expanded(cache, "--data.cache") if in_files and cache else None
 
     def train_ids(self) -> list[str]:
         return self.source.train_ids()

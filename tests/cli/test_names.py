@@ -11,12 +11,15 @@ import torch
 from rich.table import Table
 
 from ctt.cli import data as program
-from ctt.cli import evaluate, train
+from ctt.cli import evaluate, predict, train
 from ctt.cli.common import run_program
 from ctt.console import plain_console
+from ctt.data import open_source
+from ctt.data.options import SourceOptions
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
 from ctt.inference.figures import draw_confusion
+from ctt.settings import Settings, update, validate
 from ctt.text import printable, say
 from tests.data import trees
 
@@ -104,3 +107,23 @@ def test_classes_that_look_like_formulas(tmp_path: Path) -> None:
     info = DatasetInfo("x", ("$a^$", "b"), ((0, 0, 0),) * 2, (0.5,) * 3, (0.5,) * 3)
     draw_confusion(tmp_path / "c.png", torch.eye(2), info, "x")
     assert (tmp_path / "c.png").is_file()
+
+
+@pytest.mark.parametrize("pattern", ["*.jpg", "**/*.jpg", "im[0-9].jpg", "[x]/*.jpg"])
+def test_folders_with_brackets_in_a_pattern(tmp_path: Path, pattern: str) -> None:
+    folder = tmp_path / "a[1]" / "b*" / "[x]"
+    folder.mkdir(parents=True)
+    place = folder.parent if pattern.startswith("[x]") else folder
+    for name in ("im1.jpg", "im2.jpg"):
+        (folder / name).touch()
+    jobs = predict.find_jobs([f"{place}/{pattern}"], tmp_path / "out", recursive=False)
+    assert [job.file.name for job in jobs] == ["im1.jpg", "im2.jpg"]
+    with pytest.raises(UserError, match="there is no such image or folder"):
+        predict.find_jobs([f"{folder}/*.png"], tmp_path / "out", recursive=False)
+
+
+def test_home_folders_that_nobody_knows() -> None:
+    with pytest.raises(UserError, match="--data-root ~nobodyknows/x: it is not known which folder"):
+        open_source("folder", Path("~nobodyknows/x"), SourceOptions())
+    with pytest.raises(UserError, match=r"--data\.cache ~nobodyknows"):
+        validate(update(Settings(), {"data": {"cache": "~nobodyknows"}}, "test"))
