@@ -75,6 +75,7 @@ def contrast_f32(
     loss: int,
     temperature: float,
     threads: int,
+    slope: int = 0,
 ) -> None: ...
 def contrast_f64(
     query: Matrix,
@@ -90,4 +91,5 @@ def contrast_f64(
     loss: int,
     temperature: float,
     threads: int,
+    slope: int = 0,
 ) -> None: ...

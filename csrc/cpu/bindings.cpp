@@ -73,7 +73,8 @@ Size select_pixels(Address label, Address mask, Size n, Address held, Size banks
 template <class A>
 void contrast(const MatrixArgs& query, const MatrixArgs& positive, const MatrixArgs& grad,
               Address index, Size n, Address label, Address class_weight, Size dim,
-              const QueuesArgs& q, Address keys, Address loss, double temperature, int threads) {
+              const QueuesArgs& q, Address keys, Address loss, double temperature, int threads,
+              Address slope) {
   const ctt::Contrast in{matrix(query),
                          matrix(positive),
                          matrix(grad),
@@ -84,7 +85,16 @@ void contrast(const MatrixArgs& query, const MatrixArgs& positive, const MatrixA
                          dim,
                          temperature,
                          threads};
-  ctt::contrast(in, queues(q), at<const A>(keys), at<A>(loss));
+  ctt::contrast(in, queues(q), at<const A>(keys), at<A>(loss), at<A>(slope));
+}
+
+template <class A>
+void def_contrast(py::module_& m, const char* name) {
+  m.def(name, &contrast<A>, py::arg("query"), py::arg("positive"), py::arg("grad"),
+        py::arg("index"), py::arg("n"), py::arg("label"), py::arg("class_weight"), py::arg("dim"),
+        py::arg("queues"), py::arg("keys"), py::arg("loss"), py::arg("temperature"),
+        py::arg("threads"), py::arg("slope") = Address{0},
+        py::call_guard<py::gil_scoped_release>());
 }
 
 // The elements of both sequences, lists or tuples.
@@ -124,6 +134,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("class_topk", &class_topk, release);
   m.def("queue_push", &queue_push, release);
   m.def("select_pixels", &select_pixels, release);
-  m.def("contrast_f32", &contrast<float>, release);
-  m.def("contrast_f64", &contrast<double>, release);
+  def_contrast<float>(m, "contrast_f32");
+  def_contrast<double>(m, "contrast_f64");
 }

@@ -48,11 +48,12 @@ struct Workspace {
 template <class A>
 class Sweep {
  public:
-  Sweep(const Contrast& in, const Queues& queues, const A* keys, A* loss)
+  Sweep(const Contrast& in, const Queues& queues, const A* keys, A* loss, A* by_temperature)
       : in_(in),
         queues_(queues),
         keys_(keys),
         loss_(loss),
+        by_temperature_(by_temperature),
         product_(product<A>()),
         score_stride_(round_up(queues.m, product_.width)),
         slope_stride_(round_up(in.dim, product_.width)) {
@@ -153,13 +154,23 @@ class Sweep {
                                 static_cast<double>(space.factor[r]) *
                                 static_cast<double>(space.inverse_norm[r]));
     }
-    scatter_group(in_.grad, index, rows, dim, space.unit.get(), scale, slope);
+    A along[kRows];
+    scatter_group(in_.grad, index, rows, dim, space.unit.get(), scale, slope, along);
+    if (by_temperature_ == nullptr) return;
+    for (std::int64_t r = 0; r < rows; ++r) {
+      // the scores are unit . key / tau
+      by_temperature_[start + r] =
+          static_cast<A>(-in_.class_weight[in_.label[index[r]]] *
+                         static_cast<double>(space.factor[r]) * static_cast<double>(along[r]) /
+                         in_.temperature);
+    }
   }
 
   const Contrast& in_;
   const Queues& queues_;
   const A* keys_;
   A* loss_;
+  A* by_temperature_;
   const Product<A>& product_;
   const std::int64_t score_stride_;
   const std::int64_t slope_stride_;
@@ -171,11 +182,11 @@ class Sweep {
 }  // namespace
 
 template <class A>
-void contrast(const Contrast& in, const Queues& queues, const A* keys, A* loss) {
-  Sweep<A>(in, queues, keys, loss).run();
+void contrast(const Contrast& in, const Queues& queues, const A* keys, A* loss, A* slope) {
+  Sweep<A>(in, queues, keys, loss, slope).run();
 }
 
-template void contrast(const Contrast&, const Queues&, const float*, float*);
-template void contrast(const Contrast&, const Queues&, const double*, double*);
+template void contrast(const Contrast&, const Queues&, const float*, float*, float*);
+template void contrast(const Contrast&, const Queues&, const double*, double*, double*);
 
 }  // namespace ctt

@@ -81,8 +81,9 @@ struct Contrast {
 };
 
 // Loss (n,) of the pixels that count and the gradient with respect to their queries, against keys
-// (m, D) contiguous. A, float or double, is the type of the arithmetic.
+// (m, D) contiguous. A, float or double, is the type of the arithmetic. slope (n,), null where it is
+// not wanted: the derivative of what a pixel gives to the result by the temperature; needs `grad`.
 template <class A>
-void contrast(const Contrast& in, const Queues& queues, const A* keys, A* loss);
+void contrast(const Contrast& in, const Queues& queues, const A* keys, A* loss, A* slope);
 
 }  // namespace ctt

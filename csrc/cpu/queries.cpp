@@ -72,14 +72,15 @@ CTT_INLINE A normalize(A* x, std::int64_t dim) {
   return static_cast<A>(inverse);
 }
 
-// slope <- scale (slope - (slope . unit) unit)
+// slope <- scale (slope - (slope . unit) unit); returns slope . unit
 template <class A>
-CTT_INLINE void project(const A* unit, std::int64_t dim, A scale, A* slope) {
+CTT_INLINE A project(const A* unit, std::int64_t dim, A scale, A* slope) {
   A along = 0;
 #pragma omp simd reduction(+ : along)
   for (std::int64_t d = 0; d < dim; ++d) along += slope[d] * unit[d];
 #pragma omp simd
   for (std::int64_t d = 0; d < dim; ++d) slope[d] = scale * (slope[d] - along * unit[d]);
+  return along;
 }
 
 template <class A>
@@ -104,9 +105,10 @@ CTT_INLINE void gather(const Matrix& source, const std::int64_t* row, std::int64
 
 template <class A>
 CTT_INLINE void scatter(const Matrix& grad, const std::int64_t* row, std::int64_t rows,
-                        std::int64_t dim, const A* unit, const A* scale, A* slope) {
+                        std::int64_t dim, const A* unit, const A* scale, A* slope,
+                        A* along) {
   for (std::int64_t r = 0; r < rows; ++r) {
-    project(unit + r * dim, dim, scale[r], slope + r * dim);
+    along[r] = project(unit + r * dim, dim, scale[r], slope + r * dim);
   }
   switch (grad.dtype) {
     case DType::f32:
@@ -134,14 +136,14 @@ CTT_CLONES void gather_group(const Matrix& source, const std::int64_t* row, std:
 
 CTT_CLONES void scatter_group(const Matrix& grad, const std::int64_t* row, std::int64_t rows,
                               std::int64_t dim, const float* unit, const float* scale,
-                              float* slope) {
-  scatter(grad, row, rows, dim, unit, scale, slope);
+                              float* slope, float* along) {
+  scatter(grad, row, rows, dim, unit, scale, slope, along);
 }
 
 CTT_CLONES void scatter_group(const Matrix& grad, const std::int64_t* row, std::int64_t rows,
                               std::int64_t dim, const double* unit, const double* scale,
-                              double* slope) {
-  scatter(grad, row, rows, dim, unit, scale, slope);
+                              double* slope, double* along) {
+  scatter(grad, row, rows, dim, unit, scale, slope, along);
 }
 
 std::int64_t select_pixels(const std::int64_t* label, const bool* mask, std::int64_t n,

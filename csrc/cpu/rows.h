@@ -29,10 +29,12 @@ void pair_info_nce_row(const Queues& queues, std::int64_t c, std::int64_t dim, d
 
 // grad[row] <- the gradient with respect to the vector before it was normalised, from slope
 // (rows, D), `scale` times which is the gradient with respect to the unit vector over the norm.
-// Uses up slope.
+// Uses up slope. along (rows,) <- slope . unit.
 void scatter_group(const Matrix& grad, const std::int64_t* row, std::int64_t rows,
-                   std::int64_t dim, const float* unit, const float* scale, float* slope);
+                   std::int64_t dim, const float* unit, const float* scale, float* slope,
+                   float* along);
 void scatter_group(const Matrix& grad, const std::int64_t* row, std::int64_t rows,
-                   std::int64_t dim, const double* unit, const double* scale, double* slope);
+                   std::int64_t dim, const double* unit, const double* scale, double* slope,
+                   double* along);
 
 }  // namespace ctt

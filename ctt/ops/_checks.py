@@ -74,10 +74,25 @@ def untransformed(operation: str, tensors: Iterable[Tensor]) -> None:
         )
 
 
-def temperature(operation: str, value: float) -> None:
+def temperature(operation: str, value: object) -> float:
+    """Return a temperature of any usual kind of scalar as a number."""
+    tau = number(operation, "temperature", value)
     # a comparison, because torch.compile with dynamic shapes cannot trace math.isfinite
-    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+    if not 0 < tau < math.inf:
         raise ValueError(f"{operation}: temperature must be a finite number above 0, got {value!r}")
+    return tau
+
+
+def learned_temperature(operation: str, value: Tensor, device: torch.device) -> Tensor:
+    """Return a temperature that is a tensor with shape ()."""
+    if not value.is_floating_point() or value.numel() != 1:
+        raise ValueError(
+            f"{operation}: temperature must be a number or a floating-point tensor of one value, "
+            f"got {value.dtype} {tuple(value.shape)}"
+        )
+    if value.device != device:
+        raise ValueError(f"{operation}: temperature must be on {device}, got {value.device}")
+    return value.reshape(())
 
 
 def reduction(operation: str, value: str) -> None:

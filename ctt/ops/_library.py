@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from ctt.ops import _checks
+from ctt.ops._nvtx import named_range
 from ctt.ops._plans import plan_of
 from ctt.ops._registry import select
 
@@ -26,14 +28,11 @@ _library.define(
     "queue_push_(Tensor(a!) keys, Tensor(b!) count, Tensor(c!) cursor, Tensor features, "
     "Tensor index, str backend) -> ()"
 )
+# equation (8) where `positive` is given, else (6); a learned temperature takes the number's place
 _library.define(
-    "info_nce(Tensor query, Tensor label, Tensor keys, Tensor? count, Tensor? mask, "
-    "float temperature, str reduction, bool need_grad, str backend) -> (Tensor, Tensor)"
-)
-_library.define(
-    "pair_info_nce(Tensor query, Tensor positive, Tensor label, Tensor[] keys, Tensor[] counts, "
-    "Tensor? mask, float temperature, str reduction, bool need_grad, str backend) "
-    "-> (Tensor, Tensor)"
+    "contrast(Tensor query, Tensor? positive, Tensor label, Tensor[] keys, Tensor[] counts, "
+    "Tensor? mask, float temperature, Tensor? learned, str reduction, bool need_grad, "
+    "bool need_slope, str backend) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -78,49 +77,47 @@ def _queue_push_(
     select("queue_push_", backend, keys.device).queue_push_(keys, count, cursor, features, index)
 
 
-def _info_nce(
+def contrast(
     query: Tensor,
-    label: Tensor,
-    keys: Tensor,
-    count: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    reduction: str,
-    need_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    run = select("info_nce", backend, query.device).info_nce
-    loss, grad = run(query, label, keys, count, mask, temperature, reduction, need_grad)
-    return loss, _or_empty(grad, query)
-
-
-def _pair_info_nce(
-    query: Tensor,
-    positive: Tensor,
+    positive: Tensor | None,
     label: Tensor,
     keys: list[Tensor],
-    counts: list[Tensor],
+    counts: list[Tensor | None],
     mask: Tensor | None,
     temperature: float,
+    learned: Tensor | None,
     reduction: str,
     need_grad: bool,
+    need_slope: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    run = select("pair_info_nce", backend, query.device).pair_info_nce
-    loss, grad = run(query, positive, label, keys, counts, mask, temperature, reduction, need_grad)
-    return loss, _or_empty(grad, query)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, its gradient by the query, and its slope by the temperature; empty where not needed."""
+    name = "info_nce" if positive is None else "pair_info_nce"
+    tau: float | Tensor = temperature if learned is None else _value(name, learned)
+    module = select(name, backend, query.device)
+    options = (mask, tau, reduction, need_grad, need_slope)
+    with torch.no_grad(), named_range(f"ctt.{name}", query.device):
+        if positive is None:
+            loss, grad, slope = module.info_nce(query, label, keys[0], counts[0], *options)
+        else:
+            loss, grad, slope = module.pair_info_nce(query, positive, label, keys, counts, *options)
+    if grad is None:
+        grad = query.new_empty(0, dtype=gradient_dtype(query))
+    return loss, grad, loss.new_empty(0) if slope is None else slope
 
 
-def _or_empty(grad: Tensor | None, query: Tensor) -> Tensor:
-    return query.new_empty(0, dtype=gradient_dtype(query)) if grad is None else grad
+def _value(operation: str, temperature: Tensor) -> float | Tensor:
+    """Return the number where reading it waits for no device."""
+    if temperature.device.type != "cpu":
+        return temperature.detach()
+    return _checks.temperature(operation, float(temperature))
 
 
 for _name, _kernel in (
     ("ema_update_", _ema_update_),
     ("class_topk", _class_topk),
     ("queue_push_", _queue_push_),
-    ("info_nce", _info_nce),
-    ("pair_info_nce", _pair_info_nce),
+    ("contrast", contrast),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
@@ -144,104 +141,102 @@ def _(
     return None
 
 
-def _fake_loss(query: Tensor, reduction: str, need_grad: bool) -> tuple[Tensor, Tensor]:
-    shape = (query.shape[0],) if reduction == "none" else ()
-    grad = query.new_empty(query.shape if need_grad else 0, dtype=gradient_dtype(query))
-    return query.new_empty(shape, dtype=loss_dtype(query)), grad
-
-
-@torch.library.register_fake("ctt::info_nce", lib=_library)
+@torch.library.register_fake("ctt::contrast", lib=_library)
 def _(
     query: Tensor,
-    label: Tensor,
-    keys: Tensor,
-    count: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    reduction: str,
-    need_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return _fake_loss(query, reduction, need_grad)
-
-
-@torch.library.register_fake("ctt::pair_info_nce", lib=_library)
-def _(
-    query: Tensor,
-    positive: Tensor,
+    positive: Tensor | None,
     label: Tensor,
     keys: list[Tensor],
-    counts: list[Tensor],
+    counts: list[Tensor | None],
     mask: Tensor | None,
     temperature: float,
+    learned: Tensor | None,
     reduction: str,
     need_grad: bool,
+    need_slope: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    return _fake_loss(query, reduction, need_grad)
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (query.shape[0],) if reduction == "none" else ()
+    loss = query.new_empty(shape, dtype=loss_dtype(query))
+    grad = query.new_empty(query.shape if need_grad else 0, dtype=gradient_dtype(query))
+    return loss, grad, loss.new_empty(shape if need_slope else 0)
 
 
-def scale_gradient(grad_loss: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """Chain rule for a stored gradient; grad_loss is () or (N,), grad (N, D), dtype the query's."""
-    factor = grad_loss[:, None] if grad_loss.dim() else grad_loss
-    return (factor * grad.to(grad_loss.dtype)).to(dtype)
-
-
-def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.inputs, ctx.dtype = len(inputs), inputs[0].dtype
-    ctx.save_for_backward(output[1])
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, *_, learned = inputs[:8]
+    ctx.dtype, ctx.banks = query.dtype, len(inputs[3])
+    ctx.learned = None if learned is None else learned.dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 @torch.autograd.function.once_differentiable
-def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, grad_loss)
-
-
-def _gradients(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
-    (grad,) = ctx.saved_tensors
-    rest = (None,) * (ctx.inputs - 1)
-    return (None if grad_loss is None else scale_gradient(grad_loss, grad, ctx.dtype), *rest)
-
-
-@torch.autograd.function.once_differentiable
-def _pair_backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    grad_query, grad_positive, grad_label, *_rest = _gradients(ctx, grad_loss)
-    lists = ([None] * ctx.banks, [None] * ctx.banks)
-    return (grad_query, grad_positive, grad_label, *lists, *(None,) * 5)
-
-
-def _keep_pair_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _keep_gradient(ctx, inputs, output)
-    ctx.banks = len(inputs[3])
-
-
-torch.library.register_autograd(
-    "ctt::info_nce", _backward, setup_context=_keep_gradient, lib=_library
-)
-torch.library.register_autograd(
-    "ctt::pair_info_nce", _pair_backward, setup_context=_keep_pair_gradient, lib=_library
-)
-
-
-class StoredGradient(torch.autograd.Function):
-    """Eager twin of the registered autograd: a loss whose gradient was made together with it."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
-        ctx.save_for_backward(grad)
-        ctx.dtype = query.dtype
-        return loss.view_as(loss)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = ctx.saved_tensors
-        if grad.dtype == grad_loss.dtype and not _graph_is_kept():
+def _scale(
+    ctx: Any, grad_loss: Tensor | None, in_place: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the query and the temperature from those that were made with the loss."""
+    grad, slope = ctx.saved_tensors
+    by_query = by_temperature = None
+    if grad_loss is not None and ctx.needs_input_grad[0]:
+        factor = grad_loss[:, None] if grad_loss.dim() else grad_loss
+        if in_place and grad.dtype == grad_loss.dtype:
             # nobody reads it again: a second (N, D) costs more than the product itself
-            factor = grad_loss[:, None] if grad_loss.dim() else grad_loss
-            return grad.mul_(factor).to(ctx.dtype), None, None
-        return scale_gradient(grad_loss, grad, ctx.dtype), None, None
+            by_query = grad.mul_(factor).to(ctx.dtype)
+        else:
+            by_query = (factor * grad.to(grad_loss.dtype)).to(ctx.dtype)
+    if grad_loss is not None and ctx.learned is not None and slope.numel():
+        by_temperature = (grad_loss * slope).sum().to(ctx.learned)
+    return by_query, by_temperature
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    by_query, by_temperature = _scale(ctx, grad_loss, False)
+    lists = ([None] * ctx.banks, [None] * ctx.banks)
+    return (by_query, None, None, *lists, None, None, by_temperature, *(None,) * 4)
+
+
+torch.library.register_autograd("ctt::contrast", _backward, setup_context=_keep, lib=_library)
+
+
+class Contrast(torch.autograd.Function):
+    """Eager twin of the operator, with its arguments: a dispatcher costs more than a small call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = contrast(*inputs)
+        _keep(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+        by_query, by_temperature = _scale(ctx, grad_loss, not _graph_is_kept())
+        return (by_query, *(None,) * 6, by_temperature, *(None,) * 4)
+
+
+class TransformedContrast(Contrast):
+    """The same under torch.func, whose form of a function costs 100 microseconds a call more."""
+
+    forward = staticmethod(contrast)  # type: ignore[assignment]
+    setup_context = staticmethod(_keep)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, tuple[int, ...]]:
+        """Call for each of the batch in turn."""
+        calls = [
+            TransformedContrast.apply(
+                *(_pick(x, dim, i) for x, dim in zip(inputs, in_dims, strict=True))
+            )
+            for i in range(info.batch_size)
+        ]
+        return tuple(torch.stack(x) for x in zip(*calls, strict=True)), (0, 0, 0)
+
+
+def _pick(x: Any, dim: Any, i: int) -> Any:
+    """Return element i of a batched argument."""
+    if isinstance(x, (list, tuple)):
+        return [_pick(y, d, i) for y, d in zip(x, dim, strict=True)]
+    return x if dim is None else x.select(dim, i)
 
 
 def _graph_is_kept() -> bool:

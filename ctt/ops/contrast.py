@@ -1,14 +1,13 @@
 """Pixel contrast against per-class queues: equations (6) and (8) of the paper."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ctt.ops import _checks
-from ctt.ops._library import StoredGradient
-from ctt.ops._nvtx import named_range
-from ctt.ops._registry import select
+from ctt.ops._library import Contrast, TransformedContrast, contrast
 
 
 def info_nce(
@@ -17,7 +16,7 @@ def info_nce(
     keys: Tensor,
     count: Tensor | None = None,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     mask: Tensor | None = None,
     reduction: str = "class",
     backend: str = "auto",
@@ -38,7 +37,8 @@ def info_nce(
         label: (N,) int64; labels outside 0..C-1 (255) do not count.
         keys: (C, V, D) floating point, L2-normalised as `queue_push_` stores them; no gradient.
         count: (C,) int64, how many of the V keys of a class are held (the first ones); None: all.
-        temperature: tau > 0.
+        temperature: tau > 0. A tensor of one value may take a gradient: tau can be learned. On a
+            GPU it is read there, its range is not checked, and the `torch` backend computes.
         mask: (N,) bool; pixels where it is false do not count, whatever they hold.
         reduction: "class" (mean over the pixels of a class, then over the classes present),
             "mean" (over the pixels that count) or "none" ((N,), 0 where a pixel does not count).
@@ -48,6 +48,7 @@ def info_nce(
         () or (N,), in float32 (float64 for float64 queries). 0 with zero gradient where no pixel
         counts. Half-precision inputs are accumulated in float32, under autocast too. The gradient
         is made together with the loss: a second derivative is not offered, asking for one raises.
+        torch.func.grad works, and vmap as a loop over its batch.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, device or range.
@@ -58,18 +59,8 @@ def info_nce(
     _checks.tensor("info_nce", "keys", keys, ("C", "V", dim), None, query.device)
     if count is not None:
         _checks.tensor("info_nce", "count", count, (keys.shape[0],), torch.int64, query.device)
-    _check_common("info_nce", query, label, mask, temperature, reduction)
-    keys = keys.detach()
-    need_grad = query.requires_grad and torch.is_grad_enabled()
-    if torch.compiler.is_compiling():
-        traced: Tensor = torch.ops.ctt.info_nce(
-            query, label, keys, count, mask, temperature, reduction, need_grad, backend
-        )[0]
-        return traced
-    run = select("info_nce", backend, query.device).info_nce
-    with torch.no_grad(), named_range("ctt.info_nce", query.device):
-        loss, grad = run(query, label, keys, count, mask, temperature, reduction, need_grad)
-    return _attach(query, loss, grad)
+    options = (mask, temperature, reduction, backend)
+    return _contrast("info_nce", query, None, label, [keys.detach()], [count], *options)
 
 
 def pair_info_nce(
@@ -78,7 +69,7 @@ def pair_info_nce(
     label: Tensor,
     banks: Sequence[tuple[Tensor, Tensor | None]],
     *,
-    temperature: float,
+    temperature: float | Tensor,
     mask: Tensor | None = None,
     reduction: str = "class",
     backend: str = "auto",
@@ -119,43 +110,59 @@ def pair_info_nce(
         classes = keys.shape[0]
         if count is not None:
             _checks.tensor(name, f"banks[{i}][1]", count, (classes,), torch.int64, device)
-    _check_common(name, query, label, mask, temperature, reduction)
-    all_keys = [keys.detach() for keys, _ in banks]
-    all_counts = [
-        torch.full((keys.shape[0],), keys.shape[1], device=device) if count is None else count
-        for keys, count in banks
-    ]
-    need_grad = query.requires_grad and torch.is_grad_enabled()
-    options = (temperature, reduction, need_grad)
-    if torch.compiler.is_compiling():
-        traced: Tensor = torch.ops.ctt.pair_info_nce(
-            query, positive.detach(), label, all_keys, all_counts, mask, *options, backend
-        )[0]
-        return traced
-    run = select(name, backend, device).pair_info_nce
-    with torch.no_grad(), named_range("ctt.pair_info_nce", device):
-        loss, grad = run(query, positive, label, all_keys, all_counts, mask, *options)
-    return _attach(query, loss, grad)
+    banks = [(keys.detach(), count) for keys, count in banks]
+    all_keys, all_counts = [keys for keys, _ in banks], [count for _, count in banks]
+    options = (mask, temperature, reduction, backend)
+    return _contrast(name, query, positive.detach(), label, all_keys, all_counts, *options)
 
 
-def _check_common(
-    operation: str,
+def _contrast(
+    name: str,
     query: Tensor,
+    positive: Tensor | None,
     label: Tensor,
+    keys: list[Tensor],
+    counts: list[Tensor | None],
     mask: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     reduction: str,
-) -> None:
-    _checks.tensor(operation, "label", label, (query.shape[0],), torch.int64, query.device)
+    backend: str,
+) -> Tensor:
+    """Check what both losses have in common, and compute one of them."""
+    _checks.tensor(name, "label", label, (query.shape[0],), torch.int64, query.device)
     if mask is not None:
-        _checks.tensor(operation, "mask", mask, (query.shape[0],), torch.bool, query.device)
-    _checks.temperature(operation, temperature)
-    _checks.reduction(operation, reduction)
+        _checks.tensor(name, "mask", mask, (query.shape[0],), torch.bool, query.device)
+    _checks.reduction(name, reduction)
+    learned, tau = None, 1.0
+    # a number that lies on the host is read at once
+    if isinstance(temperature, Tensor) and (temperature.requires_grad or not _on_host(temperature)):
+        learned = _checks.learned_temperature(name, temperature, query.device)
+    else:
+        tau = _checks.temperature(name, temperature)
+    differentiates = torch.is_grad_enabled()
+    need_grad = differentiates and query.requires_grad
+    need_slope = differentiates and learned is not None and learned.requires_grad
+    run: Any
+    if torch.compiler.is_compiling():
+        run = torch.ops.ctt.contrast
+        counts = [_all_held(k) if n is None else n for k, n in zip(keys, counts, strict=True)]
+    elif torch._C._are_functorch_transforms_active():
+        # requires_grad does not tell of all levels
+        run, need_grad, need_slope = TransformedContrast.apply, differentiates, learned is not None
+    else:
+        run = Contrast.apply if need_grad or need_slope else contrast
+    arguments = (query, positive, label, keys, counts, mask, tau, learned, reduction)
+    loss: Tensor = run(*arguments, need_grad, need_slope, backend)[0]
+    return loss
 
 
-def _attach(query: Tensor, loss: Tensor, grad: Tensor | None) -> Tensor:
-    """Hang the gradient that was made with the loss onto the graph."""
-    if grad is None:
-        return loss
-    attached: Tensor = StoredGradient.apply(query, loss, grad)
-    return attached
+def _all_held(keys: Tensor) -> Tensor:
+    return torch.full((keys.shape[0],), keys.shape[1], device=keys.device)
+
+
+def _on_host(x: Tensor) -> bool:
+    """Whether the value can be read without waiting for a device, or breaking a graph."""
+    if torch.compiler.is_compiling():
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return x.device.type == "cpu" and not wrapped

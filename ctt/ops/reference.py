@@ -65,7 +65,7 @@ def info_nce(
     keys: Tensor,
     count: Tensor | None = None,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     mask: Tensor | None = None,
     reduction: str = "class",
 ) -> Tensor:
@@ -97,7 +97,7 @@ def pair_info_nce(
     label: Tensor,
     banks: Sequence[tuple[Tensor, Tensor | None]],
     *,
-    temperature: float,
+    temperature: float | Tensor,
     mask: Tensor | None = None,
     reduction: str = "class",
 ) -> Tensor:

@@ -285,7 +285,7 @@ def test_errors_name_the_argument() -> None:
         (ValueError, "temperature", {"temperature": 0}),
         (ValueError, "temperature", {"temperature": -0.1}),
         (ValueError, "temperature", {"temperature": float("nan")}),
-        (ValueError, "temperature", {"temperature": "warm"}),
+        (TypeError, "temperature", {"temperature": "warm"}),
         (ValueError, "reduction", {"reduction": "sum"}),
         (ValueError, "backend", {"backend": "fastest"}),
     ]

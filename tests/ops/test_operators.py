@@ -53,10 +53,15 @@ def info_nce_arguments(device: str) -> list[Arguments]:
         (full, (0.1, "none", True)),
         (hard, (0.1, "mean", False)),
     ]
-    return [
-        (_leaf(c.query, grad), c.label, _finite(c.keys), c.count, c.mask, *(t, r, grad))
-        for c, (t, r, grad) in rest
-    ]
+
+    def given(c: Any, grad: bool) -> tuple[Any, ...]:
+        count = torch.full((3,), 4, device=device) if c.count is None else c.count
+        return _leaf(c.query, grad), None, c.label, [_finite(c.keys)], [count], c.mask
+
+    cases = [(*given(c, grad), t, None, r, grad, False) for c, (t, r, grad) in rest]
+    tau = torch.tensor(0.2, device=device, requires_grad=True)
+    cases += [(*given(full, grad), 1.0, tau, "none", grad, True) for grad in (True, False)]
+    return cases
 
 
 def pair_info_nce_arguments(device: str) -> list[Arguments]:
@@ -67,8 +72,8 @@ def pair_info_nce_arguments(device: str) -> list[Arguments]:
     query, positive = _finite(c.query), _finite(c.positive)
     keys, counts = [_finite(c.keys), _finite(c.second[0])], [c.count, c.second[1]]
     return [
-        (_leaf(query, grad), positive, c.label, keys, counts, c.mask, 0.1, reduction, grad)
-        for reduction, grad in (("class", True), ("none", True), ("mean", False))
+        (_leaf(query, g), positive, c.label, keys, counts, c.mask, 0.1, None, reduction, g, False)
+        for reduction, g in (("class", True), ("none", True), ("mean", False))
     ]
 
 
@@ -100,7 +105,8 @@ EVERY = pytest.mark.parametrize(
 
 @EVERY
 def test_operator_passes_opcheck(operation: str, backend: str, device: str) -> None:
-    operator = getattr(torch.ops.ctt, operation).default
+    name = "contrast" if "info_nce" in operation else operation
+    operator = getattr(torch.ops.ctt, name).default
     for arguments in MAKERS[operation](device):
         torch.library.opcheck(operator, (*arguments, backend))
 
@@ -198,7 +204,7 @@ def test_autocast_changes_nothing(
 def test_operator_refuses_a_second_derivative() -> None:
     """Otherwise its part that goes through the query would be missing without a word."""
     (query, *rest), *_ = info_nce_arguments("cpu")
-    loss = torch.ops.ctt.info_nce(query, *rest, "auto")[0]
+    loss = torch.ops.ctt.contrast(query, *rest, "auto")[0]
     weight = torch.ones((), requires_grad=True)
     (grad,) = torch.autograd.grad(loss * weight, query, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

@@ -25,6 +25,7 @@ else:
 
 # The codes of csrc/cpu/common.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_Result = tuple[Tensor, Tensor | None, Tensor | None]
 _NO_MATRIX = (0, 0, 0, 0)
 
 
@@ -137,11 +138,13 @@ def info_nce(
     keys: Tensor,
     count: Tensor | None,
     mask: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     reduction: str,
     need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    return _contrast(query, None, label, [keys], [count], mask, temperature, reduction, need_grad)
+    need_slope: bool,
+) -> _Result:
+    options = (mask, float(temperature), reduction, need_grad, need_slope)
+    return _contrast(query, None, label, [keys], [count], *options)
 
 
 def pair_info_nce(
@@ -151,11 +154,13 @@ def pair_info_nce(
     keys: list[Tensor],
     counts: list[Tensor | None],
     mask: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     reduction: str,
     need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    return _contrast(query, positive, label, keys, counts, mask, temperature, reduction, need_grad)
+    need_slope: bool,
+) -> _Result:
+    options = (mask, float(temperature), reduction, need_grad, need_slope)
+    return _contrast(query, positive, label, keys, counts, *options)
 
 
 def _contrast(
@@ -168,7 +173,8 @@ def _contrast(
     temperature: float,
     reduction: str,
     need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
+    need_slope: bool,
+) -> _Result:
     """Equation (6), or (8) where there is a positive."""
     double = query.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
@@ -181,7 +187,10 @@ def _contrast(
 
     loss = flat_keys.new_empty(index.shape[0])
     make = torch.empty_like if index.shape[0] == query.shape[0] else torch.zeros_like
-    grad = make(query, dtype=gradient_dtype(query)) if need_grad else None
+    # the slope is found on the way to the gradient
+    made = need_grad or need_slope
+    grad = make(query, dtype=gradient_dtype(query)) if made else None
+    slope = torch.zeros_like(loss) if need_slope else None
     weight = _class_weight(pixels, reduction)
     if index.shape[0]:
         run = _cpu.contrast_f64 if double else _cpu.contrast_f32
@@ -199,10 +208,17 @@ def _contrast(
             loss.data_ptr(),
             temperature,
             torch.get_num_threads(),
+            *(() if slope is None else (slope.data_ptr(),)),
         )
+    if not need_grad:
+        grad = None
     if reduction == "none":
-        return loss.new_zeros(label.shape[0]).index_copy_(0, index, loss), grad
-    return (loss.double() * weight[label[index]]).sum().to(dtype), grad
+        value = loss.new_zeros(label.shape[0]).index_copy_(0, index, loss)
+        if slope is not None:
+            slope = loss.new_zeros(label.shape[0]).index_copy_(0, index, slope)
+        return value, grad, slope
+    value = (loss.double() * weight[label[index]]).sum().to(dtype)
+    return value, grad, None if slope is None else slope.double().sum().to(dtype)
 
 
 def _select_pixels(

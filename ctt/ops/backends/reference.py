@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from ctt.ops import reference
-from ctt.ops._library import gradient_dtype
+from ctt.ops._library import gradient_dtype, loss_dtype
 from ctt.ops._plans import Plan
 from ctt.ops.reference import class_topk, queue_push_
+
+Result = tuple[Tensor, Tensor | None, Tensor | None]
 
 __all__ = ["class_topk", "ema_update_", "info_nce", "pair_info_nce", "queue_push_", "why_not"]
 
@@ -29,16 +31,17 @@ def info_nce(
     keys: Tensor,
     count: Tensor | None,
     mask: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     reduction: str,
     need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    def loss(q: Tensor) -> Tensor:
+    need_slope: bool,
+) -> Result:
+    def loss(q: Tensor, tau: float | Tensor) -> Tensor:
         return reference.info_nce(
-            q, label, keys, count, temperature=temperature, mask=mask, reduction=reduction
+            q, label, keys, count, temperature=tau, mask=mask, reduction=reduction
         )
 
-    return _with_gradient(loss, query, need_grad)
+    return _with_gradient(loss, query, temperature, need_grad, need_slope)
 
 
 def pair_info_nce(
@@ -48,31 +51,45 @@ def pair_info_nce(
     keys: list[Tensor],
     counts: list[Tensor | None],
     mask: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     reduction: str,
     need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    def loss(q: Tensor) -> Tensor:
+    need_slope: bool,
+) -> Result:
+    def loss(q: Tensor, tau: float | Tensor) -> Tensor:
         banks = list(zip(keys, counts, strict=True))
         return reference.pair_info_nce(
-            q, positive, label, banks, temperature=temperature, mask=mask, reduction=reduction
+            q, positive, label, banks, temperature=tau, mask=mask, reduction=reduction
         )
 
-    return _with_gradient(loss, query, need_grad)
+    return _with_gradient(loss, query, temperature, need_grad, need_slope)
 
 
 def _with_gradient(
-    loss: Callable[[Tensor], Tensor], query: Tensor, need_grad: bool
-) -> tuple[Tensor, Tensor | None]:
+    loss: Callable[[Tensor, float | Tensor], Tensor],
+    query: Tensor,
+    temperature: float | Tensor,
+    need_grad: bool,
+    need_slope: bool,
+) -> Result:
     # autocast would turn the matrix products into half precision behind the caller's back
     with torch.autocast(query.device.type, enabled=False):
-        if not need_grad:
-            return loss(query.detach()), None
+        if not (need_grad or need_slope):
+            return loss(query.detach(), temperature), None, None
 
         # inside an operator the dispatcher has autograd switched off
         autograd = torch._C.DispatchKey.AutogradFunctionality
         with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.enable_grad():
-            leaf = query.detach().to(gradient_dtype(query)).requires_grad_()
-            value = loss(leaf)
-            (grad,) = torch.autograd.grad(value.sum(), leaf)
-        return value.detach(), grad
+            leaf = query.detach().to(gradient_dtype(query)).requires_grad_(need_grad)
+            tau = torch.as_tensor(temperature, dtype=loss_dtype(query), device=query.device)
+            tau = tau.detach().clone().requires_grad_(need_slope)
+            value = loss(leaf, tau if need_slope else temperature)
+            grad = slope = None
+            if need_grad:
+                (grad,) = torch.autograd.grad(value.sum(), leaf, retain_graph=need_slope)
+            if need_slope:
+                # of every pixel: the derivative by its weight of that of the weighted sum
+                weight = torch.ones_like(value).requires_grad_()
+                (total,) = torch.autograd.grad((weight * value).sum(), tau, create_graph=True)
+                (slope,) = torch.autograd.grad(total, weight)
+        return value.detach(), grad, slope

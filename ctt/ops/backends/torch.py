@@ -37,6 +37,9 @@ _LEAST_PUSH = 1e-30
 _COPY_VALUES = 4 << 20
 
 
+_Result = tuple[Tensor, Tensor | None, Tensor | None]
+
+
 def why_not(operation: str, device: torch.device) -> str | None:
     return None
 
@@ -47,10 +50,11 @@ def info_nce(
     keys: Tensor,
     count: Tensor | None,
     mask: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     reduction: str,
     need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
+    need_slope: bool,
+) -> _Result:
     num_classes, capacity, _ = keys.shape
     filled = _filled(keys, count)
     bank = _bank(query, [keys], [filled])
@@ -71,7 +75,7 @@ def info_nce(
             term, push = term.masked_fill(~held, 0), push.masked_fill(~held, 0)
             share = 1 / held.sum(dim=1, keepdim=True).to(term.dtype)  # (b, 1)
         loss = (share * term.sum(dim=1, keepdim=True)).squeeze(1)  # (b,)
-        if not need_grad:
+        if not (need_grad or need_slope):
             return loss, None
         total = push.sum(dim=1, keepdim=True)  # (b, 1)
         # the weights of the positives join those of the negatives for one matrix product; both are
@@ -80,7 +84,8 @@ def info_nce(
         weight.view(-1, num_classes, capacity)[place] = push * ratio
         return loss, (weight @ bank.flat).mul_(share * total / (z * temperature))
 
-    return _sweep(query, label, mask, can_count, bank, reduction, need_grad, contrast)
+    options = (temperature, reduction, need_grad, need_slope)
+    return _sweep(query, label, mask, can_count, bank, *options, contrast)
 
 
 def pair_info_nce(
@@ -90,10 +95,11 @@ def pair_info_nce(
     keys: Sequence[Tensor],
     counts: Sequence[Tensor | None],
     mask: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     reduction: str,
     need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
+    need_slope: bool,
+) -> _Result:
     bank = _bank(query, keys, [_filled(k, c) for k, c in zip(keys, counts, strict=True)])
     holds = _holds(bank)  # (C,)
     can_count = holds.sum() - holds.long() > 0
@@ -107,12 +113,13 @@ def pair_info_nce(
         own = (block.direction * peer).sum(dim=1, keepdim=True) / temperature  # (b, 1)
         over = log_z - own
         loss = -F.logsigmoid(-over).squeeze(1)
-        if not need_grad:
+        if not (need_grad or need_slope):
             return loss, None
         push = over.sigmoid() / temperature  # (b, 1)
         return loss, (weight @ bank.flat).mul_(push / z).sub_(push * peer)
 
-    return _sweep(query, label, mask, can_count, bank, reduction, need_grad, contrast)
+    options = (temperature, reduction, need_grad, need_slope)
+    return _sweep(query, label, mask, can_count, bank, *options, contrast)
 
 
 class _Bank(NamedTuple):
@@ -194,20 +201,23 @@ def _sweep(
     mask: Tensor | None,
     can_count: Tensor,
     bank: _Bank,
+    temperature: float | Tensor,
     reduction: str,
     need_grad: bool,
+    need_slope: bool,
     contrast: Callable[[_Block], tuple[Tensor, Tensor | None]],
-) -> tuple[Tensor, Tensor | None]:
+) -> _Result:
     """can_count (C,) bool: whether the bank has what a pixel of the class needs. `contrast` gives
     the losses (b,) of a block and the gradients (b, D) by the direction."""
     if len(bank.flat) == 0:
         loss = bank.flat.new_zeros(len(query) if reduction == "none" else ())
         empty = torch.zeros_like(query, dtype=gradient_dtype(query)) if need_grad else None
-        return loss, empty
+        return loss, empty, torch.zeros_like(loss) if need_slope else None
     rows = _rows(label, can_count, mask)
     loss = bank.flat.new_empty(len(rows.label))  # (n,)
     factor = _factor(rows, bank.num_classes, reduction, loss.dtype)  # (n,) or ()
     new = torch.empty_like if rows.pixel is None else torch.zeros_like
+    slope = torch.zeros_like(loss) if need_slope else None  # (n,)
     grad = None  # (N, D)
     if need_grad:
         kept = gradient_dtype(query)
@@ -215,7 +225,12 @@ def _sweep(
     with _without_autocast(query.device):
         for part, block, inverse in _blocks(query, rows, bank):
             loss[part], by_direction = contrast(block)
-            if grad is None or by_direction is None:
+            if by_direction is None:
+                continue
+            if slope is not None:  # the scores are v . key / tau, by whose tau only v can tell
+                along = (by_direction * block.direction).sum(dim=1)  # (b,)
+                slope[part] = -along / temperature
+            if grad is None:
                 continue
             scale = inverse * (factor[part, None] if factor.dim() else factor)  # (b, 1)
             by_query = _through_norm(by_direction, block.direction, scale)
@@ -224,7 +239,10 @@ def _sweep(
                 grad[part] = torch.where(keep, by_query, 0) if _masks(rows) else by_query
             else:
                 grad[rows.pixel[part]] = by_query.to(grad.dtype)
-    return _reduce(loss, rows, factor, len(query), reduction), grad
+    value = _reduce(loss, rows, factor, len(query), reduction)
+    if slope is not None:
+        slope = _reduce(slope, rows, factor, len(query), reduction)
+    return value, grad, slope
 
 
 def _blocks(query: Tensor, rows: _Rows, bank: _Bank) -> Iterator[tuple[slice, _Block, Tensor]]:
@@ -249,7 +267,7 @@ def _taker(which: slice | Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: x[which]
 
 
-def _scores(block: _Block, bank: _Bank, temperature: float) -> Tensor:
+def _scores(block: _Block, bank: _Bank, temperature: float | Tensor) -> Tensor:
     """(b, C, V) cos / tau, -inf where a place holds no key."""
     v = block.direction / temperature
     if bank.bias is None:

@@ -11,7 +11,7 @@ and `positive` may have any dtype, keys are rounded to the query's once per call
     float32   products in TF32 (loss 1e-3, gradient 4e-3) where
               `torch.backends.cuda.matmul.fp32_precision` is "tf32", however it was set; else exact,
               by the torch backend: exact products of a whole feature do not fit the registers here
-    float64   by the torch backend
+    float64   by the torch backend, and so is a temperature that lies on the device
 
 With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, float32 exactly; this is
 for tests: slow, and silently wrong in bfloat16.
@@ -34,6 +34,7 @@ from ctt.ops import reference
 from ctt.ops._library import gradient_dtype, mark_written
 from ctt.ops._plans import Plan
 
+_Result = tuple[Tensor, Tensor | None, Tensor | None]
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -63,18 +64,18 @@ def info_nce(
     keys: Tensor,
     count: Tensor | None,
     mask: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     reduction: str,
     need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
+    need_slope: bool,
+) -> _Result:
     plan = _plan(query)
-    if plan is None:
-        result: tuple[Tensor, Tensor | None] = _exact().info_nce(
-            query, label, keys, count, mask, temperature, reduction, need_grad
-        )
+    if plan is None or isinstance(temperature, Tensor) or need_slope:
+        exact = (mask, temperature, reduction, need_grad, need_slope)
+        result: _Result = _exact().info_nce(query, label, keys, count, *exact)
         return result
     options = (mask, temperature, reduction, need_grad)
-    return _contrast(plan, query, None, label, [keys], [count], *options)
+    return (*_contrast(plan, query, None, label, [keys], [count], *options), None)
 
 
 def pair_info_nce(
@@ -84,18 +85,18 @@ def pair_info_nce(
     keys: list[Tensor],
     counts: list[Tensor | None],
     mask: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     reduction: str,
     need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
+    need_slope: bool,
+) -> _Result:
     plan = _plan(query)
-    if plan is None:
-        result: tuple[Tensor, Tensor | None] = _exact().pair_info_nce(
-            query, positive, label, keys, counts, mask, temperature, reduction, need_grad
-        )
+    if plan is None or isinstance(temperature, Tensor) or need_slope:
+        exact = (mask, temperature, reduction, need_grad, need_slope)
+        result: _Result = _exact().pair_info_nce(query, positive, label, keys, counts, *exact)
         return result
     options = (mask, temperature, reduction, need_grad)
-    return _contrast(plan, query, positive, label, keys, counts, *options)
+    return (*_contrast(plan, query, positive, label, keys, counts, *options), None)
 
 
 def class_topk(
@@ -370,9 +371,12 @@ def _kind_of_dot(dtype: torch.dtype) -> str | None:
     if dtype in _HALF:
         return "half"
     # this setting follows allow_tf32 and set_float32_matmul_precision, which may not both be read
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return None
+    matmul = torch.backends.cuda.matmul
+    if dtype != torch.float32:
+        return None
+    if hasattr(matmul, "fp32_precision"):
+        return "tf32" if matmul.fp32_precision == "tf32" else None
+    return "tf32" if matmul.allow_tf32 else None  # PyTorch before 2.9
 
 
 def _exact() -> ModuleType:
