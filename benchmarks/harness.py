@@ -92,7 +92,7 @@ def time_in_turns(
             break
         shift = turn % len(order)
         for name in order[shift:] + order[:shift]:
-            with named_range(name, device):
+            with named_range(name, "benchmark"):
                 spent = seconds_of(runs[name], device, repeats[name])
             times[name].append(1e3 * spent / repeats[name])
     return times

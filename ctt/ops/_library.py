@@ -96,7 +96,7 @@ def contrast(
     tau: float | Tensor = temperature if learned is None else _value(name, learned)
     module = select(name, backend, query.device)
     options = (mask, tau, reduction, need_grad, need_slope)
-    with torch.no_grad(), named_range(f"ctt.{name}", query.device):
+    with torch.no_grad(), named_range(name, payload=len(query)):
         if positive is None:
             loss, grad, slope = module.info_nce(query, label, keys[0], counts[0], *options)
         else:

@@ -55,7 +55,7 @@ def ema_update_(
     plan = plan_of(teacher, student)
     if plan.half and not isinstance(decay, Tensor):
         _warn_of_lost_steps(plan.half, decay)
-    with torch.no_grad(), named_range("ctt.ema_update_", teacher[0].device):
+    with torch.no_grad(), named_range("ema_update_", payload=len(teacher)):
         for i in plan.copied:
             teacher[i].copy_(student[i])
         if plan.averaged is not None:

@@ -47,6 +47,6 @@ def queue_push_(
         torch.ops.ctt.queue_push_(keys, count, cursor, features, index, backend)
         return
     _checks.untransformed("queue_push_", (keys, count, cursor, features, index))
-    with torch.no_grad(), named_range("ctt.queue_push_", device):
+    with torch.no_grad(), named_range("queue_push_", payload=index.numel()):
         run = select("queue_push_", backend, device).queue_push_
         run(keys, count, cursor, features, index)

@@ -50,6 +50,6 @@ def class_topk(
         return traced
     _checks.untransformed("class_topk", (confidence, label))
     run = select("class_topk", backend, device).class_topk
-    with named_range("ctt.class_topk", device):
+    with named_range("class_topk", payload=len(label)):
         result: tuple[Tensor, Tensor] = run(confidence, label, k, num_classes, valid)
     return result

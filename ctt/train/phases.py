@@ -38,7 +38,7 @@ class Phases:
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = self.now() if self.timing else None
-        with torch.profiler.record_function(name), named_range(name, self.device):
+        with torch.profiler.record_function(name), named_range(name, "phase"):
             yield
         if start is not None:
             self._spans.append((name, start, self.now()))

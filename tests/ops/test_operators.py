@@ -1,7 +1,6 @@
 """The operations under PyTorch's own machinery: torch.library, compilation, autocast, dispatch."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ from torch import Tensor
 
 import ctt.ops
 from ctt.ops import available_backends, class_topk, ema_update_, queue_push_
-from ctt.ops._nvtx import named_range
 from ctt.ops._registry import BACKENDS, OPERATIONS, why_not
 from tests.ops.common import contrast, high_level, low_level, runs
 
@@ -245,16 +243,6 @@ def test_a_backend_that_fails_to_load_gives_way_with_one_warning(
         assert chosen.__name__ == "ctt.ops.backends.torch"
     finally:
         _registry._auto.cache_clear()
-
-
-def test_ranges_for_profilers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named on a CUDA device; on another none is opened, because PyTorch may lack them there."""
-    opened: list[str] = []
-    monkeypatch.setattr("torch.cuda.nvtx.range", lambda name: opened.append(name) or nullcontext())
-    with named_range("ctt.info_nce", torch.device("cpu")):
-        assert opened == []
-    with named_range("ctt.info_nce", torch.device("cuda")):
-        assert opened == ["ctt.info_nce"]
 
 
 @pytest.mark.gpu
