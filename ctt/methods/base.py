@@ -276,6 +276,7 @@ class Method(nn.Module):
         labeled_beside: whether every batch that students see in training mode holds at least two
             images for each labelled one: it and an unlabelled one, or two views.
         find_unused: whether a step may leave trainable parameters without a gradient.
+        following: names of the modules that are never trained.
         round: number of the round, from 0.
         recordable: whether a step never waits for the device, so that it can be a CUDA graph.
     """
@@ -286,6 +287,7 @@ class Method(nn.Module):
     labeled_beside = True
     find_unused = False
     recordable = True
+    following: tuple[str, ...] = ("teachers",)
     round = 0
     options: Options
     students: Networks
@@ -298,9 +300,10 @@ class Method(nn.Module):
         self.teachers = Networks()
 
     def train(self, mode: bool = True) -> Method:
-        """Set the mode of everything but the teachers."""
+        """Set the mode of everything but what is never trained."""
         super().train(mode)
-        self.teachers.eval()
+        for name in self.following:
+            getattr(self, name).eval()
         return self
 
     def prepare(self, b: Batch, step: Step) -> Batch:

@@ -220,6 +220,13 @@ METHODS = {
         extra="a classifier of images and an attention module",
         cost=1.4,
     ),
+    "u2pl": About(
+        "Wang et al., CVPR 2022",
+        "ctt.methods.u2pl:U2pl",
+        uses=("ema", "loss.sup"),
+        options="ctt.methods.u2pl:U2plOptions",
+        extra="representation heads, banks of negatives",
+    ),
     "cct": About(
         "Ouali et al., CVPR 2020, without guided cutout",
         "ctt.methods.cct:Cct",

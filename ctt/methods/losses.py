@@ -39,6 +39,11 @@ def coarsen(maps: Tensor, stride: int, coarse: int, size: Sequence[int]) -> Tens
     return maps[..., rows[:, None], columns]
 
 
+def wide(values: Tensor) -> Tensor:
+    """Return values of half precision in float32, others as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def as_pixels(maps: Tensor) -> Tensor:
     """(B, D, h, w) -> (B * h * w, D)."""
     return maps.permute(0, 2, 3, 1).flatten(0, 2)

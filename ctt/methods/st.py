@@ -76,6 +76,7 @@ class StPlusPlus(St):
     """ST in two steps: the reliable half of the images first, then all."""
 
     options: StPlusPlusOptions
+    following = ("teachers", "snapshots")
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)

@@ -77,7 +77,7 @@ class Vat(SoftLabels):
                 change = step.probability(student, images + noise) - answer
                 distance = change.square().sum(dim=1).masked_fill(~valid, 0).sum()
                 # the factor keeps small gradients in float16, and drops out with the length
-                (gradient,) = torch.autograd.grad(1e4 * distance, noise)
+                gradient: Tensor = torch.autograd.grad(1e4 * distance, noise)[0]
         return gradient
 
     def factor(self, confidence: Tensor, valid: Tensor, seen: Tensor, step: Step) -> Tensor:
@@ -100,4 +100,5 @@ def differences(images: Tensor) -> Tensor:
 
 def norm(values: Tensor) -> Tensor:
     """Return the norm of each of a batch: (B, 1, 1, 1)."""
-    return values.flatten(1).norm(dim=1)[:, None, None, None]
+    length: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1)
+    return length[:, None, None, None]

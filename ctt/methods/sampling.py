@@ -1,0 +1,107 @@
+"""Random samples of the pixels of all processes, class by class, without waiting for the device."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ctt.methods.base import Step
+from ctt.ops import MemoryBank
+from ctt.ops.push import queue_push_
+
+BINS = 1024  # of values in 0..1
+NOBODY = -1  # the number of a pixel that is not in a sample
+
+
+def entropy(scores: Tensor) -> Tensor:
+    """Return the entropy (B, H, W) of logits (B, C, H, W), as a share of the largest possible."""
+    log_p = scores.log_softmax(dim=1)
+    return -(log_p.exp() * log_p).sum(dim=1) / math.log(scores.shape[1])
+
+
+def quantile(values: Tensor, valid: Tensor, share: float | Tensor, step: Step) -> Tensor:
+    """Return the value () below which a share of the valid ones lies, in steps of 1 / `BINS`.
+
+    Args:
+        values: in 0..1, of any shape. valid: of the same, bool.
+    """
+    level = (values * BINS).long().clamp(0, BINS - 1).masked_fill(~valid, BINS).flatten()
+    counts = torch.zeros(BINS + 1, dtype=torch.int64, device=values.device)
+    counts = step.total(counts.scatter_add_(0, level, torch.ones_like(level)))[:BINS]
+    return (counts.cumsum(dim=0) <= share * counts.sum()).sum() / BINS
+
+
+def highest(member: Tensor, count: int, ticket: Tensor) -> tuple[Tensor, Tensor]:
+    """Return up to `count` members of each class with the highest numbers.
+
+    Args:
+        member: (C, N) bool. ticket: (N,) random numbers in 0..1.
+
+    Returns:
+        their places (C, count) and numbers, which are -1 where there are fewer.
+    """
+    score = torch.where(member, ticket, -1.0)
+    best, place = score.topk(min(count, score.shape[1]), dim=1)
+    return place, best
+
+
+def gathered(values: Tensor, step: Step) -> Tensor:
+    """Return the values (C, n, ...) of all processes: (C, W * n, ...)."""
+    if step.alone:
+        return values
+    pool = values.new_zeros(step.processes, *values.shape)
+    pool[step.rank] = values
+    return step.total(pool).movedim(0, 1).flatten(1, 2)
+
+
+def numbered(member: Tensor, count: int, ticket: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    """Draw up to `count` members of each class out of all processes, and number them.
+
+    Args:
+        member: (C, N) bool, a pixel belongs to one class at most. ticket: (N,) random numbers.
+
+    Returns:
+        the number (N,) of each pixel among those of its class, `NOBODY` for the others, and how
+        many each class has (C,), over all processes.
+    """
+    place, own = highest(member, count, ticket)
+    pool = gathered(own, step)
+    rank = (pool[:, None] > own[:, :, None]).sum(dim=2)
+    chosen = (own >= 0) & (rank < count)
+    pixels = member.shape[1]
+    number = rank.new_full((pixels + 1,), NOBODY)
+    number.scatter_(0, place.masked_fill(~chosen, pixels).flatten(), rank.flatten())
+    number[pixels] = NOBODY
+    return number[:pixels], step.total(chosen.sum(dim=1))
+
+
+def places(own: Tensor, number: Tensor, classes: int, count: int) -> Tensor:
+    """Return where the members of a sample are: (C, count), `NOBODY` where there is none here.
+
+    Args:
+        own, number: (N,), the class of each pixel and its number among those drawn of it.
+    """
+    none = classes * count
+    code = torch.where(number == NOBODY, none, own * count + number)
+    place = number.new_full((none + 1,), NOBODY)
+    place.scatter_(0, code, torch.arange(len(own), device=own.device))
+    return place[:-1].view(classes, count)
+
+
+def push(
+    bank: MemoryBank, member: Tensor, features: Tensor, count: int, ticket: Tensor, step: Step
+) -> None:
+    """Push features of up to `count` members of each class, drawn out of all processes.
+
+    Args:
+        member: (C, N) bool; a pixel may belong to several classes. features: (N, D).
+        ticket: (N,) random numbers.
+    """
+    place, own = highest(member, count, ticket)
+    pool, tickets = gathered(features[place], step), gathered(own, step)
+    best, index = tickets.topk(min(count, tickets.shape[1]), dim=1)
+    first = pool.shape[1] * torch.arange(len(pool), device=index.device)[:, None]
+    index = (index + first).masked_fill(best < 0, -1)
+    queue_push_(bank.keys, bank.count, bank.cursor, pool.flatten(0, 1), index)

@@ -1,0 +1,218 @@
+"""U2PL (Wang et al., CVPR 2022, arXiv 2203.03884): unreliable pseudo-labels as negatives.
+
+A mean teacher labels the weak view; pixels of the highest entropy, a share that falls to 0 over the
+run, teach no class. Features of a representation head are contrasted: anchors of a class, pixels
+that the teacher is fairly sure of, with the mean of the teacher's features of the class, and with
+negatives out of the class's queue: pixels that are surely not of the class. These are labelled
+pixels of other classes that the teacher takes for likely to be of it, and unlabelled pixels of high
+entropy for which the class is an unlikely one.
+
+This is the paper's rule; in the program, conditions that contradict each other leave the queues all
+but empty. The representation head is on the features that the classifier reads, not beside the
+decoder. Each push draws up to `pushed` pixels of a class, and queues are shorter than the program's
+30,000. Thresholds of entropy are in steps of 1/1024 of its range. Class masks instead of boxes are
+--options.mix classmix-fewer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ctt.data.source import IGNORE
+from ctt.methods import followers, losses
+from ctt.methods.base import Batch, Modules, Schedule, Setup, Step, Terms
+from ctt.methods.losses import to_grid
+from ctt.methods.mean_teacher import MeanTeacher
+from ctt.methods.optim import make_sgd
+from ctt.methods.options import Check, Options, above_0, at_least_0, shares
+from ctt.methods.sampling import NOBODY, entropy, numbered, places, push, quantile
+from ctt.models.base import Output, conv_bn, upsample
+from ctt.ops import MemoryBank
+
+
+@dataclass(frozen=True)
+class U2plOptions(Options):
+    """Settings of U2PL; the defaults are those of the authors' program for VOC, unless said."""
+
+    unlabeled: float = 1.0
+    """Weight of the pseudo-labels."""
+    contrast: float = 1.0
+    """Weight of the contrast (0.1 in the paper)."""
+    start: float = 0.0125
+    """Share of the run that learns from labels alone (one of 80 epochs)."""
+    drop: float = 0.2
+    """Share of the pixels of highest entropy that teach no class at the start; it falls to 0. The
+    same share of the lowest entropy are anchors, and of the highest negatives."""
+    mix: Literal["half-width", "classmix-fewer", "none"] = "half-width"
+    """How unlabelled images are mixed, in half of the steps."""
+    sure: float = 0.3
+    """Probability of its class that an anchor needs from the teacher."""
+    likely: int = 3
+    """Classes of which the teacher may take a labelled pixel to be, to be a negative of them."""
+    anchors: int = 256
+    """Anchors of a class and step."""
+    negatives: int = 50
+    """Negatives of an anchor."""
+    capacity: int = 1024
+    """Keys in the queue of a class (30,000 in the program)."""
+    pushed: int = 256
+    """Keys that a class takes at most in a step (not in the program)."""
+    temperature: float = 0.5
+
+    def checks(self) -> list[Check]:
+        counts = {n: getattr(self, n) for n in ("anchors", "negatives", "capacity", "pushed")}
+        return [
+            *at_least_0(unlabeled=self.unlabeled, contrast=self.contrast, likely=self.likely),
+            *shares(start=self.start, drop=self.drop, sure=self.sure),
+            *above_0(temperature=self.temperature, **counts),
+        ]
+
+
+class U2pl(MeanTeacher):
+    """A mean teacher whose unsure pixels are negatives.
+
+    Batch, besides that of `PseudoLabels`: for each student k `slot label k` and `slot more k`
+    (B, h, w), the number of each pixel among the anchors of its class, `class label k` and
+    `class more k`; in every image alike `positive k` (B, C, D), and `drawn k` (B, C), how many
+    anchors of a class there are.
+    """
+
+    terms = ("sup", "ct", "contrast")
+    following = ("teachers", "head_teachers")
+    options: U2plOptions
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.confidence_weight, self.classes = "none", setup.classes
+        dim = self.settings.model.features
+        with setup.seeded("head"):
+            self.heads = nn.ModuleList(
+                setup.finish(nn.Sequential(conv_bn(dim, dim), nn.Conv2d(dim, dim, 1)))
+                for _ in self.students
+            )
+        self.head_teachers = followers.copies(self.heads)
+        self.ema = followers.EmaUpdate(
+            [*self.teachers, *self.head_teachers], [*self.students, *self.heads], self.settings.ema
+        )
+        self.banks = Modules[MemoryBank](
+            MemoryBank(setup.classes, self.options.capacity, dim) for _ in self.students
+        )
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"students": make_sgd(self.students, self.settings.optim, extra=self.heads)}
+
+    def schedules(self) -> dict[str, Schedule]:
+        total, o = self.settings.train.iterations, self.options
+        return super().schedules() | {
+            "on": lambda i: float(i >= o.start * total),
+            "drop": lambda i: o.drop * (1 - i / total),
+        }
+
+    def prepare(self, b: Batch, step: Step) -> Batch:
+        padding, n = b["padding"], len(b["images"])
+        b = b | {"pixels": step.count(b["label"])} | self.draws(len(padding), step)
+        given = [step.probability(teacher, b["unlabeled"]) for teacher in self.teachers]
+        paste = step.mixer(given, padding, self.options.mix)
+        half = step.rand("whether mixed", (1,), None) < 0.5
+        b["mixed"] = torch.where(half, paste(b["unlabeled"]), b["unlabeled"])
+        lost = [~(p.amax(dim=1) > 0) for p in given]  # where it is no number
+        gone = losses.sum_of([(x & ~padding).sum() for x in lost]) / len(lost)
+        step.log("lost_pixels", gone / step.total((~padding).sum()).clamp(min=1))
+        for k, p in enumerate(given):
+            label = p.argmax(dim=1).masked_fill(padding | lost[k], IGNORE)
+            label = torch.where(half, paste(label), label)
+            out = step.forward(self.teachers[k], torch.cat([b["images"], b["mixed"]]))
+            size = (padding.shape[-2], padding.shape[-1])
+            scores = upsample(out.logits[n:], size, self.teachers[k].stride)
+            unsure = entropy(scores)
+            top = quantile(unsure, label != IGNORE, 1 - step["drop"], step)
+            b[f"trusted {k}"] = label.masked_fill(unsure >= top, IGNORE)
+            # the mean over the pixels kept, and larger by the share that is dropped
+            kept = step.count(b[f"trusted {k}"])
+            b[f"pixels {k}"] = kept * kept / step.count(label)
+            b |= self.samples(k, out, b["label"], label, step)
+        return b
+
+    def samples(self, k: int, out: Output, truth: Tensor, label: Tensor, step: Step) -> Batch:
+        """Choose anchors and positives, and push negatives.
+
+        Args:
+            out: of the teacher, for labelled and mixed images. truth, label: of these, (B, H, W).
+        """
+        o, stride, n = self.options, self.students[k].stride, len(truth)
+        with step.autocast():
+            features = self.head_teachers[k](out.features)
+        features = losses.as_pixels(F.normalize(losses.wide(features), dim=1))  # (2B * h * w, D)
+        p = losses.wide(out.logits).softmax(dim=1)
+        truth, label = to_grid(truth, stride), to_grid(label, stride)
+        unsure, valid = entropy(losses.wide(out.logits[n:])), label != IGNORE
+        low = quantile(unsure, valid, step["drop"], step)
+        high = quantile(unsure, valid, 1 - step["drop"], step)
+        own = torch.cat([truth, label.masked_fill(unsure >= low, IGNORE)])  # (2B, h, w)
+        classes = torch.arange(self.classes, device=own.device)
+        member = own.flatten() == classes[:, None]  # (C, N)
+        counts = step.total(member.sum(dim=1)).clamp(min=1)
+        positive = step.total(member.to(features.dtype) @ features) / counts[:, None]
+        anchor = member & (o.sure < losses.as_pixels(p).T)
+        slot, drawn = numbered(anchor, o.anchors, self.tickets("anchors", k, own, step), step)
+        slot = slot.view_as(own)
+        place = p.argsort(dim=1, descending=True).argsort(dim=1)  # of each class, by probability
+        other = (own[:, None] != classes[:, None, None]) & (own != IGNORE)[:, None]
+        other &= place < o.likely
+        unlikely = (place >= o.likely) & (place < self.classes - 1)
+        unlikely[n:] &= (valid & (unsure >= high))[:, None]
+        negative = losses.as_pixels(torch.cat([other[:n], unlikely[n:]])).T
+        ticket = self.tickets("pushed", k, own, step)
+        push(self.banks[k], negative, features, o.pushed, ticket, step)
+        return {
+            f"slot label {k}": slot[:n],
+            f"slot more {k}": slot[n:],
+            f"class label {k}": own[:n],
+            f"class more {k}": own[n:],
+            f"positive {k}": F.normalize(positive, dim=1).expand(n, -1, -1),
+            f"drawn {k}": drawn.expand(n, -1),
+        }
+
+    def tickets(self, name: str, k: int, own: Tensor, step: Step) -> Tensor:
+        """Return a random number for each pixel (2B * h * w) of labelled and unlabelled images."""
+        shape = (len(own) // 2, 2, *own.shape[1:])
+        return step.rand(f"{name} {k}", shape, 0).movedim(1, 0).flatten()
+
+    def unlabeled_weight(self, step: Step) -> float | Tensor:
+        return self.options.unlabeled * step["on"]
+
+    def losses(self, b: Batch, step: Step) -> Terms:
+        out = self.ask_students(b, step)
+        terms = self.cross_entropies(out, b, step)
+        with step.phase("contrast"):
+            values = [self.contrast(k, o, b, step) for k, o in enumerate(out)]
+            terms["contrast"] = (self.options.contrast * step["on"], losses.sum_of(values))
+        return terms
+
+    def contrast(self, k: int, out: Output, b: Batch, step: Step) -> Tensor:
+        """Return the cross-entropy of telling the positive from the negatives: mean over the
+        anchors of each class, then over the classes."""
+        o, bank = self.options, self.banks[k]
+        with step.autocast():
+            features = self.heads[k](out.features)
+        features = losses.as_pixels(F.normalize(losses.wide(features), dim=1))
+        slot = torch.cat([b[f"slot label {k}"], b[f"slot more {k}"]]).flatten()
+        own = torch.cat([b[f"class label {k}"], b[f"class more {k}"]]).flatten()
+        place = places(own, slot, self.classes, o.anchors)
+        anchors = features[place.clamp(min=0)]  # (C, A, D)
+        positive = (anchors * b[f"positive {k}"][0][:, None]).sum(dim=2, keepdim=True)
+        draw = step.rand(f"negatives {k}", (*place.shape, o.negatives), None)
+        held = bank.count[:, None, None]
+        index = (draw * held).long().clamp(max=o.capacity - 1)
+        scores = torch.einsum("cad,cvd->cav", anchors, bank.keys.to(anchors.dtype))
+        scores = torch.cat([positive, scores.gather(2, index)], dim=2) / o.temperature
+        loss = scores.logsumexp(dim=2) - scores[..., 0]
+        count = b[f"drawn {k}"][0]  # (C,), of all processes
+        present = (count > 0) & (bank.count > 0)
+        loss = loss.masked_fill((place == NOBODY) | ~present[:, None], 0).sum(dim=1)
+        return (loss / count.clamp(min=1)).sum() / present.sum().clamp(min=1)

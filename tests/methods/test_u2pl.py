@@ -1,0 +1,140 @@
+"""U2PL beside a rendering of its equations, in plain loops."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ctt.data import mixing
+from ctt.data.source import IGNORE
+from ctt.methods import sampling
+from ctt.settings import Settings
+from tests.methods.rendering import SIZE, Scene, cross_entropies, mean_cross_entropy, mixed, scores
+
+
+class Alone:
+    """A step of one process."""
+
+    alone = True
+
+    def total(self, values: Tensor) -> Tensor:
+        return values
+
+
+ALONE: Any = Alone()
+
+
+def test_the_share_of_values_below_a_threshold() -> None:
+    values = torch.rand(50, 40, generator=torch.Generator().manual_seed(0))
+    valid = values > 0.1
+    for share in (0.0, 0.2, 0.8, 1.0):
+        top = sampling.quantile(values, valid, share, ALONE)
+        assert float((values[valid] < top).double().mean()) == pytest.approx(share, abs=0.01)
+
+
+def test_members_are_drawn_by_their_numbers() -> None:
+    member = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 1, 0, 0]], dtype=torch.bool)
+    number, drawn = sampling.numbered(member, 2, torch.tensor([0.2, 0.9, 0.5, 0.4, 0.8]), ALONE)
+    assert number.tolist() == [-1, 0, 0, 1, -1]
+    assert drawn.tolist() == [2, 1]
+
+
+def entropies(logits: Tensor) -> Tensor:
+    p = logits.softmax(dim=1)
+    return -(p * p.log()).sum(dim=1) / torch.tensor(11.0).double().log()
+
+
+@pytest.mark.parametrize("mix", ["half-width", "none"])
+def test_every_term_and_gradient(tiny: Settings, mix: str) -> None:
+    options = {
+        "start": 0,
+        "drop": 0.3,
+        "mix": mix,
+        "sure": 0.08,
+        "anchors": 9,
+        "negatives": 5,
+        "capacity": 40,
+        "pushed": 6,
+        "unlabeled": 0.5,
+        "contrast": 0.25,
+    }
+    scene = Scene(tiny, "u2pl", {"options": options}, steps=5)
+    method, n = scene.method, 3
+    (teacher,), (student,) = method.teachers, method.students
+    share = 0.3 * (1 - 4 / scene.settings.train.iterations)
+    keep = torch.ones_like(scene.padding)
+    if mix != "none" and float(scene.drawn("whether mixed")) < 0.5:
+        keep = mixing.half_width_mask(SIZE, scene.drawn("mix"))
+    with torch.no_grad():
+        label = scores(teacher, scene.more).argmax(dim=1)
+        label[scene.padding] = IGNORE
+        label, images = mixed(label, keep), mixed(scene.more, keep)
+        out = teacher(torch.cat([scene.images, images]))
+        unsure = entropies(scores(teacher, torch.cat([scene.images, images]))[n:])
+        valid = label != IGNORE
+        top = sampling.quantile(unsure, valid, 1 - share, ALONE)
+    trusted = label.masked_fill(unsure >= top, IGNORE)
+    full = scores(student, torch.cat([scene.images, images]))
+    kept = (trusted != IGNORE).sum()
+    dropped_mean = cross_entropies(full[n:], trusted).sum() / kept * (valid.sum() / kept)
+    assert float(kept) < float(valid.sum())
+
+    # the contrast, pixel by pixel
+    stride = student.stride
+    bank = scene.engine.method.banks[0]  # pushed to before the anchors look at it
+    with torch.no_grad():
+        p = out.logits.softmax(dim=1)
+        grid = entropies(out.logits)[n:]
+        truth, more = scene.label[:, ::stride, ::stride], label[:, ::stride, ::stride]
+        low = sampling.quantile(grid, more != IGNORE, share, ALONE)
+        own = torch.cat([truth, more.masked_fill(grid >= low, IGNORE)]).flatten()
+        rep = method.head_teachers[0](out.features)
+        rep = torch.nn.functional.normalize(rep, dim=1).movedim(1, -1).flatten(0, 2)
+        p = p.movedim(1, -1).flatten(0, 2)
+    mine = student(torch.cat([scene.images, images])).features
+    mine = method.heads[0](mine).movedim(1, -1).flatten(0, 2)
+    ticket = scene.drawn("anchors 0").movedim(1, 0).flatten()
+    draw, losses = scene.drawn("negatives 0"), []
+    for c in range(11):
+        of_class = (own == c).nonzero().flatten().tolist()
+        chosen = [i for i in of_class if p[i, c] > 0.08]
+        chosen = sorted(chosen, key=lambda i: -float(ticket[i]))[:9]
+        if not chosen or int(bank.count[c]) == 0:
+            continue
+        positive = rep[of_class].mean(dim=0)
+        values = []
+        for slot, i in enumerate(chosen):
+            picked = (draw[c, slot] * int(bank.count[c])).long()
+            others = [positive, *(bank.keys[c, int(j)].double() for j in picked)]
+            cosines = torch.stack([mine[i] @ x / (mine[i].norm() * x.norm()) for x in others])
+            values.append(-(cosines / 0.5).log_softmax(dim=0)[0])
+        losses.append(torch.stack(values).mean())
+    assert len(losses) > 2
+    sup = mean_cross_entropy(full[:n], scene.label)
+    contrast = torch.stack(losses).mean()
+    scene.check({"sup": (1.0, sup), "ct": (0.5, dropped_mean), "contrast": (0.25, contrast)})
+
+
+def test_no_negative_of_a_class_is_labelled_so(tiny: Settings) -> None:
+    """Keys of class c are labelled pixels of another truth, or unsure ones that are unlikely c."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def note(_bank: Any, member: Tensor, *_: Any) -> None:
+        seen.append((member, scene_labels[-1]))
+
+    scene_labels: list[Tensor] = []
+    numbered = sampling.numbered
+
+    def own_labels(member: Tensor, *arguments: Any) -> Any:
+        scene_labels.append(member)
+        return numbered(member, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ctt.methods.u2pl.push", note)
+        patch.setattr("ctt.methods.u2pl.numbered", own_labels)
+        Scene(tiny, "u2pl", {"options": {"sure": 0.0}}, steps=2)
+    for member, own in seen:
+        assert member.any()
+        half = member.shape[1] // 2
+        assert not (member & own)[:, :half].any()
