@@ -101,6 +101,14 @@ def classes_without_pixel(source: Source, pixels: list[int]) -> list[str]:
     ]
 
 
+def not_evaluated(images: int, classes: list[str]) -> str:
+    """Return the warning that no image to evaluate on shows some classes."""
+    return (
+        f"Warning: none of the {images} images to evaluate on shows {', '.join(classes)}, so the "
+        f"scores say nothing of it. Evaluate on more images (--data.holdout, or a val/ of its own)."
+    )
+
+
 def overlaps(parts: dict[str, list[Path]], key: Callable[[Path], Hashable]) -> list[str]:
     """Return a warning for each two parts of a data set that hold the same file.
 
@@ -214,7 +222,7 @@ def check_all(
     """
     classes = len(source.info.classes)
     evaluation = source.eval_ids()
-    images, pixels = torch.zeros(2, classes + 1, dtype=torch.int64)
+    images, learned, scored = torch.zeros(3, classes + 1, dtype=torch.int64)  # the last: pixels
     faults = []
 
     def look(name: str, has_mask: bool) -> Tensor | str:
@@ -230,17 +238,23 @@ def check_all(
     masks = [i < len(labeled) + len(evaluation) for i in range(len(names))]
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         try:
-            for found in pool.map(look, names, masks):
+            for i, found in enumerate(pool.map(look, names, masks)):
                 advance()
                 if isinstance(found, str):
                     faults.append(found)
                 else:
-                    pixels += found
+                    part = learned if i < len(labeled) else scored
+                    part += found
                     images += found > 0
         finally:
             pool.shutdown(cancel_futures=True)
+    pixels = learned + scored
     fault = ignored_class(source, pixels.tolist())
     warnings = [] if fault else classes_without_pixel(source, pixels.tolist())
+    unscored = ((learned > 0) & (scored == 0))[:-1].tolist()
+    missing = [n for n, left_out in zip(source.info.classes, unscored, strict=True) if left_out]
+    if evaluation and missing:
+        warnings.append(not_evaluated(len(evaluation), missing))
     if isinstance(source, FileSource):
         warnings += source.remarks(names, threads)
     warnings += overlaps(image_files(source, labeled, unlabeled, evaluation), content)

@@ -14,13 +14,14 @@ from ctt.data.labels import LabelMap
 from ctt.data.options import SourceOptions
 from ctt.data.pictures import read_image, read_mask
 from ctt.data.remarks import of_channels, of_darkness, of_pages, of_turning, traits
-from ctt.data.source import DatasetInfo, Source
-from ctt.data.split import NO_MASK, draw_split
+from ctt.data.source import IGNORE, DatasetInfo, Source
+from ctt.data.split import NO_MASK, draw_split, with_all_classes
 from ctt.errors import UserError
 from ctt.files import expanded
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+FEW = 300  # images with masks that are read through at the start
 NO_SUCH_MASK = "The image that it belongs to can only be an unlabelled one."
 
 
@@ -79,7 +80,10 @@ class FileSource(Source):
         return f"{len(self._eval)} of the images with masks are held out and evaluated on."
 
     def _draw(self, share: float) -> tuple[list[str], list[str]]:
-        """Names to evaluate on and to train on, at least one of each."""
+        """Names to evaluate on and to train on, at least one of each.
+
+        Of up to `FEW` images the masks are read, so that both parts show all classes if they can.
+        """
         names = self.train_ids()
         if len(names) < 2:
             raise UserError(
@@ -87,7 +91,17 @@ class FileSource(Source):
                 f"images with masks, or images to evaluate on."
             )
         count = max(1, round(share * len(names)))
-        return draw_split(names, min(count, len(names) - 1), "holdout")
+        parts = draw_split(names, min(count, len(names) - 1), "holdout")
+        if len(names) > FEW:
+            return parts
+        return with_all_classes(*parts, {name: self.classes_in(name) for name in names})
+
+    def classes_in(self, name: str) -> set[int]:
+        """Return the classes that a mask shows; none if it cannot be read."""
+        try:
+            return {*self.label(name).flatten().bincount().nonzero().flatten().tolist()} - {IGNORE}
+        except UserError:
+            return set()  # which the checks tell
 
     @abstractmethod
     def image_path(self, name: str) -> Path:

@@ -1,7 +1,9 @@
 """Which training images are labelled: by ratio and seed, or by lists."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fractions import Fraction
+from itertools import product
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -59,6 +61,33 @@ def draw_split(ids: list[str], labeled: int, seed: int | str) -> tuple[list[str]
         [name for i, name in enumerate(ids) if i in chosen],
         [name for i, name in enumerate(ids) if i not in chosen],
     )
+
+
+def with_all_classes(
+    part: list[str], rest: list[str], shown: Mapping[str, Collection[int]]
+) -> tuple[list[str], list[str]]:
+    """Exchange images of two parts until the first shows every class that both can show.
+
+    Args:
+        shown: the classes in each image.
+
+    Returns:
+        as many names as before; no class that a part shows is lost to it.
+    """
+    part, rest = sorted(part), sorted(rest)
+    total = Counter(c for names in (part, rest) for name in names for c in shown[name])
+    for wanted in sorted(total, key=lambda c: (total[c], c)):
+        counts = [Counter(c for name in names for c in shown[name]) for names in (part, rest)]
+        if counts[0][wanted]:
+            continue
+        for new, old in product(rest, part):
+            gained, lost = set(shown[new]), set(shown[old])
+            part_keeps = all(counts[0][c] > 1 for c in lost - gained)
+            rest_keeps = all(counts[1][c] > 1 for c in gained - lost)
+            if wanted in gained and part_keeps and rest_keeps:
+                part[part.index(old)], rest[rest.index(new)] = new, old
+                break
+    return sorted(part), sorted(rest)
 
 
 def read_lines(path: Path) -> dict[int, str]:

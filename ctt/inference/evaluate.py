@@ -26,16 +26,31 @@ ENSEMBLE = "ensemble"  # the mean of the teachers' probabilities
 
 @dataclass(frozen=True)
 class Score:
-    """What one network reaches; IoU in percent, NaN for a class neither labelled nor predicted."""
+    """What one network reaches; IoU in percent, NaN for a class neither labelled nor predicted.
+
+    Attributes:
+        without_label: numbers of the classes of which no pixel is labelled. Where such a class is
+            predicted, its IoU is 0.
+    """
 
     class_iou: tuple[float, ...]
     pixel_accuracy: float
+    without_label: tuple[int, ...] = ()
 
     @property
     def miou(self) -> float:
         """Mean over the classes that are labelled or predicted anywhere."""
         present = [value for value in self.class_iou if value == value]
         return sum(present) / len(present) if present else float("nan")
+
+    @property
+    def miou_of_labeled(self) -> float:
+        """Mean over the classes that are labelled, by which the best network is chosen.
+
+        `miou` would prefer one that never predicts the others.
+        """
+        values = [v for c, v in enumerate(self.class_iou) if c not in self.without_label]
+        return sum(values) / len(values) if values else float("nan")
 
     def absent(self, info: DatasetInfo) -> list[str]:
         """Names of the classes that the mean leaves out."""
@@ -50,7 +65,8 @@ def score(confusion: Tensor) -> Score:
     union = matrix.sum(dim=0) + matrix.sum(dim=1) - hits
     iou = 100 * hits / union  # 0/0 is NaN: the class is absent
     accuracy = 100 * hits.sum() / matrix.sum()
-    return Score(tuple(iou.tolist()), float(accuracy))
+    without_label = (matrix.sum(dim=1) == 0).nonzero().flatten().tolist()
+    return Score(tuple(iou.tolist()), float(accuracy), tuple(without_label))
 
 
 @torch.no_grad()
@@ -179,6 +195,7 @@ def as_json(scores: dict[str, Score], info: DatasetInfo, settings: EvalSettings)
             for name, s in scores.items()
         },
         "absent": {name: s.absent(info) for name, s in scores.items()},
+        "without_label": [info.classes[c] for c in next(iter(scores.values())).without_label],
         "pixel_accuracy": {name: number(s.pixel_accuracy) for name, s in scores.items()},
         "protocol": stated(settings),
     }
@@ -186,9 +203,17 @@ def as_json(scores: dict[str, Score], info: DatasetInfo, settings: EvalSettings)
 
 def score_table(scores: dict[str, Score], info: DatasetInfo) -> Table:
     """IoU by class (rows) and network (columns), with the mean first."""
-    left_out = any(score.absent(info) for score in scores.values())
-    caption = "absent: neither labelled nor predicted, left out of the mean" if left_out else None
-    table = Table(title="IoU, %", caption=caption)
+    captions = []
+    if any(score.absent(info) for score in scores.values()):
+        captions.append("absent: neither labelled nor predicted, left out of the mean")
+    if predicted := [
+        name
+        for c, name in enumerate(info.classes)
+        if any(c in s.without_label and s.class_iou[c] == 0 for s in scores.values())
+    ]:
+        names = ", ".join(predicted)
+        captions.append(f"predicted, but labelled nowhere, and 0 in the mean: {names}")
+    table = Table(title="IoU, %", caption="\n".join(captions) or None)
     table.add_column("class")
     for name in scores:
         table.add_column(name, justify="right")

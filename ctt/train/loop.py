@@ -438,13 +438,15 @@ class Trainer:
         )
         shown = "  ".join(f"{name} {score.miou:.1f}" for name, score in scores.items())
         self.console.print(f"iteration {engine.iteration:>6}  mIoU  {shown}", soft_wrap=True)
-        single = {name: score.miou for name, score in scores.items() if name != "ensemble"}
+        single = {name: s.miou_of_labeled for name, s in scores.items() if name != "ensemble"}
         name = max(single, key=lambda key: single[key])
-        if self.best is None or single[name] > self.best["miou"]:
+        # checkpoints of earlier versions lack the mean over the labelled classes
+        if self.best is None or single[name] > self.best.get("miou_of_labeled", self.best["miou"]):
             self.best = {
                 "network": name,
                 "iteration": engine.iteration,
-                "miou": single[name],
+                "miou": scores[name].miou,
+                "miou_of_labeled": single[name],
                 "chosen_on": self.settings.data.eval_split,
             }
             note = f"{name} after {engine.iteration} iterations, {self.settings.hash()}"
@@ -517,7 +519,8 @@ class Trainer:
             "seed": s.seed,
             "labeled": len(self.labeled),
             "unlabeled": len(self.unlabeled) if self.uses_unlabeled else 0,
-            "best": self.best and {**self.best, "miou": round(self.best["miou"], 2)},
+            "best": self.best
+            and {k: round(v, 2) if isinstance(v, float) else v for k, v in self.best.items()},
             "iterations": s.train.iterations,
             "seconds": round(self.seconds, 1),
             "images_per_second": round(images / self.seconds, 1) if self.seconds else None,

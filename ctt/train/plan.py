@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from ctt import methods, run
-from ctt.data.check import check_quickly
+from ctt.data.check import check_quickly, not_evaluated
+from ctt.data.files import FEW
 from ctt.data.source import IGNORE, Source
 from ctt.data.split import make_split, read_list
 from ctt.device import pick_device
@@ -20,8 +21,6 @@ from ctt.models.base import SegmentationModel
 from ctt.settings import Settings
 from ctt.train.distributed import synchronize
 from ctt.train.setup import set_up_torch
-
-FEW = 300  # labelled images whose masks are read through at the start
 
 
 @dataclass(frozen=True)
@@ -113,13 +112,14 @@ class Plan:
                 f"Warning: the weight of the pseudo-labels never reaches its full value, because "
                 f"--loss.ct-ramp {loss.ct_ramp} is above --train.iterations {total}."
             )
-        missing = classes_without_label(self.source, self.labeled)
-        if missing:
+        if missing := classes_without_label(self.source, self.labeled):
             found.append(
                 f"Warning: none of the {len(self.labeled)} labelled images shows "
                 f"{', '.join(missing)}, so no network can learn it. Give more labelled images or "
                 f"--split-labeled, or check the masks by ctt-data check."
             )
+        if missing := classes_without_label(self.source, self.source.eval_ids()):
+            found.append(not_evaluated(len(self.source.eval_ids()), missing))
         return found
 
 
@@ -134,6 +134,12 @@ def new_split(
     s = settings
     labeled, unlabeled = make_split(source, s.ratio, s.seed, s.split_labeled, s.split_unlabeled)
     check_quickly(source, labeled, unlabeled if uses_unlabeled else [])
+    masks = len(source.train_ids())
+    if s.dataset == "folder" and s.split_labeled is None and len(labeled) < masks:
+        source.notes += (
+            f"--ratio {s.ratio} takes {len(labeled)} of the {masks} training images with masks as "
+            f"labelled, and leaves the masks of the others unused; --ratio 1/1 uses all.",
+        )
     if uses_unlabeled and not unlabeled:
         raise UserError(
             f"--method {s.method} learns from unlabelled images, but all {len(labeled)} "
@@ -152,16 +158,16 @@ def split_of_run(folder: Path, source: Source) -> tuple[list[str], list[str]]:
     return labeled, unlabeled
 
 
-def classes_without_label(source: Source, labeled: list[str]) -> list[str]:
-    """Return the names of the classes that no labelled image shows.
+def classes_without_label(source: Source, names: list[str]) -> list[str]:
+    """Return the names of the classes that the masks of none of these images show.
 
     Only lists of up to `FEW` images are read through; in longer ones a class is seldom missing, and
     reading them takes minutes.
     """
-    if len(labeled) > FEW:
+    if len(names) > FEW:
         return []
     seen: set[int] = set()
-    for name in labeled:
+    for name in names:
         seen.update(torch.bincount(source.label(name).flatten()).nonzero().flatten().tolist())
         if len(seen - {IGNORE}) == len(source.info.classes):
             break

@@ -17,8 +17,10 @@ from ctt.cli import data as program
 from ctt.cli import predict
 from ctt.data.check import check_quickly
 from ctt.data.options import SourceOptions
-from ctt.data.split import make_split
+from ctt.data.split import draw_split, make_split
 from ctt.errors import UserError
+from ctt.settings import Settings
+from ctt.train.plan import Plan
 from tests.data import trees
 
 Call = Callable[..., tuple[int, str, str]]
@@ -307,3 +309,31 @@ def test_a_mask_of_an_image_that_is_turned(tmp_path: Path, call: Call) -> None:
     assert (
         "has 40x48. Both must be of one size. The camera's note in the image (EXIF) turns it" in out
     )
+
+
+def test_the_held_out_part_shows_every_class_or_it_is_told(tmp_path: Path, call: Call) -> None:
+    root = trees.write_folder(tmp_path, labeled=20, evaluation=0)
+    rare = ["images/größer/photo 1.jpg", "images/photo 2.jpg"]
+    options = SourceOptions()
+    plain = draw_split(data.open_source("folder", root, options).train_ids(), 2, "holdout")
+
+    def draw(names: list[str]) -> None:
+        for i in range(20):
+            name = f"photo {i}" if i % 2 == 0 else f"größer/photo {i}"
+            label = np.zeros((40, 48), np.uint8)
+            label[:9], label[9:12] = 1, 2
+            label[20:30] = 3 * (f"images/{name}.jpg" in names)
+            trees.save_mask(root / "masks" / f"{name}.png", label)
+
+    assert not set(rare) & set(plain[0])
+    draw(rare)
+    source = data.open_source("folder", root, options)
+    assert len(set(rare) & set(source.eval_ids())) == len(set(rare) & set(source.train_ids())) == 1
+    draw(rare[:1])
+    code, out, _ = call("check", "--dataset", "folder", "--data-root", root)
+    text = "none of the 2 images to evaluate on shows blue thing, so the scores say nothing of it"
+    assert (code, f"Warning: {text}" in out) == (0, True)
+    settings = Settings(dataset="folder", data_root=root, ratio="5", method="supervised")
+    plan = Plan.of(settings, None)
+    assert any(text in warning for warning in plan.warnings())
+    assert "--ratio 5 takes 5 of the 18 training images with masks" in plan.source.notes[-1]

@@ -13,7 +13,15 @@ from ctt.data.check import examine_split
 from ctt.data.digits import INFO
 from ctt.data.files import same_name
 from ctt.data.source import Source
-from ctt.data.split import draw_split, make_split, parse_ratio, read_list, resolve, write_list
+from ctt.data.split import (
+    draw_split,
+    make_split,
+    parse_ratio,
+    read_list,
+    resolve,
+    with_all_classes,
+    write_list,
+)
 from ctt.errors import UserError
 
 IDS = [f"image {i:03}" for i in range(100)]
@@ -218,3 +226,29 @@ def test_other_files_are_no_list(tmp_path: Path) -> None:
         (tmp_path / "list").write_bytes("Straße\n".encode(encoding))
         with pytest.raises(UserError, match="The line is no UTF-8: save the list as UTF-8"):
             read_list(tmp_path / "list", Names(["Straße"]), labeled=True)
+
+
+SHOWN = st.lists(st.sets(st.integers(0, 4), min_size=1), min_size=2, max_size=12)
+
+
+@given(SHOWN, st.data())
+def test_parts_of_all_classes_lose_none(shown: list[set[int]], draw: st.DataObject) -> None:
+    names = {f"{i:02}": classes for i, classes in enumerate(shown)}
+    size = draw.draw(st.integers(1, len(names) - 1))
+    before = draw_split(list(names), size, "holdout")
+    after = with_all_classes(*before, names)
+    assert [len(part) for part in after] == [len(part) for part in before]
+    assert sorted(after[0] + after[1]) == sorted(names)
+    classes = [[{c for n in part for c in names[n]} for part in parts] for parts in (before, after)]
+    assert all(old <= new for old, new in zip(*classes, strict=True))
+    if classes[0][0] == set().union(*shown):
+        assert after == before
+
+
+def test_a_rare_class_is_in_both_parts() -> None:
+    names = {f"{i:02}": {0, 1} for i in range(20)}
+    names |= {"05": {0, 2}, "11": {0, 2}}
+    part, rest = with_all_classes(["01", "02"], sorted(names.keys() - {"01", "02"}), names)
+    assert len({"05", "11"} & set(part)) == len({"05", "11"} & set(rest)) == 1
+    names["11"] = {0, 1}  # a single image cannot be in both
+    assert "05" in with_all_classes(["01", "02"], sorted(names.keys() - {"01", "02"}), names)[1]

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ctt.data.digits import INFO, Digits
 from ctt.data.source import Source
 from ctt.errors import UserError
-from ctt.inference.evaluate import Score, batches, confusions, score, score_table
+from ctt.inference.evaluate import Score, as_json, batches, confusions, score, score_table
 from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings
 
@@ -75,6 +76,22 @@ def test_score_of_a_matrix() -> None:
     assert result.miou == pytest.approx(62.5)
     assert result.pixel_accuracy == pytest.approx(80.0)
     assert math.isnan(Score((math.nan,), math.nan).miou)
+    assert result.miou_of_labeled == result.miou
+
+
+def test_classes_without_a_label_do_not_choose_the_best_network() -> None:
+    careful = score(torch.tensor([[9, 1, 0], [2, 8, 0], [0, 0, 0]]))
+    right = score(torch.tensor([[9, 0, 1], [0, 10, 0], [0, 0, 0]]))
+    assert right.miou < careful.miou  # for one pixel of a class that nobody labelled
+    assert right.miou_of_labeled == pytest.approx(95)
+    assert right.miou_of_labeled > careful.miou_of_labeled
+    assert (careful.without_label, right.without_label) == ((2,), (2,))
+    info = replace(INFO, classes=("a", "b", "rare"))
+    caption = score_table({"careful": careful, "right": right}, info).caption
+    assert isinstance(caption, str)
+    assert "predicted, but labelled nowhere, and 0 in the mean: rare" in caption
+    written = as_json({"right": right}, info, EvalSettings())
+    assert written["without_label"] == ["rare"]
 
 
 def test_images_of_one_size_are_stacked() -> None:
