@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ HUB_FILE = "model.safetensors"
 PREFIXES = ("model.", "network.", "net.", "backbone.", "encoder.", "Scale.")
 # what torch.compile and data parallelism put anywhere in a name, around the part they wrap
 WRAPPERS = ("_orig_mod.", "module.")
+MOST_PREFIXES = 8  # tokens of a transformer before those of places: for the class, and registers
 CORES = ("core", "_core")
 # numbers that trainers keep beside the tensors, such as the best score; they hold no code
 NUMPY_NUMBERS: tuple[Any, ...] = (
@@ -60,35 +62,80 @@ def start_from(network: SegmentationModel, source: str) -> str:
     else:
         tensors = read(Path(source))
     own = network.state_dict()
-    found = fitting(own, tensors)
+    keys = named(own, tensors)
+    values = {name: fitted(name, tensors[key], own[name]) for name, key in keys.items()}
+    found = {name: value for name, value in values.items() if value is not None}
     if not found:
         raise UserError(
             f"--model.weights {source}: no tensor in the file has a name and shape of this network "
             f"or of its backbone. The file has {_some(list(tensors))}; the network has "
             f"{_some(list(own))}."
         )
-    with torch.no_grad():
-        for name, key in found.items():
-            own[name].copy_(tensors[key])
-    left = sorted(tensors.keys() - set(found.values()))
     body = [name for name in own if name.startswith("backbone.")]
+    if wrong := [name for name in body if name in keys and name not in found]:
+        theirs, ours = tensors[keys[wrong[0]]].shape, own[wrong[0]].shape
+        raise UserError(
+            f"--model.weights {source}: {len(wrong)} of its tensors have a name of the backbone "
+            f"but another shape, such as {wrong[0]}, {list(theirs)} in the file and {list(ours)} "
+            f"in the network. They belong to another network: give it as --model.backbone, or "
+            f"another file."
+        )
+    with torch.no_grad():
+        for name, value in found.items():
+            own[name].copy_(value)
+    left = sorted(tensors.keys() - {keys[name] for name in found})
     of_body = f", {sum(n in found for n in body)} of {len(body)} of the backbone" if body else ""
-    return (
+    text = (
         f"--model.weights {source}: {len(found)} of the network's {len(own)} tensors found{of_body}"
         f"; left over: {_some(left)}."
     )
+    for name, value in found.items():
+        if value.shape != tensors[keys[name]].shape:
+            text += (
+                f" {name} is interpolated from {tensors[keys[name]].shape[1]} positions to "
+                f"{value.shape[1]}."
+            )
+    if missing := [n for n in body if n not in found and not n.endswith("num_batches_tracked")]:
+        text += (
+            f" Warning: {len(missing)} tensors of the backbone are not in the file, such as "
+            f"{missing[0]}, and start from random numbers. Is it the file of another network?"
+        )
+    return text
 
 
-def fitting(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, str]:
-    """For the name of each of a network's tensors the key of the one that fits it, if any."""
+def named(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, str]:
+    """For the name of each of a network's tensors the key of the one of that name, if any.
+
+    Of two such keys the one whose tensor has the shape, too.
+    """
     by_plain_name = {_plain(key): key for key in tensors}
     found = {}
     for name, value in own.items():
-        for key in (name, by_plain_name.get(_plain(name))):
-            if key in tensors and tensors[key].shape == value.shape:
-                found[name] = key
-                break
+        keys = [key for key in (name, by_plain_name.get(_plain(name))) if key in tensors]
+        if keys:
+            found[name] = min(keys, key=lambda key: tensors[key].shape != value.shape)
     return found
+
+
+def fitted(name: str, value: Tensor, like: Tensor) -> Tensor | None:
+    """Return the tensor in the shape of `like`, or None if it has another one.
+
+    A table of position embeddings is interpolated, as that of a transformer for larger images.
+    """
+    if value.shape == like.shape:
+        return value
+    tables = name.endswith("pos_embed") and value.ndim == like.ndim == 3
+    if not tables or value.shape[::2] != like.shape[::2]:
+        return None
+    for prefix in range(MOST_PREFIXES + 1):
+        sides = [math.isqrt(max(0, x.shape[1] - prefix)) for x in (value, like)]
+        if all(s**2 + prefix == x.shape[1] for s, x in zip(sides, (value, like), strict=True)):
+            from timm.layers import resample_abs_pos_embed
+
+            old, new = ([side, side] for side in sides)
+            resampled: Tensor = resample_abs_pos_embed(value, new, old, num_prefix_tokens=prefix)
+            return resampled
+    return None
 
 
 def _plain(name: str) -> str:

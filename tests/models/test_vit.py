@@ -24,7 +24,7 @@ def test_images_of_any_size(backbone: str, stride: int, size: tuple[int, int]) -
 def test_blocks_are_those_of_timm() -> None:
     network = models.build("vit", 5, 16, backbone="vit_tiny_patch16_224").eval()
     other = timm.create_model("vit_tiny_patch16_224").eval()
-    found = weights.fitting(network.state_dict(), other.state_dict())
+    found = weights.named(network.state_dict(), other.state_dict())
     assert {name for name in network.state_dict() if name.startswith("backbone.")} <= found.keys()
     network.backbone.load_state_dict(other.state_dict(), strict=False)
     images = torch.randn(1, 3, 224, 224)

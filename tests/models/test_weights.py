@@ -194,3 +194,42 @@ def test_a_broken_file_is_told(network: SegmentationModel, tmp_path: Path, conte
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="cannot be read"):
             weights.start_from(network, str(tmp_path / name))
+
+
+def test_positions_of_larger_images_are_interpolated(tmp_path: Path) -> None:
+    donor = timm.create_model("vit_tiny_patch16_224", img_size=384, depth=4)
+    ramp = torch.linspace(0, 1, 24).repeat_interleave(24)  # over the rows
+    donor.pos_embed.data[:, 1:] = ramp[None, :, None]
+    torch.save(donor.state_dict(), tmp_path / "w.pth")
+    network = models.build("vit", 5, 16, backbone="vit_tiny_patch16_224")
+    shown = weights.start_from(network, str(tmp_path / "w.pth"))
+    assert "backbone.pos_embed is interpolated from 577 positions to 197." in shown
+    table = network.state_dict()["backbone.pos_embed"]
+    assert torch.equal(table[0, 0], donor.state_dict()["pos_embed"][0, 0])
+    rows = table[0, 1:].reshape(14, 14, -1).mean(dim=(1, 2))
+    assert torch.allclose(rows, torch.linspace(0, 1, 14), atol=0.05)
+
+
+def test_weights_of_another_backbone_are_refused(tmp_path: Path) -> None:
+    network = models.build("deeplabv2", 5, 16, backbone="resnet50")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"have a name of the backbone but another shape, such as"):
+        weights.start_from(network, str(tmp_path / "w.pth"))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    tables = {"pos_embed": torch.zeros(1, 150, 192)}  # of images that are no squares
+    torch.save(tables, tmp_path / "w.pth")
+    vit = models.build("vit", 5, 16, backbone="vit_tiny_patch16_224")
+    with pytest.raises(UserError, match="no tensor in the file has a name and shape"):
+        weights.start_from(vit, str(tmp_path / "w.pth"))
+
+
+def test_a_part_of_a_backbone_is_a_warning(network: SegmentationModel, tmp_path: Path) -> None:
+    state = timm.create_model("resnet18").state_dict()
+    part = {name: value for name, value in state.items() if not name.startswith("layer4.1.")}
+    torch.save(part, tmp_path / "w.pth")
+    shown = weights.start_from(network, str(tmp_path / "w.pth"))
+    assert "Warning: 10 tensors of the backbone are not in the file, such as backbone.net." in shown
+    older = {name: value for name, value in state.items() if "num_batches_tracked" not in name}
+    torch.save(older, tmp_path / "w.pth")
+    assert "Warning" not in weights.start_from(network, str(tmp_path / "w.pth"))
