@@ -3,7 +3,9 @@
 ctt._cpu            csrc/cpu/*.cpp, C++17 with pybind11 and OpenMP where the compiler has it
 ctt/libctt_cuda.so  csrc/cuda/*.cu, where nvcc is found; a C ABI with the CUDA runtime inside
 
-Neither links torch, so one build fits every torch version. Environment variables:
+Neither links torch, so one build fits every torch version. Both are built by ninja: all sources at
+once, and again only what has changed (`python setup.py build_ext --inplace`, which needs the
+packages setuptools, ninja and pybind11). Environment variables:
 
 CTT_CPU, CTT_CUDA   0: do not build; 1: a build that cannot be done or fails ends the installation
 CTT_CUDA_ARCHS      "80;90": the cards to compile for; PTX of the last one serves later cards
@@ -16,10 +18,11 @@ CTT_SANITIZE        "address": ctt._cpu with that sanitizer, for developers:
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -84,17 +87,20 @@ class Build(build_ext):
         import pybind11
 
         ext.include_dirs.append(pybind11.get_include())
-        sanitize = os.environ.get("CTT_SANITIZE")
-        if self.compiler.compiler_type == "msvc":
+        if self.compiler.compiler_type == "msvc":  # flags of another kind, one source at a time
             ext.extra_compile_args = ["/std:c++17", "/O2", "/openmp:experimental"]
-        else:
-            openmp = ["-fopenmp"] if self.compiles("-fopenmp") else []
-            checked = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else []
-            debug = "-g" if sanitize else "-g0"  # Python's own flags ask for debug information
-            options = ["-std=c++17", "-O3", "-fvisibility=hidden", debug]
-            ext.extra_compile_args = [*options, *openmp, *checked]
-            ext.extra_link_args = [*openmp, *checked]
-        super().build_extension(ext)
+            super().build_extension(ext)
+            return
+        sanitize = os.environ.get("CTT_SANITIZE")
+        openmp = ["-fopenmp"] if self.compiles("-fopenmp") else []
+        checked = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else []
+        debug = "-g" if sanitize else "-g0"  # Python's own flags ask for debug information
+        options = ["-std=c++17", "-O3", "-fvisibility=hidden", debug, *openmp, *checked]
+        # the names for C++ are as old as setuptools 72.2
+        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
+        linker = getattr(self.compiler, "linker_so_cxx", self.compiler.linker_so)
+        include = [f"-I{folder}" for folder in (*ext.include_dirs, *self.compiler.include_dirs)]
+        self.run_ninja(ext, [*compiler, *include, *options], [*linker, *openmp, *checked])
 
     def compiles(self, flag: str) -> bool:
         with tempfile.TemporaryDirectory() as folder:
@@ -113,28 +119,34 @@ class Build(build_ext):
         nvcc = find_nvcc()
         if nvcc is None:
             raise FileNotFoundError("no nvcc on the PATH, in CUDA_HOME or in /usr/local/cuda")
-        objects = Path(self.build_temp, "cuda")
-        objects.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath(ext.name))
+        link = [nvcc, "-shared", "-cudart", "static", *gencode_flags()]
+        self.run_ninja(ext, [nvcc, *NVCC_FLAGS, *gencode_flags()], link)
+
+    def run_ninja(self, ext: Extension, compiler: Sequence[str], linker: Sequence[str]) -> None:
+        """Build an extension by these commands; objects stay in build_temp for the next time."""
+        import ninja
+        from ninja.ninja_syntax import Writer, escape
+
+        folder = Path(self.build_temp, ext.name).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
-
-        def compile_file(source: str) -> str:
-            output = str(objects / (Path(source).stem + ".o"))
-            self.run_nvcc([nvcc, *NVCC_FLAGS, *gencode_flags(), "-c", source, "-o", output])
-            return output
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = list(pool.map(compile_file, ext.sources))
-        self.run_nvcc(
-            [nvcc, "-shared", "-cudart", "static", *gencode_flags(), *compiled, "-o", str(target)]
-        )
-
-    def run_nvcc(self, command: list[str]) -> None:
-        print(" ".join(command), flush=True)
+        file = folder / "build.ninja"
+        with file.open("w", encoding="utf-8") as text:
+            out = Writer(text)
+            out.variable("builddir", str(folder))
+            compiling = escape(shlex.join(compiler)) + " -MD -MF $out.d -c $in -o $out"
+            out.rule("compile", compiling, depfile="$out.d", deps="gcc")
+            out.rule("link", escape(shlex.join(linker)) + " $in -o $out")
+            objects = [str(folder / f"{Path(source).stem}.o") for source in ext.sources]
+            for source, item in zip(ext.sources, objects, strict=True):
+                out.build(item, "compile", str(Path(source).absolute()))
+            out.build(str(target), "link", objects)
+        command = [str(Path(ninja.BIN_DIR, "ninja")), "-f", str(file), "-v"]
         done = subprocess.run(command, capture_output=True, text=True)
         print(done.stdout + done.stderr, flush=True)
         if done.returncode:
-            raise RuntimeError(f"nvcc ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+            raise RuntimeError(f"ninja ended with {done.returncode}: {done.stdout.strip()[-2000:]}")
 
 
 setup(

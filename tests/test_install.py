@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,16 @@ ROOT = Path(__file__).parent.parent
 BLOCKED = ("matplotlib", "rich", "safetensors", "timm", "torchvision", "tyro")
 
 
+def sources(folder: Path) -> Path:
+    """A copy of what is in the repository."""
+    ignored = shutil.ignore_patterns("*.so", "build", "runs", ".*", "*.egg-info", "__pycache__")
+    return Path(shutil.copytree(ROOT, folder / "ctt", ignore=ignored))
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the package, built from a copy of the sources."""
-    source = tmp_path_factory.mktemp("source") / "ctt"
-    ignored = shutil.ignore_patterns("*.so", "build", "runs", ".*", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=ignored)
+    source = sources(tmp_path_factory.mktemp("source"))
     target = tmp_path_factory.mktemp("target")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     environment = os.environ | {"CTT_CUDA": "0"}
@@ -50,3 +55,72 @@ def test_the_example_of_the_readme_runs(installed: Path, tmp_path: Path) -> None
     )
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"loss \d\.\d+, keys held \[32, 32, 32, 32, 32\]\n", done.stdout)
+
+
+COMPILER = """#!/bin/sh
+# writes what a compiler would: the object that is asked for, and on which headers it depends
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -o) out="$2" ;;
+    -MF) needs="$2" ;;
+    *.cpp) source="$1" ;;
+  esac
+  shift
+done
+date +%N > "$out"
+if [ -n "$needs" ]; then echo "$out: $source $(dirname "$source")/ops.h" > "$needs"; fi
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the compiler of this test is a shell script")
+def test_what_has_not_changed_is_not_built_again(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    pytest.importorskip("ninja")
+    source = sources(tmp_path)
+    compiler = tmp_path / "c++"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    tools = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), str(compiler))
+    changes = {"CTT_CPU": "1", "CTT_CUDA": "0", **tools}
+    # ninja itself need not be on the PATH
+    changes["PATH"] = "/usr/bin:/bin" if not Path("/usr/bin/ninja").exists() else "/bin"
+
+    def build() -> dict[str, int]:
+        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        subprocess.run(command, cwd=source, env=os.environ | changes, check=True)
+        objects = {p.stem: p.stat().st_mtime_ns for p in (source / "build").rglob("*.o")}
+        assert list((source / "ctt").glob("_cpu*"))
+        return objects
+
+    def newer(before: dict[str, int], after: dict[str, int]) -> list[str]:
+        return sorted(name for name in after if after[name] != before[name])
+
+    first = build()
+    assert set(first) == {p.stem for p in (ROOT / "csrc" / "cpu").glob("*.cpp")}
+    assert newer(first, again := build()) == []
+    (source / "csrc" / "cpu" / "ema.cpp").touch()
+    assert newer(again, third := build()) == ["ema"]
+    (source / "csrc" / "cpu" / "ops.h").touch()
+    assert newer(third, build()) == sorted(first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", [True, False])
+def test_the_wheel_of_the_sdist_in_isolation(tmp_path: Path, compiler: bool) -> None:
+    """Everything that a build needs is in the sdist, and pip fetches the rest by itself."""
+    source = sources(tmp_path)
+    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=source, check=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    changes = {"CTT_CUDA": "0", "CTT_CPU": "1"}
+    if not compiler:
+        changes |= {"CC": "/nowhere/cc", "CXX": "/nowhere/c++", "CTT_CPU": "auto"}
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
+    subprocess.run([*pip, str(tmp_path), str(sdist)], env=os.environ | changes, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.startswith("ctt/_cpu.cpython") for name in names) is compiler
+    assert not any(name.startswith(("csrc", "tests", "benchmarks")) for name in names)
+    for room, package in (("ctt", "ctt"), ("kernels", "ctt_kernels")):
+        files = [p.relative_to(ROOT / room).as_posix() for p in (ROOT / room).rglob("*.py")]
+        assert {f"{package}/{file}" for file in files} <= set(names)
