@@ -220,6 +220,13 @@ METHODS = {
         extra="a classifier of images and an attention module",
         cost=1.4,
     ),
+    "semiseg-contrastive": About(
+        "Alonso et al., ICCV 2021",
+        "ctt.methods.semiseg_contrastive:SemiSegContrastive",
+        uses=("ema", "loss.sup"),
+        options="ctt.methods.semiseg_contrastive:ContrastiveOptions",
+        extra="heads, selectors, memories of features",
+    ),
     "u2pl": About(
         "Wang et al., CVPR 2022",
         "ctt.methods.u2pl:U2pl",

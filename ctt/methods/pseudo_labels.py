@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class PseudoLabels(Method):
         padding = b["padding"]
         probability = [step.probability(net, b["unlabeled"]) for net in self.labelers]
         with step.phase("views"):
-            mix = step.mixer(probability, padding, self.mix)
+            mix = self.mixing(probability, padding, step)
             b = b | {"mixed": mix(b["unlabeled"]), "pixels": step.count(b["label"])}
             b |= self.draws(len(padding), step)
             seen, shares = step.total((~padding).sum()).clamp(min=1), []
@@ -87,6 +87,12 @@ class PseudoLabels(Method):
                     b[f"weight {k}"] = weight
             step.log("lost_pixels", torch.stack(shares).mean())
         return b
+
+    def mixing(
+        self, given: Sequence[Tensor], padding: Tensor, step: Step
+    ) -> Callable[[Tensor], Tensor]:
+        """Return what mixes images and labels, see `Step.mixer`."""
+        return step.mixer(given, padding, self.mix)
 
     def divisor(self, trusted: Tensor, label: Tensor, step: Step) -> Tensor:
         """Return what the sum over pseudo-labelled pixels is divided by, see `unlabeled_mean`."""

@@ -25,7 +25,11 @@ from tests.train.steps import CPU, batch, double, exactly, make, run, unlabelled
 EVERY = pytest.mark.parametrize("name", methods.names())
 STEPS = 5
 # terms with a mean over what a student chooses, or of no sum over images, which is that of the part
-BY_PART = {"advsemiseg": ("semi",), "s4gan": ("fm", "st")}
+BY_PART = {
+    "advsemiseg": ("semi",),
+    "s4gan": ("fm", "st"),
+    "semiseg-contrastive": ("contrast",),
+}
 
 
 def settings_of(name: str, tiny: Settings, change: dict[str, Any] | None = None) -> Settings:

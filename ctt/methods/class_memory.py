@@ -1,0 +1,82 @@
+"""A memory of the features of each class, with selectors that weigh them (Alonso et al., 2021)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ctt.methods import followers
+from ctt.methods.base import Setup, Step
+from ctt.methods.losses import wide
+from ctt.ops import MemoryBank
+
+
+class Selectors(nn.Module):
+    """For each class a weight in 0..1 of a vector: two layers."""
+
+    def __init__(self, classes: int, dim: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(dim)
+        self.first = nn.Parameter(torch.empty(classes, dim, dim).uniform_(-bound, bound))
+        self.second = nn.Parameter(torch.empty(classes, dim).uniform_(-bound, bound))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Return the weights (C, n) of vectors (C, n, D)."""
+        hidden = F.leaky_relu(self.norm(vectors @ self.first), 0.2)
+        weight: Tensor = (hidden @ self.second[:, :, None])[..., 0].sigmoid()
+        return weight
+
+
+class ClassMemory(nn.Module):
+    """The vectors of the classes, selectors of pixels and of vectors, and a copy of the first.
+
+    Args:
+        capacity: vectors of a class. dim: D.
+    """
+
+    def __init__(self, setup: Setup, capacity: int, dim: int) -> None:
+        super().__init__()
+        self.bank = MemoryBank(setup.classes, capacity, dim)
+        self.of_pixels = setup.finish(Selectors(setup.classes, dim))
+        self.of_vectors = setup.finish(Selectors(setup.classes, dim))
+        self.slow = followers.copies([self.of_pixels])
+
+    def distance(self, pixels: Tensor, there: Tensor, step: Step) -> Tensor:
+        """Return the weighted mean of 1 - cosine over pairs of pixel and vector of each class, then
+        the mean over the classes.
+
+        Args:
+            pixels: (C, n, D), normalised. there: (C, n), where there is one.
+        """
+        bank = self.bank
+        held = torch.arange(bank.capacity, device=bank.keys.device) < bank.count[:, None]  # (C, V)
+        keys = bank.keys.to(pixels.dtype)
+        weight = wide(self.of_vectors(keys)).masked_fill(~held, 0)
+        vector = torch.einsum("cv,cvd->cd", weight, keys)
+        vector = vector / weight.sum(dim=1, keepdim=True).clamp(min=1e-12)
+        away = 1 - torch.einsum("cnd,cd->cn", pixels, vector)
+        share = wide(self.of_pixels(pixels)).masked_fill(~there, 0)
+        return part_of_weighted_mean(share, away, step).masked_fill(bank.count == 0, 0).mean()
+
+    def push(self, pixels: Tensor, there: Tensor, count: int) -> None:
+        """Take the pixels (C, n, D) of each class that the slow selectors rank highest."""
+        classes = torch.arange(len(pixels), device=pixels.device)[:, None].expand_as(there)
+        score = wide(self.slow[0](pixels)).flatten()
+        features, label, valid = pixels.flatten(0, 1), classes.flatten(), there.flatten()
+        self.bank.push(features, label, score, valid=valid, top_k=count, per_class=count)
+
+
+def part_of_weighted_mean(weight: Tensor, values: Tensor, step: Step) -> Tensor:
+    """Return this process's part of the mean over all processes, (C,), of values (C, n).
+
+    Its gradient is that of the mean, in which the sum of the weights changes too, though sums over
+    the processes have none.
+    """
+    own, part = weight.sum(dim=1), (weight * values).sum(dim=1)
+    whole = step.total(own.detach()).clamp(min=1e-12)
+    mean = step.total(part.detach()) / whole
+    return (part - (own - own.detach()) * mean) / whole

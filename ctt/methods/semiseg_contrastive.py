@@ -1,0 +1,194 @@
+"""SemiSeg-Contrastive (Alonso et al., ICCV 2021, arXiv 2104.13415): pixels and a class-wise memory.
+
+A teacher labels the unlabelled images; a pixel counts by its confidence to the power 6. Features of
+each class, after a projection and a prediction head, are drawn to the memory of the class, which
+holds the teacher's projected features of labelled pixels that it classifies rightly and surely. For
+each class two selectors weigh the pairs, one by the feature and one by the memory.
+
+Departures: the memory takes the pixels that its selector ranks highest, as the paper says; the
+program takes the lowest. A class takes part with up to `pixels` pixels of a step, drawn at random.
+Selectors have a layer norm where the program has a batch norm, which would mix in places without a
+pixel. Each image is seen once, not in two views of half as many. Left out: the class weights for
+Cityscapes, and the program's return to the weights that were best on the validation images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ctt.data.source import IGNORE
+from ctt.methods import followers, losses, ramps
+from ctt.methods.base import Batch, Modules, Schedule, Setup, Step, Terms
+from ctt.methods.class_memory import ClassMemory
+from ctt.methods.dst_cbc import log_probability
+from ctt.methods.losses import as_pixels, to_grid, wide
+from ctt.methods.mean_teacher import MeanTeacher
+from ctt.methods.optim import make_sgd
+from ctt.methods.options import Check, Options, above_0, at_least_0, shares
+from ctt.methods.sampling import NOBODY, numbered, places
+from ctt.models.base import Output, conv_bn, upsample
+
+
+@dataclass(frozen=True)
+class ContrastiveOptions(Options):
+    """Settings of SemiSeg-Contrastive; the defaults are those of the authors' program."""
+
+    entropy: float = 0.01
+    """Weight of the entropy, in bits, of the students' answers to unlabelled images."""
+    contrast: float = 0.1
+    """Weight of the contrast of labelled, and that of unlabelled images."""
+    power: float = 6.0
+    """Power of the teacher's confidence by which a pixel counts."""
+    start: float = 0.0133
+    """Share of the run in which pseudo-labels gain weight, without mixing and contrast (2,000 of
+    150,000 iterations); the memory is filled from its half on."""
+    mix: float = 0.75
+    """Share of the steps whose unlabelled images are mixed by class."""
+    sure: float = 0.95
+    """Probability that a pixel needs from the teacher to enter the memory."""
+    capacity: int = 256
+    """Vectors in the memory of a class."""
+    pixels: int = 256
+    """Pixels of a class that take part in a step at most (not in the program)."""
+
+    def checks(self) -> list[Check]:
+        return [
+            *at_least_0(entropy=self.entropy, contrast=self.contrast, power=self.power),
+            *shares(start=self.start, mix=self.mix, sure=self.sure),
+            *above_0(capacity=self.capacity, pixels=self.pixels),
+        ]
+
+
+class SemiSegContrastive(MeanTeacher):
+    """A mean teacher, and a memory of its features to which those of the student are drawn.
+
+    Batch, besides that of `PseudoLabels`: for each student k and for `label` and `more`, the
+    labelled and the mixed images, `own label k` and `number label k` (B, h, w): the class of a
+    pixel on the grid, and its number among those of the class that take part.
+    """
+
+    terms = ("sup", "ct", "entropy", "contrast")
+    following = ("teachers", "slow_projections")
+    options: ContrastiveOptions
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.confidence_weight, self.unlabeled_mean = "none", "all"
+        self.classes, dim = setup.classes, self.settings.model.features
+        self.per_class = max(1, round(self.options.capacity / setup.labeled))
+
+        def head() -> nn.Module:
+            return setup.finish(nn.Sequential(conv_bn(dim, dim, 1), nn.Conv2d(dim, dim, 1)))
+
+        with setup.seeded("heads"):
+            self.projections = Modules[nn.Module](head() for _ in self.students)
+            self.predictions = Modules[nn.Module](head() for _ in self.students)
+            self.memories = Modules[ClassMemory](
+                ClassMemory(setup, self.options.capacity, dim) for _ in self.students
+            )
+        self.slow_projections = followers.copies(self.projections)
+        self.ema = followers.EmaUpdate(
+            [*self.teachers, *self.slow_projections, *(m.slow[0] for m in self.memories)],
+            [*self.students, *self.projections, *(m.of_pixels for m in self.memories)],
+            self.settings.ema,
+        )
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        selectors = [net for m in self.memories for net in (m.of_pixels, m.of_vectors)]
+        extra = [*self.projections, *self.predictions, *selectors]
+        return {"students": make_sgd(self.students, self.settings.optim, extra=extra)}
+
+    def schedules(self) -> dict[str, Schedule]:
+        total, start = self.settings.train.iterations, self.options.start
+        return super().schedules() | {
+            "ramp": lambda i: ramps.sigmoid(i / total, start),
+            "on": lambda i: float(i >= start * total),
+        }
+
+    def stage(self, iteration: int) -> int:
+        return int(2 * iteration >= self.options.start * self.settings.train.iterations)
+
+    def mixing(
+        self, given: Sequence[Tensor], padding: Tensor, step: Step
+    ) -> Callable[[Tensor], Tensor]:
+        paste = step.mixer(given, padding, "classmix-fewer")
+        does = step.rand("whether mixed", (1,), None) < self.options.mix * step["on"]
+        return lambda values: torch.where(does, paste(values), values)
+
+    def prepare(self, b: Batch, step: Step) -> Batch:
+        b = super().prepare(b, step)
+        for k, student in enumerate(self.students):
+            b[f"seen {k}"] = step.count(b[f"label {k}"])
+            for kind, label in (("label", b["label"]), ("more", b[f"label {k}"])):
+                own = to_grid(label, student.stride)
+                b |= {f"own {kind} {k}": own, f"number {kind} {k}": self.number(kind, k, own, step)}
+        return b
+
+    def number(self, kind: str, k: int, own: Tensor, step: Step) -> Tensor:
+        """Draw the pixels of each class that take part, of classes (B, h, w), and number them."""
+        member = own.flatten() == torch.arange(self.classes, device=own.device)[:, None]
+        ticket = step.rand(f"{kind} {k}", tuple(own.shape), 0).flatten()
+        return numbered(member, self.options.pixels, ticket, step)[0].view_as(own)
+
+    def unlabeled_weight(self, step: Step) -> float | Tensor:
+        return step["ramp"]
+
+    def unlabeled_loss(self, k: int, logits: Tensor, b: Batch) -> Tensor:
+        label, stride = b[f"label {k}"], self.students[k].stride
+        weight = b[f"confidence {k}"] ** self.options.power
+        return -(weight * log_probability(logits, stride, label)).sum() / b[f"pixels {k}"]
+
+    def losses(self, b: Batch, step: Step) -> Terms:
+        out, n, o = self.ask_students(b, step), len(b["images"]), self.options
+        terms = self.cross_entropies(out, b, step)
+        unsure, contrast = [], []
+        for k, maps in enumerate(out):
+            label = b[f"label {k}"]
+            size = (label.shape[-2], label.shape[-1])
+            log_p = upsample(maps.logits[n:], size, self.students[k].stride).log_softmax(dim=1)
+            bits = -(log_p.exp() * log_p).sum(dim=1) / math.log(2)
+            unsure.append(bits.masked_fill(label == IGNORE, 0).sum() / b[f"seen {k}"])
+            with step.phase("contrast"):
+                contrast.append(self.contrast(k, maps, b, step))
+        terms["entropy"] = (o.entropy, losses.sum_of(unsure))
+        terms["contrast"] = (o.contrast * step["on"], losses.sum_of(contrast))
+        return terms
+
+    def contrast(self, k: int, out: Output, b: Batch, step: Step) -> Tensor:
+        """Return how far labelled and unlabelled pixels are from the memory of their class."""
+        with step.autocast():
+            features = self.predictions[k](self.projections[k](out.features))
+        halves = F.normalize(wide(features), dim=1).chunk(2)
+        values = [
+            self.memories[k].distance(*self.drawn(kind, k, maps, b), step)
+            for kind, maps in zip(("label", "more"), halves, strict=True)
+        ]
+        return losses.sum_of(values)
+
+    def drawn(self, kind: str, k: int, maps: Tensor, b: Batch) -> tuple[Tensor, Tensor]:
+        """Return the pixels (C, n, D) that take part, and where there is one."""
+        own, number = (b[f"{name} {kind} {k}"].flatten() for name in ("own", "number"))
+        place = places(own, number, self.classes, self.options.pixels)
+        return as_pixels(maps)[place.clamp(min=0)], place != NOBODY
+
+    def after_step(self, b: Batch, step: Step) -> None:
+        super().after_step(b, step)
+        if not self.stage(step.iteration):
+            return
+        for k, teacher in enumerate(self.teachers):
+            out = step.forward(teacher, b["images"])
+            with step.phase("banks"), step.autocast():
+                features = self.slow_projections[k](out.features)
+            p, predicted = wide(out.logits).softmax(dim=1).max(dim=1)
+            truth = to_grid(b["label"], teacher.stride)
+            own = truth.masked_fill((predicted != truth) | ~(p > self.options.sure), IGNORE)
+            known = {f"own memory {k}": own}
+            known[f"number memory {k}"] = self.number("memory", k, own, step)
+            maps = F.normalize(wide(features), dim=1)
+            self.memories[k].push(*self.drawn("memory", k, maps, known), self.per_class)
