@@ -37,9 +37,10 @@ CONTRAST = (
     "loss.contrast_stride",
     "loss.contrast_reduction",
 )
-SHARED = ("ema", "loss.sup", "views.mix", *LABELING, *CONTRAST, *LOW_LEVEL)
+SHARED = ("ema", "loss.sup", "views", "views.mix", *LABELING, *CONTRAST, *LOW_LEVEL)
 KEPT = (
     "ema",
+    "views",
     "loss.sup",
     "loss.ct",
     "loss.confidence_weight",
@@ -47,7 +48,7 @@ KEPT = (
     "loss.unlabeled_mean",
     "views.mix",
 )
-TAUGHT = ("ema", "loss.sup", "views.mix", *LABELING)
+TAUGHT = ("ema", "loss.sup", "views", "views.mix", *LABELING)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ METHODS = {
         "the labelled images alone",
         "ctt.methods.supervised:Supervised",
         unlabeled=False,
-        uses=("ema", "loss.sup"),
+        uses=("ema", "views", "loss.sup"),
     ),
     "mean-teacher": About(
         "Tarvainen and Valpola, NeurIPS 2017, with hard labels",
@@ -123,7 +124,7 @@ METHODS = {
     "mean-teacher-soft": About(
         "Tarvainen and Valpola, NeurIPS 2017",
         "ctt.methods.mean_teacher_soft:MeanTeacherSoft",
-        uses=("ema", "loss.sup", "views.mix"),
+        uses=("ema", "views", "loss.sup", "views.mix"),
         options="ctt.methods.mean_teacher_soft:MeanTeacherSoftOptions",
     ),
     "mean-teacher-ensemble": About(
@@ -135,19 +136,19 @@ METHODS = {
     "french": About(
         "French et al., BMVC 2020: CutMix, Cutout, CowMix",
         "ctt.methods.french:French",
-        uses=("ema", "loss.sup"),
+        uses=("ema", "views", "loss.sup"),
         options="ctt.methods.french:FrenchOptions",
     ),
     "vat": About(
         "Miyato et al., TPAMI 2018, as in French's program",
         "ctt.methods.vat:Vat",
-        uses=("ema", "loss.sup"),
+        uses=("ema", "views", "loss.sup"),
         options="ctt.methods.vat:VatOptions",
     ),
     "classmix": About(
         "Olsson et al., WACV 2021",
         "ctt.methods.classmix:ClassMix",
-        uses=("ema", "loss.sup"),
+        uses=("ema", "views", "loss.sup"),
         options="ctt.methods.classmix:ClassMixOptions",
     ),
     "self-training": About(
@@ -160,21 +161,21 @@ METHODS = {
     "st": About(
         "Yang et al., CVPR 2022, ST",
         "ctt.methods.st:St",
-        uses=("ema", "loss.sup", "loss.ct"),
+        uses=("ema", "views", "loss.sup", "loss.ct"),
         options="ctt.methods.st:StOptions",
         extra="rounds",
     ),
     "st++": About(
         "Yang et al., CVPR 2022, ST++",
         "ctt.methods.st:StPlusPlus",
-        uses=("ema", "loss.sup", "loss.ct"),
+        uses=("ema", "views", "loss.sup", "loss.ct"),
         options="ctt.methods.st:StPlusPlusOptions",
         extra="rounds, two copies of each student",
     ),
     "dst-cbc": About(
         "Feng et al., 2020, arXiv 2004.08514v1",
         "ctt.methods.dst_cbc:DstCbc",
-        uses=("ema", "loss.sup", "loss.ct", "views.mix"),
+        uses=("ema", "views", "loss.sup", "loss.ct", "views.mix"),
         options="ctt.methods.dst_cbc:DstCbcOptions",
         extra="rounds",
     ),
@@ -182,7 +183,7 @@ METHODS = {
         "Feng et al., Pattern Recognition 130, 2022",
         "ctt.methods.dmt:Dmt",
         pairs=2,
-        uses=("ema", "loss.sup", "loss.ct", "views.mix"),
+        uses=("ema", "views", "loss.sup", "loss.ct", "views.mix"),
         options="ctt.methods.dmt:DmtOptions",
         extra="rounds",
     ),
@@ -201,21 +202,21 @@ METHODS = {
     "unimatch": About(
         "Yang et al., CVPR 2023, as in its program",
         "ctt.methods.unimatch:UniMatch",
-        uses=("ema", "loss.sup"),
+        uses=("ema", "views", "loss.sup"),
         options="ctt.methods.unimatch:UniMatchOptions",
         cost=2.1,
     ),
     "unimatch-v2": About(
         "Yang et al., TPAMI 2025, as in its program",
         "ctt.methods.unimatch_v2:UniMatchV2",
-        uses=("ema", "loss.sup"),
+        uses=("ema", "views", "loss.sup"),
         options="ctt.methods.unimatch_v2:UniMatchV2Options",
         cost=1.6,
     ),
     "pseudoseg": About(
         "Zou et al., ICLR 2021, as in its program",
         "ctt.methods.pseudoseg:PseudoSeg",
-        uses=("ema", "loss.sup"),
+        uses=("ema", "views", "loss.sup"),
         options="ctt.methods.pseudoseg:PseudoSegOptions",
         extra="a classifier of images and an attention module",
         cost=1.4,
@@ -223,14 +224,14 @@ METHODS = {
     "semiseg-contrastive": About(
         "Alonso et al., ICCV 2021",
         "ctt.methods.semiseg_contrastive:SemiSegContrastive",
-        uses=("ema", "loss.sup"),
+        uses=("ema", "views", "loss.sup"),
         options="ctt.methods.semiseg_contrastive:ContrastiveOptions",
         extra="heads, selectors, memories of features",
     ),
     "u2pl": About(
         "Wang et al., CVPR 2022",
         "ctt.methods.u2pl:U2pl",
-        uses=("ema", "loss.sup"),
+        uses=("ema", "views", "loss.sup"),
         options="ctt.methods.u2pl:U2plOptions",
         extra="representation heads, banks of negatives",
     ),

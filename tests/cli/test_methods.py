@@ -114,6 +114,13 @@ def test_help_shows_what_the_method_reads(name: str, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     about = methods.get(name)
     unused = about.unused(about.pairs)
-    for setting in ("loss.hc", "bank.capacity", "ema.decay", "loss.ct", "views.mix"):
+    for setting in (
+        "loss.hc",
+        "bank.capacity",
+        "ema.decay",
+        "loss.ct",
+        "views.mix",
+        "views.jitter",
+    ):
         hidden = setting in unused or setting.partition(".")[0] in unused
         assert (f"--{setting} " in shown) != hidden, setting

@@ -62,6 +62,7 @@ def run(arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
             "--method mean-teacher --loss.hc 5",
             "--loss.hc changes nothing with --method mean-teacher",
         ),
+        ("--method cct --views.jitter 0.5", "--views.jitter changes nothing with --method cct"),
         ("--method supervised --bank.capacity=9", "--bank.capacity changes nothing with"),
         ("--method supervised --views.mix classmix", "--views.mix changes nothing with --method"),
         ("--pairs 1 --loss.no-directional", "--loss.directional changes nothing with --method"),
