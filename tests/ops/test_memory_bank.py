@@ -169,6 +169,7 @@ def work(rank: int, port: int, folder: str, draw: bool) -> None:
     try:
         torch.save(train(rank, draw).state_dict(), Path(folder) / f"{rank}.pt")
         check_groups(rank, draw)
+        dist.barrier()  # rank 0 holds the store through which the others still speak
     finally:
         dist.destroy_process_group()
 
