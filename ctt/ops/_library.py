@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd.graph import increment_version
 
 from ctt.ops import _checks
@@ -34,6 +35,12 @@ _library.define(
     "Tensor? mask, float temperature, Tensor? learned, str reduction, bool need_grad, "
     "bool need_slope, str backend) -> (Tensor, Tensor, Tensor)"
 )
+
+
+def is_traced(x: Tensor) -> bool:
+    """Return whether an operation on x is looked at, by torch.compile or of a tensor without data,
+    rather than computed."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
 def mark_written(tensors: Sequence[Tensor]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ctt.ops import _checks
-from ctt.ops._library import Contrast, TransformedContrast, contrast
+from ctt.ops._library import Contrast, TransformedContrast, contrast, is_traced
 
 
 def info_nce(
@@ -143,7 +143,7 @@ def _contrast(
     need_grad = differentiates and query.requires_grad
     need_slope = differentiates and learned is not None and learned.requires_grad
     run: Any
-    if torch.compiler.is_compiling():
+    if is_traced(query):
         run = torch.ops.ctt.contrast
         counts = [_all_held(k) if n is None else n for k, n in zip(keys, counts, strict=True)]
     elif torch._C._are_functorch_transforms_active():

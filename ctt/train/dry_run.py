@@ -29,7 +29,7 @@ def dry_run(settings: Settings, *, out: Path | None = None, resume: Path | None 
         start = f"go on after iteration {done}"
         notes = [f"Warning: {broken}"] if broken else []
     method = plan.build(finish=False)
-    parts = estimate(settings, method, len(plan.source.info.classes), plan.about)
+    parts = estimate(settings, method, plan.source.info, plan.about)
     console = plain_console()
     console.print(
         f"{settings.method} with {plan.pairs} pairs on {settings.dataset} would {start} with "

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ctt.data.seeding import derive_seed
 from ctt.data.source import IGNORE, DatasetInfo
 from ctt.data.views import to_unit
-from ctt.methods.base import Batch, Method
+from ctt.methods.base import Batch, Method, Round
 from ctt.methods.optim import learning_rate
 from ctt.settings import Settings
 from ctt.train.compiling import compile_networks
@@ -107,12 +107,7 @@ class Engine:
         step, method = self.step, self.method
         step.whole, step.logged = True, {}
         with step.phase("views"):
-            b: Batch = {"images": to_unit(inputs[0]), "label": inputs[1].long()}
-            if len(inputs) > 2:
-                b |= {"unlabeled": to_unit(inputs[2]), "padding": inputs[3] == IGNORE}
-            if len(inputs) > 2 and self.rounds.rounds[method.round].images == "kept":
-                b["kept"], b["sureness"] = unpack(inputs[3])
-                b["padding"] = b["kept"] == IGNORE
+            b = batch_of(inputs, self.rounds.rounds[method.round])
         with torch.no_grad():
             b = method.prepare(b, step)
         for optimizer in self.optimizers.values():
@@ -220,6 +215,18 @@ class Engine:
         self.iteration, self.drawn = int(state["iteration"]), int(state["drawn"])
         self.drawn_unlabeled = int(state["drawn_unlabeled"])
         self.method.round = self.rounds.at(self.iteration)
+
+
+def batch_of(inputs: Sequence[Tensor], kind: Round) -> Batch:
+    """Return the batch of a method of what the loader gives: images, label, and of the unlabelled
+    images the same, whose label is 255 in the padding and in some rounds one that was kept."""
+    b: Batch = {"images": to_unit(inputs[0]), "label": inputs[1].long()}
+    if len(inputs) > 2:
+        b |= {"unlabeled": to_unit(inputs[2]), "padding": inputs[3] == IGNORE}
+    if len(inputs) > 2 and kind.images == "kept":
+        b["kept"], b["sureness"] = unpack(inputs[3])
+        b["padding"] = b["kept"] == IGNORE
+    return b
 
 
 def split(b: Batch, parts: int) -> Iterator[Batch]:

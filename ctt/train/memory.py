@@ -1,8 +1,8 @@
 """How much memory a run takes, worked out without taking it.
 
-The networks are run on tensors without data, and what autograd keeps for the backward
-pass is counted. Left out, because it depends on the device: the context of CUDA (about half a GiB),
-workspaces of convolutions, what the allocator loses to gaps, and the savings of torch.compile.
+A step runs on tensors without data, and what autograd keeps for the backward pass is counted. Left
+out, because it depends on the device: the context of CUDA (about half a GiB), workspaces of
+convolutions, what the allocator loses to gaps, and the savings of torch.compile.
 """
 
 import os
@@ -12,75 +12,102 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ctt.methods import About, losses
+from ctt.data.source import DatasetInfo
+from ctt.data.views import constant
+from ctt.methods import About
 from ctt.methods.base import Method
-from ctt.models.base import SegmentationModel
 from ctt.settings import Settings
-from ctt.train.plan import images_at_once
+from ctt.train.context import StepContext
+from ctt.train.distributed import World
+from ctt.train.engine import batch_of, split
 
 MEBI = 1 << 20
 FLOAT = 4  # bytes
 ACTIVATIONS = "activations"  # grow with the batch
 
 
-def estimate(settings: Settings, method: Method, classes: int, about: About) -> dict[str, int]:
+def estimate(settings: Settings, method: Method, info: DatasetInfo, about: About) -> dict[str, int]:
     """Return the bytes of each part of what a process holds when a step is at its largest.
 
     Args:
-        method: with its networks on the CPU.
+        method: with its networks on the CPU; not to be trained afterwards, as its counters move.
+
+    Returns:
+        of each part; without `ACTIVATIONS` if a step cannot be run without data.
     """
     height, width = settings.data.crop
-    students, unlabeled = list(method.students), about.unlabeled
-    seen, pairs = images_at_once(settings, unlabeled), len(students)
-    terms = about.contrast * ((settings.loss.hc > 0) + (settings.loss.lc > 0) * (pairs - 1))
-    held = trained = activations = widest = 0
-    for student in students:
-        trained += sum(size_of(p) for p in student.parameters() if p.requires_grad)
-        held += bytes_of(student)
-        kept, features = _forward(student.train(), settings, (seen, 3, height, width))
-        # the contrast makes its gradients before the backward pass
-        activations += sum(kept) + terms * features // settings.loss.contrast_stride**2
-        widest = max(widest, *kept)
+    held, teachers = bytes_of(method.students), bytes_of(method.teachers)
+    parts = {
+        "students": held,
+        "gradients": sum(size_of(p) for p in method.parameters() if p.requires_grad),
+        "momenta": momenta(method),
+        "teachers": teachers,
+        "banks and other modules": bytes_of(method) - held - teachers,
+    }
     # probabilities of every teacher at full size; ClassMix, and students of several teachers, take
     # a mean of them, and without one the logits of the last teacher lie beside its probabilities
-    scores = FLOAT * settings.data.batch_size * classes * height * width
+    scores = FLOAT * settings.data.batch_size * len(info.classes) * height * width
+    pairs = len(method.students)
     averaged = settings.views.mix == "classmix" or pairs > 2
-    labeling = (2 * pairs + 1 if averaged else pairs + 1) * scores if unlabeled else 0
-    return {
-        "students": held,
-        "their gradients": trained,
-        "their momenta": trained if settings.optim.momentum else 0,
-        "teachers": bytes_of(method.teachers),
-        "banks and other modules": bytes_of(method) - held - bytes_of(method.teachers),
-        # gradients of the input and the output of a layer pass through the widest one
-        ACTIVATIONS: max(activations + 2 * widest, labeling),
-    }
+    labeling = (2 * pairs + 1 if averaged else pairs + 1) * scores if about.unlabeled else 0
+    try:
+        ends = {0, len(method.rounds()) - 1}
+        kept = max((kept_by_step(settings, method, info, about, r) for r in ends), key=sum)
+    except Exception:  # a method may look at its numbers
+        return parts
+    # gradients of the input and the output of a layer pass through the widest one
+    return parts | {ACTIVATIONS: max(sum(kept) + 2 * max(kept), labeling)}
 
 
-def _forward(
-    student: SegmentationModel, settings: Settings, shape: tuple[int, ...]
-) -> tuple[list[int], int]:
-    """Bytes of what the cross-entropy keeps for its backward pass, and of features in float32."""
-    mode = FakeTensorMode()
-    named = (*student.named_parameters(), *student.named_buffers())
-    weights: dict[str, Tensor] = {name: mode.from_tensor(x) for name, x in named}
-    own = set(map(storage_of, weights.values()))
-    kept: dict[int, Tensor] = {}  # keeps them alive, so that no two have one address
+def momenta(method: Method) -> int:
+    """Return the bytes of what the optimisers remember of each weight."""
+    total = 0
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for optimizer in method.optimizers().values():
+            for group in optimizer.param_groups:
+                copies = 2 if "betas" in group else int(group["momentum"] > 0)
+                total += copies * sum(size_of(p) for p in group["params"] if p.requires_grad)
+    return total
+
+
+def kept_by_step(
+    settings: Settings, method: Method, info: DatasetInfo, about: About, number: int
+) -> list[int]:
+    """Return the bytes of each tensor that a part of a step keeps for its backward pass.
+
+    Args:
+        number: of the round of the run, from 0.
+    """
+    method.train().round = number
+    kind = method.rounds()[number]
+    size, images = settings.data.crop, settings.data.batch_size
+    mode, kept = FakeTensorMode(allow_non_fake_inputs=True), dict[int, Tensor]()
+    # as the mode takes them; by the tensors, so that no two have one address
+    weights = [mode.from_tensor(x) for x in (*method.parameters(), *method.buffers())]
+    own = {storage_of(x) for x in (*weights, *method.parameters(), *method.buffers())}
 
     def keep(x: Tensor) -> Tensor:
         if storage_of(x) not in own:
             kept[storage_of(x)] = x
         return x
 
-    amp = settings.train.amp
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        images = torch.empty(shape)
-        label = torch.empty(shape[0], *shape[2:], dtype=torch.int64)
-        with torch.autocast("cpu", dtype=dtype, enabled=amp != "off"):
-            out = torch.func.functional_call(student, weights, (images,))
-        losses.pixel_cross_entropy(out.logits, student.stride, label, losses.valid_pixels(label))
-    return [x.untyped_storage().nbytes() for x in kept.values()], FLOAT * out.features.numel()
+    schedules = {"rate": lambda iteration: settings.optim.lr, **method.schedules()}
+    step = StepContext(settings, info, torch.device("cpu"), World(), schedules)
+    step.begin(settings.train.iterations - 1)  # by then all that a method does has begun
+    try:
+        with mode:
+            labeled = [torch.zeros(images, *shape).byte() for shape in ((3, *size), size)]
+            more = [labeled[0], labeled[1].int()] if about.unlabeled else []
+            b = batch_of([*labeled, *more] if kind.images != "none" else labeled, kind)
+            with torch.no_grad():
+                b = method.prepare(b, step)
+            step.whole = False
+            part = next(split(b, settings.train.accumulate))
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                method.losses(part, step)
+    finally:
+        constant.cache_clear()  # those made meanwhile have no data
+    return [x.untyped_storage().nbytes() for x in kept.values()]
 
 
 def bytes_of(module: nn.Module) -> int:
@@ -118,6 +145,9 @@ def memory_table(parts: dict[str, int], settings: Settings, device: torch.device
     table.add_section()
     table.add_row("all", f"{total / MEBI:,.0f}", style="bold")
     table.add_row(f"{device} has", f"{room / MEBI:,.0f}")
+    if ACTIVATIONS not in parts:
+        table.add_row(ACTIVATIONS, "unknown")
+        return table
     fixed = total - parts[ACTIVATIONS]
     images = (room - fixed) * settings.data.batch_size // parts[ACTIVATIONS]
     table.add_row("largest --data.batch-size", f"{max(0, images):,}")

@@ -211,7 +211,7 @@ def test_a_dry_run_tells_the_memory_and_writes_nothing(
     assert run(f"{QUICK} --dry-run", monkeypatch) == 0
     shown = capsys.readouterr().out
     assert "6 labelled and 18 unlabelled images" in shown
-    for row in ("activations", "their momenta", "cpu has", "largest --data.batch-size"):
+    for row in ("activations", "momenta", "cpu has", "largest --data.batch-size"):
         assert row in shown
     assert list(tmp_path.iterdir()) == []
     assert run("--ratio 5000 --dry-run", monkeypatch) == 2
