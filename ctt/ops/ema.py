@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ctt.ops import _checks, _library  # noqa: F401  (_library defines the operators)
+from ctt.ops import _checks, _library
 from ctt.ops._nvtx import named_range
 from ctt.ops._plans import plan_of
 from ctt.ops._registry import select
@@ -48,7 +48,7 @@ def ema_update_(
     teacher, student = _paired(teacher, student)
     if len(teacher) == 0:
         return
-    if torch.compiler.is_compiling():
+    if _library.is_traced(teacher[0]):
         _traced(teacher, student, decay, backend)
         return
     _checks.untransformed("ema_update_", (*teacher, *student))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ctt.ops import _checks, _library  # noqa: F401  (_library defines the operators)
+from ctt.ops import _checks, _library
 from ctt.ops._nvtx import named_range
 from ctt.ops._registry import select
 
@@ -43,7 +43,7 @@ def queue_push_(
     _checks.tensor("queue_push_", "features", features, ("N", dim), None, device)
     _checks.tensor("queue_push_", "index", index, (num_classes, "k"), torch.int64, device)
     features = features.detach()
-    if torch.compiler.is_compiling():
+    if _library.is_traced(features):
         torch.ops.ctt.queue_push_(keys, count, cursor, features, index, backend)
         return
     _checks.untransformed("queue_push_", (keys, count, cursor, features, index))

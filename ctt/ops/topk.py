@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ctt.ops import _checks, _library  # noqa: F401  (_library defines the operators)
+from ctt.ops import _checks, _library
 from ctt.ops._nvtx import named_range
 from ctt.ops._registry import select
 
@@ -43,7 +43,7 @@ def class_topk(
     _checks.positive_int("class_topk", "k", k)
     _checks.positive_int("class_topk", "num_classes", num_classes)
     confidence = confidence.detach()
-    if torch.compiler.is_compiling():
+    if _library.is_traced(confidence):
         traced: tuple[Tensor, Tensor] = torch.ops.ctt.class_topk(
             confidence, label, k, num_classes, valid, backend
         )

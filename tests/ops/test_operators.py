@@ -290,3 +290,23 @@ def test_capture_in_a_cuda_graph(backend: str) -> None:
     graph.replay()
     replayed = [x.clone() for x in recorded]
     torch.testing.assert_close(replayed, list(step()))
+
+
+def test_tensors_without_data_give_shapes() -> None:
+    """A kernel would read memory that is not there."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        features, label = torch.rand(20, 8, requires_grad=True), torch.zeros(20, dtype=torch.int64)
+        keys, zeros = torch.zeros(3, 4, 8), torch.zeros(3, dtype=torch.int64)
+        index, count = class_topk(torch.rand(20), label, 2, 3)
+        assert (index.shape, count.shape) == ((3, 2), (3,))
+        queue_push_(keys, zeros, zeros.clone(), features, index)
+        ema_update_([torch.zeros(3)], [torch.ones(3)], 0.5)
+        loss = ctt.ops.info_nce(features, label, keys, temperature=0.1)
+        other = ctt.ops.pair_info_nce(
+            features, features, label, [(keys, None)], temperature=0.1, reduction="none"
+        )
+        assert (loss.shape, other.shape) == ((), (20,))
+        (loss + other.sum()).backward()
+        assert features.grad.shape == features.shape
