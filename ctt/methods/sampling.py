@@ -56,6 +56,16 @@ def gathered(values: Tensor, step: Step) -> Tensor:
     return step.total(pool).movedim(0, 1).flatten(1, 2)
 
 
+def tickets(name: str, own: Tensor, step: Step) -> Tensor:
+    """Return a random number for each pixel (2B * h * w) of labelled and unlabelled images.
+
+    Args:
+        name: of the numbers. own: (2B, h, w), what the pixels are.
+    """
+    shape = (len(own) // 2, 2, *own.shape[1:])
+    return step.rand(name, shape, 0).movedim(1, 0).flatten()
+
+
 def numbered(member: Tensor, count: int, ticket: Tensor, step: Step) -> tuple[Tensor, Tensor]:
     """Draw up to `count` members of each class out of all processes, and number them.
 
@@ -105,3 +115,19 @@ def push(
     first = pool.shape[1] * torch.arange(len(pool), device=index.device)[:, None]
     index = (index + first).masked_fill(best < 0, -1)
     queue_push_(bank.keys, bank.count, bank.cursor, pool.flatten(0, 1), index)
+
+
+def told_apart(
+    anchors: Tensor, positive: Tensor, bank: MemoryBank, draw: Tensor, temperature: float
+) -> Tensor:
+    """Return the cross-entropy (C, n) of telling the positive of a class from its negatives.
+
+    Args:
+        anchors: (C, n, D), normalised. positive: (C, D), normalised. bank: of negatives, for each
+            class its own. draw: (C, n, m) random numbers, for m negatives of each anchor.
+    """
+    good = (anchors * positive[:, None]).sum(dim=2, keepdim=True)
+    index = (draw * bank.count[:, None, None]).long().clamp(max=bank.capacity - 1)
+    scores = torch.einsum("cnd,cvd->cnv", anchors, bank.keys.to(anchors.dtype))
+    scores = torch.cat([good, scores.gather(2, index)], dim=2) / temperature
+    return scores.logsumexp(dim=2) - scores[..., 0]

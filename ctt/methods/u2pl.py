@@ -30,7 +30,16 @@ from ctt.methods.losses import to_grid
 from ctt.methods.mean_teacher import MeanTeacher
 from ctt.methods.optim import make_sgd
 from ctt.methods.options import Check, Options, above_0, at_least_0, shares
-from ctt.methods.sampling import NOBODY, entropy, numbered, places, push, quantile
+from ctt.methods.sampling import (
+    NOBODY,
+    entropy,
+    numbered,
+    places,
+    push,
+    quantile,
+    tickets,
+    told_apart,
+)
 from ctt.models.base import Output, conv_bn, upsample
 from ctt.ops import MemoryBank
 
@@ -159,7 +168,7 @@ class U2pl(MeanTeacher):
         counts = step.total(member.sum(dim=1)).clamp(min=1)
         positive = step.total(member.to(features.dtype) @ features) / counts[:, None]
         anchor = member & (o.sure < losses.as_pixels(p).T)
-        slot, drawn = numbered(anchor, o.anchors, self.tickets("anchors", k, own, step), step)
+        slot, drawn = numbered(anchor, o.anchors, tickets(f"anchors {k}", own, step), step)
         slot = slot.view_as(own)
         place = p.argsort(dim=1, descending=True).argsort(dim=1)  # of each class, by probability
         other = (own[:, None] != classes[:, None, None]) & (own != IGNORE)[:, None]
@@ -167,8 +176,8 @@ class U2pl(MeanTeacher):
         unlikely = (place >= o.likely) & (place < self.classes - 1)
         unlikely[n:] &= (valid & (unsure >= high))[:, None]
         negative = losses.as_pixels(torch.cat([other[:n], unlikely[n:]])).T
-        ticket = self.tickets("pushed", k, own, step)
-        push(self.banks[k], negative, features, o.pushed, ticket, step)
+        pushed = (o.pushed, tickets(f"pushed {k}", own, step), step)
+        push(self.banks[k], negative, features, *pushed)
         return {
             f"slot label {k}": slot[:n],
             f"slot more {k}": slot[n:],
@@ -177,11 +186,6 @@ class U2pl(MeanTeacher):
             f"positive {k}": F.normalize(positive, dim=1).expand(n, -1, -1),
             f"drawn {k}": drawn.expand(n, -1),
         }
-
-    def tickets(self, name: str, k: int, own: Tensor, step: Step) -> Tensor:
-        """Return a random number for each pixel (2B * h * w) of labelled and unlabelled images."""
-        shape = (len(own) // 2, 2, *own.shape[1:])
-        return step.rand(f"{name} {k}", shape, 0).movedim(1, 0).flatten()
 
     def unlabeled_weight(self, step: Step) -> float | Tensor:
         return self.options.unlabeled * step["on"]
@@ -205,13 +209,8 @@ class U2pl(MeanTeacher):
         own = torch.cat([b[f"class label {k}"], b[f"class more {k}"]]).flatten()
         place = places(own, slot, self.classes, o.anchors)
         anchors = features[place.clamp(min=0)]  # (C, A, D)
-        positive = (anchors * b[f"positive {k}"][0][:, None]).sum(dim=2, keepdim=True)
         draw = step.rand(f"negatives {k}", (*place.shape, o.negatives), None)
-        held = bank.count[:, None, None]
-        index = (draw * held).long().clamp(max=o.capacity - 1)
-        scores = torch.einsum("cad,cvd->cav", anchors, bank.keys.to(anchors.dtype))
-        scores = torch.cat([positive, scores.gather(2, index)], dim=2) / o.temperature
-        loss = scores.logsumexp(dim=2) - scores[..., 0]
+        loss = told_apart(anchors, b[f"positive {k}"][0], bank, draw, o.temperature)
         count = b[f"drawn {k}"][0]  # (C,), of all processes
         present = (count > 0) & (bank.count > 0)
         loss = loss.masked_fill((place == NOBODY) | ~present[:, None], 0).sum(dim=1)
