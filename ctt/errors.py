@@ -18,5 +18,9 @@ class UnwritableError(UserError):
         self.strerror = strerror
 
 
+class LoaderError(UserError):
+    """The processes that load images have ended or cannot hand them on, whatever the image."""
+
+
 class AlreadyReportedError(UserError):
     """An error of which another process of the same run tells the user."""

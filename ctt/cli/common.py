@@ -32,6 +32,12 @@ def run_program(name: str, body: Callable[[], int], extra: str = "train") -> Non
             raise
         where = "" if error.filename is None else f"{error.filename}: "
         fail(name, f"{where}{error.strerror}.")
+    except RuntimeError as error:
+        from ctt.data.loader import lost_worker
+
+        if not (text := lost_worker(error)):
+            raise
+        fail(name, text)
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if missing == "ctt" or missing.startswith("ctt."):

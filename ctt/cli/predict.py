@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ctt.cli.common import BAD_INPUT, run_program
 from ctt.data import IMAGE_SUFFIXES
-from ctt.errors import UserError
+from ctt.errors import LoaderError, UserError
 from ctt.settings import EvalSettings, validate_eval
 from ctt.text import say
 
@@ -272,6 +272,8 @@ def read_all(
 
     found = in_order(partial(read_image, white=white), [job.file for job in jobs], workers)
     for job, image in zip(jobs, found, strict=True):
+        if isinstance(image, LoaderError):
+            raise image
         if isinstance(image, UserError):
             failures.append(str(image))
         else:

@@ -1,20 +1,35 @@
 """Batches in an order that is a function of the seed and the step alone."""
 
+import atexit
+import contextlib
+import multiprocessing
 import signal
+import sys
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from ctt.data.seeding import derive_seed, generator
 from ctt.data.source import Source
 from ctt.data.views import GeometricView
-from ctt.errors import UserError
+from ctt.errors import LoaderError, UserError
 
 T = TypeVar("T")
 K = TypeVar("K")
+# what PyTorch says where the memory that processes share, or their number of files, is used up
+NO_SHARED_MEMORY = ("shared memory", "</torch_", "unable to mmap", "Too many open files", "ancdata")
+LOST_WORKER = "DataLoader worker"  # how PyTorch begins to tell that a process has ended
+FEWER_WORKERS = (
+    "Give fewer of them (--data.workers of ctt-train, --workers of ctt-eval and ctt-predict; 0 "
+    "loads in the main process), or more memory to share (docker run --shm-size 2g; /dev/shm)."
+)
+BROKEN_CONNECTION = (ConnectionError, EOFError)
+_workers: set[BaseProcess] = set()  # of this process, alive or not
 
 
 class DrawSampler(Sampler[list[tuple[int, int]]]):
@@ -122,7 +137,7 @@ def load(
         generator=generator("loader", dataset.purpose),
         collate_fn=_collate,
     )
-    yield from raised(loader)
+    yield from raised(_counted(loader))
 
 
 class InOrder(Dataset[T | UserError], Generic[K, T]):
@@ -136,20 +151,24 @@ class InOrder(Dataset[T | UserError], Generic[K, T]):
 
     def __getitem__(self, index: int) -> T | UserError:
         try:
-            return self.read(self.keys[index])
+            with shared_memory_is_told():
+                value = self.read(self.keys[index])
+                _share(value)
+                return value
         except UserError as error:
             return error
 
 
 def in_order(read: Callable[[K], T], keys: Sequence[K], workers: int) -> Iterable[T | UserError]:
     """`read` of each key, one by one, done ahead of time by `workers` processes; 0: by this one."""
-    return DataLoader(
+    loader: DataLoader[T | UserError] = DataLoader(
         InOrder(read, keys),
         batch_size=None,
         num_workers=min(workers, len(keys)),
         worker_init_fn=leave_signals_to_the_parent,
         generator=generator("loader", "in order"),  # checkpoints keep the global one
     )
+    return _counted(loader)
 
 
 def raised(items: Iterable[T | UserError]) -> Iterator[T]:
@@ -161,7 +180,94 @@ def raised(items: Iterable[T | UserError]) -> Iterator[T]:
 
 
 def _collate(batch: list[tuple[Tensor, Tensor]] | UserError) -> Any:
-    return batch if isinstance(batch, UserError) else default_collate(batch)
+    if isinstance(batch, UserError):
+        return batch
+    try:
+        with shared_memory_is_told():
+            return default_collate(batch)
+    except UserError as error:
+        return error
+
+
+def _share(value: object) -> None:
+    """Put tensors where the parent sees them; later, what goes wrong could not be told to it."""
+    if get_worker_info() is None:
+        return
+    if isinstance(value, tuple):
+        for part in value:
+            _share(part)
+    elif isinstance(value, Tensor):
+        value.share_memory_()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def shared_memory_is_told() -> Iterator[None]:
+    """Too little memory that processes share becomes a `LoaderError`."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if not any(words in str(error) for words in NO_SHARED_MEMORY):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise LoaderError(
+            f"The processes that load images cannot hand them on ({reason}). {FEWER_WORKERS}"
+        ) from None
+
+
+def lost_worker(error: Exception) -> str:
+    """Return what is to be said if a process that loads images has ended; else an empty text.
+
+    PyTorch may raise the error at any place of the main thread, or find the connection to that
+    process broken.
+    """
+    reason = str(error).partition("\n")[0].strip().removesuffix(".")
+    if not reason.startswith(LOST_WORKER) and not isinstance(error, BROKEN_CONNECTION):
+        return ""
+    _listen_no_more()
+    return (
+        f"A process that loads images has ended ({reason}), as when the system has no memory left. "
+        f"{FEWER_WORKERS}"
+    )
+
+
+def _counted(loader: Iterable[T]) -> Iterator[T]:
+    """Yield the items of a loader, whose processes are known from then on.
+
+    Raises:
+        LoaderError: one of them has ended.
+    """
+    before = set(multiprocessing.active_children())
+    items = iter(loader)
+    _workers.update(set(multiprocessing.active_children()) - before)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except (RuntimeError, *BROKEN_CONNECTION) as error:
+            if text := lost_worker(error):
+                raise LoaderError(text) from None
+            raise
+        yield item
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the processes that are left after an error, for which Python would wait for ever.
+
+    They ignore the SIGTERM by which it ends them, see `leave_signals_to_the_parent`.
+    """
+    left = _workers & set(multiprocessing.active_children())
+    if left:
+        _listen_no_more()
+    for worker in left:
+        worker.kill()
+
+
+def _listen_no_more() -> None:
+    """Remove PyTorch's handler, which raises an error wherever the main thread is."""
+    if sys.platform != "win32" and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def leave_signals_to_the_parent(_worker: int) -> None:

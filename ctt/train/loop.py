@@ -28,11 +28,11 @@ from torch.profiler import record_function
 
 from ctt import __version__, checkpoint, run
 from ctt.console import plain_console
-from ctt.data.loader import DrawSampler, ViewDataset, load
+from ctt.data.loader import DrawSampler, ViewDataset, load, lost_worker
 from ctt.data.prepare import Prepared
 from ctt.data.split import write_list
 from ctt.data.views import GeometricView
-from ctt.errors import UnwritableError, UserError
+from ctt.errors import LoaderError, UnwritableError, UserError
 from ctt.files import written
 from ctt.inference.evaluate import (
     Score,
@@ -96,9 +96,11 @@ def train(
             folder = trainer.folder
             with trainer.lock:
                 return trainer.train()
-        except UnwritableError as error:
+        except (UnwritableError, LoaderError) as error:
             raise UserError(f"{error}{way_on(folder)}") from None
         except RuntimeError as error:
+            if text := lost_worker(error):
+                raise UserError(f"{text}{way_on(folder)}") from None
             if not is_out_of_memory(error):
                 raise
             raise UserError(

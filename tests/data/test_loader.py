@@ -1,11 +1,15 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 from ctt.data.digits import INFO
-from ctt.data.loader import DrawSampler, ViewDataset, load
+from ctt.data.loader import DrawSampler, ViewDataset, in_order, load
 from ctt.data.source import Source
 from ctt.data.views import GeometricView
+from ctt.errors import LoaderError
 
 VIEW = GeometricView((8, 8), (0.8, 1.2), True, 10, 0.1, (0.5, 0.5, 0.5))
 
@@ -68,3 +72,47 @@ def test_workers_change_nothing(workers: int) -> None:
     for (a, b), (c, d) in zip(alone, shared, strict=True):
         assert torch.equal(a, c)
         assert torch.equal(b, d)
+
+
+def number(key: int) -> Tensor:
+    return torch.full((2,), key)
+
+
+KILLED = """
+import multiprocessing
+from ctt.cli.common import run_program
+from ctt.data.loader import in_order
+from tests.data.test_loader import number
+
+def body():
+    for i, item in enumerate(in_order(number, range(10**6), 2)):
+        if i == 3:
+            multiprocessing.active_children()[0].kill()
+    return 0
+
+run_program("ctt-x", body)
+"""
+
+
+def test_a_loader_process_that_is_killed_ends_the_program_with_a_word() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("ctt-x: A process that loads images has ended (")
+    assert "Give fewer of them" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_little_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space")
+
+    monkeypatch.setattr(Tensor, "share_memory_", full)
+    found = list(in_order(number, range(3), workers))
+    if not workers:  # nothing is shared then
+        assert [int(item[0]) for item in found if isinstance(item, Tensor)] == [0, 1, 2]
+        return
+    assert all(isinstance(item, LoaderError) for item in found)
+    assert "cannot hand them on (unable to allocate shared memory(shm)" in str(found[0])
