@@ -76,7 +76,9 @@ def test_the_temperature_alone_takes_a_gradient(loss: Callable[[str], Loss], tru
 
 @LOSSES
 @pytest.mark.parametrize(
-    "kind", [numpy.float32, numpy.float64, numpy.array, Fraction, torch.tensor, int], ids=str
+    "kind",
+    [numpy.float32, numpy.float64, numpy.array, Fraction, torch.tensor, int],
+    ids=lambda k: k.__name__,
 )
 def test_other_kinds_of_scalar(loss: Callable[[str], Loss], truth: Loss, kind: Any) -> None:
     case = contrast(30, 4, 3, 8)
