@@ -1,6 +1,7 @@
 """Files that are there as a whole or not at all, and one word for those that cannot be written."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,12 @@ def expanded(path: Path, option: str) -> Path:
             f"{option} {path}: it is not known which folder {path.parts[0]} stands for. Give the "
             f"whole path."
         ) from None
+
+
+def sha256(path: Path) -> str:
+    """Return the checksum of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -193,16 +193,21 @@ def read_names(path: Path) -> list[str]:
     return list(read_lines(path).values()) if path.stat().st_size else []
 
 
-def read_settings(folder: Path) -> Settings:
+def read_settings(folder: Path, serve: bool = False) -> Settings:
     """Return the settings of a run.
 
-    Its networks serve without its method, of which nothing is left to read if its file is gone.
+    Args:
+        serve: without its method, whose code is not run and may be gone: its networks need none.
+
+    Raises:
+        UserError: there is no such file, or a value in it cannot be used.
     """
     values = recipes.load_file(folder / CONFIG)
-    try:
-        methods.get(str(values.get("method", Settings.method)))
-    except UserError:
+    if serve:
+        values.pop("method", None)
         values.pop("options", None)
+    else:
+        methods.get(str(values.get("method", Settings.method)))  # whose file may be gone
     return update(Settings(), values, str(folder / CONFIG))
 
 

@@ -142,16 +142,16 @@ def _place(path: Path) -> Path:
 def _find(text: str, out: Path, recursive: bool) -> list[Job]:
     path = Path(text)
     if path.is_file():
-        return [Job(path, out / path.stem)]
+        return [Job(path, out / _stem(path))]
     if path.is_dir():
         jobs = [
-            Job(file, out / file.relative_to(path).with_name(file.stem))
+            Job(file, out / file.relative_to(path).with_name(_stem(file)))
             for file in _images_below(path, out, recursive)
         ]
     else:
         files = sorted(_matching(text))
         jobs = [
-            Job(file, out / file.stem)
+            Job(file, out / _stem(file))
             for file in files
             if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
         ]
@@ -159,6 +159,11 @@ def _find(text: str, out: Path, recursive: bool) -> list[Job]:
             raise UserError(f"{text}: there is no such image or folder.")
     results = {_place(job.target(kind)) for job in jobs for kind in KINDS}
     return [job for job in jobs if _place(job.file) not in results]  # of an earlier call
+
+
+def _stem(path: Path) -> str:
+    """Return the name without its ending, unless dots are left, which would name a folder."""
+    return path.stem if path.stem.strip(".") else path.name
 
 
 def _matching(pattern: str) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import io
 import shlex
@@ -23,6 +22,7 @@ from PIL import Image
 from ctt.data.files import first_with, list_names
 from ctt.data.voc import AUG_MASKS, CLASSIC_MASKS, PLACES, bit_palette
 from ctt.errors import UserError
+from ctt.files import sha256
 
 BLOCK = 1 << 20
 TIMEOUT = 30  # seconds without a byte
@@ -32,10 +32,10 @@ Progress = Callable[[int, int | None], None]  # bytes so far, and in all where t
 
 @dataclass(frozen=True)
 class Archive:
-    """A file to be had, and its MD5 in hexadecimal digits."""
+    """A file to be had, and its SHA-256 in hexadecimal digits."""
 
     url: str
-    md5: str
+    sha256: str
 
     @property
     def name(self) -> str:
@@ -44,14 +44,12 @@ class Archive:
 
 VOC = Archive(
     "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-    "6cd6e144f989b92b3379bac3b3de84fd",
+    "e14f763270cf193d0b5f74b169f44157a4b0c6efa708f4dd0ff78ee691763bcb",
 )
-
-
 SBD = Archive(
     "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
     "benchmark.tgz",
-    "82b4d87ceb2ed10f6038a1cba92111cb",
+    "6a5a2918d5c73ce032fdeba876574d150d9d04113ab87540a1304cbcc715be53",
 )
 
 
@@ -130,9 +128,6 @@ def convert_sbd(tar: Path, target: Path) -> None:
     Raises:
         UserError: the archive is broken or holds something else.
     """
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
     written = 0
     try:
         with tarfile.open(tar) as archive:
@@ -141,16 +136,28 @@ def convert_sbd(tar: Path, target: Path) -> None:
                 if path.parent.name != "cls" or path.suffix != ".mat":
                     continue
                 content = archive.extractfile(member)
-                assert content is not None
-                truth = loadmat(io.BytesIO(content.read()))["GTcls"][0, 0]["Segmentation"]
-                mask = Image.fromarray(truth.astype(np.uint8), mode="P")
+                if content is None:
+                    raise ValueError(f"{member.name} is no file")
+                truth = _truth(content.read(), member.name)
+                mask = Image.fromarray(truth, mode="P")
                 mask.putpalette([channel for colour in bit_palette(256) for channel in colour])
                 mask.save(target / f"{path.stem}.png")
                 written += 1
-    except (tarfile.TarError, EOFError, MatReadError, KeyError, ValueError) as error:
+    except (tarfile.TarError, EOFError, KeyError, ValueError) as error:
         raise UserError(f"{tar} cannot be read as the archive of SBD ({error}).") from None
     if not written:
         raise UserError(f"{tar} holds no masks (cls/*.mat), so it is not the archive of SBD.")
+
+
+def _truth(content: bytes, name: str) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    """The classes (H, W) in a file of SBD."""
+    from scipy.io import loadmat
+
+    try:
+        truth = loadmat(io.BytesIO(content))["GTcls"][0, 0]["Segmentation"]
+        return np.asarray(truth).astype(np.uint8).reshape(truth.shape[0], truth.shape[1])
+    except Exception as error:  # bytes that are no such file can raise anything
+        raise ValueError(f"{name}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -176,10 +183,11 @@ def download(archive: Archive, folder: Path, progress: Progress) -> Path:
         part = target.with_name(f"{target.name}.part")
         _receive(archive.url, part, progress, by_hand)
         part.rename(target)
-    if md5_of(target) != archive.md5:
+    if sha256(target) != archive.sha256:
         target.unlink()
         raise UserError(
-            f"{target} was not what {archive.url} should hold (its MD5 is not {archive.md5}) and "
+            f"{target} was not what {archive.url} should hold (its SHA-256 is not "
+            f"{archive.sha256}) and "
             f"has been removed. Run the command again. {by_hand}"
         )
     return target
@@ -237,17 +245,17 @@ def _check_room(folder: Path, total: int | None) -> None:
         )
 
 
-def md5_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
-
-
 def unpack(tar: Path, root: Path) -> None:
-    """VOCdevkit/VOC2012 in `root`, all of it or nothing.
+    """VOCdevkit/VOC2012 in `root`, all of it or nothing; and nothing outside of it.
 
     Raises:
-        UserError: the archive is broken or holds something else.
+        UserError: the archive is broken, holds something else, or would write elsewhere.
     """
+    if not hasattr(tarfile, "data_filter"):
+        raise UserError(
+            f"{tar}: this version of Python cannot keep an archive from writing elsewhere. Take "
+            f"Python 3.11.4 or later, or unpack it by hand into {root}."
+        )
     part = root / f"{tar.name}.unpacked"
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -255,7 +263,7 @@ def unpack(tar: Path, root: Path) -> None:
             archive.extractall(part, filter="data")
         (root / "VOCdevkit").mkdir(exist_ok=True)
         (part / "VOCdevkit" / "VOC2012").rename(root / "VOCdevkit" / "VOC2012")
-    except (tarfile.TarError, FileNotFoundError, EOFError) as error:
+    except (tarfile.TarError, FileNotFoundError, EOFError, ValueError) as error:
         raise UserError(f"{tar} does not unpack to VOCdevkit/VOC2012 ({error}).") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)

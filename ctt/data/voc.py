@@ -147,7 +147,13 @@ class Voc(FileSource):
         names = []
         for line in read_lines(self.folder / LISTS / file).values():
             found = resolve(line, self.find)
-            names.append(found[0] if found is not None else line.strip())
+            name = found[0] if found is not None else line.strip()
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise UserError(
+                    f"{self.folder / LISTS / file}: {name} is no image of this data set, but leads "
+                    f"to another folder. Take it out of the list."
+                )
+            names.append(name)
         return names
 
     def _augmented(self, evaluation: set[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from ctt import checkpoint, models, run
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
+from ctt.files import sha256
 from ctt.inference.evaluate import ENSEMBLE
 from ctt.inference.predict import Predict, mean_of, predictor
 from ctt.models.base import SegmentationModel
@@ -99,12 +99,12 @@ def load_trained(path: Path, network: str = "") -> Trained:
 def _of_file(path: Path) -> Trained:
     weights = path / run.WEIGHTS if path.is_dir() else path
     network, info, note = checkpoint.load_network(weights)
-    settings = run.read_settings(path) if path.is_dir() else Settings(dataset=info.name)
+    settings = run.read_settings(path, serve=True) if path.is_dir() else Settings(dataset=info.name)
     return Trained({"network": network}, info, settings, note, sha256(weights))
 
 
 def _of_run(folder: Path) -> Trained:
-    settings = run.read_settings(folder)
+    settings = run.read_settings(folder, serve=True)
     saved, broken = checkpoint.load_last(folder / run.CHECKPOINT)
     info = checkpoint.info_of(saved) or checkpoint.load_network(folder / run.WEIGHTS)[1]
     networks: dict[str, SegmentationModel] = {}
@@ -122,9 +122,3 @@ def _of_run(folder: Path) -> Trained:
     last = folder / run.CHECKPOINT
     read = checkpoint.previous(last) if broken else last
     return Trained(networks, info, settings, origin, sha256(read))
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

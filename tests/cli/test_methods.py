@@ -28,7 +28,7 @@ def train(arguments: str) -> int:
 def test_a_method_in_a_file_trains_resumes_and_predicts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its run serves without the file, but for going on."""
+    """Its run serves without the file, whose code is not run then; going on needs it."""
     shutil.copy(EXAMPLE, tmp_path / "mine.py")
     monkeypatch.chdir(tmp_path)
     assert train(f"{QUICK} --method mine.py:EntropyMinimization --options.weight 0.3 --out r") == 0
@@ -38,11 +38,13 @@ def test_a_method_in_a_file_trains_resumes_and_predicts(
     assert train(f"--resume {tmp_path / 'r'} --train.iterations 3") == 0
     rows = (tmp_path / "r" / "metrics.csv").read_text().splitlines()
     assert "loss_entropy" in rows[0]
-    (tmp_path / "mine.py").unlink()
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')")
     catalog.load.cache_clear()
     picture = tmp_path / "r" / "samples.png"
     out = tmp_path / "masks"
     assert predict._main([str(tmp_path / "r"), str(picture), "--out", str(out)]) == 0
+    assert not (tmp_path / "was run").exists()
+    (tmp_path / "mine.py").unlink()
     with pytest.raises(UserError, match=r"there is no file .*mine\.py"):
         train(f"--resume {tmp_path / 'r'} --train.iterations 4")
 

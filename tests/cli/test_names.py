@@ -127,3 +127,10 @@ def test_home_folders_that_nobody_knows() -> None:
         open_source("folder", Path("~nobodyknows/x"), SourceOptions())
     with pytest.raises(UserError, match=r"--data\.cache ~nobodyknows"):
         validate(update(Settings(), {"data": {"cache": "~nobodyknows"}}, "test"))
+
+
+@pytest.mark.parametrize("name", ["..jpg", "...jpg"])
+def test_a_name_of_dots_writes_into_the_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    (job,) = predict.find_jobs([str(tmp_path / name)], tmp_path / "out", recursive=False)
+    assert job.target("mask") == tmp_path / "out" / f"{name}_mask.png"

@@ -80,7 +80,7 @@ def server() -> Iterator[Server]:
 
 def archive(server: Server, name: str = "voc.tar") -> Archive:
     url = f"http://127.0.0.1:{server.server_port}/{name}"
-    return Archive(url, hashlib.md5(server.content).hexdigest())
+    return Archive(url, hashlib.sha256(server.content).hexdigest())
 
 
 def opened(root: Path) -> Source:
@@ -127,7 +127,7 @@ def test_a_complete_part_is_checked_and_used(tmp_path: Path, server: Server) -> 
 
 def test_a_wrong_checksum_leaves_nothing(tmp_path: Path, server: Server) -> None:
     wanted = Archive(archive(server).url, "0" * 32)
-    with pytest.raises(UserError, match="its MD5 is not 0000"):
+    with pytest.raises(UserError, match="its SHA-256 is not 0000"):
         fetch_voc(tmp_path, quiet, wanted)
     assert list(tmp_path.iterdir()) == []
 
@@ -143,6 +143,51 @@ def test_another_archive_unpacks_to_nothing(tmp_path: Path, server: Server) -> N
     with pytest.raises(UserError, match="does not unpack to VOCdevkit/VOC2012"):
         fetch_voc(tmp_path, quiet, archive(server))
     assert not list(tmp_path.rglob("*.jpg"))
+
+
+@pytest.mark.parametrize("kind", ["absolute", "above", "link", "hard link", "device"])
+def test_an_archive_cannot_write_outside(tmp_path: Path, server: Server, kind: str) -> None:
+    outside, file = tmp_path / "outside", io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        inside = tarfile.TarInfo("VOCdevkit/VOC2012/JPEGImages/a.jpg")
+        tar.addfile(inside, io.BytesIO())
+        evil = tarfile.TarInfo("VOCdevkit/VOC2012/evil")
+        if kind in ("absolute", "above"):
+            evil.name = str(outside) if kind == "absolute" else "../../outside"
+            evil.size = 4
+        elif kind == "device":
+            evil.type = tarfile.FIFOTYPE
+        else:
+            evil.type = tarfile.SYMTYPE if kind == "link" else tarfile.LNKTYPE
+            evil.linkname = str(tmp_path)
+        tar.addfile(evil, io.BytesIO(b"evil"))
+        through = tarfile.TarInfo("VOCdevkit/VOC2012/evil/outside")
+        tar.addfile(through, io.BytesIO())
+    server.content = file.getvalue()
+    root = tmp_path / "root"
+    if kind == "absolute":  # such paths are taken as paths below the folder
+        fetch_voc(root, quiet, archive(server))
+    else:
+        with pytest.raises(UserError, match="does not unpack to VOCdevkit/VOC2012"):
+            fetch_voc(root, quiet, archive(server))
+        assert [path.name for path in root.iterdir()] == ["voc.tar"]
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+
+
+@pytest.mark.parametrize("member", [b"no mat file", b"", None])
+def test_masks_in_an_archive_that_are_none(
+    tmp_path: Path, server: Server, member: bytes | None
+) -> None:
+    folder = write_voc(tmp_path, aug_folder="")
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        info = tarfile.TarInfo("dataset/cls/a.mat")
+        info.size, info.type = len(member or b""), tarfile.DIRTYPE if member is None else b"0"
+        tar.addfile(info, io.BytesIO(member or b""))
+    server.content = file.getvalue()
+    with pytest.raises(UserError, match=r"archive of SBD.*a\.mat"):
+        fetch_augmented(tmp_path, quiet, archive(server, "sbd.tar"))
+    assert not (folder / AUG_MASKS).exists()
 
 
 def test_without_a_network_it_says_what_to_put_where(tmp_path: Path, server: Server) -> None:

@@ -451,3 +451,20 @@ def test_a_fourth_band_of_a_tiff_is_no_transparency(tmp_path: Path, orientation:
     found = read_image(tmp_path / "bands.tif").permute(1, 2, 0).numpy()
     assert np.array_equal(found, expected)
     assert read_image(tmp_path / "photo.png").float().mean() > 240  # over white
+
+
+@pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "a/../../b"])
+def test_lists_of_voc_do_not_lead_elsewhere(tmp_path: Path, name: str) -> None:
+    folder = trees.write_voc(tmp_path)
+    (folder / "ImageSets" / "Segmentation" / "train.txt").write_text(f"{name}\n", "utf-8")
+    with pytest.raises(UserError, match=r"train\.txt: .* leads to another folder"):
+        opened("voc", tmp_path)
+
+
+@pytest.mark.parametrize("line", ["../outside.jpg", "images/../../outside.jpg", "/outside.jpg"])
+def test_lists_of_a_folder_do_not_lead_elsewhere(tmp_path: Path, line: str) -> None:
+    root = trees.write_folder(tmp_path / "set")
+    trees.save_image(tmp_path / "outside.jpg", np.zeros((4, 4, 3), np.uint8))
+    (root / "list.txt").write_text(line.replace("/outside", f"{tmp_path}/outside", 1), "utf-8")
+    with pytest.raises(UserError, match="is no training image of this data set"):
+        make_split(opened("folder", root), "1", 0, root / "list.txt", None)
