@@ -3,26 +3,36 @@
 #
 #     bash benchmarks/on_gpu.sh [FOLDER [PART...]]
 #
-# Parts, by default all in this order:
+# Parts, by default all in this order. Each ends within ten minutes, and one that fails or is cut off
+# keeps the next from nothing:
 #   build       the package with its CUDA kernels, into this checkout
-#   tests       of the operations on the device
-#   operations  their benchmarks at the paper's sizes, and a table of all rows
+#   tests       every operation and dtype on the device; nothing waits, graphs replay alike
+#   bank        times of EMA and of selection and push
+#   high        times of info_nce against its two matrix products by the library
+#   low         times of pair_info_nce, alike
 #   training    tests of the step: it never waits, replays alike
-#   step        benchmark of the whole step on the recipes of VOC and Cityscapes
-#   compiled    the same on VOC's with torch.compile, some minutes
+#   voc         time and phases of the whole step of VOC's recipe, eager and replayed
+#   cityscapes  the same of Cityscapes' recipe
+#   compiled    the same of VOC's with torch.compile
 #   profile     phases and a trace of a short run, packed in profile.tgz
+#   targets     one table: what must be reached, and what was
 # Where the package is not built yet, any part builds it first. What the parts print and the rows of
-# benchmarks/results end in FOLDER (./gpu-results), also when a later part is cut off.
-# Needs torch, triton, nvcc, setuptools, pybind11, pytest, hypothesis and pytest-benchmark; the parts
-# from training on also what the extra `train` of pyproject.toml lists, without tyro, and timm.
+# benchmarks/results end in FOLDER (./gpu-results) as they come.
+# Without a CUDA device this is a dry run: the parts run on the CPU at small sizes where they can,
+# and otherwise name what they would measure.
+# Needs torch, triton, nvcc, setuptools, pybind11, ninja, pytest, hypothesis and pytest-benchmark;
+# the parts from training on also what the extra `train` of pyproject.toml lists, without tyro.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-gpu-results}
 shift || true
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(build tests operations training step compiled profile)
+[ ${#parts[@]} -gt 0 ] || parts=(build tests bank high low training voc cityscapes compiled profile targets)
 mkdir -p "$folder"
 export PYTHONUNBUFFERED=1
+limit=580 # seconds of a part
+dry=
+python3 -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || dry=yes
 
 built() {
   python3 - 2>/dev/null <<'EOF'
@@ -32,46 +42,68 @@ assert "cuda" in can["class_topk"] and "triton" in can["info_nce"]
 EOF
 }
 build() {
-  nvidia-smi
-  CTT_CPU=1 CTT_CUDA=1 python3 -m pip install --no-build-isolation --no-deps -e . &&
-    python3 -m ctt
+  [ -n "$dry" ] || nvidia-smi
+  CTT_CPU=1 CTT_CUDA=$([ -n "$dry" ] && echo auto || echo 1) python3 -m pip install --no-build-isolation --no-deps \
+    -e . && python3 -m ctt
 }
 tests() { # a process each, as a fault on the device spoils what a process does later
   local code=0
   python3 -m pytest tests/ops/test_cuda_backend.py -q || code=1
+  if [ -n "$dry" ]; then
+    python3 -m pytest tests/ops/test_ema.py tests/ops/test_class_topk.py -q || code=1
+    return $code
+  fi
   python3 -m pytest tests/kernels/test_device.py -q || code=1
   python3 -m pytest tests/ops --ignore tests/ops/test_cuda_backend.py -q -k "cuda or device" ||
     code=1
   return $code
 }
-operations() {
+measure() { # names of benchmarks
   local name code=0
-  for name in ema selection info_nce pair_info_nce; do
-    python3 -m pytest "benchmarks/test_$name.py" -q -k cuda --sizes paper --seconds 2 || code=1
+  for name in "$@"; do
+    if [ -n "$dry" ]; then
+      python3 -m pytest "benchmarks/test_$name.py" -q --sizes tiny --seconds 0.2 --no-record \
+        --no-compile || code=1
+    else
+      python3 -m pytest "benchmarks/test_$name.py" -q -k cuda --sizes paper --seconds 2 || code=1
+    fi
     keep
   done
-  python3 -m benchmarks.report --no-plots
   return $code
 }
+bank() { measure ema selection; }
+high() { measure info_nce; }
+low() { measure pair_info_nce; }
 training() {
+  if [ -n "$dry" ]; then
+    echo "would test that a step never waits for the device, and that its graph replays alike"
+    return 0
+  fi
   # apart, as a recording that fails can spoil what the process does later
   python3 -m pytest tests/train/test_gpu_step.py -q -k "not replayed"
   local code=$?
   python3 -m pytest tests/train/test_gpu_step.py -q -k replayed && return $code
 }
-step() {
-  local size code=0
-  for size in voc cityscapes; do # apart, so that what is measured stays
-    python3 -m pytest benchmarks/test_step.py -q -k cuda --sizes $size --seconds 10 --no-compile ||
-      code=1
-    keep
-  done
-  return $code
+step() { # size and options
+  local size=$1
+  shift
+  if [ -n "$dry" ]; then
+    echo "would measure the step of $size: images a second, phases, and the share of contrast," \
+      "banks and EMA; here a tiny one on the CPU"
+    python3 -m pytest benchmarks/test_step.py -q --sizes tiny --seconds 0.2 --no-record --no-compile
+    return
+  fi
+  python3 -m pytest benchmarks/test_step.py -q -k cuda --sizes "$size" --seconds 10 "$@"
 }
-compiled() {
-  python3 -m pytest benchmarks/test_step.py -q -k cuda --sizes voc --seconds 10
-}
+voc() { step voc --no-compile; }
+cityscapes() { step cityscapes --no-compile; }
+compiled() { step voc; }
+targets() { python3 -m benchmarks.targets; }
 profile() {
+  if [ -n "$dry" ]; then
+    echo "would trace 20 steps of the digits: as they are, compiled in bf16, and replayed"
+    return 0
+  fi
   local runs change code=0
   runs=$(mktemp -d)
   for change in '"profile": 20' '"profile": 20, "amp": "bf16", "compile": "network"' \
@@ -99,13 +131,18 @@ EOF
 keep() {
   cp benchmarks/results/*.csv "$folder/"
 }
+functions=(build tests measure bank high low training step voc cityscapes compiled targets profile keep)
+export -f "${functions[@]}" # a part runs in a shell of its own, which can be cut off
+export folder dry
 
 failed=0
-built || [ "${parts[0]}" = build ] || parts=(build "${parts[@]}")
+built || [ -n "$dry" ] || [ "${parts[0]}" = build ] || parts=(build "${parts[@]}")
 for part in "${parts[@]}"; do
-  "$part" 2>&1 | tee "$folder/$part.txt"
+  started=$SECONDS
+  timeout "$limit" bash -uo pipefail -c "$part" 2>&1 | tee "$folder/$part.txt"
   code=${PIPESTATUS[0]}
-  echo "$part: exit code $code" | tee -a "$folder/$part.txt"
+  [ "$code" -ne 124 ] || echo "$part: cut off after $limit s" | tee -a "$folder/$part.txt"
+  echo "$part: exit code $code, $((SECONDS - started)) s" | tee -a "$folder/$part.txt"
   [ "$code" -eq 0 ] || failed=1
   keep
 done

@@ -8,6 +8,7 @@ student takes part in the contrast, as it does late in a run. Views and labels a
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,6 +44,7 @@ GROUPS = {"default": ["digits"], "paper": ["digits", "voc", "cityscapes"], "seri
 OURS = "ctt"
 LABELED = 212  # of the paper's first ratio: one key of each class a step
 ITERATIONS = 80_000
+SMALL = ("contrast", "banks", "ema")  # phases that are no network
 PHASE_STEPS = 5
 
 COMMON: dict[str, Any] = {
@@ -212,7 +214,16 @@ def test_step(
         spent, whole = phases_of(*made[name], device)
         text = io.StringIO()
         Console(file=text, width=80).print(phase_table(spent, whole, PHASE_STEPS))
-        share = sum(spent.get(phase, 0.0) for phase in ("contrast", "banks", "ema")) / whole
+        share = sum(spent.get(phase, 0.0) for phase in SMALL) / whole
+        if name == OURS:
+            parts = {n: [1e3 * t / PHASE_STEPS] for n, t in spent.items()}
+            together = [sum(x) for x in zip(*(parts.get(n, [0.0]) for n in SMALL), strict=True)]
+            joined = {
+                "contrast, banks and EMA": together,
+                "whole step": [1e3 * whole / PHASE_STEPS],
+            }
+            phases = replace(setting, operation="phases")
+            record(harness.rows(phases, parts | joined, {}, None))
         lines += [
             text.getvalue().rstrip(),
             f"{name}: contrast, banks and EMA together are {100 * share:.1f} % of a step",
