@@ -50,7 +50,7 @@ from ctt.text import BYTES_AS_THEY_ARE
 from ctt.train.distributed import World, join
 from ctt.train.engine import Engine
 from ctt.train.feed import Feed
-from ctt.train.plan import Plan, check_iterations
+from ctt.train.plan import Plan, check_iterations, check_rounds
 from ctt.train.profiling import Profile
 from ctt.train.record import Recorder, draw_curves
 from ctt.train.rounds import KeptLabels, Labeling, folder_of, images_of
@@ -284,6 +284,11 @@ class Trainer:
         engine, rounds = self.engine, self.engine.rounds
         number = rounds.at(engine.iteration)
         if number > 0 and engine.iteration == rounds.starts[number]:
+            self.console.print(
+                f"iteration {engine.iteration:>6}  round {number} begins: the networks label "
+                f"images in {folder_of(self.folder, number)}",
+                soft_wrap=True,
+            )
             where = (self.source, self.unlabeled, self.folder, number, self.device, self.world)
             with images_of_any_size(self.settings.train.compile):
                 engine.begin_round(Labeling(self.settings, *where))
@@ -490,13 +495,8 @@ class Trainer:
                 f"{self.folder / run.CHECKPOINT} does not fit the settings of its run ({reason})."
             ) from None
         check_iterations(self.settings, self.engine.iteration)
-        planned = int(saved["settings"]["train"]["iterations"])
-        if len(self.engine.rounds.rounds) > 1 and planned != self.settings.train.iterations:
-            raise UserError(
-                f"--train.iterations {self.settings.train.iterations}: the rounds of "
-                f"{self.settings.method} are shares of the {planned} iterations that this run was "
-                f"started with. Leave the option out, or start a new run."
-            )
+        if len(self.engine.rounds.rounds) > 1:
+            check_rounds(saved["settings"], self.settings)
         self.seconds, self.waited = float(saved["seconds"]), float(saved["waited"])
         self.best = saved["best"]
         # one process goes on with the sums of all; checkpoints of earlier versions have none

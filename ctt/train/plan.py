@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from ctt.device import pick_device
 from ctt.errors import UserError
 from ctt.methods.base import M, Method, Setup, unchanged
 from ctt.models.base import SegmentationModel
-from ctt.settings import Settings
+from ctt.settings import Settings, to_dict
 from ctt.train.distributed import synchronize
 from ctt.train.setup import set_up_torch
 
@@ -231,3 +232,26 @@ def check_iterations(settings: Settings, done: int) -> None:
         raise UserError(
             f"--train.iterations {total}: the run has been trained for {done} iterations already."
         )
+
+
+def check_rounds(old: dict[str, Any], new: Settings) -> None:
+    """Refuse settings with which the rounds of a run would begin elsewhere than they did.
+
+    Args:
+        old: settings that the run has, as its checkpoint holds them.
+
+    Raises:
+        UserError: names the setting.
+    """
+    values = to_dict(new)
+    found = [("--train.iterations", old["train"]["iterations"], new.train.iterations)]
+    found += [
+        (f"--options.{name.replace('_', '-')}", value, values["options"].get(name))
+        for name, value in old.get("options", {}).items()
+    ]
+    for option, before, after in found:
+        if before != after:
+            raise UserError(
+                f"{option} {after}: this run was started with {before}, by which the rounds of "
+                f"{new.method} are shared out. Leave the option out, or start a new run."
+            )

@@ -192,8 +192,12 @@ def test_the_reliable_half_comes_first_and_then_all(tiny: Settings, tmp_path: Pa
 def test_the_number_of_iterations_of_rounds_is_fixed(tiny: Settings, tmp_path: Path) -> None:
     settings = settings_of("self-training", tiny)
     train(settings, out=tmp_path / "run")
-    with pytest.raises(UserError, match=r"--train.iterations 30: the rounds of self-training"):
-        train(update(settings, {"train": {"iterations": 30}}, "test"), resume=tmp_path / "run")
+    for change, message in (
+        ({"train": {"iterations": 30}}, r"--train.iterations 30: this run was started with 24"),
+        ({"options": {"first": 0.5}}, r"--options.first 0.5: this run was started with 0.3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(update(settings, change, "test"), resume=tmp_path / "run")
 
 
 def test_rows_tell_the_round(tiny: Settings, tmp_path: Path) -> None:
