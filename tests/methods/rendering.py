@@ -115,6 +115,12 @@ def normalized(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
+def surer(method: Any) -> None:
+    """Spread what teachers say, which is even after a few steps, so that a threshold parts it."""
+    for net in method.teachers:
+        net.classifier.weight.data *= 10
+
+
 def scores(network: nn.Module, images: Tensor) -> Tensor:
     """Return logits at every pixel."""
     return base.stretch(network(images).logits, SIZE, network.stride)  # type: ignore[arg-type]

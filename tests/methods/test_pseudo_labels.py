@@ -17,6 +17,7 @@ from tests.methods.rendering import (
     mixed,
     no_gradient,
     scores,
+    surer,
 )
 
 LABELERS = {
@@ -54,9 +55,10 @@ def test_supervised(tiny: Settings, pairs: int) -> None:
 @pytest.mark.parametrize("rule", ["none", "uniform", "threshold"])
 @pytest.mark.parametrize("mean", ["kept", "valid", "all"])
 def test_hard_labels(tiny: Settings, name: str, rule: str, mean: str) -> None:
-    loss = {"confidence_weight": rule, "confidence_threshold": 0.2, "unlabeled_mean": mean}
+    threshold = 0.2 if LABELERS[name][0] == "teachers" else 0.13
+    loss = {"confidence_weight": rule, "confidence_threshold": threshold, "unlabeled_mean": mean}
     change = {"views": {"mix": "cutmix"}, "loss": {**loss, "ct": 0.7, "ct_ramp": 12}}
-    scene = Scene(tiny, name, change)
+    scene = Scene(tiny, name, change, alter=surer)
     keep = mixing.cutmix_mask(SIZE, scene.drawn("mix"))
     kind, chosen = LABELERS[name]
     labels, sure, images = shown(scene, keep, getattr(scene.method, kind), chosen)
@@ -65,18 +67,21 @@ def test_hard_labels(tiny: Settings, name: str, rule: str, mean: str) -> None:
         out = scores(net, torch.cat([scene.images, images]))
         sup += mean_cross_entropy(out[:3], scene.label)
         label, valid = labels[k].clone(), labels[k] != IGNORE
+        share = ((sure[k] >= threshold) & valid).sum() / valid.sum()
+        assert 0.02 < share < 0.98
         if rule == "threshold":
-            label[sure[k] < 0.2] = IGNORE
+            label[sure[k] < threshold] = IGNORE
         divisor = {"kept": (label != IGNORE).sum(), "valid": valid.sum(), "all": label.numel()}
         value = cross_entropies(out[3:], label).sum() / max(1, divisor[mean])
         if rule == "uniform":
-            value = value * ((sure[k] >= 0.2) & valid).sum() / valid.sum()
+            value = value * share
         ct += value
     scene.check({"sup": (1.0, sup), "ct": (0.7 * 3 / 12, ct)})
 
 
 def test_classmix_with_fewer_classes_and_the_mean_over_all_pixels(tiny: Settings) -> None:
-    scene = Scene(tiny, "classmix", {"options": {"threshold": 0.2, "weight": 0.5}})
+    change = {"options": {"threshold": 0.2, "weight": 0.5}}
+    scene = Scene(tiny, "classmix", change, alter=surer)
     (teacher,), (student,) = scene.method.teachers, scene.method.students
     confidence, label = no_gradient(teacher, scene.more).max(dim=1)
     label[scene.padding] = IGNORE
@@ -89,5 +94,6 @@ def test_classmix_with_fewer_classes_and_the_mean_over_all_pixels(tiny: Settings
     out = scores(student, torch.cat([scene.images, mixed(scene.more, keep)]))
     valid = label != IGNORE
     share = ((confidence >= 0.2) & valid).sum() / valid.sum()
+    assert 0.02 < share < 0.98
     ct = cross_entropies(out[3:], label).sum() / label.numel() * share
     scene.check({"sup": (1.0, mean_cross_entropy(out[:3], scene.label)), "ct": (0.5, ct)})

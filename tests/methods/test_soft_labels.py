@@ -9,7 +9,15 @@ from ctt.data import mixing
 from ctt.data.digits import INFO
 from ctt.methods import losses, ramps
 from ctt.settings import Settings
-from tests.methods.rendering import SIZE, Scene, mean_cross_entropy, mixed, no_gradient, scores
+from tests.methods.rendering import (
+    SIZE,
+    Scene,
+    mean_cross_entropy,
+    mixed,
+    no_gradient,
+    scores,
+    surer,
+)
 from tests.train.steps import exactly
 
 
@@ -46,7 +54,8 @@ def test_mean_teacher(tiny: Settings, pairs: int) -> None:
 
 @pytest.mark.parametrize("mask", ["cutmix", "cowmix", "cutout"])
 def test_french(tiny: Settings, mask: str) -> None:
-    scene = Scene(tiny, "french", {"options": {"mask": mask, "threshold": 0.2, "weight": 2.0}})
+    change = {"options": {"mask": mask, "threshold": 0.2, "weight": 2.0}}
+    scene = Scene(tiny, "french", change, alter=surer)
     (teacher,), (student,) = scene.method.teachers, scene.method.students
     soft, valid, images = no_gradient(teacher, scene.more), ~scene.padding, scene.more
     if mask == "cutout":
@@ -61,6 +70,7 @@ def test_french(tiny: Settings, mask: str) -> None:
     out = scores(student, torch.cat([scene.images, images]))
     distance = ((out[3:].softmax(dim=1) - soft) ** 2).sum(dim=1)[valid].mean()
     share = (soft.max(dim=1).values[valid] >= 0.2).double().mean()
+    assert 0.02 < share < 0.98
     sup = mean_cross_entropy(out[:3], scene.label)
     scene.check({"sup": (1.0, sup), "ct": (2.0, distance * share)})
 
