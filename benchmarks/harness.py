@@ -58,13 +58,26 @@ class Row:
 
 
 def device_name(device: torch.device) -> str:
+    """A GPU's name; of a processor its name, family and model, and the instruction set used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    told: dict[str, str] = {}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        pairs = [line.partition(":") for line in lines]
+        told = {key.strip(): value.strip() for key, _, value in reversed(pairs)}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    number = f" {told['cpu family']}/{told['model']}" if "cpu family" in told else ""
+    return f"{name}{number} {_instruction_set()}"
+
+
+def _instruction_set() -> str:
+    """Of the C++ kernels, or what PyTorch takes where these are not built."""
+    try:
+        from ctt._cpu import instruction_set
+    except ImportError:
+        return torch.backends.cpu.get_cpu_capability()
+    return instruction_set()
 
 
 def installed(package: str) -> str:

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "isa.h"
 #include "layout.h"
 #include "ops.h"
 
@@ -129,6 +130,8 @@ PYBIND11_MODULE(_cpu, m) {
                          const py::object& student) {
         return self.matches(objects(teacher, student));
       });
+  ctt::isa();  // says here what is wrong with CTT_CPU_ISA
+  m.def("instruction_set", &ctt::isa_name);
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("ema_update", &ema_update, release);
   m.def("class_topk", &class_topk, release);

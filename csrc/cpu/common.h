@@ -6,19 +6,8 @@
 #include <cstring>
 #include <stdexcept>
 
-// A function marked CTT_CLONES is compiled once per instruction set and the loader picks one, so
-// that one binary serves every machine. Only its own body and what is inlined into it is cloned:
-// helpers are CTT_INLINE. Under a sanitizer the resolvers would run before its runtime is ready.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define CTT_X86_DISPATCH
-#endif
-
-#if defined(CTT_X86_DISPATCH) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && \
-    !defined(__SANITIZE_THREAD__)
-#define CTT_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CTT_CLONES
 #endif
 
 #if defined(__GNUC__)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "isa.h"
 #include "ops.h"
 
 namespace ctt {
@@ -46,9 +47,7 @@ CTT_INLINE void blend_into(const EmaPair& pair, std::int64_t begin, std::int64_t
   }
 }
 
-}  // namespace
-
-CTT_CLONES void ema_chunk(const EmaPair& pair, std::int64_t begin, std::int64_t end,
+CTT_INLINE void ema_chunk(const EmaPair& pair, std::int64_t begin, std::int64_t end,
                           double decay) {
   switch (pair.teacher_dtype) {
     case DType::f32:
@@ -62,6 +61,8 @@ CTT_CLONES void ema_chunk(const EmaPair& pair, std::int64_t begin, std::int64_t 
   }
 }
 
+}  // namespace
+
 void ema_update(const std::vector<EmaPair>& pairs, double decay, int threads) {
   std::vector<Chunk> chunks;
   for (std::size_t i = 0; i < pairs.size(); ++i) {
@@ -73,7 +74,7 @@ void ema_update(const std::vector<EmaPair>& pairs, double decay, int threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && total > 1)
   for (std::int64_t i = 0; i < total; ++i) {
     const Chunk& chunk = chunks[static_cast<std::size_t>(i)];
-    ema_chunk(pairs[chunk.tensor], chunk.begin, chunk.end, decay);
+    per_isa<ema_chunk>(pairs[chunk.tensor], chunk.begin, chunk.end, decay);
   }
 }
 

@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "isa.h"
 #include "negatives.h"
 #include "rows.h"
 
@@ -38,14 +39,14 @@ CTT_INLINE void row(const Queues& queues, std::int64_t c, A inverse_tau, A* scor
 
 }  // namespace
 
-CTT_CLONES void info_nce_row(const Queues& queues, std::int64_t c, float inverse_tau, float* score,
+void info_nce_row(const Queues& queues, std::int64_t c, float inverse_tau, float* score,
                              float* loss, float* factor) {
-  row(queues, c, inverse_tau, score, loss, factor);
+  per_isa<row<float>>(queues, c, inverse_tau, score, loss, factor);
 }
 
-CTT_CLONES void info_nce_row(const Queues& queues, std::int64_t c, double inverse_tau,
+void info_nce_row(const Queues& queues, std::int64_t c, double inverse_tau,
                              double* score, double* loss, double* factor) {
-  row(queues, c, inverse_tau, score, loss, factor);
+  per_isa<row<double>>(queues, c, inverse_tau, score, loss, factor);
 }
 
 }  // namespace ctt

@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "isa.h"
 #include "negatives.h"
 #include "rows.h"
 
@@ -36,16 +37,16 @@ CTT_INLINE void row(const Queues& queues, std::int64_t c, std::int64_t dim, A in
 
 }  // namespace
 
-CTT_CLONES void pair_info_nce_row(const Queues& queues, std::int64_t c, std::int64_t dim,
+void pair_info_nce_row(const Queues& queues, std::int64_t c, std::int64_t dim,
                                   float inverse_tau, const float* unit, float* score,
                                   float* positive, float* loss, float* factor) {
-  row(queues, c, dim, inverse_tau, unit, score, positive, loss, factor);
+  per_isa<row<float>>(queues, c, dim, inverse_tau, unit, score, positive, loss, factor);
 }
 
-CTT_CLONES void pair_info_nce_row(const Queues& queues, std::int64_t c, std::int64_t dim,
+void pair_info_nce_row(const Queues& queues, std::int64_t c, std::int64_t dim,
                                   double inverse_tau, const double* unit, double* score,
                                   double* positive, double* loss, double* factor) {
-  row(queues, c, dim, inverse_tau, unit, score, positive, loss, factor);
+  per_isa<row<double>>(queues, c, dim, inverse_tau, unit, score, positive, loss, factor);
 }
 
 }  // namespace ctt

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "common.h"
+#include "isa.h"
 
 namespace ctt {
 namespace {
@@ -90,8 +90,8 @@ template <class T>
 Product<T> choose() {
   constexpr std::int64_t size = sizeof(T);
 #if defined(CTT_X86_DISPATCH)
-  if (__builtin_cpu_supports("x86-64-v4")) return {128 / size, 8, multiply_v4<T>};
-  if (__builtin_cpu_supports("x86-64-v3")) return {64 / size, 6, multiply_v3<T>};
+  if (isa() == Isa::v4) return {128 / size, 8, multiply_v4<T>};
+  if (isa() == Isa::v3) return {64 / size, 6, multiply_v3<T>};
 #endif
   return {32 / size, 4, multiply_base<T>};
 }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "isa.h"
 #include "rows.h"
 
 namespace ctt {
@@ -124,26 +125,26 @@ CTT_INLINE void scatter(const Matrix& grad, const std::int64_t* row, std::int64_
 
 }  // namespace
 
-CTT_CLONES void gather_group(const Matrix& source, const std::int64_t* row, std::int64_t rows,
+void gather_group(const Matrix& source, const std::int64_t* row, std::int64_t rows,
                              std::int64_t dim, float* unit, float* inverse_norm) {
-  gather(source, row, rows, dim, unit, inverse_norm);
+  per_isa<gather<float>>(source, row, rows, dim, unit, inverse_norm);
 }
 
-CTT_CLONES void gather_group(const Matrix& source, const std::int64_t* row, std::int64_t rows,
+void gather_group(const Matrix& source, const std::int64_t* row, std::int64_t rows,
                              std::int64_t dim, double* unit, double* inverse_norm) {
-  gather(source, row, rows, dim, unit, inverse_norm);
+  per_isa<gather<double>>(source, row, rows, dim, unit, inverse_norm);
 }
 
-CTT_CLONES void scatter_group(const Matrix& grad, const std::int64_t* row, std::int64_t rows,
+void scatter_group(const Matrix& grad, const std::int64_t* row, std::int64_t rows,
                               std::int64_t dim, const float* unit, const float* scale,
                               float* slope, float* along) {
-  scatter(grad, row, rows, dim, unit, scale, slope, along);
+  per_isa<scatter<float>>(grad, row, rows, dim, unit, scale, slope, along);
 }
 
-CTT_CLONES void scatter_group(const Matrix& grad, const std::int64_t* row, std::int64_t rows,
+void scatter_group(const Matrix& grad, const std::int64_t* row, std::int64_t rows,
                               std::int64_t dim, const double* unit, const double* scale,
                               double* slope, double* along) {
-  scatter(grad, row, rows, dim, unit, scale, slope, along);
+  per_isa<scatter<double>>(grad, row, rows, dim, unit, scale, slope, along);
 }
 
 std::int64_t select_pixels(const std::int64_t* label, const bool* mask, std::int64_t n,

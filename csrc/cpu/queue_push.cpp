@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "isa.h"
 #include "ops.h"
 
 namespace ctt {
@@ -92,9 +93,7 @@ CTT_INLINE void store_row(const Matrix& m, std::int64_t row, std::int64_t dim,
   return store_as(x, m.column_stride, dim, keys, dtype, target);
 }
 
-}  // namespace
-
-CTT_CLONES void push_row(const Matrix& features, std::int64_t row, std::int64_t dim,
+CTT_INLINE void push_row(const Matrix& features, std::int64_t row, std::int64_t dim,
                          std::uintptr_t keys, DType dtype, std::int64_t target) {
   switch (features.dtype) {
     case DType::f32:
@@ -108,6 +107,8 @@ CTT_CLONES void push_row(const Matrix& features, std::int64_t row, std::int64_t 
   }
 }
 
+}  // namespace
+
 void queue_push(const PushInput& in, const Matrix& features, std::uintptr_t keys, DType dtype,
                 int threads) {
   if (in.capacity < 1) return;
@@ -120,7 +121,7 @@ void queue_push(const PushInput& in, const Matrix& features, std::uintptr_t keys
     if (i + kAhead < total) {
       prefetch_row(features, moves[static_cast<std::size_t>(i + kAhead)].source, in.dim);
     }
-    push_row(features, move.source, in.dim, keys, dtype, move.target);
+    per_isa<push_row>(features, move.source, in.dim, keys, dtype, move.target);
   }
 }
 

@@ -2,6 +2,10 @@
 
 import math
 import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -339,3 +343,39 @@ def test_why_not_on_another_device():
         reason = cpu.why_not(operation, torch.device("cuda"))
         assert reason is not None
         assert "torch" in reason
+
+
+SETS = ("base", "x86-64-v3", "x86-64-v4")
+LOSS = """
+import torch
+from ctt import _cpu
+from ctt.ops import info_nce
+from tests.ops.common import contrast
+
+case = contrast(200, 5, 9, 37)
+query = case.query.requires_grad_()
+loss = info_nce(query, case.label, case.keys, temperature=0.1, backend="cpu")
+(grad,) = torch.autograd.grad(loss, query)
+print(_cpu.instruction_set(), loss.item(), grad.square().sum().item())
+"""
+
+
+@pytest.mark.parametrize("name", [*SETS, "avx"])
+def test_a_lower_instruction_set_can_be_asked_for(name: str) -> None:
+    instruction_set = getattr(cpu._cpu, "instruction_set", None)
+    assert instruction_set is not None, "build the C++ kernels again"
+
+    def run(asked: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", LOSS]
+        environment = os.environ | {"CTT_CPU_ISA": asked}
+        root = Path(__file__).parents[2]
+        return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+
+    done = run(name)
+    if name not in SETS or SETS.index(name) > SETS.index(run("").stdout.split()[0]):
+        assert "CTT_CPU_ISA must be one of base, x86-64-v3 and x86-64-v4" in done.stderr
+        return
+    used, *values = done.stdout.split()
+    assert used == name
+    for value, best in zip(values, run("").stdout.split()[1:], strict=True):
+        assert float(value) == pytest.approx(float(best), rel=1e-5)

@@ -1,6 +1,7 @@
 """C++ kernels (csrc/cpu) for tensors in main memory.
 
-All kernels use torch.get_num_threads() threads.
+All kernels use torch.get_num_threads() threads, and the best instruction set of the machine; with
+CTT_CPU_ISA=x86-64-v3 (AVX2) or base in the environment a lower one, for tests and measurements.
 """
 
 from collections.abc import Sequence
