@@ -40,12 +40,12 @@ PUBLISHED_EPS = 1e-12  # what published programs add against the logarithm of 0
 
 
 def norms_cosine(v: Tensor, keys: Tensor) -> Tensor:
-    """(n, M): one matrix product, divided by the products of the norms."""
+    """Return (n, M): one matrix product, divided by the products of the norms."""
     return v @ keys.T / torch.outer(v.norm(dim=1), keys.norm(dim=1))
 
 
 def pairwise_cosine(v: Tensor, keys: Tensor) -> Tensor:
-    """(n, M): each from the two vectors of its pair."""
+    """Return (n, M): each from the two vectors of its pair."""
     return torch.cosine_similarity(v.unsqueeze(1), keys.unsqueeze(0), dim=2)
 
 
@@ -106,7 +106,7 @@ def published_pair_loop(q: Tensor, case: Contrast, reduction: str) -> Tensor:
 
 
 def pair_class_loop(q: Tensor, case: Contrast, reduction: str) -> Tensor:
-    """The same loop at its best."""
+    """Return the same loop at its best."""
     assert case.positive is not None
     losses = []
     for c in case.label.unique().tolist():

@@ -172,12 +172,12 @@ def copies_beyond_cache(bytes_each: int, device: torch.device) -> int:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The second-level cache of a GPU."""
+    """Return the second-level cache of a GPU."""
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def extra_memory(run: Run, device: torch.device) -> float | None:
-    """MiB at the peak of one call above what was held before it.
+    """Return MiB at the peak of one call above what was held before it.
 
     On a GPU as PyTorch's allocator counts it. On Linux the peak of resident memory, which sees
     every allocator; freed memory is handed back to the system first, so that a reuse counts too.
@@ -305,7 +305,7 @@ def append(new: list[Row]) -> Path:
 
 
 def table(some: list[Row]) -> str:
-    """The rows of one measurement as text."""
+    """Return the rows of one measurement as text."""
     lines = [
         f"{'way':28} {'p20':>9} {'p50':>9} {'p80':>9} ms  "
         f"{'times the reference':>22}  {'extra MiB':>9}  {'% of limit':>10}"

@@ -36,7 +36,7 @@ def read(folder: Path) -> list[Row]:
 
 
 def newest(rows: list[Row]) -> list[Row]:
-    """The last row of each measurement: files grow at their end."""
+    """Return the last row of each measurement: files grow at their end."""
     kept: dict[tuple[str, ...], Row] = {}
     for row in rows:
         kept[(*group(row), row["way"])] = row

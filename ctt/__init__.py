@@ -21,7 +21,7 @@ def __getattr__(name: str) -> ModuleType:
 
 
 def load(path: str | Path, network: str = "best") -> Segmenter:
-    """A trained network, ready for inference on the CPU, without gradients (needs the extra
+    """Return a trained network, ready for inference on the CPU, without gradients (needs the extra
     `train`).
 
     It is a module that maps RGB images (B, 3, H, W) in 0..1 to class probabilities (B, C, H, W),

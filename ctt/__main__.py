@@ -30,7 +30,7 @@ def versions() -> list[str]:
 
 
 def backends() -> list[str]:
-    """A block for each kind of device and operation, with a line for each backend."""
+    """Return a block for each kind of device and operation, with a line for each backend."""
     lines: list[str] = []
     for device in devices():
         for operation in OPERATIONS:
@@ -40,7 +40,7 @@ def backends() -> list[str]:
 
 
 def devices() -> list[torch.device]:
-    """The kinds of device that are here."""
+    """Return the kinds of device that are here."""
     kinds = ["cpu"]
     if torch.accelerator.is_available():
         kinds.append(torch.accelerator.current_accelerator().type)  # type: ignore[union-attr]

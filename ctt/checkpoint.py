@@ -183,7 +183,7 @@ def save_network(path: Path, network: SegmentationModel, info: DatasetInfo, note
 
 
 def description(network: SegmentationModel, info: DatasetInfo, note: str) -> dict[str, Any]:
-    """How to build the network and read its output, as JSON takes it."""
+    """Return how to build the network and read its output, as JSON takes it."""
     return {
         "format": WEIGHTS_FORMAT,
         "model": network.options,
@@ -198,7 +198,7 @@ def description(network: SegmentationModel, info: DatasetInfo, note: str) -> dic
 
 
 def load_network(path: Path) -> tuple[SegmentationModel, DatasetInfo, str]:
-    """The network in a file that `save_network` wrote, in evaluation mode, on the CPU.
+    """Return the network in a file that `save_network` wrote, in evaluation mode, on the CPU.
 
     Returns:
         the network, the facts of the data set it was trained on, and the note on its origin.

@@ -36,7 +36,7 @@ FIXED_IN = {
 
 
 def create(out: Path | None, settings: Settings) -> Path:
-    """A new folder for a run, with its config.yaml.
+    """Return a new folder for a run, with its config.yaml.
 
     Raises:
         UserError: there is a run already, or the folder cannot be written.
@@ -106,7 +106,7 @@ def write_settings(folder: Path, settings: Settings) -> None:
 
 
 def find(path: Path) -> Path:
-    """The run folder that `path`, a folder or a checkpoint in it, belongs to.
+    """Return the run folder that `path`, a folder or a checkpoint in it, belongs to.
 
     Raises:
         UserError: there is nothing, or something else.

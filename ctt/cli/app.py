@@ -32,7 +32,7 @@ class Arguments:
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     run_program("ctt-app", lambda: _main(sys.argv[1:]), extra="app")
 
 

@@ -90,7 +90,7 @@ class Fetch:
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     run_program("ctt-data", lambda: _main(sys.argv[1:]))
 
 
@@ -146,7 +146,7 @@ def check(command: Check) -> int:
 
 
 def open_source(command: Check | Split) -> Source:
-    """The data set, after a look at the options."""
+    """Return the data set, after a look at the options."""
     from ctt import data
 
     options = DataSettings(**dataclasses.asdict(command.data))

@@ -50,7 +50,7 @@ class Arguments:
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     run_program("ctt-eval", lambda: _main(sys.argv[1:]))
 
 

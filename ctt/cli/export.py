@@ -44,7 +44,7 @@ class Arguments:
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     run_program("ctt-export", lambda: _main(sys.argv[1:]), extra="export")
 
 

@@ -107,7 +107,7 @@ class Viewer:
 
 
 def upload() -> gr.Image:
-    """Where an image is dropped; its file comes as it is, see `read_image`."""
+    """Return where an image is dropped; its file comes as it is, see `read_image`."""
     image = gr.Image(
         type="filepath",
         image_mode=None,
@@ -181,7 +181,7 @@ def words(name: str) -> str:
 
 
 def build(viewer: Viewer, examples: list[str]) -> gr.Blocks:
-    """The page: an image in, two columns of pictures and the legend out."""
+    """Return the page: an image in, two columns of pictures and the legend out."""
     teachers = [name for name in viewer.names if name.startswith("teacher")]
     chosen = [viewer.names[0], *teachers[:1]]  # side by side
     page: gr.Blocks

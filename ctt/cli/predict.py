@@ -72,7 +72,7 @@ class Job(NamedTuple):
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     run_program("ctt-predict", lambda: _main(sys.argv[1:]))
 
 
@@ -122,7 +122,7 @@ def _parse(arguments: list[str], protocol: EvalSettings) -> Arguments:
 
 
 def find_jobs(paths: Iterable[str], out: Path, recursive: bool) -> list[Job]:
-    """The images that `paths` name: files, folders, patterns; each once.
+    """Return the images that `paths` name: files, folders, patterns; each once.
 
     Raises:
         UserError: there is no such file, or nothing fits a pattern.

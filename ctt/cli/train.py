@@ -48,7 +48,7 @@ class Arguments(Settings):
 
 
 def main() -> None:
-    """The program."""
+    """Run the program."""
     run_program("ctt-train", lambda: _main(sys.argv[1:]))
 
 
@@ -100,12 +100,12 @@ def list_methods() -> None:
 
 
 def first_process() -> bool:
-    """Whether this is the process to tell what is wrong with the arguments of all."""
+    """Return whether this is the process to tell what is wrong with the arguments of all."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def read(arguments: list[str]) -> tuple[Arguments, Settings]:
-    """The arguments, and the settings among them, checked.
+    """Return the arguments, and the settings among them, checked.
 
     Raises:
         UserError: values that cannot work, or that the resumed run does not fit.

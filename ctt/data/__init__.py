@@ -16,12 +16,12 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def names() -> list[str]:
-    """The data sets that `open_source` knows."""
+    """Return the data sets that `open_source` knows."""
     return ["digits", "voc", "cityscapes", "folder"]
 
 
 def open_source(name: str, root: Path | None, options: SourceOptions) -> Source:
-    """The data set of that name.
+    """Return the data set of that name.
 
     Args:
         root: its folder; None for the embedded set.

@@ -169,7 +169,7 @@ def _writable(root: Path) -> Iterator[None]:
 
 
 def download(archive: Archive, folder: Path, progress: Progress) -> Path:
-    """The archive in `folder`; what an earlier call left unfinished is gone on with.
+    """Return the archive in `folder`; what an earlier call left unfinished is gone on with.
 
     Raises:
         UserError: it cannot be reached, the connection broke, or the checksum is another.

@@ -105,15 +105,15 @@ class FileSource(Source):
 
     @abstractmethod
     def image_path(self, name: str) -> Path:
-        """Where the image is, or would be."""
+        """Return where the image is, or would be."""
 
     @abstractmethod
     def mask_path(self, name: str) -> Path:
-        """Where the mask is, or would be."""
+        """Return where the mask is, or would be."""
 
     @abstractmethod
     def label_map(self, mask: Path) -> LabelMap:
-        """What the numbers in this mask mean."""
+        """Return what the numbers in this mask mean."""
 
     def train_ids(self) -> list[str]:
         return list(self._train)
@@ -184,12 +184,12 @@ def list_names(folder: Path) -> list[str]:
 
 
 def first_with(root: Path, places: Iterable[str], needed: str) -> Path | None:
-    """The first of the folders `places` below `root` that holds a folder `needed`."""
+    """Return the first of the folders `places` below `root` that holds a folder `needed`."""
     return next((root / place for place in places if (root / place / needed).is_dir()), None)
 
 
 def require_root(root: Path | None, dataset: str, layout: str) -> Path:
-    """The folder given by --data-root.
+    """Return the folder given by --data-root.
 
     Raises:
         UserError: none was given, or it is not there.

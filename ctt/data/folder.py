@@ -308,7 +308,7 @@ def _walk(root: Path, folder: str) -> list[str]:
 
 
 def read_description(path: Path) -> Description:
-    """The classes and what the numbers in the masks mean.
+    """Return the classes and what the numbers in the masks mean.
 
     Raises:
         UserError: the file is missing, or a value in it cannot be meant.

@@ -172,7 +172,7 @@ def in_order(read: Callable[[K], T], keys: Sequence[K], workers: int) -> Iterabl
 
 
 def raised(items: Iterable[T | UserError]) -> Iterator[T]:
-    """The items, but mistakes of the user, which loader processes return, are raised."""
+    """Return the items, but mistakes of the user, which loader processes return, are raised."""
     for item in items:
         if isinstance(item, UserError):
             raise item

@@ -114,7 +114,7 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
 
 
 def read_image(path: Path, white: float | None = None, *, turned: bool = True) -> Tensor:
-    """(3, H, W) uint8.
+    """Return (3, H, W) uint8.
 
     Args:
         white: the value of white in images of more than 8 bits, see `to_rgb`.

@@ -21,12 +21,12 @@ from ctt.files import expanded
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """(3, H, W) uint8 -> (3, h, w), with a filter where it shrinks."""
+    """Return (3, H, W) uint8 -> (3, h, w), with a filter where it shrinks."""
     return F.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
 def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
-    """(H, W) uint8 -> (h, w), the nearest pixel."""
+    """Return (H, W) uint8 -> (h, w), the nearest pixel."""
     return F.interpolate(label[None, None], size, mode="nearest-exact")[0, 0]
 
 

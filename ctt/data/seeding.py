@@ -9,11 +9,11 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed in 0..2**63-1 for the purpose that `parts` spell out."""
+    """Return a seed in 0..2**63-1 for the purpose that `parts` spell out."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def generator(*parts: int | str, device: str | torch.device = "cpu") -> torch.Generator:
-    """A fresh generator on `device`, seeded for the purpose that `parts` spell out."""
+    """Return a fresh generator on `device`, seeded for the purpose that `parts` spell out."""
     return torch.Generator(device=device).manual_seed(derive_seed(*parts))

@@ -69,26 +69,26 @@ class Source(ABC):
 
     @abstractmethod
     def train_ids(self) -> list[str]:
-        """Names of the training images that may be labelled, sorted."""
+        """Return names of the training images that may be labelled, sorted."""
 
     @abstractmethod
     def eval_ids(self) -> list[str]:
-        """Names of the images to evaluate on, sorted."""
+        """Return names of the images to evaluate on, sorted."""
 
     @abstractmethod
     def image(self, name: str) -> Tensor:
-        """(3, H, W) uint8."""
+        """Return (3, H, W) uint8."""
 
     @abstractmethod
     def label(self, name: str) -> Tensor:
-        """(H, W) uint8, class or 255. Never asked for of an unlabelled image."""
+        """Return (H, W) uint8, class or 255. Never asked for of an unlabelled image."""
 
     def test_ids(self) -> list[str]:
-        """Names of the test images, whose labels only the benchmark's server has; sorted."""
+        """Return names of the test images, whose labels only the benchmark's server has; sorted."""
         return []
 
     def unlabeled_ids(self) -> list[str]:
-        """Names of the training images that have no label whatever the split, sorted."""
+        """Return names of the training images that have no label whatever the split, sorted."""
         return []
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ class Source(ABC):
         """Hold these training images out, where a drawn part of them is held out now."""
 
     def line(self, name: str) -> str:
-        """The image in a split list for other programs: the paths of image and mask."""
+        """Return the image in a split list for other programs: the paths of image and mask."""
         return name
 
     @cached_property

@@ -24,7 +24,7 @@ PICKLE_SUFFIXES = (".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth")
 
 
 def parse_ratio(text: str, total: int, counts: Mapping[Fraction, int] | None = None) -> int:
-    """How many of `total` images `1/20`, `0.05` or `50` asks to be labelled.
+    """Return how many of `total` images `1/20`, `0.05` or `50` asks to be labelled.
 
     Args:
         counts: for ratios whose count is not the rounded one.
@@ -124,7 +124,7 @@ def resolve(
     find: Callable[[str], str | None],
     is_mask: Callable[[str, str], bool | None] = lambda name, mask: None,
 ) -> tuple[str, str] | None:
-    """The name and the mask ("" where the line has none) of a line of a split list.
+    """Return the name and the mask ("" where the line has none) of a line of a split list.
 
     A line is a bare name, the path of an image, or an image and its mask with a space or a tab
     between them; paths may start with a slash or have backslashes. Names may hold spaces: the
@@ -158,7 +158,7 @@ def resolve(
 
 
 def readings(line: str) -> Iterator[tuple[str, str]]:
-    """What a line can mean, likeliest first: image and mask, "" for none."""
+    """Return what a line can mean, likeliest first: image and mask, "" for none."""
     whole = line.strip().lstrip("/")
     if line.strip() != line:
         yield line, ""
@@ -176,7 +176,7 @@ def belongs(mask: str, image: str) -> bool:
 
 
 def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str], list[str]]:
-    """Names in a split list of any form that `resolve` reads, and all that is wrong with it.
+    """Return names in a split list of any form that `resolve` reads, and all that is wrong with it.
 
     Raises:
         UserError: it cannot be read or is empty.
@@ -218,7 +218,7 @@ def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str
 
 
 def read_list(path: Path, source: Source, *, labeled: bool) -> list[str]:
-    """Names of the images in a split list of any form that `resolve` reads.
+    """Return names of the images in a split list of any form that `resolve` reads.
 
     Raises:
         UserError: it cannot be read, is empty, repeats a name, or names an image that may not be
@@ -240,7 +240,7 @@ def write_list(path: Path, lines: Iterable[str]) -> None:
 def make_split(
     source: Source, ratio: str, seed: int, labeled_list: Path | None, unlabeled_list: Path | None
 ) -> tuple[list[str], list[str]]:
-    """The labelled and the unlabelled names.
+    """Return the labelled and the unlabelled names.
 
     Raises:
         UserError: no image may be labelled, or a list names an image that is not there.
@@ -261,7 +261,7 @@ def make_split(
 
 
 def all_others(source: Source, labeled: list[str]) -> list[str]:
-    """The training images that are not labelled, sorted."""
+    """Return the training images that are not labelled, sorted."""
     return sorted({*source.train_ids(), *source.unlabeled_ids()} - set(labeled))
 
 

@@ -106,7 +106,7 @@ class GeometricView:
 
 
 def sampling_grid(theta: Tensor, size: tuple[int, int]) -> Tensor:
-    """Where `size` pixels are read by an affine map (2, 3): (1, h, w, 2), x and y in -1..1.
+    """Return where `size` pixels are read by an affine map (2, 3): (1, h, w, 2), x and y in -1..1.
 
     What F.affine_grid gives, without its product of matrices.
     """

@@ -53,7 +53,7 @@ class Score:
         return sum(values) / len(values) if values else float("nan")
 
     def absent(self, info: DatasetInfo) -> list[str]:
-        """Names of the classes that the mean leaves out."""
+        """Return names of the classes that the mean leaves out."""
         named = zip(info.classes, self.class_iou, strict=True)
         return [name for name, value in named if value != value]
 
@@ -202,7 +202,7 @@ def as_json(scores: dict[str, Score], info: DatasetInfo, settings: EvalSettings)
 
 
 def score_table(scores: dict[str, Score], info: DatasetInfo) -> Table:
-    """IoU by class (rows) and network (columns), with the mean first."""
+    """Return IoU by class (rows) and network (columns), with the mean first."""
     captions = []
     if any(score.absent(info) for score in scores.values()):
         captions.append("absent: neither labelled nor predicted, left out of the mean")

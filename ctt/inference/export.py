@@ -108,7 +108,7 @@ def export(
 
 
 def trace(graph: Graph, images: Tensor, open_sizes: bool) -> torch.export.ExportedProgram:
-    """The graph with an open batch, and with open height and width or those of `images`."""
+    """Return the graph with an open batch, and with open height and width or those of `images`."""
     if open_sizes and any(isinstance(module, PADDED_BY_SIZE) for module in graph.modules()):
         raise UserError(
             "The network has convolutions that pad as TensorFlow does, by the size of the image, "

@@ -41,7 +41,7 @@ class Trained:
         return [*self.networks, *([ENSEMBLE] if teachers else [])]
 
     def choose(self, names: Sequence[str]) -> Trained:
-        """The same with only the networks that `names` need.
+        """Return the same with only the networks that `names` need.
 
         Raises:
             UserError: no such network.
@@ -60,7 +60,7 @@ class Trained:
         return replace(self, networks=networks)
 
     def only(self) -> SegmentationModel:
-        """The one network, where one was chosen.
+        """Return the one network, where one was chosen.
 
         Raises:
             UserError: there are several.

@@ -87,7 +87,7 @@ def sliding(
 
 
 def starts(length: int, window: int, stride: float) -> list[int]:
-    """Where windows begin along a side, so that they cover it and none leaves it."""
+    """Return where windows begin along a side, so that they cover it and none leaves it."""
     step = max(1, int(stride * window if stride <= 1 else stride))
     return [*range(0, length - window, step), length - window]
 
@@ -117,7 +117,7 @@ def scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, C, H, W) at another size; every pixel counts where it becomes smaller."""
+    """Return (B, C, H, W) at another size; every pixel counts where it becomes smaller."""
     if images.shape[-2:] == size:
         return images
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
@@ -137,7 +137,7 @@ def mean_of(predicts: Sequence[Predict]) -> Predict:
 
 
 def for_images(settings: EvalSettings) -> EvalSettings:
-    """The protocol for predictions, which are of the whole image at its own size."""
+    """Return the protocol for predictions, which are of the whole image at its own size."""
     if settings.protocol == "half":
         halves = tuple(scale / 2 for scale in settings.scales)
         return replace(settings, protocol="whole", scales=halves)
@@ -147,7 +147,7 @@ def for_images(settings: EvalSettings) -> EvalSettings:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it was raised because a device, or the CPU, has too little memory."""
+    """Return whether it was raised because a device, or the CPU, has too little memory."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
@@ -171,7 +171,7 @@ def memory_is_told(settings: EvalSettings) -> Iterator[None]:
 
 
 def prepare(image: Tensor, label: Tensor, settings: EvalSettings) -> tuple[Tensor, Tensor]:
-    """The part or size of image (3, H, W) uint8 and label (H, W) uint8 that is scored."""
+    """Return the part or size of image (3, H, W) uint8 and label (H, W) uint8 that is scored."""
     height, width = label.shape
     if settings.protocol == "center-crop":
         h, w = min(settings.window[0], height), min(settings.window[1], width)

@@ -63,7 +63,7 @@ def in_threads(threads: int) -> Iterator[Callable[..., None]]:
 def overlay(
     image: Tensor, label: Tensor, info: DatasetInfo, opacity: float = OVERLAY
 ) -> Image.Image:
-    """The image (3, H, W) uint8 under the colours of its labels (H, W)."""
+    """Return the image (3, H, W) uint8 under the colours of its labels (H, W)."""
     picture = image.cpu().permute(1, 2, 0).float()  # (H, W, 3)
     coloured = torch.lerp(picture, colorize(label, info).float(), opacity)
     # class 0 is the background of every data set with one: it stays as it is

@@ -17,7 +17,7 @@ from ctt.settings import EvalSettings
 
 
 def images_to_submit(source: Source) -> tuple[Submission, list[str]]:
-    """How to write predictions of the test images, and their names.
+    """Return how to write predictions of the test images, and their names.
 
     Raises:
         UserError: the data set has no server, or its test images are not there.

@@ -110,7 +110,7 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*layers, layer(ends[-1], 1))
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, C, H, W) -> logits (B, H, W), above 0 where the maps look like masks."""
+        """Return (B, C, H, W) -> logits (B, H, W), above 0 where the maps look like masks."""
         padded = pad_to_multiple(maps, 1, self.SMALLEST)
         return at_pixels(self.layers(padded), padded, maps)
 
@@ -136,7 +136,7 @@ class FlawDetector(nn.Module):
         self.layers = nn.Sequential(*layers, layer(inputs, 1))
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, 3 + C, H, W) -> flaws (B, H, W), of any size."""
+        """Return (B, 3 + C, H, W) -> flaws (B, H, W), of any size."""
         padded = pad_to_multiple(maps, 1, self.SMALLEST)
         return at_pixels(self.layers(padded), padded, maps)
 

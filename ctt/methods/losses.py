@@ -45,7 +45,7 @@ def wide(values: Tensor) -> Tensor:
 
 
 def as_pixels(maps: Tensor) -> Tensor:
-    """(B, D, h, w) -> (B * h * w, D)."""
+    """Return (B, D, h, w) -> (B * h * w, D)."""
     return maps.permute(0, 2, 3, 1).flatten(0, 2)
 
 
@@ -54,7 +54,7 @@ Total = Callable[[Tensor], Tensor]
 
 
 def alone(count: Tensor) -> Tensor:
-    """The total of one process."""
+    """Return the total of one process."""
     return count
 
 
@@ -98,7 +98,7 @@ def weigh_pseudo_label(
     threshold: float,
     total: Total = alone,
 ) -> tuple[Tensor, Tensor | None]:
-    """The cross-teacher target under the option `confidence_weight`.
+    """Return the cross-teacher target under the option `confidence_weight`.
 
     Args:
         pseudo_label: (B, H, W) int64 with 255 for padding. confidence: (B, H, W) probability.

@@ -54,7 +54,7 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Any) -> Tensor:
-        """The class of every pixel of one RGB image.
+        """Return the class of every pixel of one RGB image.
 
         Args:
             image: an array (H, W, 3) uint8, a tensor (3, H, W) uint8, a PIL image of any mode (as

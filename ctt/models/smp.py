@@ -20,7 +20,7 @@ PROBE = 448  # whole patches of 14, 16 and 32 pixels
 
 
 def architectures() -> list[str]:
-    """Names that `Smp` knows."""
+    """Return names that `Smp` knows."""
     return sorted(segmentation_models_pytorch.MODEL_ARCHITECTURES_MAPPING)
 
 

@@ -69,7 +69,7 @@ class Stages(nn.Module):
 
 
 def create(name: str, **options: Any) -> nn.Module:
-    """A timm model with fresh weights.
+    """Return a timm model with fresh weights.
 
     Raises:
         UserError: timm has no such model, or the model does not know the options.

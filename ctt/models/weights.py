@@ -153,7 +153,7 @@ def _some(names: list[str]) -> str:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name; only tensors, numbers and strings are ever unpickled.
+    """Return the tensors of a file by name; only tensors, numbers and strings are ever unpickled.
 
     Raises:
         UserError: there is no such file, or it cannot be read, or it holds no tensors.

@@ -23,7 +23,7 @@ class Layout(Protocol):
     """Where the tensors of two lists lie in memory, and in what form."""
 
     def matches(self, teacher: Tensors, student: Tensors) -> bool:
-        """Whether these are the same tensors, and still lie so."""
+        """Return whether these are the same tensors, and still lie so."""
 
 
 class PythonLayout:

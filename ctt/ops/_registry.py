@@ -31,7 +31,7 @@ def why_not(operation: str, backend: str, device: torch.device) -> str | None:
 
 
 def available_backends(device: str | torch.device = "cpu") -> dict[str, list[str]]:
-    """The backends that can run each operation on tensors of `device`.
+    """Return the backends that can run each operation on tensors of `device`.
 
     Returns:
         {operation: [backend, ...]}, for instance {"info_nce": ["reference"], ...}.
@@ -72,7 +72,7 @@ def _auto(operation: str, device: torch.device) -> ModuleType:
 
 
 def select(operation: str, backend: str, device: torch.device) -> ModuleType:
-    """The module that runs `operation`.
+    """Return the module that runs `operation`.
 
     Raises:
         ValueError: there is no backend of that name.

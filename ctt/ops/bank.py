@@ -175,7 +175,7 @@ class MemoryBank(nn.Module):
         return self.count >= self.capacity
 
     def queue(self, c: int) -> Tensor:
-        """The keys (count[c], D) of class c, oldest first."""
+        """Return the keys (count[c], D) of class c, oldest first."""
         if not 0 <= c < self.num_classes:
             raise ValueError(f"MemoryBank.queue: c must be in 0..{self.num_classes - 1}, got {c}")
         held = int(self.count[c])

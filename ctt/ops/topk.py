@@ -17,7 +17,7 @@ def class_topk(
     valid: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The k most confident pixels of every class.
+    """Return the k most confident pixels of every class.
 
     Args:
         confidence: (N,) floating point. A pixel whose confidence is NaN is skipped.

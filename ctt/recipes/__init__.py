@@ -8,13 +8,13 @@ from ctt.errors import UserError
 
 
 def names() -> list[str]:
-    """The recipes that come with the package."""
+    """Return the recipes that come with the package."""
     files = resources.files(__name__).iterdir()
     return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
 
 
 def default(dataset: str, voc_set: str) -> str:
-    """The recipe that belongs to a data set, empty where there is none."""
+    """Return the recipe that belongs to a data set, empty where there is none."""
     if dataset == "voc":
         return "voc-classic-deeplabv3plus" if voc_set == "classic" else "voc-aug-deeplabv2"
     named = {"cityscapes": "cityscapes-deeplabv2", "digits": "digits", "folder": "folder"}
@@ -36,7 +36,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def load_all(names: str | list[str]) -> dict[str, Any]:
-    """The settings of one recipe, or of several put over each other, the last on top.
+    """Return the settings of one recipe, or of several put over each other, the last on top.
 
     Raises:
         UserError: there is no recipe of such a name.
@@ -59,7 +59,7 @@ def merge(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_file(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file.
+    """Return the settings of a YAML file.
 
     Raises:
         UserError: it cannot be read or holds no settings.

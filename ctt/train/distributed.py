@@ -72,7 +72,7 @@ class World:
         return torch.cat([before[None], values[:-1]])
 
     def tell(self, text: str) -> str:
-        """What the first process says, to all."""
+        """Return what the first process says, to all."""
         if self.size == 1:
             return text
         held = [text]
@@ -80,7 +80,7 @@ class World:
         return held[0]
 
     def agree(self, flag: bool) -> bool:
-        """Whether any process raised its flag; with several, in the call before this one.
+        """Return whether any process raised its flag; with several, in the call before this one.
 
         Asking and reading are one step apart, so that nothing waits for the answer.
         """
@@ -105,7 +105,7 @@ class World:
         dist.destroy_process_group()
 
     def report_first(self) -> bool:
-        """Whether no other process has reported an error yet."""
+        """Return whether no other process has reported an error yet."""
         try:
             first = bool(self.store.add("reported", 1) == 1)
         except RuntimeError:  # the store ended with the process that kept it
@@ -160,7 +160,7 @@ def join() -> Iterator[World]:
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed because a process it needs is gone."""
+    """Return whether a collective failed because a process it needs is gone."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(
         word in text for word in ("gloo", "nccl", "connection closed", "connection reset")
@@ -196,7 +196,7 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
     """Batch norm over the joined batch, for the CPU, where torch.nn.SyncBatchNorm does not run."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same."""
+        """Return (B, C, H, W) -> the same."""
         if not self.training:
             return super().forward(x)
         pixels = x.numel() // x.shape[1] * dist.get_world_size()

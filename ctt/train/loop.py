@@ -111,7 +111,7 @@ def train(
 
 
 def way_on(folder: Path | None) -> str:
-    """What is left of a run that failed, as the end of a message."""
+    """Return what is left of a run that failed, as the end of a message."""
     if folder is None or not run.has_checkpoint(folder):
         return ""
     return f" The last checkpoint is whole: --resume {shlex.quote(str(folder))} goes on from it."

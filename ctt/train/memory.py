@@ -116,7 +116,7 @@ def bytes_of(module: nn.Module) -> int:
 
 
 def storage_of(x: Tensor) -> int:
-    """The address by which views of one tensor are told."""
+    """Return the address by which views of one tensor are told."""
     address: int = x.untyped_storage()._cdata
     return address
 
@@ -127,7 +127,7 @@ def size_of(x: Tensor) -> int:
 
 
 def available(device: torch.device) -> int:
-    """Bytes that the device has in all."""
+    """Return bytes that the device has in all."""
     if device.type == "cuda":
         total: int = torch.cuda.get_device_properties(device).total_memory
         return total
@@ -135,7 +135,7 @@ def available(device: torch.device) -> int:
 
 
 def memory_table(parts: dict[str, int], settings: Settings, device: torch.device) -> Table:
-    """The parts, their sum, and what fits on the device."""
+    """Return the parts, their sum, and what fits on the device."""
     total, room = sum(parts.values()), available(device)
     table = Table(title="memory of a process at its largest, MiB")
     table.add_column("part")

@@ -44,7 +44,7 @@ class Phases:
             self._spans.append((name, start, self.now()))
 
     def now(self) -> Any:
-        """A moment of the device, for `between`."""
+        """Return a moment of the device, for `between`."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -28,7 +28,7 @@ class Profile:
         self._profiler: torch.profiler.profile | None = None
 
     def after_step(self) -> Table | None:
-        """The table, once, when its last step is over."""
+        """Return the table, once, when its last step is over."""
         self._done += 1
         table = None
         if self._done == PROFILE_WARM_UP:

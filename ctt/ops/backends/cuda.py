@@ -169,7 +169,7 @@ def queue_push_(
 
 @cache
 def load(path: Path) -> ctypes.CDLL:
-    """The library with the types of its entry points. Needs no driver."""
+    """Return the library with the types of its entry points. Needs no driver."""
     library = ctypes.CDLL(str(path))
     for name, (result, arguments) in SIGNATURES.items():
         function = getattr(library, name)
