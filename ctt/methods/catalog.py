@@ -228,6 +228,13 @@ METHODS = {
         options="ctt.methods.semiseg_contrastive:ContrastiveOptions",
         extra="heads, selectors, memories of features",
     ),
+    "pc2seg": About(
+        "Zhong et al., ICCV 2021, our reading",
+        "ctt.methods.pc2seg:Pc2Seg",
+        uses=("ema", "views", "loss.sup"),
+        options="ctt.methods.pc2seg:Pc2SegOptions",
+        extra="projections, memories of features",
+    ),
     "u2pl": About(
         "Wang et al., CVPR 2022",
         "ctt.methods.u2pl:U2pl",
