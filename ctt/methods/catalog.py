@@ -140,7 +140,7 @@ METHODS = {
         options="ctt.methods.french:FrenchOptions",
     ),
     "vat": About(
-        "Miyato et al., TPAMI 2018, as in French's program",
+        "Miyato et al., TPAMI 2018, as in the program of French et al.",
         "ctt.methods.vat:Vat",
         uses=("ema", "views", "loss.sup"),
         options="ctt.methods.vat:VatOptions",

@@ -21,24 +21,18 @@ from torch import Tensor
 from ctt.data import mixing
 from ctt.data.views import constant
 from ctt.methods.base import Batch, Setup, Step
-from ctt.methods.options import Check, shares
-from ctt.methods.soft_labels import SoftLabels, SoftOptions
+from ctt.methods.soft_labels import SureOptions, SureSoftLabels
 
 RULES = {"cutmix": "half-area", "cowmix": "cowmix", "cutout": "none"}
 
 
 @dataclass(frozen=True)
-class FrenchOptions(SoftOptions):
+class FrenchOptions(SureOptions):
     mask: Literal["cutmix", "cutout", "cowmix"] = "cutmix"
     """What the mask does."""
-    threshold: float = 0.97
-    """Confidence of a pixel that counts in the share (the program's)."""
-
-    def checks(self) -> list[Check]:
-        return [*super().checks(), *shares(threshold=self.threshold)]
 
 
-class French(SoftLabels):
+class French(SureSoftLabels):
     """Each student is drawn to its average, through a mask."""
 
     options: FrenchOptions
@@ -59,6 +53,3 @@ class French(SoftLabels):
         mean = constant(self.mean, padding.device)[:, None, None]  # 0, once it is normalised
         erased = torch.where(keep[:, None], b["unlabeled"], mean)
         return erased, lambda values: values, keep & ~padding
-
-    def factor(self, confidence: Tensor, valid: Tensor, seen: Tensor, step: Step) -> Tensor:
-        return step.total((valid & (confidence >= self.options.threshold)).sum()) / seen

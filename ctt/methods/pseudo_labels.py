@@ -121,7 +121,7 @@ class PseudoLabels(Method):
         for k in self.learning:
             images = [self.labeled_view(k, b, step)]
             if "mixed" in b:
-                images.append(step.strong(b["mixed"], b[f"draw {k}"][:, -1]))
+                images.append(self.unlabeled_view(k, b, step))
             out.append(step.forward(self.students[k], torch.cat(images)))
         return out
 
@@ -130,6 +130,10 @@ class PseudoLabels(Method):
         if not self.settings.views.strong_labeled:
             return b["images"]
         return step.strong(b["images"], b[f"draw {k}"][:, 0])
+
+    def unlabeled_view(self, k: int, b: Batch, step: Step) -> Tensor:
+        """Return the mixed images as student k sees them."""
+        return step.strong(b["mixed"], b[f"draw {k}"][:, -1])
 
     def losses(self, b: Batch, step: Step) -> Terms:
         return self.cross_entropies(self.ask_students(b, step), b, step)

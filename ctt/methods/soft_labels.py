@@ -78,3 +78,21 @@ class SoftLabels(MeanTeacher):
         stride = self.students[k].stride
         distance = losses.squared_distance(logits, stride, b[f"soft {k}"], b[f"valid {k}"])
         return distance / b[f"seen {k}"] * b[f"factor {k}"]
+
+
+@dataclass(frozen=True)
+class SureOptions(SoftOptions):
+    threshold: float = 0.97
+    """Confidence of a pixel that counts in the share (the program of French et al.)."""
+
+    def checks(self) -> list[Check]:
+        return [*super().checks(), *shares(threshold=self.threshold)]
+
+
+class SureSoftLabels(SoftLabels):
+    """Soft labels whose term is multiplied by the share of pixels that the teacher is sure of."""
+
+    options: SureOptions
+
+    def factor(self, confidence: Tensor, valid: Tensor, seen: Tensor, step: Step) -> Tensor:
+        return step.total((valid & (confidence >= self.options.threshold)).sum()) / seen
