@@ -42,6 +42,8 @@ def why_not(operation: str, device: torch.device) -> str | None:
     for name, package in (("triton", "triton"), ("ctt_kernels", "ctt")):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed: pip install {package}"
+    if not hasattr(importlib.import_module("triton"), "knobs"):
+        return "this Triton is older than 3.4: install a newer PyTorch"
     if _interpreted():
         if device.type == "cpu":
             return None
