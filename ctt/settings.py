@@ -22,6 +22,7 @@ from ctt.data.options import SourceOptions
 from ctt.errors import UserError
 from ctt.files import expanded
 from ctt.methods.options import Check, Options
+from ctt.text import brief
 
 if TYPE_CHECKING:
     from ctt.data.source import Source
@@ -394,7 +395,7 @@ def _update(settings: Any, values: dict[str, Any], source: str, prefix: str) -> 
         current = getattr(settings, name)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, dict):
-                raise UserError(f"{source}: {prefix}{name} must hold settings, got {value!r}.")
+                raise UserError(f"{source}: {prefix}{name} must hold settings, got {brief(value)}.")
             changes[name] = _update(current, value, source, f"{prefix}{name}.")
         else:
             changes[name] = _coerce(value, types_of[name], f"{source}: {prefix}{name}")
@@ -412,25 +413,27 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
         # YAML 1.1 reads the word off as false
         value = "off" if value is False and "off" in options else value
         if value not in options:
-            raise UserError(f"{where} must be one of {', '.join(options)}, got {value!r}.")
+            raise UserError(f"{where} must be one of {', '.join(options)}, got {brief(value)}.")
         return value
     if origin is tuple and options[-1] is Ellipsis:
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_coerce(item, options[0], where) for item in items)
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(options):
-            raise UserError(f"{where} must be a list of {len(options)} numbers, got {value!r}.")
+            raise UserError(
+                f"{where} must be a list of {len(options)} numbers, got {brief(value)}."
+            )
         return tuple(_coerce(v, o, where) for v, o in zip(value, options, strict=True))
     if kind is bool:
         if not isinstance(value, bool):
-            raise UserError(f"{where} must be true or false, got {value!r}.")
+            raise UserError(f"{where} must be true or false, got {brief(value)}.")
         return value
     try:
         if kind is int and (isinstance(value, bool) or float(value) != int(value)):
             raise ValueError
         return kind(value)
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{where} must be of type {kind.__name__}, got {value!r}.") from None
+        raise UserError(f"{where} must be of type {kind.__name__}, got {brief(value)}.") from None
 
 
 def validate(settings: Settings) -> None:

@@ -1,12 +1,17 @@
 """Text with names out of files, which may hold anything, for terminals and lists."""
 
 import re
+import reprlib
 import sys
-from typing import IO
+from typing import IO, Any
+
+from ctt.errors import UserError
 
 # what a terminal would obey: control codes but line ends and tabs, and marks that reverse the text
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 BYTE_OF_A_NAME = re.compile(r"[\udc80-\udcff]")  # as Python holds what is no UTF-8 in a file name
+BRIEF = reprlib.Repr()
+BRIEF.maxstring = BRIEF.maxother = BRIEF.maxlong = 80
 BYTES_AS_THEY_ARE = "surrogateescape"  # writes and reads such names as the bytes that they are
 
 
@@ -26,3 +31,31 @@ def replace_what_cannot_be_shown() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # notebooks put other objects there
             stream.reconfigure(errors="backslashreplace")
+
+
+def brief(value: object) -> str:
+    """Return a value of a file as Python writes it, cut where it is long.
+
+    A few lines of YAML can stand for so many values that their whole text fills the memory.
+    """
+    return BRIEF.repr(value)
+
+
+def from_yaml(text: str, source: str) -> Any:
+    """Return what a YAML text holds.
+
+    Args:
+        source: the name of the file, for the message.
+
+    Raises:
+        UserError: it is no YAML, or holds numbers or dates that are none.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise UserError(f"{source}: this is no valid YAML (it is nested too deep).") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # the last two of odd numbers and keys
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source}: this is no valid YAML ({reason}).") from None

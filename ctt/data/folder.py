@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
 from ctt.data import IMAGE_SUFFIXES
 from ctt.data.files import (
     IMAGENET_MEAN,
@@ -28,6 +26,7 @@ from ctt.data.source import IGNORE, DatasetInfo
 from ctt.data.split import NO_MASK, read_lines, readings
 from ctt.data.voc import bit_palette
 from ctt.errors import UserError
+from ctt.text import brief, from_yaml
 
 LAYOUT = "holds images/, masks/ and dataset.yaml"
 DESCRIPTION = "dataset.yaml"
@@ -236,7 +235,10 @@ class Folder(FileSource):
         """Return the file below the root that a path in a list means; None: there is none."""
         paths = (PurePosixPath(path) for path in self._below(entry))
         inside = (path for path in paths if not path.is_absolute() and ".." not in path.parts)
-        return next((self.root / p for p in inside if (self.root / p).is_file()), None)
+        try:
+            return next((self.root / p for p in inside if (self.root / p).is_file()), None)
+        except OSError:  # such as a name that is too long
+            return None
 
 
 def _stem(name: str) -> str:
@@ -319,10 +321,10 @@ def read_description(path: Path) -> Description:
             f"numbers in the masks, for example `classes: [background, cat, dog]`."
         )
     try:
-        values = yaml.safe_load(path.read_text("utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: this is no valid YAML ({reason}).") from None
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from None
+    values = from_yaml(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `name: value` lines, at least `classes: [...]`.")
     strange = [str(key) for key in values if key not in KEYS]
@@ -334,7 +336,7 @@ def read_description(path: Path) -> Description:
     ignore = values.get("ignore_index", IGNORE)
     if not _is_integer(ignore, VALUES):
         raise UserError(
-            f"{path}: ignore_index must be a number in 0..{VALUES - 1}, got {ignore!r}."
+            f"{path}: ignore_index must be a number in 0..{VALUES - 1}, got {brief(ignore)}."
         )
     mapping = _mapping(values.get("id_map"), ignore, classes, path)
     if "ignore_index" in values and mapping.get(ignore) != IGNORE:
@@ -356,7 +358,7 @@ def read_description(path: Path) -> Description:
     if white is not None and not (number and 0 < white < math.inf):
         raise UserError(
             f"{path}: white must be the value of white in images of more than 8 bits, such as "
-            f"4095, got {white!r}."
+            f"4095, got {brief(white)}."
         )
     return Description(
         DatasetInfo("folder", classes, palette, mean, std, white),
@@ -373,7 +375,9 @@ def _part_of_a_name(values: dict[Any, Any], key: str, path: Path) -> str:
     value = values.get(key, "")
     whole = isinstance(value, str) and not PurePosixPath(value).is_absolute()
     if not whole or ".." in PurePosixPath(value).parts:
-        raise UserError(f"{path}: {key} must be a part of a name below the folder, got {value!r}.")
+        raise UserError(
+            f"{path}: {key} must be a part of a name below the folder, got {brief(value)}."
+        )
     return str(value)
 
 
@@ -387,7 +391,7 @@ def _classes(value: Any, path: Path) -> tuple[str, ...]:
     if not isinstance(value, list) or not 2 <= len(value) <= MOST_CLASSES:
         raise UserError(
             f"{path}: classes must be a list of 2 to {MOST_CLASSES} names, or names by their "
-            f"numbers from 0 on, got {value!r}."
+            f"numbers from 0 on, got {brief(value)}."
         )
     for name in value:
         if not isinstance(name, str | int) or isinstance(name, bool):
@@ -406,7 +410,7 @@ def _palette(value: Any, classes: tuple[str, ...], path: Path) -> tuple[Colour, 
     if not isinstance(value, list) or len(value) != len(classes) or not all(map(_is_colour, value)):
         raise UserError(
             f"{path}: palette must be a list of {len(classes)} colours, one for each class, such "
-            f"as [128, 64, 0], got {value!r}."
+            f"as [128, 64, 0], got {brief(value)}."
         )
     return tuple((r, g, b) for r, g, b in value)
 
@@ -427,7 +431,7 @@ def _colours(
     if ignored is not None and (not _is_colour(ignored) or "palette" not in values):
         raise UserError(
             f"{path}: ignore_color must be a colour such as [255, 255, 255] beside a palette, got "
-            f"{ignored!r}."
+            f"{brief(ignored)}."
         )
     if values.get("palette") is None:
         return None
@@ -448,17 +452,20 @@ def _mapping(value: Any, ignore: int, classes: tuple[str, ...], path: Path) -> d
     if value is None:
         return {**{c: c for c in range(len(classes))}, ignore: IGNORE}
     if not isinstance(value, dict):
-        raise UserError(f"{path}: id_map must hold `number in the mask: class`, got {value!r}.")
+        raise UserError(
+            f"{path}: id_map must hold `number in the mask: class`, got {brief(value)}."
+        )
     numbers = {name: c for c, name in enumerate(classes)}
     mapping = {ignore: IGNORE}
     for number, target in value.items():
-        label: Any = IGNORE if target == IGNORED else numbers.get(target, target)
+        named = isinstance(target, str)
+        label: Any = IGNORE if target == IGNORED else numbers.get(target) if named else target
         known = _is_integer(label, len(classes)) or target == IGNORED
         if not _is_integer(number, VALUES) or not known:
             raise UserError(
-                f"{path}: id_map maps {number!r} to {target!r}. It must map a number in the masks "
-                f"(0..{VALUES - 1}) to a class, by name or number (0..{len(classes) - 1}), or to "
-                f"`{IGNORED}`."
+                f"{path}: id_map maps {brief(number)} to {brief(target)}. It must map a number in "
+                f"the masks (0..{VALUES - 1}) to a class, by name or number "
+                f"(0..{len(classes) - 1}), or to `{IGNORED}`."
             )
         mapping[number] = label
     return mapping
@@ -472,4 +479,4 @@ def _statistics(
     numbers = value if isinstance(value, list) else []
     if len(numbers) == 3 and all(isinstance(v, int | float) and 0 < v <= 1 for v in numbers):
         return (float(numbers[0]), float(numbers[1]), float(numbers[2]))
-    raise UserError(f"{path}: {key} must be three numbers in 0..1, got {value!r}.")
+    raise UserError(f"{path}: {key} must be three numbers in 0..1, got {brief(value)}.")

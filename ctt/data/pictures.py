@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
 from ctt.data.pixels import is_deep, to_rgb
@@ -27,14 +27,6 @@ SPREAD = {"L;2": 85, "L;4": 17}
 REDUCED = 1  # bit of a TIFF page that is a small copy of another one
 SUBFILE_TYPE = 254  # its tag
 ORIENTATION = 0x0112
-BROKEN = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    OSError,
-    SyntaxError,
-    ValueError,
-)
-
 Array = np.ndarray[tuple[int, ...], np.dtype[np.integer]]
 Colour = tuple[int, int, int]
 
@@ -133,7 +125,9 @@ def read_image(path: Path, white: float | None = None, *, turned: bool = True) -
             picture = ImageOps.exif_transpose(file) if turned else file
             picture.format = file.format  # which a turned copy lacks
             pixels = to_rgb(picture, white)
-    except BROKEN as error:
+    except UserError:
+        raise
+    except Exception as error:  # bytes that are no image can raise anything
         raise broken(path, "an image", error) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -183,7 +177,9 @@ def read_mask(path: Path, *, turned: bool = False) -> Mask:
                 picture = _without_alpha(path, picture)
             values = np.array(picture)
             palette = _colours_of(picture) if picture.mode == "P" else ()
-    except BROKEN as error:
+    except UserError:
+        raise
+    except Exception as error:  # bytes that are no image can raise anything
         raise broken(path, "a mask", error) from None
     if values.dtype == np.bool_:
         values = values.astype(np.uint8)
@@ -256,7 +252,7 @@ def broken(path: Path, what: str, error: Exception) -> UserError:
     """Return what is to be said of a file that cannot be read as `what`."""
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path}: there is no such file.")
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return UserError(
         f"{path} cannot be read as {what} ({reason}). Replace the file by a whole one, or leave "
         f"it out."

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ctt.data.pictures import BROKEN, is_turned, open_picture, pages
+from ctt.data.pictures import is_turned, open_picture, pages
 from ctt.data.pixels import WORD
-from ctt.errors import UserError
 
 PAGED = (".tif", ".tiff", ".webp")  # endings of formats that often have several pages
 
@@ -51,8 +50,8 @@ def _traits(path: Path) -> Traits | None:
     try:
         with open_picture(path) as file:
             return _traits_of(path, file)
-    except (*BROKEN, UserError):
-        return None  # which the reading of the image tells
+    except Exception:
+        return None  # what is wrong with it the reading of the image tells
 
 
 def _traits_of(path: Path, file: Image.Image) -> Traits:

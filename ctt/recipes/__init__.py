@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ctt.errors import UserError
+from ctt.text import brief, from_yaml
 
 
 def names() -> list[str]:
@@ -72,14 +73,9 @@ def load_file(path: Path) -> dict[str, Any]:
 
 
 def parse(text: str, source: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: this is no valid YAML ({error}).") from None
+    values = from_yaml(text, source)
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{source}: settings must be `name: value` lines, got {values!r}.")
+        raise UserError(f"{source}: settings must be `name: value` lines, got {brief(values)}.")
     return values
