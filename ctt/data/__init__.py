@@ -13,31 +13,37 @@ if TYPE_CHECKING:
     from ctt.data.source import Source
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+WITHOUT_FOLDER = {
+    "digits": "the embedded data set digits",
+    "earth": "the data set earth, which is in packages,",
+}
 
 
 def names() -> list[str]:
     """Return the data sets that `open_source` knows."""
-    return ["digits", "voc", "cityscapes", "folder"]
+    return ["digits", "earth", "voc", "cityscapes", "folder"]
 
 
 def open_source(name: str, root: Path | None, options: SourceOptions) -> Source:
     """Return the data set of that name.
 
     Args:
-        root: its folder; None for the embedded set.
+        root: its folder; None for a set without one.
 
     Raises:
-        UserError: no such data set, a folder given for the embedded one, or one whose layout is
+        UserError: no such data set, a folder given for one that has none, or one whose layout is
             not complete.
     """
+    if name in WITHOUT_FOLDER and root is not None:
+        raise UserError(f"--data-root: {WITHOUT_FOLDER[name]} has no folder; leave it out.")
     if name == "digits":
-        if root is not None:
-            raise UserError(
-                "--data-root: the embedded data set digits has no folder; leave it out."
-            )
         from ctt.data.digits import Digits
 
         return Digits(options.labeled_pool, options.eval_images, options.eval_split)
+    if name == "earth":
+        from ctt.data.earth import Earth
+
+        return Earth(options.eval_split)
     if name == "voc":
         from ctt.data.voc import Voc
 

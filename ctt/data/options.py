@@ -22,4 +22,5 @@ class SourceOptions:
     """digits: images made for evaluation."""
     eval_split: Literal["val", "tune"] = "val"
     """Which images to evaluate on. `tune` holds a part of the training images out, so that
-    settings can be chosen without looking at the validation images."""
+    settings can be chosen without looking at the validation images; earth has tiles for it that
+    nothing is trained with."""

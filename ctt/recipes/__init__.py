@@ -18,7 +18,8 @@ def default(dataset: str, voc_set: str) -> str:
     """Return the recipe that belongs to a data set, empty where there is none."""
     if dataset == "voc":
         return "voc-classic-deeplabv3plus" if voc_set == "classic" else "voc-aug-deeplabv2"
-    named = {"cityscapes": "cityscapes-deeplabv2", "digits": "digits", "folder": "folder"}
+    own = {"cityscapes": "cityscapes-deeplabv2"}
+    named = own | {name: name for name in ("digits", "earth", "folder")}
     return named.get(dataset, "")
 
 
