@@ -4,7 +4,6 @@ Times of a shared machine drift; ratios between ways that took turns do not. So 
 each way once, in a rotated order, and a ratio is taken within a round.
 """
 
-import contextlib
 import csv
 import ctypes
 import datetime
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 
 import ctt
+from ctt.device import device_name
 from ctt.ops._nvtx import named_range
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,29 +55,6 @@ class Row:
     ratio_p80: float
     extra_mib: float | None  # peak memory above what the inputs hold; results included
     limit_percent: float | None  # of the measured limit of the machine
-
-
-def device_name(device: torch.device) -> str:
-    """A GPU's name; of a processor its name, family and model, and the instruction set used."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    told: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        pairs = [line.partition(":") for line in lines]
-        told = {key.strip(): value.strip() for key, _, value in reversed(pairs)}
-    name = told.get("model name") or platform.processor() or platform.machine()
-    number = f" {told['cpu family']}/{told['model']}" if "cpu family" in told else ""
-    return f"{name}{number} {_instruction_set()}"
-
-
-def _instruction_set() -> str:
-    """Of the C++ kernels, or what PyTorch takes where these are not built."""
-    try:
-        from ctt._cpu import instruction_set
-    except ImportError:
-        return torch.backends.cpu.get_cpu_capability()
-    return instruction_set()
 
 
 def installed(package: str) -> str:

@@ -17,6 +17,7 @@ from benchmarks.harness import Row, Run, Setting
 from benchmarks.test_step import Batches, info_of, make_batches
 from benchmarks.test_step import settings_of as recipe_of
 from ctt import methods
+from ctt.device import device_name
 from ctt.methods.base import Setup
 from ctt.models.base import SegmentationModel
 from ctt.settings import Settings, update
@@ -82,7 +83,7 @@ def test_methods(
     network = f"{settings.model.name} {' '.join(settings.model.backbone)}".strip()
     shape = f"{count}+{count}x{height}x{width} {network}"
     setting = Setting("method", size, shape, "float32", device)
-    lines = [f"cost of a step, {shape} ({harness.device_name(device)})"]
+    lines = [f"cost of a step, {shape} ({device_name(device)})"]
     for name in methods.names():
         # two at a time, because all networks together would fill the memory
         runs = {BASELINE: step_of(BASELINE, size, device, batches)}

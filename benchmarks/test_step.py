@@ -24,6 +24,7 @@ from benchmarks.plain_step import PlainStep
 from ctt import methods, recipes
 from ctt.data.source import DatasetInfo
 from ctt.data.views import normalize, to_unit
+from ctt.device import device_name
 from ctt.methods.base import Setup
 from ctt.models.base import SegmentationModel
 from ctt.ops import MemoryBank, prefer_backend
@@ -201,7 +202,7 @@ def test_step(
     times = harness.time_in_turns(runs, device, seconds, rounds=(3, 60))
     record(harness.rows(setting, times, memory, None))
 
-    lines = [f"step {size} ({harness.device_name(device)})"]
+    lines = [f"step {size} ({device_name(device)})"]
     for name, spent in times.items():
         middle = harness.quantiles(spent)[1]
         images = count if name == "supervised" else 2 * count

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
+from pathlib import Path
 
 import torch
 
@@ -47,3 +50,27 @@ def pick_device(name: str, option: str = "--train.device") -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"{option} {name} cannot be used here ({reason}).") from None
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU; of a processor its name, family and model, and the instruction set
+    used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    told: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        pairs = [line.partition(":") for line in lines]
+        told = {key.strip(): value.strip() for key, _, value in reversed(pairs)}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    number = f" {told['cpu family']}/{told['model']}" if "cpu family" in told else ""
+    return f"{name}{number} {_instruction_set()}"
+
+
+def _instruction_set() -> str:
+    """Return that of the C++ kernels, or what PyTorch takes where these are not built."""
+    try:
+        from ctt._cpu import instruction_set
+    except ImportError:
+        return torch.backends.cpu.get_cpu_capability()
+    return instruction_set()

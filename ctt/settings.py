@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 from ctt import methods
 from ctt.data.options import SourceOptions
 from ctt.errors import UserError
-from ctt.files import expanded
+from ctt.files import expanded, sha256
 from ctt.methods.options import Check, Options
 from ctt.text import brief
 
@@ -338,15 +338,29 @@ class Settings:
         """Return twelve hex digits that name these settings.
 
         The same experiment has the same ones on another machine: what does not change its result,
-        such as the folder of the data, is left out.
+        such as the folder of the data, is left out, and files count by what they hold.
         """
         values = to_dict(self)
-        values["method"] = Path(self.method).name
+        place, _, name = self.method.rpartition(":")
+        values["method"] = f"{_content(place)}:{name}" if place.endswith(".py") else self.method
+        with contextlib.suppress(UserError):  # a method of one's own whose file is gone
+            values["pairs"] = self.pairs or methods.get(self.method).pairs
+        for option in ("split_labeled", "split_unlabeled"):
+            values[option] = values[option] and _content(values[option])
+        values["model"]["weights"] = [_content(weights) for weights in self.model.weights]
         for group, names in WITHOUT_EFFECT.items():
             for name in names:
                 del (values[group] if group else values)[name]
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _content(path: str) -> str:
+    """Return the checksum of a file; of one that is not there, or no file, its name."""
+    try:
+        return sha256(Path(path))
+    except OSError:
+        return Path(path).name
 
 
 S = TypeVar("S", bound=Settings)

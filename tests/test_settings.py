@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import yaml
@@ -7,6 +8,12 @@ import yaml
 from ctt import recipes
 from ctt.errors import UserError
 from ctt.settings import Settings, to_dict, update, validate
+
+OWN_METHOD = """
+from ctt.methods.supervised import Supervised
+class Mine(Supervised):
+    pass
+"""
 
 
 def test_settings_survive_yaml() -> None:
@@ -86,3 +93,23 @@ def test_the_hash_names_the_experiment_and_not_the_machine() -> None:
     elsewhere = {"data_root": "/data", "data": {"workers": 7}, "train": {"device": "cpu"}}
     assert update(Settings(), elsewhere, "test").hash() == Settings().hash()
     assert update(Settings(), {"seed": 1}, "test").hash() != Settings().hash()
+    assert update(Settings(), {"pairs": 2}, "test").hash() == Settings().hash()
+    assert update(Settings(), {"pairs": 3}, "test").hash() != Settings().hash()
+
+
+@pytest.mark.parametrize(
+    ("option", "ending"),
+    [("split_labeled", ""), ("split_unlabeled", ""), ("weights", ""), ("method", ":Mine")],
+)
+def test_files_count_in_the_hash_by_what_they_hold(
+    option: str, ending: str, tmp_path: Path
+) -> None:
+    def hash_of(folder: str, text: str) -> str:
+        path = tmp_path / folder / "file.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{text}\n" + OWN_METHOD)
+        values: dict[str, object] = {option: f"{path}{ending}"}
+        return update(Settings(), {"model": values} if option == "weights" else values, "").hash()
+
+    assert hash_of("a", "# first") == hash_of("b", "# first")
+    assert hash_of("a", "# first") != hash_of("b", "# second")

@@ -48,6 +48,7 @@ class StepContext:
         self.phase = Phases(device)
         self.whole = True  # whether the method sees the whole batch, or a part of it
         self.logged: dict[str, Tensor] = {}
+        self.forwards = {True: 0, False: 0}  # images through networks, with and without gradient
         self._plan: dict[str, tuple[tuple[int, ...], int | None]] = {}  # random numbers by name
         self._random: dict[str, Tensor] = {}
         self._values: dict[str, float | Tensor] = {}
@@ -137,6 +138,7 @@ class StepContext:
     ) -> list[Tensor]:
         """Return what a function gives for images (B, 3, H, W) in 0..1, once normalised."""
         parts = self.settings.train.accumulate if self.whole else 1
+        self.forwards[torch.is_grad_enabled()] += len(images)
         found = []
         for some in images.chunk(parts):
             with self.phase("views"):

@@ -38,6 +38,8 @@ class Engine:
 
     Attributes:
         iteration: steps done. drawn, drawn_unlabeled: images that they took, of all processes.
+        trained, untrained: images that went through networks with and without gradient, in the
+            steps of all processes. What a method perturbs and decodes again is not counted again.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Engine:
         self.averaged_buffers = [] if settings.model.sync_batch_norm else list(statistics(method))
         self.iteration = 0
         self.drawn = self.drawn_unlabeled = 0
+        self.trained = self.untrained = 0
         self._replay = Replay()
 
     def __call__(self, labeled: Images, unlabeled: Images | None) -> dict[str, Tensor]:
@@ -91,6 +94,9 @@ class Engine:
         self.iteration += 1
         self.drawn += len(labeled[0]) * self.world.size
         self.drawn_unlabeled += len(unlabeled[0]) * self.world.size if unlabeled else 0
+        # a step that is replayed does what the recorded one did
+        self.trained += self.step.forwards[True] * self.world.size
+        self.untrained += self.step.forwards[False] * self.world.size
         return sums
 
     def _replayed(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -105,7 +111,7 @@ class Engine:
 
     def _run(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         step, method = self.step, self.method
-        step.whole, step.logged = True, {}
+        step.whole, step.logged, step.forwards = True, {}, {True: 0, False: 0}
         with step.phase("views"):
             b = batch_of(inputs, self.rounds.rounds[method.round])
         with torch.no_grad():
@@ -191,6 +197,8 @@ class Engine:
             "iteration": self.iteration,
             "drawn": self.drawn,
             "drawn_unlabeled": self.drawn_unlabeled,
+            "trained": self.trained,
+            "untrained": self.untrained,
             "method": self.method.state_dict(),
             "optimizers": {name: opt.state_dict() for name, opt in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
@@ -214,6 +222,8 @@ class Engine:
             self.scaler.load_state_dict(state["scaler"])
         self.iteration, self.drawn = int(state["iteration"]), int(state["drawn"])
         self.drawn_unlabeled = int(state["drawn_unlabeled"])
+        # checkpoints of earlier versions have none
+        self.trained, self.untrained = (int(state.get(n, 0)) for n in ("trained", "untrained"))
         self.method.round = self.rounds.at(self.iteration)
 
 

@@ -32,6 +32,7 @@ from ctt.data.loader import DrawSampler, ViewDataset, load, lost_worker
 from ctt.data.prepare import Prepared
 from ctt.data.split import write_list
 from ctt.data.views import GeometricView
+from ctt.device import device_name
 from ctt.errors import LoaderError, UnwritableError, UserError
 from ctt.files import written
 from ctt.inference.evaluate import (
@@ -524,11 +525,14 @@ class Trainer:
             "best": self.best
             and {k: round(v, 2) if isinstance(v, float) else v for k, v in self.best.items()},
             "iterations": s.train.iterations,
+            "images_drawn": images,
+            "forwards": {"trained": self.engine.trained, "untrained": self.engine.untrained},
             "seconds": round(self.seconds, 1),
             "images_per_second": round(images / self.seconds, 1) if self.seconds else None,
             "input_wait": round(self.waited / self.seconds, 4) if self.seconds else None,
             "settings_hash": s.hash(),
             "processes": self.world.size,
+            "device": device_name(self.device),
             "versions": versions(),
         }
         if not self.world.is_main:

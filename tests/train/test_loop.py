@@ -118,6 +118,11 @@ def test_run_folder_holds_everything(tiny: Settings, out: Path) -> None:
     for key in ("protocol", "iterations", "seconds", "images_per_second", "settings_hash"):
         assert written[key], key
     assert written["versions"]["torch"] == torch.__version__
+    assert written["device"]
+    # six steps of two students with 3 labelled and 3 unlabelled images, of two teachers with the
+    # unlabelled ones for their labels and the labelled ones for the banks
+    assert written["images_drawn"] == 6 * 6
+    assert written["forwards"] == {"trained": 6 * 12, "untrained": 6 * 12}
     for picture in ("curves.png", "samples.png"):
         with Image.open(out / picture) as image:
             assert image.width > 400
