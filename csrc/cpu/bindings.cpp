@@ -124,7 +124,8 @@ ctt::Layout layout(const py::object& exchange, const py::object& teacher,
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  py::class_<ctt::Layout>(m, "Layout")
+  // of this copy of the module alone: a process may hold two, of two versions say
+  py::class_<ctt::Layout>(m, "Layout", py::module_local())
       .def(py::init(&layout))
       .def("matches", [](const ctt::Layout& self, const py::object& teacher,
                          const py::object& student) {

@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -379,3 +380,47 @@ def test_a_lower_instruction_set_can_be_asked_for(name: str) -> None:
     assert used == name
     for value, best in zip(values, run("").stdout.split()[1:], strict=True):
         assert float(value) == pytest.approx(float(best), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETS)
+def test_the_contrast_holds_in_every_instruction_set(name: str) -> None:
+    """Machines without AVX-512 run other code, with tiles of other sizes."""
+    if SETS.index(name) > SETS.index(cpu._cpu.instruction_set()):
+        pytest.skip(f"this machine has no {name}")
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "contrast and not instruction_set"]
+    done = subprocess.run(
+        [*command, __file__],
+        env=os.environ | {"CTT_CPU_ISA": name},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+TWO_COPIES = """
+import sys
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+import torch
+from ctt import _cpu
+
+loader = ExtensionFileLoader("elsewhere._cpu", sys.argv[1])
+other = module_from_spec(spec_from_loader("elsewhere._cpu", loader))
+loader.exec_module(other)
+assert other.Layout is not _cpu.Layout
+exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+for module in (_cpu, other) if exchange is not None else ():
+    tensors = [torch.zeros(3)]
+    assert module.Layout(exchange, tensors, tensors).matches(tensors, tensors)
+"""
+
+
+def test_two_copies_in_one_process(tmp_path: Path) -> None:
+    """As where one version of the package is installed and another one is loaded from a folder."""
+    copy = shutil.copy(cpu._cpu.__file__, tmp_path)
+    command = [sys.executable, "-c", TWO_COPIES, copy]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
