@@ -240,7 +240,7 @@ def _network_of(
         std=tuple(meta["std"]),
         white=meta.get("white"),
     )
-    network = models.build(num_classes=len(info.classes), **meta["model"])
+    network = models.build(num_classes=len(info.classes), **{"grid": "legacy", **meta["model"]})
     network.load_state_dict(tensors)
     return network, info, str(meta["note"])
 

@@ -203,6 +203,8 @@ def read_settings(folder: Path, serve: bool = False) -> Settings:
         UserError: there is no such file, or a value in it cannot be used.
     """
     values = recipes.load_file(folder / CONFIG)
+    if isinstance(values.get("model", {}), dict):  # a run of a version without this setting
+        values["model"] = {"grid": "legacy", **values.get("model", {})}
     if serve:
         values.pop("method", None)
         values.pop("options", None)

@@ -119,6 +119,11 @@ class ModelSettings:
     k-th, and after the last one the first again."""
     output_stride: int = 0
     """Of a dilated backbone: 8 or 16; 0: 8 for deeplabv2, 16 for deeplabv3plus."""
+    grid: Literal["aligned", "legacy"] = "aligned"
+    """Where the cells of a network's features lie in an image. aligned: where the network looks,
+    pixel r * stride for cell r of convolutions, the middle of the patch for patches. legacy: as
+    versions did that had no such setting: labels from pixel r * stride, but logits half a stride
+    further on. Runs and weights of such versions keep it."""
     freeze_batch_norm: bool = False
     """Keep statistics, scale and shift of the backbone's batch norms as --model.weights has them;
     for batches too small to estimate statistics from. Those of the head are trained."""
@@ -139,6 +144,7 @@ class ModelSettings:
             "width": self.width,
             "backbone": self.backbone[k % len(self.backbone)] if self.backbone else "",
             "output_stride": self.output_stride,
+            "grid": self.grid,
         }
 
 

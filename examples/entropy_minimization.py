@@ -40,10 +40,10 @@ class EntropyMinimization(Method):
         sup, entropy, n = [], [], len(b["images"])
         for net in self.students:
             logits = step.forward(net, torch.cat([b["images"], b["unlabeled"]])).logits
-            args = (net.stride, b["label"], b["pixels"])
+            args = (net.grid, b["label"], b["pixels"])
             sup.append(losses.pixel_cross_entropy(logits[:n], *args))
             size = (b["label"].shape[-2], b["label"].shape[-1])
-            log_p = upsample(logits[n:], size, net.stride).log_softmax(dim=1)
+            log_p = upsample(logits[n:], size, net.grid).log_softmax(dim=1)
             unsure = -(log_p.exp() * log_p).sum(dim=1).masked_fill(b["padding"], 0)
             entropy.append(unsure.sum() / b["seen"])
         return {

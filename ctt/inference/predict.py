@@ -51,7 +51,7 @@ def whole(network: SegmentationModel, amp: str, images: Tensor) -> Tensor:
     with torch.autocast(images.device.type, dtype=dtype, enabled=amp != "off"):
         logits = network(images).logits
     size = (images.shape[-2], images.shape[-1])
-    return upsample(logits, size, network.stride).softmax(dim=1)
+    return upsample(logits, size, network.grid).softmax(dim=1)
 
 
 def sliding(

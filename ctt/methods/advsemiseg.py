@@ -94,7 +94,7 @@ class AdvSemiSeg(Adversarial):
         valid = torch.cat([label != IGNORE, ~b["padding"]])  # (2B, H, W)
         logits = step.forward(student, torch.cat([b["images"], b["unlabeled"]])).logits
         size = (label.shape[-2], label.shape[-1])
-        probability = upsample(logits, size, student.stride).softmax(dim=1)
+        probability = upsample(logits, size, student.grid).softmax(dim=1)
         fake = probability.detach()
         with step.phase("critics"), step.autocast():
             seen = frozen(critic)(probability)  # as the student is judged
@@ -105,9 +105,9 @@ class AdvSemiSeg(Adversarial):
         taught = (own, step.count(own) * self.settings.train.accumulate)
         fakes = judged(made, False, valid, b["both"])
         return {
-            "sup": losses.pixel_cross_entropy(logits[:n], student.stride, label, b["pixels"]),
+            "sup": losses.pixel_cross_entropy(logits[:n], student.grid, label, b["pixels"]),
             "adv": judged(seen[:n], True, valid[:n], b["pixels"]),
             "adv_unlabeled": judged(seen[n:], True, valid[n:], b["seen"]),
-            "semi": losses.pixel_cross_entropy(logits[n:], student.stride, *taught),
+            "semi": losses.pixel_cross_entropy(logits[n:], student.grid, *taught),
             "critic": (fakes + judged(real, True, valid[:n], b["pixels"])) / 2,
         }

@@ -101,7 +101,7 @@ class Cct(Method):
     def prepare(self, b: Batch, step: Step) -> Batch:
         b = b | {"pixels": step.count(b["label"])}
         for k, student in enumerate(self.students):
-            seen = ~to_grid(b["padding"], student.stride)
+            seen = ~to_grid(b["padding"], student.grid)
             b[f"cells {k}"] = step.total(seen.sum()).clamp(min=1)
             shape = (len(seen), DROPOUT, self.settings.model.features)
             b[f"channels {k}"] = step.rand(f"channels {k}", shape, 0)
@@ -111,12 +111,12 @@ class Cct(Method):
         sup, consistency = [], []
         for k, student in enumerate(self.students):
             logits = step.forward(student, b["images"]).logits
-            sup.append(losses.pixel_cross_entropy(logits, student.stride, b["label"], b["pixels"]))
+            sup.append(losses.pixel_cross_entropy(logits, student.grid, b["label"], b["pixels"]))
             # in full precision: half of it would round the adversarial noise away
             dtype = student.classifier.weight.dtype
             main, z = (x.to(dtype) for x in step.forward(student, b["unlabeled"]))
             target = main.detach().softmax(dim=1)
-            unseen = to_grid(b["padding"], student.stride)[:, None]
+            unseen = to_grid(b["padding"], student.grid)[:, None]
             perturbed = self.perturbations(k, z, target, b, step)
             distance = [
                 (decoder(x).softmax(dim=1) - target).square().masked_fill(unseen, 0).sum()

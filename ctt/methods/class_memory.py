@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ctt.methods import followers
 from ctt.methods.base import Setup, Step
-from ctt.methods.losses import wide
+from ctt.models.base import wide
 from ctt.ops import MemoryBank
 
 

@@ -19,7 +19,7 @@ from ctt.data.source import IGNORE
 from ctt.methods import losses
 from ctt.methods.base import Batch, Method, Modules, Setup, Step, Terms
 from ctt.methods.options import Check, Options, above_0
-from ctt.models.base import pad_to_multiple
+from ctt.models.base import pad_to_multiple, wide
 
 if TYPE_CHECKING:
     from ctt.settings import Settings
@@ -86,9 +86,8 @@ def at_pixels(scores: Tensor, padded: Tensor, maps: Tensor) -> Tensor:
 
     The corners of both grids lie on each other, as in the programs.
     """
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     size = (padded.shape[-2], padded.shape[-1])
-    scores = F.interpolate(scores, size, mode="bilinear", align_corners=True)
+    scores = F.interpolate(wide(scores), size, mode="bilinear", align_corners=True)
     return scores[:, 0, : maps.shape[-2], : maps.shape[-1]]
 
 

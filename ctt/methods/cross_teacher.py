@@ -60,10 +60,11 @@ class CrossTeacher(PseudoLabels):
             return zero, zero
         total = None if step.alone else step.total
         # networks of different strides are compared on the coarsest grid
-        stride = w.contrast_stride * max(student.stride for student in self.students)
-        truth = to_grid(b["label"], stride)
+        coarsest = max((student.grid for student in self.students), key=lambda g: g.stride)
+        grid = coarsest.every(w.contrast_stride)
+        truth = to_grid(b["label"], grid)
         out = [
-            Output(*(losses.coarsen(x, student.stride, stride, truth.shape[1:]) for x in maps))
+            Output(*(losses.coarsen(x, student.grid, grid, truth.shape[1:]) for x in maps))
             for maps, student in zip(out, self.students, strict=True)
         ]
         counts = losses.usable_counts(list(self.banks), bank.start)
@@ -71,11 +72,11 @@ class CrossTeacher(PseudoLabels):
         own = [o.logits.detach().float().softmax(dim=1).max(dim=1) for o in out]
         hc, lc = [zero], [zero]
         for k, o in enumerate(out):
-            label = torch.cat([truth, to_grid(b[f"label {k}"], stride)])  # (2B, h, w)
+            label = torch.cat([truth, to_grid(b[f"label {k}"], grid)])  # (2B, h, w)
             decisive = own[k].values
             if w.hc_confidence == "teacher":
                 sure = torch.ones_like(truth, dtype=torch.float32)
-                decisive = torch.cat([sure, to_grid(b[f"confidence {k}"], stride)])
+                decisive = torch.cat([sure, to_grid(b[f"confidence {k}"], grid)])
             high = losses.high_level_mask(decisive, w.gamma)
             if w.hc > 0:
                 args = (counts[k], w.tau_hc, w.contrast_reduction, total)
@@ -110,7 +111,7 @@ class CrossTeacher(PseudoLabels):
         for k, (teacher, queues) in enumerate(zip(self.teachers, self.banks, strict=True)):
             out = step.forward(teacher, b["images"])
             with step.phase("banks"):
-                truth = to_grid(b["label"], teacher.stride)
+                truth = to_grid(b["label"], teacher.grid)
                 confidence, predicted = out.logits.float().softmax(dim=1).max(dim=1)
                 valid = (predicted == truth) & (confidence >= bank.min_confidence)
                 for i, part in enumerate(pushes):

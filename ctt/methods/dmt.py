@@ -73,10 +73,10 @@ class Dmt(DstCbc):
         labeler.use(names)
 
     def unlabeled_loss(self, k: int, logits: Tensor, b: Batch) -> Tensor:
-        label, stride = b["trusted 0"], self.students[k].stride
-        log_p = log_probability(logits, stride, label)
+        label, grid = b["trusted 0"], self.students[k].grid
+        log_p = log_probability(logits, grid, label)
         size = (label.shape[-2], label.shape[-1])
-        own, answer = upsample(logits.detach(), size, stride).softmax(dim=1).max(dim=1)
+        own, answer = upsample(logits.detach(), size, grid).softmax(dim=1).max(dim=1)
         p, same = log_p.detach().exp(), answer == label
         weight = (p**self.options.gamma_other).masked_fill(own > b["confidence 0"], 0)
         weight = (p**self.options.gamma).where(same, weight)

@@ -23,7 +23,7 @@ from ctt.methods import losses
 from ctt.methods.base import Batch, Labeler, Networks, Round, Setup, Step
 from ctt.methods.options import Check, at_least_0
 from ctt.methods.self_training import SelfTraining, SelfTrainingOptions
-from ctt.models.base import upsample
+from ctt.models.base import Grid, upsample
 from ctt.settings import EvalSettings
 
 BINS = 1024  # of confidence
@@ -79,13 +79,13 @@ class DstCbc(SelfTraining):
 
     def unlabeled_loss(self, k: int, logits: Tensor, b: Batch) -> Tensor:
         label = b["trusted 0"]
-        log_p = log_probability(logits, self.students[k].stride, label)
+        log_p = log_probability(logits, self.students[k].grid, label)
         return -(log_p.detach().exp() ** self.options.gamma * log_p).sum() / b["pixels"]
 
 
-def log_probability(logits: Tensor, stride: int, label: Tensor) -> Tensor:
+def log_probability(logits: Tensor, grid: Grid, label: Tensor) -> Tensor:
     """Return the logarithm of the probability of each label (B, H, W), 0 where there is none."""
-    scores = upsample(logits, (label.shape[-2], label.shape[-1]), stride).log_softmax(dim=1)
+    scores = upsample(logits, (label.shape[-2], label.shape[-1]), grid).log_softmax(dim=1)
     there = label != IGNORE
     chosen = scores.gather(1, label.masked_fill(~there, 0)[:, None])[:, 0]
     return chosen.masked_fill(~there, 0)

@@ -28,7 +28,7 @@ from ctt.methods.base import Batch, Schedule, Setup, Step
 from ctt.methods.critics import Judged, counted, frozen
 from ctt.methods.optim import make_sgd
 from ctt.methods.options import Check, Options, at_least_0, shares
-from ctt.models.base import Output, SegmentationModel, upsample
+from ctt.models.base import Grid, Output, SegmentationModel, upsample
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,17 @@ class Ecs(Judged):
         label, n, student = b["label"], len(b["label"]), self.students[k]
         corrector = self.critics[k]
         assert isinstance(corrector, SegmentationModel)
-        stride = corrector.stride
+        grid = corrector.grid
         images = torch.cat([b["images"], b["unlabeled"]])
         logits = step.forward(student, images).logits
         size = (label.shape[-2], label.shape[-1])
-        scores = upsample(logits, size, student.stride)  # (2B, C, H, W)
+        scores = upsample(logits, size, student.grid)  # (2B, C, H, W)
         seen, probability = step.normalize(images), scores.softmax(dim=1)
 
         def findings(network: Callable[..., Any], maps: Tensor) -> Tensor:
             with step.phase("critics"), step.autocast():
                 out: Output = network(torch.cat([seen, maps], dim=1))
-            return upsample(out.logits, size, stride)  # (2B, C + 1, H, W)
+            return upsample(out.logits, size, grid)  # (2B, C + 1, H, W)
 
         as_predicted, own = scores.shape[1], scores.argmax(dim=1)
         right = torch.where(label == IGNORE, IGNORE, as_predicted)
@@ -109,10 +109,10 @@ class Ecs(Judged):
         step.log("corrected", (other & ~b["padding"]).sum() / b["seen"] / len(self.students))
         target = torch.where(other, answer, own[n:]).masked_fill(b["padding"], IGNORE)
         semi = F.cross_entropy(scores[n:], target, ignore_index=IGNORE, reduction="none")
-        sup = losses.pixel_cross_entropy(logits[:n], student.stride, label, b["pixels"])
+        sup = losses.pixel_cross_entropy(logits[:n], student.grid, label, b["pixels"])
         return {
             "sup": sup,
-            "agreement": losses.pixel_cross_entropy(found[:n], 1, right, b["pixels"]),
+            "agreement": losses.pixel_cross_entropy(found[:n], Grid(1), right, b["pixels"]),
             "semi": (semi * certainty).sum() / b["seen"],
-            "corrector": losses.pixel_cross_entropy(told[:n], 1, truth, b["pixels"]),
+            "corrector": losses.pixel_cross_entropy(told[:n], Grid(1), truth, b["pixels"]),
         }

@@ -91,9 +91,9 @@ class Gct(Method):
         sup, own_error, probability, flaws = [], [], [], []
         for student in self.students:
             logits = step.forward(student, images).logits
-            args = (student.stride, label, b["pixels"])
+            args = (student.grid, label, b["pixels"])
             sup.append(losses.pixel_cross_entropy(logits[:n], *args))
-            p = upsample(logits, size, student.stride).softmax(dim=1)  # (2B, C, H, W)
+            p = upsample(logits, size, student.grid).softmax(dim=1)  # (2B, C, H, W)
             with step.phase("critics"), step.autocast():
                 flaws.append(frozen(self.detector)(torch.cat([seen, p], dim=1)))
                 told = self.detector(torch.cat([seen, p.detach()], dim=1))[:n]

@@ -10,38 +10,40 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctt.data.source import IGNORE
-from ctt.models.base import upsample
+from ctt.models.base import Grid, upsample
 from ctt.ops import MemoryBank, info_nce, pair_info_nce
 
 
-def to_grid(values: Tensor, stride: int) -> Tensor:
-    """Labels or confidences (B, H, W) on the grid of the features: those of every stride-th pixel,
+def to_grid(values: Tensor, grid: Grid) -> Tensor:
+    """Return labels or confidences (B, H, W) of the pixels on which the cells of a grid lie:
     (B, ceil(H / stride), ceil(W / stride))."""
-    return values[:, ::stride, ::stride]
+    stride, first = grid.stride, grid.label
+    if not first:
+        return values[:, ::stride, ::stride]
+    rows, columns = (  # of the last cell's patch the image may end before the middle
+        torch.arange(first, first + n, stride, device=values.device).clamp(max=n - 1)
+        for n in values.shape[1:]
+    )
+    return values[:, rows[:, None], columns]
 
 
-def coarsen(maps: Tensor, stride: int, coarse: int, size: Sequence[int]) -> Tensor:
+def coarsen(maps: Tensor, grid: Grid, coarse: Grid, size: Sequence[int]) -> Tensor:
     """Return maps (B, D, h, w) at the cells nearest to those of a coarser grid: (B, D, *size).
 
     Args:
-        stride, coarse: pixels of the image from cell to cell, on the grid of `maps` and on the
-            coarser one. size: height and width of the coarser grid.
+        grid: of `maps`. coarse: the coarser one. size: its height and width.
     """
-    if coarse % stride == 0:
-        step = coarse // stride
+    if coarse.stride % grid.stride == 0 and coarse.origin == grid.origin:
+        step = coarse.stride // grid.stride
         return maps[..., ::step, ::step]
+    shift = int(2 * (coarse.origin - grid.origin)) + grid.stride  # in half pixels; rounds up
     rows, columns = (
-        ((2 * torch.arange(n, device=maps.device) * coarse + stride) // (2 * stride)).clamp(
-            max=length - 1
-        )
+        (2 * torch.arange(n, device=maps.device) * coarse.stride + shift)
+        .div(2 * grid.stride, rounding_mode="floor")
+        .clamp(min=0, max=length - 1)
         for n, length in zip(size, maps.shape[-2:], strict=True)
     )
     return maps[..., rows[:, None], columns]
-
-
-def wide(values: Tensor) -> Tensor:
-    """Return values of half precision in float32, others as they are."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def as_pixels(maps: Tensor) -> Tensor:
@@ -64,29 +66,29 @@ def valid_pixels(label: Tensor, total: Total = alone) -> Tensor:
 
 
 def pixel_cross_entropy(
-    logits: Tensor, stride: int, label: Tensor, pixels: Tensor, weight: Tensor | None = None
+    logits: Tensor, grid: Grid, label: Tensor, pixels: Tensor, weight: Tensor | None = None
 ) -> Tensor:
     """Mean cross-entropy over the pixels whose label is not 255; 0 where there is none.
 
     Args:
-        logits: (B, C, h, w), on a grid of this stride. label: (B, H, W) int64. weight: (), a
+        logits: (B, C, h, w), on this grid. label: (B, H, W) int64. weight: (), a
             factor on the mean.
         pixels: (), `valid_pixels` of the whole batch, of which these images may be a part; the
             means of the parts then add up to that of the whole.
     """
-    scores = upsample(logits, (label.shape[-2], label.shape[-1]), stride)
+    scores = upsample(logits, (label.shape[-2], label.shape[-1]), grid)
     # summed here, because on CUDA the reduced form has no deterministic algorithm
     mean = F.cross_entropy(scores, label, ignore_index=IGNORE, reduction="none").sum() / pixels
     return mean if weight is None else mean * weight
 
 
-def squared_distance(logits: Tensor, stride: int, soft: Tensor, valid: Tensor) -> Tensor:
+def squared_distance(logits: Tensor, grid: Grid, soft: Tensor, valid: Tensor) -> Tensor:
     """Return the squared difference of probabilities, summed over the classes and valid pixels.
 
     Args:
-        logits: (B, C, h, w), on a grid of this stride. soft: (B, C, H, W). valid: (B, H, W) bool.
+        logits: (B, C, h, w), on this grid. soft: (B, C, H, W). valid: (B, H, W) bool.
     """
-    probability = upsample(logits, (soft.shape[-2], soft.shape[-1]), stride).softmax(dim=1)
+    probability = upsample(logits, (soft.shape[-2], soft.shape[-1]), grid).softmax(dim=1)
     distance = (probability - soft).square().sum(dim=1)
     return distance.masked_fill(~valid, 0).sum()
 

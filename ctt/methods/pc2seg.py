@@ -21,11 +21,11 @@ from ctt.data.source import IGNORE
 from ctt.methods import losses
 from ctt.methods.base import Batch, Modules, Setup, Step, Terms
 from ctt.methods.followers import evaluating
-from ctt.methods.losses import as_pixels, to_grid, wide
+from ctt.methods.losses import as_pixels, to_grid
 from ctt.methods.mean_teacher import MeanTeacher
 from ctt.methods.optim import make_sgd
 from ctt.methods.options import Check, Options, above_0, at_least_0
-from ctt.models.base import upsample
+from ctt.models.base import Grid, upsample, wide
 from ctt.ops import MemoryBank, pair_info_nce
 
 
@@ -96,10 +96,10 @@ class Pc2Seg(MeanTeacher):
                 out = step.forward(student, b["unlabeled"])
             with step.autocast():
                 weak = self.projections[k](out.features)
-            soft = upsample(out.logits, size, student.stride).softmax(dim=1)
+            soft = upsample(out.logits, size, student.grid).softmax(dim=1)
             gone = ~(soft.amax(dim=1) > 0)  # where it is no number
             sure, own = wide(out.logits).softmax(dim=1).max(dim=1)
-            out_of = to_grid((padding | gone).long(), student.stride).bool() | ~(sure > 0)
+            out_of = to_grid((padding | gone).long(), student.grid).bool() | ~(sure > 0)
             own, valid = own.masked_fill(out_of, IGNORE), ~(padding | gone)
             lost.append((gone & ~padding).sum())
             b |= {f"soft {k}": soft.masked_fill(gone[:, None], 0), f"valid {k}": valid}
@@ -113,10 +113,10 @@ class Pc2Seg(MeanTeacher):
     def losses(self, b: Batch, step: Step) -> Terms:
         n, sup, consistency, contrast = len(b["images"]), [], [], []
         for k, out in enumerate(self.ask_students(b, step)):
-            stride = self.students[k].stride
-            truth = (stride, b["label"], b["pixels"])
+            grid = self.students[k].grid
+            truth = (grid, b["label"], b["pixels"])
             sup.append(losses.pixel_cross_entropy(out.logits[:n], *truth))
-            away = distance(out.logits[n:], stride, b[f"soft {k}"], b[f"valid {k}"])
+            away = distance(out.logits[n:], grid, b[f"soft {k}"], b[f"valid {k}"])
             consistency.append(away / b[f"seen {k}"])
             with step.phase("contrast"):
                 contrast.append(self.contrast(k, out.features[n:], b, step) / b[f"held {k}"])
@@ -152,8 +152,8 @@ class Pc2Seg(MeanTeacher):
                 bank.push(known, own, sure, valid=valid, top_k=count, per_class=count)
 
 
-def distance(logits: Tensor, stride: int, soft: Tensor, valid: Tensor) -> Tensor:
+def distance(logits: Tensor, grid: Grid, soft: Tensor, valid: Tensor) -> Tensor:
     """Return 1 - cosine of the probabilities of logits (B, C, h, w) and of `soft` (B, C, H, W),
     summed over the valid pixels (B, H, W)."""
-    p = upsample(logits, (soft.shape[-2], soft.shape[-1]), stride).softmax(dim=1)
+    p = upsample(logits, (soft.shape[-2], soft.shape[-1]), grid).softmax(dim=1)
     return (1 - F.cosine_similarity(p, soft, dim=1)).masked_fill(~valid, 0).sum()

@@ -143,7 +143,7 @@ class PseudoLabels(Method):
         n, sup, ct = len(b["images"]), [], []
         with step.phase("cross-entropy"):
             for k, o in zip(self.learning, out, strict=True):
-                truth = (self.students[k].stride, b["label"], b["pixels"])
+                truth = (self.students[k].grid, b["label"], b["pixels"])
                 sup.append(losses.pixel_cross_entropy(o.logits[:n], *truth))
                 if "mixed" in b:
                     ct.append(self.unlabeled_loss(k, o.logits[n:], b))
@@ -159,7 +159,7 @@ class PseudoLabels(Method):
     def unlabeled_loss(self, k: int, logits: Tensor, b: Batch) -> Tensor:
         """Return what student k learns from the mixed images, of which it gives the logits."""
         taught = (b[f"trusted {k}"], b[f"pixels {k}"], b.get(f"weight {k}"))
-        return losses.pixel_cross_entropy(logits, self.students[k].stride, *taught)
+        return losses.pixel_cross_entropy(logits, self.students[k].grid, *taught)
 
     def after_step(self, b: Batch, step: Step) -> None:
         with step.phase("ema"):

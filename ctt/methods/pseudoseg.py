@@ -98,11 +98,12 @@ class PseudoSeg(MeanTeacher):
             present = refiner.presence(stages) >= 0
             refined = refiner(stages, present, ~on_grid(padding, stages[-1], student))
             decoded = step.forward(student, images).logits.to(refined.dtype)
-            refined = stretch_like(refined, decoded, factor(stages[-1], size, student))
+            times, corners = factor(stages[-1], size, student), student.grid.origin == 0
+            refined = stretch_like(refined, decoded, times, corners=corners)
             soft = self.sharpened([decoded, refined], step)
             lost = ~(soft.amax(dim=1) > 0)  # where it is no number
-            unseen = to_grid(padding, student.stride)
-            b[f"valid {k}"] = to_grid(b["keep"], student.stride) & ~unseen & ~lost
+            unseen = to_grid(padding, student.grid)
+            b[f"valid {k}"] = to_grid(b["keep"], student.grid) & ~unseen & ~lost
             b[f"soft {k}"] = soft.masked_fill(lost[:, None], 0)
             b[f"cells {k}"] = step.total(b[f"valid {k}"].sum()).clamp(min=1)
             shown = step.total((~unseen).sum()).clamp(min=1)
@@ -128,7 +129,7 @@ class PseudoSeg(MeanTeacher):
         for k, (student, refiner) in enumerate(zip(self.students, self.refiners, strict=True)):
             encoded = step.encode(student, self.labeled_view(k, b, step))
             logits, stages = step.decode(student, encoded).logits, read(student, encoded)
-            terms["sup"].append(losses.pixel_cross_entropy(logits, student.stride, *truth))
+            terms["sup"].append(losses.pixel_cross_entropy(logits, student.grid, *truth))
             said = refiner.presence(stages)
             wrong = F.binary_cross_entropy_with_logits(
                 said, b["objects"].to(said.dtype), reduction="none"
@@ -137,8 +138,8 @@ class PseudoSeg(MeanTeacher):
             terms["presence"].append(wrong / (b["labeled"] * len(self.objects)))
             valid = ~on_grid(label == IGNORE, stages[-1], student)
             refined = refiner(stages, b["objects"], valid)
-            stride = student.stride * factor(stages[-1], size, student)
-            terms["refined"].append(losses.pixel_cross_entropy(refined, stride, *truth))
+            grid = student.grid.of_stage(factor(stages[-1], size, student))
+            terms["refined"].append(losses.pixel_cross_entropy(refined, grid, *truth))
             strong = step.strong(b["unlabeled"], b[f"draw {k}"][:, -1])
             strong = torch.where(b["keep"][:, None], strong, mean)
             logits = step.forward(student, strong).logits.to(said.dtype)

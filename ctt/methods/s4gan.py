@@ -77,7 +77,7 @@ class S4Gan(Adversarial):
         real, fake = shows(label != IGNORE), shows(~b["padding"])  # (B,)
         logits = step.forward(student, torch.cat([b["images"], b["unlabeled"]])).logits
         size = (label.shape[-2], label.shape[-1])
-        probability = upsample(logits[n:], size, student.stride).softmax(dim=1)
+        probability = upsample(logits[n:], size, student.grid).softmax(dim=1)
         made = torch.cat([probability, b["unlabeled"]], dim=1)  # (B, C + 3, H, W)
         mask = torch.cat([one_hot(label, probability), b["images"]], dim=1)
         draws = b[f"dropout {k}"].unbind(dim=1)
@@ -94,9 +94,9 @@ class S4Gan(Adversarial):
         taught = (own, step.count(own) * parts)
         fakes = judged(made_score, False, fake, b["fakes"])
         return {
-            "sup": losses.pixel_cross_entropy(logits[:n], student.stride, label, b["pixels"]),
+            "sup": losses.pixel_cross_entropy(logits[:n], student.grid, label, b["pixels"]),
             "fm": feature_matching(wanted, features, real, fake, step) / parts,
-            "st": losses.pixel_cross_entropy(logits[n:], student.stride, *taught),
+            "st": losses.pixel_cross_entropy(logits[n:], student.grid, *taught),
             "critic": (fakes + judged(mask_score, True, real, b["masks"])) / 2,
         }
 

@@ -27,12 +27,12 @@ from ctt.methods import followers, losses, ramps
 from ctt.methods.base import Batch, Modules, Schedule, Setup, Step, Terms
 from ctt.methods.class_memory import ClassMemory
 from ctt.methods.dst_cbc import log_probability
-from ctt.methods.losses import as_pixels, to_grid, wide
+from ctt.methods.losses import as_pixels, to_grid
 from ctt.methods.mean_teacher import MeanTeacher
 from ctt.methods.optim import make_sgd
 from ctt.methods.options import Check, Options, above_0, at_least_0, shares
 from ctt.methods.sampling import NOBODY, numbered, places
-from ctt.models.base import Output, conv_bn, upsample
+from ctt.models.base import Output, conv_bn, upsample, wide
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class SemiSegContrastive(MeanTeacher):
         for k, student in enumerate(self.students):
             b[f"seen {k}"] = step.count(b[f"label {k}"])
             for kind, label in (("label", b["label"]), ("more", b[f"label {k}"])):
-                own = to_grid(label, student.stride)
+                own = to_grid(label, student.grid)
                 b |= {f"own {kind} {k}": own, f"number {kind} {k}": self.number(kind, k, own, step)}
         return b
 
@@ -140,9 +140,9 @@ class SemiSegContrastive(MeanTeacher):
         return step["ramp"]
 
     def unlabeled_loss(self, k: int, logits: Tensor, b: Batch) -> Tensor:
-        label, stride = b[f"label {k}"], self.students[k].stride
+        label, grid = b[f"label {k}"], self.students[k].grid
         weight = b[f"confidence {k}"] ** self.options.power
-        return -(weight * log_probability(logits, stride, label)).sum() / b[f"pixels {k}"]
+        return -(weight * log_probability(logits, grid, label)).sum() / b[f"pixels {k}"]
 
     def losses(self, b: Batch, step: Step) -> Terms:
         out, n, o = self.ask_students(b, step), len(b["images"]), self.options
@@ -151,7 +151,7 @@ class SemiSegContrastive(MeanTeacher):
         for k, maps in enumerate(out):
             label = b[f"label {k}"]
             size = (label.shape[-2], label.shape[-1])
-            log_p = upsample(maps.logits[n:], size, self.students[k].stride).log_softmax(dim=1)
+            log_p = upsample(maps.logits[n:], size, self.students[k].grid).log_softmax(dim=1)
             bits = -(log_p.exp() * log_p).sum(dim=1) / math.log(2)
             unsure.append(bits.masked_fill(label == IGNORE, 0).sum() / b[f"seen {k}"])
             with step.phase("contrast"):
@@ -186,7 +186,7 @@ class SemiSegContrastive(MeanTeacher):
             with step.phase("banks"), step.autocast():
                 features = self.slow_projections[k](out.features)
             p, predicted = wide(out.logits).softmax(dim=1).max(dim=1)
-            truth = to_grid(b["label"], teacher.stride)
+            truth = to_grid(b["label"], teacher.grid)
             own = truth.masked_fill((predicted != truth) | ~(p > self.options.sure), IGNORE)
             known = {f"own memory {k}": own}
             known[f"number memory {k}"] = self.number("memory", k, own, step)

@@ -75,8 +75,8 @@ class SoftLabels(MeanTeacher):
 
     def unlabeled_loss(self, k: int, logits: Tensor, b: Batch) -> Tensor:
         """Return the squared distance of the probabilities, its mean over pixels."""
-        stride = self.students[k].stride
-        distance = losses.squared_distance(logits, stride, b[f"soft {k}"], b[f"valid {k}"])
+        grid = self.students[k].grid
+        distance = losses.squared_distance(logits, grid, b[f"soft {k}"], b[f"valid {k}"])
         return distance / b[f"seen {k}"] * b[f"factor {k}"]
 
 

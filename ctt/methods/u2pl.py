@@ -40,7 +40,7 @@ from ctt.methods.sampling import (
     tickets,
     told_apart,
 )
-from ctt.models.base import Output, conv_bn, upsample
+from ctt.models.base import Output, conv_bn, upsample, wide
 from ctt.ops import MemoryBank
 
 
@@ -137,7 +137,7 @@ class U2pl(MeanTeacher):
             label = torch.where(half, paste(label), label)
             out = step.forward(self.teachers[k], torch.cat([b["images"], b["mixed"]]))
             size = (padding.shape[-2], padding.shape[-1])
-            scores = upsample(out.logits[n:], size, self.teachers[k].stride)
+            scores = upsample(out.logits[n:], size, self.teachers[k].grid)
             unsure = entropy(scores)
             top = quantile(unsure, label != IGNORE, 1 - step["drop"], step)
             b[f"trusted {k}"] = label.masked_fill(unsure >= top, IGNORE)
@@ -153,13 +153,13 @@ class U2pl(MeanTeacher):
         Args:
             out: of the teacher, for labelled and mixed images. truth, label: of these, (B, H, W).
         """
-        o, stride, n = self.options, self.students[k].stride, len(truth)
+        o, grid, n = self.options, self.students[k].grid, len(truth)
         with step.autocast():
             features = self.head_teachers[k](out.features)
-        features = losses.as_pixels(F.normalize(losses.wide(features), dim=1))  # (2B * h * w, D)
-        p = losses.wide(out.logits).softmax(dim=1)
-        truth, label = to_grid(truth, stride), to_grid(label, stride)
-        unsure, valid = entropy(losses.wide(out.logits[n:])), label != IGNORE
+        features = losses.as_pixels(F.normalize(wide(features), dim=1))  # (2B * h * w, D)
+        p = wide(out.logits).softmax(dim=1)
+        truth, label = to_grid(truth, grid), to_grid(label, grid)
+        unsure, valid = entropy(wide(out.logits[n:])), label != IGNORE
         low = quantile(unsure, valid, step["drop"], step)
         high = quantile(unsure, valid, 1 - step["drop"], step)
         own = torch.cat([truth, label.masked_fill(unsure >= low, IGNORE)])  # (2B, h, w)
@@ -204,7 +204,7 @@ class U2pl(MeanTeacher):
         o, bank = self.options, self.banks[k]
         with step.autocast():
             features = self.heads[k](out.features)
-        features = losses.as_pixels(F.normalize(losses.wide(features), dim=1))
+        features = losses.as_pixels(F.normalize(wide(features), dim=1))
         slot = torch.cat([b[f"slot label {k}"], b[f"slot more {k}"]]).flatten()
         own = torch.cat([b[f"class label {k}"], b[f"class more {k}"]]).flatten()
         place = places(own, slot, self.classes, o.anchors)

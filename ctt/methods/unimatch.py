@@ -76,16 +76,16 @@ class UniMatch(TwoViews):
     def losses(self, b: Batch, step: Step) -> Terms:
         sup, strong, features = [], [], []
         for k, student in enumerate(self.students):
-            stride, size = student.stride, (b["padding"].shape[-2], b["padding"].shape[-1])
+            grid, size = student.grid, (b["padding"].shape[-2], b["padding"].shape[-1])
             labeled, weak, perturbed = self.weak_views(k, b, step)
-            sup.append(losses.pixel_cross_entropy(labeled, stride, b["label"], b["pixels"]))
-            own = upsample(weak.detach(), size, stride).softmax(dim=1)
+            sup.append(losses.pixel_cross_entropy(labeled, grid, b["label"], b["pixels"]))
+            own = upsample(weak.detach(), size, grid).softmax(dim=1)
             label = self.confident(own, b["padding"])
-            features.append(losses.pixel_cross_entropy(perturbed, stride, label, b["seen"]))
+            features.append(losses.pixel_cross_entropy(perturbed, grid, label, b["seen"]))
             both = step.forward(student, self.strong_views(k, b, step)).logits.chunk(len(VIEWS))
             for v, logits in zip(VIEWS, both, strict=True):
                 mixed = torch.where(b[f"own {v}"], label, b[f"label {v} {k}"])
-                strong.append(losses.pixel_cross_entropy(logits, stride, mixed, b[f"seen {v}"]))
+                strong.append(losses.pixel_cross_entropy(logits, grid, mixed, b[f"seen {v}"]))
         o = self.options
         return {  # all of them halved, as in the program
             "sup": (self.settings.loss.sup / 2, losses.sum_of(sup)),

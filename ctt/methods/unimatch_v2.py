@@ -62,9 +62,9 @@ class UniMatchV2(TwoViews):
     def losses(self, b: Batch, step: Step) -> Terms:
         sup, strong = [], []
         for k, student in enumerate(self.students):
-            stride = student.stride
+            grid = student.grid
             logits = step.forward(student, self.labeled_view(k, b, step)).logits
-            sup.append(losses.pixel_cross_entropy(logits, stride, b["label"], b["pixels"]))
+            sup.append(losses.pixel_cross_entropy(logits, grid, b["label"], b["pixels"]))
             factor = torch.cat([b[f"factor {k}"], 2 - b[f"factor {k}"]])
             stages = student.scale_channels(
                 step.encode(student, self.strong_views(k, b, step)),
@@ -73,7 +73,7 @@ class UniMatchV2(TwoViews):
             both: tuple[Tensor, ...] = step.decode(student, stages).logits.chunk(len(VIEWS))
             for v, logits in zip(VIEWS, both, strict=True):
                 taught = (b[f"label {v} {k}"], b[f"seen {v}"])
-                strong.append(losses.pixel_cross_entropy(logits, stride, *taught))
+                strong.append(losses.pixel_cross_entropy(logits, grid, *taught))
         return {  # both of them halved, as in the program
             "sup": (self.settings.loss.sup / 2, losses.sum_of(sup)),
             "strong": (self.options.weight / 2, losses.sum_of(strong) / len(VIEWS)),

@@ -27,7 +27,7 @@ from ctt.data.views import constant
 from ctt.methods.base import Batch, Setup, Step
 from ctt.methods.options import Check, at_least_0
 from ctt.methods.soft_labels import SureOptions, SureSoftLabels
-from ctt.models.base import upsample
+from ctt.models.base import Grid, upsample
 
 # Root mean square over an image, of normalised colours. The cosine to the exact direction was
 # measured as 0.96 to 1.00, in float32 and in TF32; in bfloat16 it needs ten times this step.
@@ -70,16 +70,16 @@ class Vat(SureSoftLabels):
         teacher, valid = self.teachers[k], b[f"valid {k}"]
         with torch.no_grad():
             logits = teacher(step.normalize(b["mixed"])).logits
-            soft = upsample(logits, (x.shape[2], x.shape[3]), teacher.stride).softmax(dim=1)
+            soft = upsample(logits, (x.shape[2], x.shape[3]), teacher.grid).softmax(dim=1)
         start = unit(step.rand(f"direction {k}", x.shape[1:]) - 0.5)
         near = (x + STEP * start.numel() ** 0.5 * start).requires_grad_()
-        distance = divergence(teacher(near).logits, teacher.stride, soft, valid)
+        distance = divergence(teacher(near).logits, teacher.grid, soft, valid)
         (gradient,) = torch.autograd.grad(distance, near)
         return unit(gradient.nan_to_num(0, 0, 0))
 
     def unlabeled_loss(self, k: int, logits: Tensor, b: Batch) -> Tensor:
-        stride = self.students[k].stride
-        distance = divergence(logits, stride, b[f"soft {k}"], b[f"valid {k}"])
+        grid = self.students[k].grid
+        distance = divergence(logits, grid, b[f"soft {k}"], b[f"valid {k}"])
         return distance / (logits.shape[1] * b[f"seen {k}"]) * b[f"factor {k}"]
 
 
@@ -97,12 +97,12 @@ def texture(x: Tensor) -> Tensor:
     return length
 
 
-def divergence(logits: Tensor, stride: int, soft: Tensor, valid: Tensor) -> Tensor:
+def divergence(logits: Tensor, grid: Grid, soft: Tensor, valid: Tensor) -> Tensor:
     """Return the Kullback-Leibler divergence from probabilities, summed over the valid pixels.
 
     Args:
-        logits: (B, C, h, w), on a grid of this stride. soft: (B, C, H, W). valid: (B, H, W) bool.
+        logits: (B, C, h, w), on this grid. soft: (B, C, H, W). valid: (B, H, W) bool.
     """
-    log_p = upsample(logits, (soft.shape[-2], soft.shape[-1]), stride).log_softmax(dim=1)
+    log_p = upsample(logits, (soft.shape[-2], soft.shape[-1]), grid).log_softmax(dim=1)
     distance = F.kl_div(log_p, soft, reduction="none").sum(dim=1)
     return distance.masked_fill(~valid, 0).sum()

@@ -37,6 +37,7 @@ def build(
     width: int = 32,
     backbone: str = "",
     output_stride: int = 0,
+    grid: str = "aligned",
 ) -> SegmentationModel:
     """A network with fresh random weights from torch's global generator; nothing is downloaded.
 
@@ -45,6 +46,7 @@ def build(
         width: channels of the first stage (small).
         backbone: name of a timm model; empty: the architecture's own.
         output_stride: 8 or 16, of the backbone (deeplabv2, deeplabv3plus); 0: the architecture's.
+        grid: "aligned" or "legacy", see `ModelSettings.grid`.
 
     Raises:
         UserError: no such architecture or backbone, or options that do not fit each other.
@@ -57,12 +59,14 @@ def build(
     backbone = backbone or BACKBONES.get(name, SMP_BACKBONE if name.startswith(SMP) else "")
     output_stride = output_stride or OUTPUT_STRIDES.get(name, 0)
     network = _build(name, num_classes, features, width, backbone, output_stride)
+    network.legacy_grid = grid == "legacy"
     network.options = {
         "name": name,
         "features": features,
         "width": width,
         "backbone": backbone,
         "output_stride": output_stride,
+        "grid": grid,
     }
     return network
 

@@ -21,6 +21,38 @@ class Output(NamedTuple):
     features: Tensor
 
 
+class Grid(NamedTuple):
+    """Where the cells of a network's maps lie: cell r looks around pixel `stride` * r + `origin`.
+
+    Attributes:
+        stride: pixels from cell to cell.
+        origin: pixel around which the first cell looks: 0 for convolutions that pad both sides,
+            the middle of the first `stride` pixels, (stride - 1) / 2, for patches.
+        label: the pixel whose label the first cell has, a whole number.
+    """
+
+    stride: int
+    origin: float = 0.0
+    label: int = 0
+
+    @classmethod
+    def of_patches(cls, stride: int) -> Self:
+        """Return the grid of patches of `stride` pixels that do not overlap."""
+        return cls(stride, (stride - 1) / 2, (stride - 1) // 2)
+
+    def every(self, n: int) -> "Grid":
+        """Return the grid of every n-th cell of this one."""
+        return self._replace(stride=n * self.stride)
+
+    def of_stage(self, times: int) -> "Grid":
+        """Return the grid of a stage of the same network at `times` the stride."""
+        stride = times * self.stride
+        middle = Grid.of_patches(stride)
+        return Grid(
+            stride, middle.origin if self.origin else 0.0, middle.label if self.label else 0
+        )
+
+
 class SegmentationModel(nn.Module, ABC):
     """A network that gives features (B, D, h, w), and a 1x1 classifier on them.
 
@@ -29,14 +61,26 @@ class SegmentationModel(nn.Module, ABC):
 
     Attributes:
         stride: input pixels for each pixel of the features: h = ceil(H / stride).
+        patches: its cells look at patches that do not overlap; see `Grid`.
+        legacy_grid: it was trained when logits were taken for those of patches in any network, and
+            labels were read at every stride-th pixel.
         stage_channels: of each tensor that `encode` gives.
         options: what `ctt.models.build` makes this network from, but the number of classes.
     """
 
     classifier: nn.Conv2d
     stride: int
+    patches = False
+    legacy_grid = False
     stage_channels: tuple[int, ...]
     options: dict[str, Any]
+
+    @property
+    def grid(self) -> Grid:
+        """Where the cells of logits and features lie in the images."""
+        if self.legacy_grid:
+            return Grid.of_patches(self.stride)._replace(label=0)
+        return Grid.of_patches(self.stride) if self.patches else Grid(self.stride)
 
     @abstractmethod
     def encode(self, images: Tensor) -> list[Tensor]:
@@ -154,39 +198,62 @@ def conv_bn(
     return nn.Sequential(*layers)
 
 
-def stretch(x: Tensor, size: tuple[int, int], factor: int, *, corners: bool = False) -> Tensor:
-    """x (B, D, h, w) at `factor` times its resolution, bilinearly and cut to `size`: (B, D, H, W).
+def wide(values: Tensor) -> Tensor:
+    """Return values of half precision in float32, others as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
-    Row y of the result is row (y + 0.5) / factor - 0.5 of x, whatever the size. Where `corners`,
-    it is row y / factor: where strided convolutions that pad both sides have their centres.
+
+def stretch(x: Tensor, size: tuple[int, int], factor: int, *, corners: bool) -> Tensor:
+    """Return x (B, D, h, w) at `factor` times its resolution, bilinearly: (B, D, *size).
+
+    Were h stretched to H, a pixel's place on the grid would depend on the size of the image, but
+    for multiples of the stride: a network of stride 8 that is trained on crops of 321 would find
+    classes of a larger image up to 3.5 pixels from where they are.
+
+    Args:
+        size: height and width of the result, at most `factor` times those of x.
+        corners: row y of the result is row y / factor of x, as padded strided convolutions see it;
+            else row (y + 0.5) / factor - 0.5, as patches do. Beyond the outermost rows of x its
+            values stay.
     """
     height, width = x.shape[-2:]
-    if corners:
-        x = torch.cat([x, x[:, :, -1:]], dim=2)  # beyond the last row there is no other
-        x = torch.cat([x, x[:, :, :, -1:]], dim=3)
-        whole = (factor * height + 1, factor * width + 1)
-        x = F.interpolate(x, size=whole, mode="bilinear", align_corners=True)
-    else:
+    inner = (factor * (height - 1) + 1, factor * (width - 1) + 1)  # from the first row to the last
+    if not corners:
         x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+    elif factor > 1 and not torch.compiler.is_exporting() and inner == size:
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+    elif factor > 1:
+        x = torch.cat([x, x[:, :, -1:]], dim=2)
+        x = torch.cat([x, x[:, :, :, -1:]], dim=3)
+        whole = (inner[0] + factor, inner[1] + factor)
+        x = F.interpolate(x, size=whole, mode="bilinear", align_corners=True)
     if torch.compiler.is_exporting():
         # a view would make it a condition of the graph whether the sides are multiples or not
         return F.pad(x, (0, size[1] - x.shape[3], 0, size[0] - x.shape[2]))
     return x[:, :, : size[0], : size[1]]
 
 
-def stretch_like(x: Tensor, other: Tensor, factor: int, *, corners: bool = False) -> Tensor:
-    """x at the resolution of `other`, which is `factor` times its own."""
+def stretch_like(x: Tensor, other: Tensor, factor: int, *, corners: bool) -> Tensor:
+    """Return x at the resolution of `other`, which is `factor` times its own."""
     return stretch(x, (other.shape[-2], other.shape[-1]), factor, corners=corners)
 
 
-def upsample(logits: Tensor, size: tuple[int, int], stride: int) -> Tensor:
-    """Logits (B, C, h, w) at every pixel of the images, bilinearly and in float32: (B, C, H, W).
+def upsample(logits: Tensor, size: tuple[int, int], grid: Grid) -> Tensor:
+    """Return logits (B, C, h, w) at every pixel of the images, in float32 at least: (B, C, H, W).
 
-    Were h stretched to H, a pixel's place on the grid would depend on the size of the image, but
-    for multiples of the stride: a network of stride 8 that is trained on crops of 321 would find
-    classes of a larger image up to 3.5 pixels from where they are.
+    Args:
+        logits: whose cells lie on `grid`. size: H and W.
     """
-    return stretch(logits.float(), size, stride)
+    return stretch(wide(logits), size, grid.stride, corners=grid.origin == 0)
+
+
+def are_patches(module: nn.Module) -> bool:
+    """Return whether the first convolution of a backbone looks at patches that do not overlap."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            kernel, stride = layer.kernel_size[0], layer.stride[0]
+            return kernel == stride and not any(layer.padding)
+    return False
 
 
 def pad_to_multiple(images: Tensor, multiple: int, smallest: int = 0) -> Tensor:

@@ -31,6 +31,7 @@ class DeepLabV2(BackboneModel):
         super().__init__()
         self.backbone_name, self.stride = backbone, output_stride
         self.backbone = Stages(backbone, output_stride)
+        self.patches = self.backbone.patches
         channels = self.backbone.channels[-1]
         self.stage_channels = (channels,)
         self.aspp = nn.ModuleList(
@@ -66,6 +67,7 @@ class DeepLabV3Plus(BackboneModel):
         super().__init__()
         self.backbone_name, self.stride = backbone, LOW_LEVEL_STRIDE
         self.backbone = Stages(backbone, output_stride)
+        self.patches = self.backbone.patches
         channels, strides = self.backbone.channels, self.backbone.strides
         self.low_level = strides.index(LOW_LEVEL_STRIDE)
         self.stage_channels = (channels[self.low_level], channels[-1])
@@ -85,8 +87,9 @@ class DeepLabV3Plus(BackboneModel):
     def decode(self, stages: list[Tensor]) -> Tensor:
         fine, coarse = stages
         low = self.skip(fine)  # (B, 48, H/4, W/4)
-        # what align_corners gives images of 16 n + 1 pixels, as 321 and 513, for all sizes
-        high = stretch_like(self.aspp(coarse), low, self.ratio, corners=True)  # (B, D, h, w)
+        # of convolutions: what align_corners gives images of 16 n + 1 pixels, for all sizes
+        corners = self.legacy_grid or not self.patches
+        high = stretch_like(self.aspp(coarse), low, self.ratio, corners=corners)  # (B, D, h, w)
         features: Tensor = self.decoder(torch.cat([high, low], dim=1))
         return features
 

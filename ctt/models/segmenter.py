@@ -50,7 +50,7 @@ class Segmenter(nn.Module):
         """Images (B, 3, H, W), normalised -> logits (B, C, H, W)."""
         logits = self.network(normalized).logits  # (B, C, h, w)
         size = (normalized.shape[-2], normalized.shape[-1])
-        return upsample(logits, size, self.network.stride)
+        return upsample(logits, size, self.network.grid)
 
     @torch.no_grad()
     def predict(self, image: Any) -> Tensor:

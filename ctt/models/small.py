@@ -38,8 +38,10 @@ class Small(SegmentationModel):
 
     def decode(self, stages: list[Tensor]) -> Tensor:
         x1, x2, x3 = stages
-        x2 = self.merge2(torch.cat([x2, stretch_like(x3, x2, 2)], dim=1))
-        merged: Tensor = self.merge1(torch.cat([x1, stretch_like(x2, x1, 2)], dim=1))
+        corners = not self.legacy_grid
+        x2 = self.merge2(torch.cat([x2, stretch_like(x3, x2, 2, corners=corners)], dim=1))
+        x2 = stretch_like(x2, x1, 2, corners=corners)
+        merged: Tensor = self.merge1(torch.cat([x1, x2], dim=1))
         return merged
 
 

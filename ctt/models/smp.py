@@ -13,7 +13,14 @@ from segmentation_models_pytorch.encoders.timm_vit import TimmViTEncoder
 from torch import Tensor, nn
 
 from ctt.errors import UserError
-from ctt.models.base import BackboneModel, PooledNorm, conv_bn, crop_to_stride, pad_to_multiple
+from ctt.models.base import (
+    BackboneModel,
+    PooledNorm,
+    are_patches,
+    conv_bn,
+    crop_to_stride,
+    pad_to_multiple,
+)
 from ctt.models.timm_backbone import check_name
 
 PROBE = 448  # whole patches of 14, 16 and 32 pixels
@@ -48,6 +55,7 @@ class Smp(BackboneModel):
         self.backbone_name = backbone
         net = _create(architecture, backbone)
         self.backbone, self.decoder = net.encoder, allow_single_values(net.decoder)
+        self.patches = are_patches(net.encoder)
         # the coarsest stage of a DPT is at twice the stride of its encoder
         self.multiple = int(net.encoder.output_stride) * (2 if architecture == "dpt" else 1)
         # PAN halves the last stage three times over before its last convolution

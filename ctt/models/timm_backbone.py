@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ctt.errors import UserError
-from ctt.models.base import crop_to_stride, pad_to_multiple
+from ctt.models.base import are_patches, crop_to_stride, pad_to_multiple
 
 
 class Stages(nn.Module):
@@ -31,6 +31,7 @@ class Stages(nn.Module):
 
     Attributes:
         channels, strides: of each stage.
+        patches: cells look at patches that do not overlap, as those of ConvNeXt do.
         short: of an odd image the network would leave out the last rows and columns, and give less
             than ceil(H / stride). Such images are padded by the normalised colour 0.
 
@@ -42,6 +43,7 @@ class Stages(nn.Module):
         super().__init__()
         net: Any = create(name, features_only=True, output_stride=output_stride)
         self.net = net
+        self.patches = are_patches(net)
         self.channels: list[int] = net.feature_info.channels()
         self.strides: list[int] = net.feature_info.reduction()
         if self.strides[-1] != output_stride:

@@ -24,7 +24,7 @@ class Vit(BackboneModel):
 
     def __init__(self, num_classes: int, features: int, backbone: str) -> None:
         super().__init__()
-        self.backbone_name = backbone
+        self.backbone_name, self.patches = backbone, True
         transformer: Any = create(
             backbone, num_classes=0, global_pool="", dynamic_img_size=True, dynamic_img_pad=True
         )

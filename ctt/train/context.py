@@ -156,7 +156,7 @@ class StepContext:
         logits = self.forward(network, images).logits
         with self.phase("teachers"):
             size = (images.shape[-2], images.shape[-1])
-            return upsample(logits, size, network.stride).softmax(dim=1)
+            return upsample(logits, size, network.grid).softmax(dim=1)
 
     def strong(self, images: Tensor, draw: Tensor) -> Tensor:
         with self.phase("views"):
