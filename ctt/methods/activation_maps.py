@@ -75,6 +75,6 @@ def on_grid(outside: Tensor, stage: Tensor, network: SegmentationModel) -> Tenso
     """Return where (B, h, w) cells of a stage are outside, as pixels (B, H, W) are; beyond the
     image they are."""
     size = (outside.shape[-2], outside.shape[-1])
-    cells = to_grid(outside, network.grid.of_stage(factor(stage, size, network)))
+    cells = to_grid(outside, network.grid_of(network.stride * factor(stage, size, network)))
     bottom, right = (n - m for n, m in zip(stage.shape[-2:], cells.shape[-2:], strict=True))
     return F.pad(cells, (0, right, 0, bottom), value=True)

@@ -31,7 +31,7 @@ from ctt.methods.losses import to_grid
 from ctt.methods.mean_teacher import MeanTeacher
 from ctt.methods.optim import make_sgd
 from ctt.methods.options import Check, Options
-from ctt.models.base import stretch_like
+from ctt.models.base import upsample
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class PseudoSeg(MeanTeacher):
             present = refiner.presence(stages) >= 0
             refined = refiner(stages, present, ~on_grid(padding, stages[-1], student))
             decoded = step.forward(student, images).logits.to(refined.dtype)
-            times, corners = factor(stages[-1], size, student), student.grid.origin == 0
-            refined = stretch_like(refined, decoded, times, corners=corners)
+            cells = student.grid_of(factor(stages[-1], size, student))
+            refined = upsample(refined, (decoded.shape[-2], decoded.shape[-1]), cells)
             soft = self.sharpened([decoded, refined], step)
             lost = ~(soft.amax(dim=1) > 0)  # where it is no number
             unseen = to_grid(padding, student.grid)
@@ -138,7 +138,7 @@ class PseudoSeg(MeanTeacher):
             terms["presence"].append(wrong / (b["labeled"] * len(self.objects)))
             valid = ~on_grid(label == IGNORE, stages[-1], student)
             refined = refiner(stages, b["objects"], valid)
-            grid = student.grid.of_stage(factor(stages[-1], size, student))
+            grid = student.grid_of(student.stride * factor(stages[-1], size, student))
             terms["refined"].append(losses.pixel_cross_entropy(refined, grid, *truth))
             strong = step.strong(b["unlabeled"], b[f"draw {k}"][:, -1])
             strong = torch.where(b["keep"][:, None], strong, mean)

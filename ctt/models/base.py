@@ -44,14 +44,6 @@ class Grid(NamedTuple):
         """Return the grid of every n-th cell of this one."""
         return self._replace(stride=n * self.stride)
 
-    def of_stage(self, times: int) -> "Grid":
-        """Return the grid of a stage of the same network at `times` the stride."""
-        stride = times * self.stride
-        middle = Grid.of_patches(stride)
-        return Grid(
-            stride, middle.origin if self.origin else 0.0, middle.label if self.label else 0
-        )
-
 
 class SegmentationModel(nn.Module, ABC):
     """A network that gives features (B, D, h, w), and a 1x1 classifier on them.
@@ -78,9 +70,13 @@ class SegmentationModel(nn.Module, ABC):
     @property
     def grid(self) -> Grid:
         """Where the cells of logits and features lie in the images."""
+        return self.grid_of(self.stride)
+
+    def grid_of(self, stride: int) -> Grid:
+        """Return where cells of `stride` pixels lie, such as those of a stage."""
         if self.legacy_grid:
-            return Grid.of_patches(self.stride)._replace(label=0)
-        return Grid.of_patches(self.stride) if self.patches else Grid(self.stride)
+            return Grid.of_patches(stride)._replace(label=0)
+        return Grid.of_patches(stride) if self.patches else Grid(stride)
 
     @abstractmethod
     def encode(self, images: Tensor) -> list[Tensor]:

@@ -23,7 +23,8 @@ class Stages(nn.Module):
     convolution. (DeepLab's own Caffe networks dilate that block too and stride in the 1x1.)
 
     Networks that pad as TensorFlow does (`tf_...`) place their grid by the size of the image: by up
-    to a stride less one pixel. Crops and images of sizes alike serve them best.
+    to a stride less one pixel. Crops and images of sizes alike serve them best. A dilated ConvNeXt
+    pads one side alone: each dilated stage lies half a stride or more further on.
 
     Args:
         name: of a timm model, with or without the tag of its weights (`resnet101.tv_in1k`).

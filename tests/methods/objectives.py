@@ -1,10 +1,10 @@
 """A batch to try an objective on, and what the engine's step makes of it."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ctt.data.digits import INFO
 from ctt.data.source import IGNORE
@@ -12,6 +12,7 @@ from ctt.data.views import normalize
 from ctt.methods.base import Batch
 from ctt.settings import Settings, update
 from ctt.train.engine import Engine
+from tests.methods.grids import at_pixels, first_cell
 from tests.train.steps import double, exactly, make
 
 
@@ -54,12 +55,10 @@ def normal(images: Tensor) -> Tensor:
     return normalize(images, INFO).double()
 
 
-def scores(student: nn.Module, images: Tensor) -> Tensor:
+def scores(student: Any, images: Tensor) -> Tensor:
     """Return a student's logits at every pixel."""
-    grid = student(normal(images)).logits
-    scale = student.stride
-    large = F.interpolate(grid, scale_factor=float(scale), mode="bilinear", align_corners=False)
-    return large[:, :, : images.shape[2], : images.shape[3]]
+    logits = student(normal(images)).logits
+    return at_pixels(logits, images.shape, student.stride, first_cell(student))
 
 
 def has_gradient(modules: Iterable[nn.Module], loss: Tensor) -> None:

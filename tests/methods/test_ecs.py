@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from ctt.data.source import IGNORE
 from ctt.settings import Settings, update
 from ctt.train.engine import Engine
+from tests.methods.grids import at_pixels
 from tests.methods.objectives import has_gradient, normal, objective, odd_batch, scores
 from tests.train.steps import batch, make, unlabelled
 
@@ -34,8 +35,7 @@ def test_the_objective_is_that_of_the_equations(settings: Settings) -> None:
 
     def findings(maps: torch.Tensor) -> torch.Tensor:
         grid = corrector(torch.cat([normal(images), maps], dim=1)).logits
-        large = F.interpolate(grid, scale_factor=2.0, mode="bilinear", align_corners=False)
-        return large[:, :, : y.shape[1], : y.shape[2]]
+        return at_pixels(grid, y.shape, 2)
 
     sup = F.cross_entropy(logits[:n], y, ignore_index=IGNORE)
     found, told = findings(p).log_softmax(dim=1), findings(p.detach())

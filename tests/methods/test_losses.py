@@ -6,7 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctt.methods import losses
+from ctt.models.base import Grid
 from ctt.ops import MemoryBank
+from tests.methods.grids import at_cells
 
 
 def test_cross_entropy_is_the_mean_over_valid_pixels() -> None:
@@ -15,7 +17,7 @@ def test_cross_entropy_is_the_mean_over_valid_pixels() -> None:
     label = torch.tensor([[[0, 1, 255]]])
     expected = (-math.log(3 / 4) - math.log(1 / 2)) / 2
     assert losses.pixel_cross_entropy(
-        logits, 1, label, losses.valid_pixels(label)
+        logits, Grid(1), label, losses.valid_pixels(label)
     ).item() == pytest.approx(expected)
 
 
@@ -23,7 +25,7 @@ def test_cross_entropy_is_the_mean_over_valid_pixels() -> None:
 def test_ignored_crops_give_0_not_nan(dtype: torch.dtype) -> None:
     logits = torch.randn(2, 3, 4, 4, dtype=dtype, requires_grad=True)
     label = torch.full((2, 8, 8), 255)
-    loss = losses.pixel_cross_entropy(logits, 2, label, losses.valid_pixels(label))
+    loss = losses.pixel_cross_entropy(logits, Grid(2), label, losses.valid_pixels(label))
     loss.backward()
     assert loss.item() == 0
     assert logits.grad is not None
@@ -33,11 +35,18 @@ def test_ignored_crops_give_0_not_nan(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
 def test_grid_takes_every_stride_th_label(dtype: torch.dtype) -> None:
     label = torch.tensor([[[0, 1, 2, 255], [4, 5, 6, 7]]], dtype=dtype)
-    assert losses.to_grid(label, 2).tolist() == [[[0, 2]]]
+    assert losses.to_grid(label, Grid(2)).tolist() == [[[0, 2]]]
     odd = torch.arange(321 * 17, dtype=dtype).view(1, 321, 17)
-    grid = losses.to_grid(odd, 8)
+    grid = losses.to_grid(odd, Grid(8))
     assert grid.shape == (1, 41, 3)
     assert grid[0, 40, 2] == odd[0, 320, 16]
+
+
+@pytest.mark.parametrize("stride", [1, 2, 7, 8, 14])
+def test_patches_have_the_labels_of_their_middle(stride: int) -> None:
+    values = torch.arange(45 * 33).view(1, 45, 33)
+    found = losses.to_grid(values, Grid.of_patches(stride))
+    assert torch.equal(found, at_cells(values, stride, (stride - 1) / 2))
 
 
 def test_pixels_keep_their_features() -> None:

@@ -14,6 +14,7 @@ from ctt.data.source import IGNORE
 from ctt.methods.activation_maps import Refiner, factor, on_grid, read
 from ctt.methods.pseudoseg import PseudoSeg
 from ctt.settings import Settings, update
+from tests.methods.grids import at_cells, at_pixels
 from tests.methods.rendering import SIZE, Scene, mean_cross_entropy, scores
 from tests.train.steps import make
 
@@ -57,10 +58,6 @@ def refined_maps(refiner: Any, stages: list[Tensor], present: Tensor, valid: Ten
     return normal * weight[:, None, None] + bias[:, None, None]
 
 
-def at(maps: Tensor, times: int, size: tuple[int, ...]) -> Tensor:
-    return F.interpolate(maps, scale_factor=times, mode="bilinear")[:, :, : size[0], : size[1]]
-
-
 def erased(draw: Tensor, side: float) -> Tensor:
     """Return the pixels (B, H, W) of a box around each centre, as the first and last row and
     column of it say."""
@@ -81,8 +78,10 @@ def test_the_objective(
     scene = Scene(tiny, "pseudoseg", {"options": options, "model": model}, pairs)
     stride, times = strides  # of the features, and how many of them the last stage has
     coarse = stride * times
+    patches = scene.method.students[0].patches
+    first, of_coarse, between = ((n - 1) / 2 if patches else 0.0 for n in (stride, coarse, times))
     box = erased(scene.drawn("cutout"), 0.4)
-    shown = ~(scene.padding | box)[:, ::stride, ::stride]
+    shown = at_cells(~(scene.padding | box), stride, first)
     objects = torch.tensor([c for c in range(11) if c != 3])
     truth = torch.stack([(scene.label == c).flatten(1).any(dim=1) for c in objects], dim=1)
     sums: dict[str, Tensor] = dict.fromkeys(scene.engine.method.terms, torch.zeros(()))
@@ -92,27 +91,27 @@ def test_the_objective(
             stages = copy.deepcopy(student).eval().encode(scene.more)
             guess = stages[-1].mean(dim=(2, 3)) @ refiner.classifier.weight.T
             guess = guess + refiner.classifier.bias
-        present, valid = guess.sigmoid() >= 0.5, ~scene.padding[:, ::coarse, ::coarse]
+        present, valid = guess.sigmoid() >= 0.5, at_cells(~scene.padding, coarse, of_coarse)
         assert 0 < present.double().mean() < 1
         refined = refined_maps(refiner, stages, present, valid).detach()
         with torch.no_grad():
             decoded = copy.deepcopy(student)(scene.more).logits
-        refined = at(refined, times, decoded.shape[2:])
+        refined = at_pixels(refined, decoded.shape, times, between)
         root = torch.cat([decoded, refined]).square().mean().sqrt()
         mean = ((decoded / root).softmax(dim=1) + (refined / root).softmax(dim=1)) / 2
         soft = mean**2.5 / (mean**2.5).sum(dim=1, keepdim=True)
         student = copy.copy(student)
         stages = student.encode(scene.images)
         fine = student.classifier(student.decode(stages))
-        logits = at(fine, stride, SIZE)
+        logits = at_pixels(fine, SIZE, stride, first)
         sums["sup"] = sums["sup"] + mean_cross_entropy(logits, scene.label)
         said = stages[-1].mean(dim=(2, 3)) @ refiner.classifier.weight.T + refiner.classifier.bias
         likely = said.sigmoid()
         wrong = torch.where(truth, -likely.log(), -(1 - likely).log()).mean()
         sums["presence"] = sums["presence"] + wrong
-        valid = (scene.label != IGNORE)[:, ::coarse, ::coarse]
+        valid = at_cells(scene.label != IGNORE, coarse, of_coarse)
         refined = refined_maps(refiner, stages, truth, valid)
-        full = at(refined, coarse, SIZE)
+        full = at_pixels(refined, SIZE, coarse, of_coarse)
         sums["refined"] = sums["refined"] + mean_cross_entropy(full, scene.label)
         strong = torch.where(box[:, None], 0, scene.more)  # the mean colour, once normalised
         distance = -(soft * student(strong).logits.log_softmax(dim=1)).sum(dim=1)
@@ -181,9 +180,10 @@ def test_where_the_cells_of_the_last_stage_are(name: str, backbone: str, stride:
         outside[:, -stride:] = True
         cells = on_grid(outside, stages[-1], network)
         assert cells.shape[1:] == stages[-1].shape[2:]
-        rows, columns = -(-(size[0] - stride) // stride), -(-size[1] // stride)
-        inside = torch.zeros_like(cells)
-        inside[:, :rows, :columns] = True
-        assert torch.equal(cells, ~inside)
+        first = (stride - 1) // 2 if network.patches else 0
+        places = at_cells(torch.arange(size[0])[None, :, None].expand(outside.shape), stride, first)
+        beyond = torch.ones_like(cells)  # the image ends before cells that its padding has
+        beyond[:, : places.shape[1], : places.shape[2]] = places >= size[0] - stride
+        assert torch.equal(cells, beyond)
         present = torch.ones(2, 4, dtype=torch.bool)
         assert refiner(stages, present, ~cells).shape[2:] == stages[-1].shape[2:]

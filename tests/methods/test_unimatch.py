@@ -13,6 +13,7 @@ from ctt.methods.base import Batch
 from ctt.methods.followers import evaluating
 from ctt.models.base import SegmentationModel
 from ctt.settings import Settings, update
+from tests.methods.grids import at_pixels, first_cell
 from tests.methods.rendering import (
     SIZE,
     Scene,
@@ -31,8 +32,7 @@ def logits_of(network: SegmentationModel, stages: list[Tensor]) -> Tensor:
     """Return logits at every pixel."""
     features = network.decode(stages)
     grid = network.classifier(features)
-    fine = torch.nn.functional.interpolate(grid, scale_factor=network.stride, mode="bilinear")
-    return fine[:, :, : SIZE[0], : SIZE[1]]
+    return at_pixels(grid, SIZE, network.stride, first_cell(network))
 
 
 def labels(probability: Tensor, padding: Tensor, threshold: float) -> Tensor:

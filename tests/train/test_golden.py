@@ -20,6 +20,7 @@ def settings(tiny: Settings) -> Settings:
     change = {
         "bank": {"start_after": 4, "capacity": 2, "per_class": 2},
         "loss": {"gamma": 0.3},
+        "model": {"grid": "legacy"},
         "train": {"iterations": 20, "log_every": 1, "eval_every": 20, "tensorboard": False},
     }
     return update(tiny, change, "test")
