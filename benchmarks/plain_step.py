@@ -61,8 +61,7 @@ class PlainStep:
         return shown
 
     def _upsample(self, logits: Tensor, size: torch.Size) -> Tensor:
-        fine = F.interpolate(logits, scale_factor=self.stride, mode="bilinear", align_corners=False)
-        return fine[:, :, : size[0], : size[1]]
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
 
     def _contrast(self, k: int, outputs: list[Output], targets: Tensor) -> tuple[Tensor, Tensor]:
         weights, n = self.settings.loss, self.settings.loss.contrast_stride

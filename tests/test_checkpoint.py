@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ctt import checkpoint, models
+from ctt import checkpoint, models, run
 from ctt.data.digits import INFO
 from ctt.errors import UserError
 from ctt.inference.evaluate import write_json
+from ctt.models.base import Grid
+from ctt.settings import ModelSettings, Settings
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,31 @@ def test_saved_networks_come_back(tmp_path: Path, name: str, backbone: str) -> N
     assert note == "a note"
     images = torch.randn(1, 3, 16, 16)
     assert torch.equal(again(images).logits, network(images).logits)
+
+
+@pytest.mark.parametrize("grid", ["aligned", "legacy"])
+def test_networks_of_versions_without_a_grid_keep_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid: str
+) -> None:
+    network = models.build("small", 11, 8, 4, grid=grid).eval()
+    path = tmp_path / "net.safetensors"
+    checkpoint.save_network(path, network, INFO, "")
+    assert checkpoint.load_network(path)[0].options["grid"] == grid
+    del network.options["grid"]
+    checkpoint.save_network(path, network, INFO, "")
+    former = checkpoint.load_network(path)[0]
+    assert former.grid == Grid(2, 0.5, 0)
+    images = torch.randn(1, 3, 16, 16)
+    same = torch.equal(former(images).logits, network(images).logits)
+    assert same == (grid == "legacy")
+
+
+def test_runs_of_versions_without_a_grid_keep_theirs(tmp_path: Path) -> None:
+    config = tmp_path / run.CONFIG
+    config.write_text("model: {width: 4}\n", "utf-8")
+    assert run.read_settings(tmp_path).model == ModelSettings(width=4, grid="legacy")
+    run.write_settings(tmp_path, Settings())
+    assert run.read_settings(tmp_path).model.grid == "aligned"
 
 
 def test_files_may_be_read_by_whom_the_user_lets(tmp_path: Path) -> None:

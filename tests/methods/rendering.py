@@ -107,7 +107,8 @@ class Scene:
             expected = torch.zeros_like(p) if gradient is None else gradient
             seen = done[name].grad
             seen = torch.zeros_like(p) if seen is None else seen
-            torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-6, msg=name)
+            # the contrast is computed in float32, as its keys are
+            torch.testing.assert_close(seen, expected, rtol=1e-4, atol=3e-6, msg=name)
 
 
 def normalized(images: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from ctt.methods.pc2seg import distance
+from ctt.models.base import Grid
 from ctt.settings import Settings
 from tests.methods.rendering import Scene, mean_cross_entropy, scores
 
 
 def test_equal_answers_are_at_no_distance() -> None:
     logits, valid = torch.randn(2, 11, 3, 4), torch.ones(2, 3, 4, dtype=torch.bool)
-    found = distance(logits, 1, logits.softmax(dim=1), valid)
+    found = distance(logits, Grid(1), logits.softmax(dim=1), valid)
     torch.testing.assert_close(found, torch.zeros(()), atol=1e-5, rtol=0)
 
 

@@ -8,6 +8,7 @@ import torch
 from ctt.data import mixing
 from ctt.data.digits import INFO
 from ctt.methods import losses, ramps
+from ctt.models.base import Grid
 from ctt.settings import Settings
 from tests.methods.rendering import (
     SIZE,
@@ -25,7 +26,7 @@ def test_the_distance_of_two_probabilities() -> None:
     """(0.7, 0.3) and (1, 0) differ by 0.18."""
     logits = torch.tensor([[0.7, 0.3]]).log()[:, :, None, None]
     soft = torch.tensor([[1.0, 0.0]])[:, :, None, None]
-    distance = losses.squared_distance(logits, 1, soft, torch.ones(1, 1, 1, dtype=torch.bool))
+    distance = losses.squared_distance(logits, Grid(1), soft, torch.ones(1, 1, 1, dtype=torch.bool))
     assert float(distance) == pytest.approx(0.18)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ctt.data.views import to_unit
 from ctt.methods import vat
+from ctt.models.base import Grid
 from ctt.settings import Settings
 from tests.methods.rendering import (
     SIZE,
@@ -70,7 +71,7 @@ def test_the_divergence_of_two_probabilities() -> None:
     logits = torch.tensor([[0.7, 0.3]]).log()[:, :, None, None].expand(1, 2, 1, 2)
     soft = torch.tensor([[1.0, 0.0]])[:, :, None, None].expand(1, 2, 1, 2)
     valid = torch.tensor([[[True, False]]])
-    assert float(vat.divergence(logits, 1, soft, valid)) == pytest.approx(-math.log(0.7))
+    assert float(vat.divergence(logits, Grid(1), soft, valid)) == pytest.approx(-math.log(0.7))
 
 
 def test_an_even_image_has_no_texture_and_a_slope_its_own() -> None:
