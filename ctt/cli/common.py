@@ -11,7 +11,8 @@ from ctt.text import printable, replace_what_cannot_be_shown
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a share of it, or a file
-OPTIONAL = {"segmentation_models_pytorch": "smp"}  # libraries of one option, and their extras
+# libraries of one option, and their extras
+OPTIONAL = {"segmentation_models_pytorch": "smp", "submitit": "cluster"}
 
 
 def run_program(name: str, body: Callable[[], int], extra: str = "train") -> None:

@@ -1,0 +1,244 @@
+"""ctt-sweep: train the runs of a named experiment, and write one table of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tyro.conf import Positional
+
+from ctt import methods
+from ctt.cli import train
+from ctt.cli.common import INTERRUPTED, run_program
+from ctt.errors import UserError
+from ctt.experiments import catalog, results
+from ctt.settings import Settings, validate
+from ctt.text import say
+
+if TYPE_CHECKING:
+    from ctt.experiments.catalog import Variant
+    from ctt.experiments.results import Row
+    from ctt.experiments.runs import Run
+
+SOME_FAILED = 1  # exit code
+MANY = 2**62  # images, where only the form of a share is looked at
+OWN = ("--seed", "--ratio", "--method", "--resume", "--dry-run", "--list-methods")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train the runs of a named experiment, and write one table of them.
+
+    Options of `ctt-train` may follow, such as --train.iterations 500, and hold for every run whose
+    method reads them. The same command again goes on with what was interrupted or has failed, and
+    leaves alone what is finished.
+    """
+
+    experiment: Positional[str]
+    """Name of an experiment; --list prints them."""
+    dataset: str = "digits"
+    """One of `ctt.data.names()`."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Every run is done with each of them; a seed draws labels, weights and views."""
+    shares: tuple[str, ...] = ()
+    """Labelled shares as --ratio takes them; by default those of the experiment for this data set,
+    or that of the recipe."""
+    only: tuple[str, ...] = ()
+    """Rows of the experiment that are wanted, by name; by default all."""
+    jobs: int = 1
+    """Runs at a time, in processes of this machine. They share its cores, and have one GPU each in
+    turn where it has several."""
+    out: Path | None = None
+    """Folder of the runs and the tables; by default sweeps/DATASET. Experiments in one folder
+    share the runs that they have in common."""
+    print: bool = False
+    """Print the commands of the runs that are not finished, one a line, for any scheduler, and
+    write the table of those that are."""
+    submit: tuple[str, ...] | None = None
+    """Submit the runs to a Slurm cluster by the package submitit with these parameters of it, such
+    as timeout_min=600 slurm_partition=gpu. Jobs that are preempted go on later."""
+
+
+def main() -> None:
+    """Run the program."""
+    run_program("ctt-sweep", lambda: _main(sys.argv[1:]))
+
+
+def _main(arguments: list[str]) -> int:
+    import tyro
+
+    if "--list" in arguments:
+        list_experiments()
+        return 0
+    parsed, given = tyro.cli(Arguments, prog="ctt-sweep", args=arguments, return_unknown_args=True)
+    check(parsed, given)
+    from ctt.experiments import pool
+    from ctt.experiments.runs import unique, write_results
+
+    out = parsed.out or Path("sweeps") / parsed.dataset
+    runs = list(plan(parsed, given, out))
+    table = out / f"{parsed.experiment}.csv"
+    command = ["ctt-sweep", *arguments]
+
+    def write() -> list[Row]:
+        out.mkdir(parents=True, exist_ok=True)
+        return write_results(table, runs, command)
+
+    write()
+    left = [r for r in unique(runs) if r.summary() is None]
+    if parsed.print:
+        for r in left:
+            print_command(r)
+        return 0
+    if parsed.submit is not None:
+        submit(left, parsed.submit, given, out, parsed.jobs)
+        return 0
+    total = len(unique(runs))
+    ready = f"{total - len(left)} of {total} runs are finished"
+    say(f"{parsed.experiment} on {parsed.dataset}: {ready}.")
+    ended = 0
+
+    def done(r: Run, good: bool) -> None:
+        nonlocal ended
+        ended += 1
+        row = next(row for row in write() if row["settings_hash"] == r.folder.name)
+        what = f"mIoU {row['last']}, {row['seconds']} s" if good else "not finished"
+        if row.get("error") and not good:
+            what = f"failed: {row['error']}"
+        say(f"[{ended}/{len(left)}] {r.name}: {what}")
+
+    tried = pool.train_all(left, pool.places(parsed.jobs, given), done)
+    rows = write()
+    if not tried:
+        say("Stopped; the same command goes on.")
+        return INTERRUPTED
+    failed = sum(row["status"] != results.DONE for row in rows)
+    say(f"{len(rows) - failed} of {len(rows)} rows are in {table}")
+    return SOME_FAILED if failed else 0
+
+
+def list_experiments() -> None:
+    """Print a table of the experiments."""
+    from rich.table import Table
+
+    from ctt.console import plain_console
+
+    table = Table(title="experiments", caption="Tables are those of Xiao et al., 2022.")
+    for column in ("experiment", "source", "what it asks", "rows"):
+        table.add_column(column, no_wrap=column == "experiment")
+    for name, experiment in catalog.EXPERIMENTS.items():
+        rows = ", ".join(variant.name for variant in experiment.variants)
+        table.add_row(name, experiment.source, experiment.what, rows)
+    plain_console().print(table)
+
+
+def check(parsed: Arguments, given: Sequence[str]) -> None:
+    """Refuse arguments that cannot work.
+
+    Raises:
+        UserError: names the option.
+    """
+    catalog.get(parsed.experiment).chosen(parsed.only)
+    if parsed.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {parsed.jobs}.")
+    if not parsed.seeds:
+        raise UserError("--seeds needs at least one number.")
+    for name in OWN:
+        if name in given:
+            instead = {"--seed": ". Give --seeds", "--ratio": ". Give --shares"}.get(name, "")
+            raise UserError(f"{name} is not for all runs of an experiment{instead}.")
+    if given and not given[0].startswith("--"):
+        raise UserError(f"{given[0]}: this belongs to no option. Give one experiment at a time.")
+
+
+def plan(parsed: Arguments, given: Sequence[str], out: Path) -> Iterator[Run]:
+    """Yield the runs, those of the first seed first.
+
+    Raises:
+        UserError: options that cannot work.
+    """
+    from ctt.data.split import parse_ratio
+    from ctt.experiments.runs import Run, data_name
+
+    experiment = catalog.get(parsed.experiment)
+    base = ["--dataset", parsed.dataset]
+    ways = []
+    for variant in experiment.chosen(parsed.only):
+        options = [*base, *fitting(given, variant), *variant.options]
+        ways.append((variant, options, train.read(options)[1]))
+    common = ways[0][2]
+    shares = parsed.shares or experiment.shares.get(data_name(common), ()) or (common.ratio,)
+    for share in shares:
+        parse_ratio(share, MANY)
+    for seed in parsed.seeds:
+        validate(dataclasses.replace(common, seed=seed))
+        for share in shares:
+            for variant, options, settings in ways:
+                for budget, iterations in experiment.iterations(variant, settings.train.iterations):
+                    changed = dataclasses.replace(
+                        settings,
+                        seed=seed,
+                        ratio=share,
+                        train=dataclasses.replace(settings.train, iterations=iterations),
+                    )
+                    own = ["--ratio", share, "--seed", str(seed)]
+                    if iterations != settings.train.iterations:
+                        own += ["--train.iterations", str(iterations)]
+                    yield Run(
+                        experiment=parsed.experiment,
+                        share=share,
+                        budget=budget,
+                        variant=variant.name,
+                        arguments=(*options, *own),
+                        settings=changed,
+                        folder=out / "runs" / changed.hash(),
+                    )
+
+
+def fitting(given: Sequence[str], variant: Variant) -> list[str]:
+    """Return the user's options without those that the variant's method does not read."""
+    chosen = dict(itertools.pairwise(variant.options))
+    about = methods.get(chosen.get("--method", Settings.method))
+    unused = about.unused(int(chosen.get("--pairs", about.pairs)))
+    kept, keep = [], True
+    for text in given:
+        if text.startswith("--"):
+            name = text.partition("=")[0][2:].replace("-", "_").replace(".no_", ".")
+            keep = name not in unused and name.partition(".")[0] not in unused
+        if keep:
+            kept.append(text)
+    return kept
+
+
+def print_command(r: Run) -> None:
+    """Print what trains a run."""
+    say(shlex.join(["ctt-train", *r.command()]))
+
+
+def submit(
+    runs: Sequence[Run], parameters: Sequence[str], given: Sequence[str], out: Path, jobs: int
+) -> None:
+    """Hand the runs over to a cluster.
+
+    Args:
+        parameters: `name=value` of submitit's executor. jobs: at a time; 1 sets no limit.
+
+    Raises:
+        UserError: a parameter that submitit does not take.
+    """
+    from ctt.experiments.cluster import submit_all
+
+    try:
+        names = submit_all(runs, parameters, given, out / "jobs", jobs)
+    except (NameError, ValueError, RuntimeError) as error:
+        raise UserError(f"--submit: {' '.join(str(error).split())}") from None
+    say(
+        f"{len(names)} jobs are submitted; what they print is in {out / 'jobs'}. The same command "
+        f"with --print instead of --submit writes the table of what is finished."
+    )

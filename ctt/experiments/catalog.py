@@ -1,0 +1,268 @@
+"""The experiments by name: the paper's tables, and the questions that the paper leaves open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from ctt.errors import UserError
+from ctt.experiments import paper
+
+NO_CONTRAST = ("--loss.hc", "0", "--loss.lc", "0")
+EQUAL_ITERATIONS = "equal iterations"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of training, a row of a table.
+
+    Attributes:
+        options: those of `ctt-train` that make it.
+        cost: of a step, in forward passes for each labelled image of the batch; 0: not counted. A
+            forward pass that gradients follow counts for three, as the backward pass takes twice
+            the time of the forward pass. The losses themselves are not counted.
+    """
+
+    name: str
+    options: tuple[str, ...] = ()
+    cost: float = 0.0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs that are compared.
+
+    Attributes:
+        what: what it asks, in one line. source: where it comes from.
+        variants: the first is what the others are compared with, unless `baseline` names another.
+        shares: labelled shares by data set (of VOC's classic set `voc classic`); none: that of the
+            recipe.
+        budgets: costs of the runs, as shares of the costliest variant's with the iterations of the
+            recipe; every variant gets the iterations that it can do for it. None: the iterations of
+            the recipe for all.
+    """
+
+    what: str
+    source: str
+    variants: tuple[Variant, ...]
+    baseline: str = ""
+    shares: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    budgets: tuple[Fraction, ...] = ()
+
+    @property
+    def compared_with(self) -> str:
+        """Return the name of the variant that the others are compared with."""
+        return self.baseline or self.variants[0].name
+
+    def chosen(self, names: Sequence[str]) -> list[Variant]:
+        """Return the variants of these names; all for no name.
+
+        Raises:
+            UserError: there is none of a name.
+        """
+        known = {variant.name: variant for variant in self.variants}
+        for name in names:
+            if name not in known:
+                raise UserError(f"--only {name}: no such row. Rows: {', '.join(known)}.")
+        return [v for v in self.variants if not names or v.name in names]
+
+    def iterations(self, variant: Variant, base: int) -> Iterator[tuple[str, int]]:
+        """Yield the iterations of a variant with the name of each budget, "" where there is one.
+
+        Args:
+            base: iterations of the recipe.
+        """
+        if not self.budgets:
+            yield "", base
+            return
+        yield EQUAL_ITERATIONS, base
+        most = max(v.cost for v in self.variants)
+        for budget in self.budgets:
+            yield f"cost {budget}", max(1, round(base * float(budget) * most / variant.cost))
+
+
+def plain(*names: str) -> tuple[Variant, ...]:
+    """Return a variant for each of these methods."""
+    return tuple(Variant(name, ("--method", name)) for name in names)
+
+
+def values(option: str, *numbers: str) -> tuple[Variant, ...]:
+    """Return a variant for each value of an option."""
+    return tuple(Variant(number, (option, number)) for number in numbers)
+
+
+SUPERVISED = Variant("supervised", ("--method", "supervised"), cost=3)
+MEAN_TEACHER = Variant("mean teacher", ("--method", "mean-teacher"), cost=7)
+ENSEMBLE = Variant("ensemble of two mean teachers", ("--method", "mean-teacher-ensemble"), cost=14)
+CROSS_TEACHER = Variant("cross teacher", NO_CONTRAST, cost=14)
+# a bank of each pair is filled with what its teacher gives for the labelled images
+ALL = Variant("cross teacher and contrast", cost=16)
+WITHOUT_CT = ("--loss.ct", "0")  # what Tables 7 to 9 vary is measured without the cross teacher
+
+EXPERIMENTS = {
+    "shares": Experiment(
+        "every method of the paper's tables at several shares of labels",
+        "Tables 1 to 3",
+        plain(
+            "supervised",
+            "mean-teacher",
+            "advsemiseg",
+            "s4gan",
+            "french",
+            "vat",
+            "dst-cbc",
+            "classmix",
+            "dmt",
+            "ecs",
+            "cct",
+            "gct",
+            "pseudoseg",
+            "pc2seg",
+            "semiseg-contrastive",
+            "cross-teacher",
+        ),
+        shares={
+            paper.CITYSCAPES: ("1/30", "1/8", "1/4", "1/2", "1/1"),
+            paper.VOC_AUG: ("1/50", "1/20", "1/8", "1/4", "1/1"),
+            paper.VOC_CLASSIC: ("92", "183", "366", "732"),
+            "digits": ("20", "50", "100", "200", "1/1"),
+            "earth": ("20", "50", "100", "200", "1/1"),
+        },
+    ),
+    "table4": Experiment(
+        "which parts of the objective are worth what",
+        "Table 4",
+        (
+            SUPERVISED,
+            CROSS_TEACHER,
+            Variant("high-level contrast", (*WITHOUT_CT, "--loss.lc", "0")),
+            Variant("low-level contrast", (*WITHOUT_CT, "--loss.hc", "0")),
+            Variant("both contrasts", WITHOUT_CT),
+            Variant("cross teacher and high-level", ("--loss.lc", "0")),
+            Variant("cross teacher and low-level", ("--loss.hc", "0")),
+            Variant("all"),
+        ),
+    ),
+    "table5": Experiment(
+        "which networks should label for which",
+        "Table 5",
+        (
+            Variant("direct mutual teaching", ("--method", "cps")),
+            MEAN_TEACHER,
+            ENSEMBLE,
+            Variant("self-training", ("--method", "self-training")),
+            Variant("dual teachers", ("--method", "dual-teachers")),
+            CROSS_TEACHER,
+        ),
+        baseline="mean teacher",
+    ),
+    "table6": Experiment(
+        "how many pairs of student and teacher",
+        "Table 6",
+        tuple(
+            Variant(f"{k} pair{'s' * (k > 1)}", ("--pairs", str(k), "--loss.hc", "0", *no_peer))
+            for k, no_peer in ((1, ()), (2, ("--loss.lc", "0")), (3, ("--loss.lc", "0")))
+        ),
+    ),
+    "table7": Experiment(
+        "how many keys of each class a bank holds",
+        "Table 7",
+        tuple(
+            Variant(v.name, (*v.options, *WITHOUT_CT))
+            for v in values("--bank.capacity", "64", "128", "256", "512", "1024")
+        ),
+        baseline="128",
+    ),
+    "table8": Experiment(
+        "from which confidence on a pixel belongs to the high-level contrast",
+        "Table 8",
+        tuple(
+            Variant(v.name, (*v.options, *WITHOUT_CT))
+            for v in values("--loss.gamma", "0", "0.75", "0.85", "0.95", "1")
+        ),
+        baseline="0.75",
+    ),
+    "table9": Experiment(
+        "low-level contrast of every pixel, or of those where the peer is more confident",
+        "Table 9",
+        (
+            Variant("every pixel", ("--loss.no-directional", *WITHOUT_CT)),
+            Variant("less confident pixels", ("--loss.directional", *WITHOUT_CT)),
+        ),
+    ),
+    "tau": Experiment(
+        "the temperature of both contrasts, which the paper does not print",
+        "open question",
+        tuple(
+            Variant(t, ("--loss.tau-hc", t, "--loss.tau-lc", t))
+            for t in ("0.05", "0.1", "0.2", "0.5", "1")
+        ),
+        baseline="0.5",
+    ),
+    "top-k": Experiment(
+        "among how many confident pixels keys are drawn, which the paper does not print",
+        "open question",
+        (
+            *values("--bank.top-k", "16", "64", "256", "1024"),
+            Variant("the most confident", ("--bank.no-random-choice",)),
+        ),
+        baseline="256",
+    ),
+    "averaging": Experiment(
+        "means over the pixels of each class or over all; teachers' batch norm copied or averaged",
+        "open question",
+        (
+            Variant("pixels of each class", ("--loss.contrast-reduction", "class")),
+            Variant("all pixels", ("--loss.contrast-reduction", "mean")),
+            Variant("averaged batch norm", ("--ema.buffers", "average")),
+        ),
+    ),
+    "confidence": Experiment(
+        "how teachers' confidence weighs their labels, and what the sum is divided by",
+        "open question",
+        (
+            Variant("none", ("--loss.confidence-weight", "none")),
+            Variant("uniform", ("--loss.confidence-weight", "uniform")),
+            *(
+                Variant(
+                    f"threshold, mean over {mean} pixels",
+                    ("--loss.confidence-weight", "threshold", "--loss.unlabeled-mean", mean),
+                )
+                for mean in ("kept", "valid", "all")
+            ),
+        ),
+    ),
+    "mask": Experiment(
+        "whose confidence decides which contrast a pixel belongs to",
+        "open question",
+        values("--loss.hc-confidence", "student", "teacher"),
+    ),
+    "labelers": Experiment(
+        "whose labels a student of two pairs learns",
+        "open question",
+        (
+            Variant("the other teacher's", NO_CONTRAST),
+            Variant("its own teacher's", ("--method", "mean-teacher-ensemble")),
+            Variant("both teachers'", ("--method", "dual-teachers")),
+            Variant("the other student's", ("--method", "cps")),
+        ),
+    ),
+    "cost": Experiment(
+        "what a method is worth for the same iterations, and for the same cost",
+        "open question",
+        (SUPERVISED, MEAN_TEACHER, ENSEMBLE, CROSS_TEACHER, ALL),
+        budgets=(Fraction(1, 4), Fraction(1, 2), Fraction(1)),
+    ),
+}
+
+
+def get(name: str) -> Experiment:
+    """Return an experiment.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in EXPERIMENTS:
+        raise UserError(f"{name}: no such experiment. Experiments: {', '.join(EXPERIMENTS)}.")
+    return EXPERIMENTS[name]

@@ -1,0 +1,61 @@
+"""Runs as jobs of a Slurm cluster, by the package submitit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ctt.experiments.pool import train_one
+from ctt.experiments.runs import Run
+
+
+class ClusterJob:
+    """A run as a job. One that is preempted is submitted again, and goes on from its checkpoint."""
+
+    def __init__(self, r: Run, given: Sequence[str]) -> None:
+        self.run, self.given = r, list(given)
+
+    def __call__(self) -> None:
+        """Train the run."""
+        train_one(self.run, self.given)
+
+    def checkpoint(self, *arguments: Any, **options: Any) -> Any:
+        """Return what submitit is to submit after a preemption."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def submit_all(
+    runs: Sequence[Run], parameters: Sequence[str], given: Sequence[str], folder: Path, jobs: int
+) -> list[str]:
+    """Submit runs as one array of jobs.
+
+    Args:
+        parameters: `name=value` of submitit's executor; `cluster=local` runs them here. folder:
+            what the jobs print goes there. jobs: at a time; 1 sets no limit.
+
+    Returns:
+        the names of the jobs.
+
+    Raises:
+        NameError, ValueError, RuntimeError: a parameter that submitit does not take, or no cluster.
+        ModuleNotFoundError: submitit is not installed.
+    """
+    import submitit
+    import yaml
+
+    values = {}
+    for text in parameters:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise ValueError(f"{text} is no parameter of the form name=value.")
+        values[name] = yaml.safe_load(value)
+    executor = submitit.AutoExecutor(folder=folder, cluster=values.pop("cluster", None))
+    if jobs > 1:
+        values["slurm_array_parallelism"] = jobs
+    executor.update_parameters(**values)
+    with executor.batch():
+        submitted = [executor.submit(ClusterJob(r, given)) for r in runs]
+    return [job.job_id for job in submitted]

@@ -1,0 +1,146 @@
+"""Trains several runs at a time on this machine; whatever stops it, they can be gone on with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ctt import run
+from ctt.errors import UserError
+from ctt.experiments.runs import SUMMARY, Run, last_words
+from ctt.train.signals import interrupt_flag
+
+PROGRAM = (sys.executable, "-c", "from ctt.cli.train import main; main()")
+POLL = 0.2  # seconds between looks at the processes
+INTERRUPTED = 130  # exit code of `ctt-train` after Ctrl-C
+
+
+Place = tuple[str, ...]
+"""Where a run computes: arguments of `ctt-train` for one of the jobs at a time."""
+
+
+def places(jobs: int, given: Sequence[str]) -> list[Place]:
+    """Return a place for each job: its share of the cores, and a GPU in turn where there are some.
+
+    Args:
+        given: the user's own options, which are left as they are.
+    """
+    import torch
+
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    found = []
+    for number in range(jobs):
+        arguments: list[str] = []
+        if "--train.threads" not in given:
+            arguments += ["--train.threads", str(threads)]
+        if "--train.device" not in given and torch.cuda.device_count() > 1:
+            arguments += ["--train.device", f"cuda:{number % torch.cuda.device_count()}"]
+        found.append(tuple(arguments))
+    return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is being trained."""
+
+    run: Run
+    process: subprocess.Popen[bytes]
+    place: Place
+
+
+def start(r: Run, place: Place) -> Job:
+    """Start a run, or go on with it.
+
+    It is in a session of its own, so that Ctrl-C on the terminal reaches it once, through this
+    program.
+    """
+    r.folder.parent.mkdir(parents=True, exist_ok=True)
+    r.error.unlink(missing_ok=True)
+    fresh = not run.has_checkpoint(r.folder)
+    if fresh and (r.folder / run.CONFIG).is_file():
+        shutil.rmtree(r.folder)  # stopped before its first checkpoint
+    with r.log.open("wb" if fresh else "ab") as log:
+        process = subprocess.Popen(
+            [*PROGRAM, *r.command(), *place],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return Job(r, process, place)
+
+
+def finish(r: Run, code: int) -> bool:
+    """Return whether a run is finished, and keep what it said last if it failed."""
+    if code == 0 and r.summary() is not None:
+        return True
+    if code not in (INTERRUPTED, -signal.SIGINT):
+        said = last_words(r.log) or f"The program ended with code {code}."
+        if code == 0:
+            said = f"There is no {SUMMARY} of these settings, though the program ended well."
+        r.error.write_text(said, "utf-8")
+    return False
+
+
+def train_all(
+    runs: Iterable[Run], at: Sequence[Place], done: Callable[[Run, bool], object]
+) -> bool:
+    """Train runs, as many at a time as there are places; a run that fails stops no other.
+
+    A run that another program is training is left to it, and waited for in the end.
+
+    Args:
+        done: called with each run and whether it is finished.
+
+    Returns:
+        whether all were tried; otherwise the user has asked to stop. Those in progress have then
+        written checkpoints.
+    """
+    waiting, free = deque(runs), deque(at)
+    active: list[Job] = []
+    asked = False
+    with interrupt_flag() as interrupted:
+        try:
+            while active or (waiting and not interrupted):
+                for _ in range(len(waiting) if free and not interrupted else 0):
+                    r = waiting.popleft()
+                    if r.summary() is not None:  # another program has trained it meanwhile
+                        done(r, True)
+                    elif r.is_busy() or not free:
+                        waiting.append(r)
+                    else:
+                        active.append(start(r, free.popleft()))
+                if interrupted and not asked:
+                    asked = True
+                    for job in active:
+                        job.process.send_signal(signal.SIGINT)
+                for job in [job for job in active if job.process.poll() is not None]:
+                    active.remove(job)
+                    free.append(job.place)
+                    done(job.run, finish(job.run, job.process.returncode))
+                time.sleep(POLL)
+        finally:  # a second Ctrl-C
+            for job in active:
+                job.process.kill()
+                job.process.wait()
+    return not interrupted
+
+
+def train_one(r: Run, given: Sequence[str]) -> None:
+    """Train a run in this process's place, as a job of a cluster.
+
+    Raises:
+        UserError: it failed; the message is what it said last.
+    """
+    if r.summary() is not None:
+        return
+    job = start(r, places(1, given)[0])
+    if not finish(r, job.process.wait()):
+        raise UserError(f"{r.name}: {last_words(r.log)}")

@@ -1,0 +1,227 @@
+"""ctt-sweep: what it trains, and that it goes on after whatever stopped it."""
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ctt import methods
+from ctt.cli import sweep, train
+from ctt.errors import UserError
+from ctt.experiments import catalog, paper, pool, runs
+from ctt.experiments.results import Row, read
+
+PROGRAM = [sys.executable, "-c", "from ctt.cli.sweep import main; main()"]
+TINY = shlex.split(
+    "--data.labeled-pool 24 --data.eval-images 6 --data.batch-size 3 --data.crop 24 24 "
+    "--model.width 4 --model.features 8 --loss.gamma 0.2 --bank.capacity 4 --bank.per-class 4 "
+    "--train.iterations 8 --train.eval-every 2 --train.no-tensorboard --train.deterministic "
+    "--train.threads 1"
+)
+FOUR = ["table4", "--only", "supervised", "all", "--seeds", "0", "1", "--shares", "6", *TINY]
+
+
+def rows_of(path: Path) -> list[Row]:
+    """Return the rows without what no two runs have alike."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read(path)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of four runs that were never stopped, trained by the commands that are printed."""
+    out = tmp_path_factory.mktemp("sweep") / "whole"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert sweep._main([*FOUR, "--out", str(out), "--print"]) == 0
+    commands = printed.getvalue().splitlines()
+    assert len(commands) == 4
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "ctt-train"
+        assert train._main(arguments) == 0
+    assert sweep._main([*FOUR, "--out", str(out)]) == 0
+    return out
+
+
+def test_the_table_tells_what_was_run(whole: Path) -> None:
+    rows = read(whole / "table4.csv")
+    assert [(r["variant"], r["seed"]) for r in rows] == [
+        *(("supervised", "0"), ("all", "0")),
+        *(("supervised", "1"), ("all", "1")),
+    ]
+    for row in rows:
+        assert (row["status"], row["iterations"], row["labeled"]) == ("done", "8", "6")
+        assert (row["experiment"], row["dataset"], row["share"]) == ("table4", "digits", "6")
+        assert row["torch"]
+        assert row["device"]
+        assert 0 <= float(row["last"]) <= float(row["best"]) + 20
+        summary = json.loads((whole / "runs" / row["settings_hash"] / "summary.json").read_text())
+        assert float(row["ensemble"]) == summary["miou"]["ensemble"]
+    # 8 steps with 3 labelled images, 3 passes each; of two pairs with as many unlabelled ones too,
+    # and the teachers with both
+    assert [row["forwards"] for row in rows[:2]] == ["72", str(8 * 3 * (3 * 4 + 4))]
+    assert [row["method"] for row in rows[:2]] == ["supervised", "cross-teacher"]
+    assert "optim.lr" not in rows[0]  # all have the same, which the file beside it tells
+    assert "optim.lr: 0.1" in (whole / "table4.yaml").read_text()
+    with (whole / "table4-curves.csv").open() as file:
+        points = list(csv.DictReader(file))
+    assert [p["iteration"] for p in points[:4]] == ["2", "4", "6", "8"]
+    assert points[3]["last"] == f"{float(rows[0]['last']):.2f}"
+
+
+def test_a_sweep_that_was_stopped_ends_like_one_that_was_not(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    command = [*PROGRAM, *FOUR, "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # the first time it is killed, and what it was training goes on alone; then comes Ctrl-C
+    for number, how in enumerate((signal.SIGKILL, signal.SIGINT), 1):
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            env=environment,
+            # what a shell runs in the background inherits that Ctrl-C is ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as process:
+            wait_for(lambda n=number: len(begun(out)) > n, process)
+            process.send_signal(how)
+            process.wait(60)
+        assert process.returncode == (130 if how == signal.SIGINT else -how)
+    status = [row["status"] for row in read(out / "table4.csv")]
+    assert set(status) == {"done", "missing"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert rows_of(out / "table4.csv") == rows_of(whole / "table4.csv")
+    curves = "table4-curves.csv"
+    assert (out / curves).read_bytes() == (whole / curves).read_bytes()
+
+
+def begun(out: Path) -> list[Path]:
+    return list((out / "runs").glob("*/metrics.csv"))
+
+
+def wait_for(
+    ready: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120
+) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_run_that_fails_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, start = tmp_path / "sweep", pool.start
+    seen: list[runs.Run] = []
+
+    def broken(r: runs.Run, place: pool.Place) -> pool.Job:
+        seen.append(r)
+        if len(seen) > 1:
+            return start(r, place)
+        return dataclasses.replace(start(r, (*place, "--optim.lr", "1e30")), place=place)
+
+    monkeypatch.setattr(pool, "start", broken)
+    command = [*FOUR, "--out", str(out), "--only", "supervised"]
+    assert sweep._main(command) == sweep.SOME_FAILED
+    first, second = read(out / "table4.csv")
+    assert (first["status"], second["status"]) == ("failed", "done")
+    assert first["error"].startswith("ctt-train: Training diverged")
+    assert "failed: ctt-train: Training diverged" in capsys.readouterr().out
+    monkeypatch.setattr(pool, "start", start)
+    assert sweep._main(command) == 0
+    assert {row["status"] for row in read(out / "table4.csv")} == {"done"}
+
+
+def test_runs_in_common_are_trained_once(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["cost", *FOUR[4:], "--only", "supervised", "--out", str(whole), "--print"]
+    before = (whole / "table4.csv").read_bytes()
+    assert sweep._main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6  # three budgets, two seeds
+    assert all(line.startswith("ctt-train --dataset digits") for line in lines)
+    parsed, settings = train.read(shlex.split(lines[0])[1:])
+    assert settings.hash() == parsed.out.name  # type: ignore[union-attr]
+    status = {row["budget"]: row["status"] for row in read(whole / "cost.csv")}
+    assert status == {
+        "equal iterations": "done",
+        **dict.fromkeys(("cost 1/4", "cost 1/2", "cost 1"), "missing"),
+    }
+    assert (whole / "table4.csv").read_bytes() == before
+    assert sweep._main([*FOUR, "--out", str(whole)]) == 0
+    assert "4 of 4 runs are finished" in capsys.readouterr().out
+
+
+def test_costs_are_equal() -> None:
+    cost = catalog.get("cost")
+    wanted = {v.name: dict(cost.iterations(v, 1600)) for v in cost.variants}
+    for budget, share in (("cost 1/4", 0.25), ("cost 1/2", 0.5), ("cost 1", 1)):
+        for variant in cost.variants:
+            spent = wanted[variant.name][budget] * variant.cost
+            assert spent == pytest.approx(share * 1600 * 16, rel=0.01)
+    assert {w["equal iterations"] for w in wanted.values()} == {1600}
+
+
+@pytest.mark.parametrize("name", list(catalog.EXPERIMENTS))
+def test_every_row_of_every_experiment_can_be_trained(name: str) -> None:
+    """Its options are known, and none of them is one that its method ignores."""
+    experiment = catalog.get(name)
+    found = [train.read(list(variant.options))[1] for variant in experiment.variants]
+    assert len({settings.hash() for settings in found}) >= len(found) - (name != "cost")
+    names = [variant.name for variant in experiment.variants]
+    assert len(set(names)) == len(names)
+    assert experiment.compared_with in names
+    assert all(text in names for text in paper.TABLES.get(name, {}))
+
+
+def test_the_papers_methods_are_all_there() -> None:
+    shares = catalog.get("shares")
+    names = {variant.name for variant in shares.variants}
+    assert names <= set(methods.names())
+    for data, table in paper.SHARES.items():
+        assert set(table) <= names
+        for row in table.values():
+            assert set(row) <= set(shares.shares[data])
+    assert paper.printed("shares", "voc", "1/50", "cross-teacher") == 69.24
+    assert paper.printed("shares", "voc", "1/50", "ecs") is None
+    assert paper.printed("table5", "digits", "1/20", "dual teachers") == 62.42
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("nothing", "no such experiment. Experiments: shares, table4"),
+        ("tau --only 3", "--only 3: no such row. Rows: 0.05, 0.1"),
+        ("tau --jobs 0", "--jobs must be at least 1"),
+        ("tau --seed 3", "--seed is not for all runs of an experiment. Give --seeds"),
+        ("tau --ratio 1/4", "Give --shares"),
+        ("tau table5", "table5: this belongs to no option"),
+        ("tau --train.iterations 0", "--train.iterations must be at least 1"),
+        ("tau --shares few", "--ratio few is no ratio"),
+        ("tau --seeds -1", "--seed must be in 0"),
+    ],
+)
+def test_bad_input_is_told(arguments: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=text):
+        sweep._main([*shlex.split(arguments), "--out", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cluster_gets_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("submitit")
+    out = tmp_path / "sweep"
+    command = [*FOUR, "--only", "supervised", "--seeds", "0", "--out", str(out)]
+    with pytest.raises(UserError, match=r"--submit: .*no parameter of the form name=value"):
+        sweep._main([*command, "--submit", "fast"])
+    assert sweep._main([*command, "--submit", "cluster=debug"]) == 0
+    assert "1 jobs are submitted" in capsys.readouterr().out
