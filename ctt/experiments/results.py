@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,10 @@ COLUMNS = (
     "python",
     "error",
 )
-NUMBERS = ("last", "ensemble", "best", "labeled", "iterations", "forwards", "seconds")
+NUMBERS = (
+    *("last", "ensemble", "best", "labeled"),
+    *("iteration", "iterations", "forwards", "seconds"),
+)
 
 Row = dict[str, str]
 
@@ -123,7 +127,20 @@ def write(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
 
 
 def read(path: Path) -> list[Row]:
+    """Return the rows of a table of runs.
+
+    Raises:
+        UserError: it cannot be read, or is another table.
+    """
+    needed = ("experiment", "dataset", "variant", "share", "budget", "seed", "status", "last")
+    return read_table(path, needed)
+
+
+def read_table(path: Path, needed: Sequence[str]) -> list[Row]:
     """Return the rows of a file that `write` has written.
+
+    Args:
+        needed: columns that it must have.
 
     Raises:
         UserError: it cannot be read, or is another table.
@@ -135,7 +152,6 @@ def read(path: Path) -> list[Row]:
             columns = reader.fieldnames or []
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path}: the results cannot be read ({error}).") from None
-    needed = ("experiment", "dataset", "variant", "share", "budget", "seed", "status", "last")
     if missing := [name for name in needed if name not in columns]:
         raise UserError(
             f"{path}: this is no table of ctt-sweep, because the column {missing[0]} is missing."
@@ -149,10 +165,9 @@ def read(path: Path) -> list[Row]:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 def numbers(rows: Iterable[Row], column: str) -> list[float]:

@@ -1,0 +1,54 @@
+"""ctt-report: one page of tables and charts of what ctt-sweep has trained."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from ctt.cli.common import run_program
+from ctt.errors import UserError
+from ctt.text import say
+
+PAGE, TEXT = (".html", ".htm"), ".md"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Write a page of the experiments in a folder, as HTML that needs nothing else, and the same
+    tables as Markdown beside it."""
+
+    path: Positional[Path]
+    """Folder that ctt-sweep wrote into, or one table in it."""
+    out: Path | None = None
+    """The page; by default report.html in the folder. Its tables go into a .md file of the same
+    name."""
+
+
+def main() -> None:
+    """Run the program."""
+    run_program("ctt-report", lambda: _main(sys.argv[1:]))
+
+
+def _main(arguments: list[str]) -> int:
+    import tyro
+
+    parsed = tyro.cli(Arguments, prog="ctt-report", args=arguments)
+    if not parsed.path.exists():
+        raise UserError(f"{parsed.path}: there is no such folder or table.")
+    folder = parsed.path if parsed.path.is_dir() else parsed.path.parent
+    out = parsed.out or folder / "report.html"
+    if out.suffix not in PAGE:
+        raise UserError(f"--out {out}: give a name that ends in {PAGE[0]}.")
+    from ctt.experiments.pages import as_html, as_markdown, sections
+    from ctt.files import written
+
+    found = sections(parsed.path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in ((out, as_html(found)), (out.with_suffix(TEXT), as_markdown(found))):
+        with written(path) as part:
+            part.write_text(text, "utf-8")
+    say(f"{len(found)} tables are in {out} and {out.with_suffix(TEXT)}")
+    return 0

@@ -1,0 +1,354 @@
+"""What is told of experiments: tables and charts of their rows, as HTML and as Markdown."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ctt.errors import UserError
+from ctt.experiments import catalog, paper, results
+from ctt.experiments.catalog import EQUAL_ITERATIONS
+from ctt.experiments.results import CURVES, DONE, Row, difference, numbers, spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LEGEND = (
+    "mIoU in percent: mean ± standard deviation over the seeds, after the last iteration. "
+    "`networks` is the mean over the teachers of a run (over the students where there are none), "
+    "so nothing is chosen by the score; `ensemble` is the mean of the teachers' probabilities. "
+    "A difference is taken seed by seed, with the 95 % confidence interval of its mean by "
+    "Student's t; an interval that holds 0 shows no difference. `forwards` counts images that went "
+    "through a network in training, three times where gradients followed."
+)
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
+  color: #1b1b1b; background: #fff }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+th, td { border-bottom: 1px solid #ccc; padding: .25rem .7rem; text-align: right }
+th:first-child, td:first-child { text-align: left }
+div.wide { overflow-x: auto }
+img { max-width: 100%; height: auto }
+pre { overflow-x: auto }
+code { background: #f2f2f2; padding: 0 .2rem }
+"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text below a heading; the first column is that of names."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture and what it shows.
+
+    Attributes:
+        svg: the file.
+    """
+
+    title: str
+    svg: bytes
+
+
+@dataclass
+class Section:
+    """One experiment on one data set."""
+
+    title: str
+    text: list[str]
+    tables: list[Table] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
+    settings: str = ""
+
+
+def sections(folder: Path) -> list[Section]:
+    """Return a section for each table of `ctt-sweep` in a folder, or for the one table given.
+
+    Raises:
+        UserError: there is none, or one that cannot be read.
+    """
+    if folder.is_file():
+        files = [folder]
+    else:
+        files = sorted(f for f in folder.glob("*.csv") if not f.name.endswith(CURVES))
+        files = [file for file in files if is_table(file)]
+    if not files:
+        raise UserError(
+            f"{folder}: there is no table of an experiment. Give the folder that ctt-sweep wrote "
+            f"into (its --out), or a table in it."
+        )
+    return [section(file) for file in files]
+
+
+def is_table(file: Path) -> bool:
+    """Return whether a CSV seems to be a table of `ctt-sweep`: others may lie beside it."""
+    with file.open(encoding="utf-8", errors="replace") as opened:
+        return opened.readline().startswith("experiment,")
+
+
+def section(file: Path) -> Section:
+    """Return what is told of one table.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    rows = results.read(file)
+    if not rows:
+        raise UserError(f"{file}: the table has no rows.")
+    done = [row for row in rows if row["status"] == DONE]
+    name, data = rows[0]["experiment"], rows[0]["dataset"]
+    experiment = catalog.EXPERIMENTS.get(name)
+    text = [f"{experiment.what} ({experiment.source})." if experiment else ""]
+    split = {"tune": "images held out to choose settings by"}.get(rows[0].get("eval_split", ""))
+    text += [f"Scores are on the {split}."] if split else []
+    if len(done) < len(rows):
+        failed = sum(row["status"] == results.FAILED for row in rows)
+        text.append(
+            f"{len(rows) - len(done)} of {len(rows)} runs are not finished, {failed} of them "
+            f"failed; what follows is of the others."
+        )
+    text.append(versions(done))
+    found = Section(f"{name} on {data}", [sentence for sentence in text if sentence])
+    baseline = compared_with(rows)
+    shares, budgets = (list(dict.fromkeys(r[c] for r in rows)) for c in ("share", "budget"))
+    if len(shares) > 1:
+        found.tables += [by_share(done, budget) for budget in budgets]
+        found.charts.append(score_by_share(done))
+    if len(budgets) > 1:
+        found.charts.append(score_by_cost(done, "forwards"))
+        found.charts.append(score_by_cost(done, "seconds"))
+    for (share, budget), chosen in results.groups(done, "share", "budget").items():
+        found.tables.append(comparison(chosen, share, budget, baseline))
+    found.charts += curves(file.with_name(f"{file.stem}{CURVES}"))
+    beside = file.with_suffix(".yaml")
+    if beside.is_file():
+        found.settings = beside.read_text("utf-8")
+    return found
+
+
+def compared_with(rows: Sequence[Row]) -> str:
+    """Return the name of the variant that the others are compared with."""
+    names = [row["variant"] for row in rows]
+    experiment = catalog.EXPERIMENTS.get(rows[0]["experiment"])
+    wanted = experiment.compared_with if experiment else ""
+    return wanted if wanted in names else names[0]
+
+
+def versions(rows: Sequence[Row]) -> str:
+    """Return a sentence on the programs and devices of the runs."""
+    parts = []
+    for name, column in (
+        ("ctt", "ctt"),
+        ("PyTorch", "torch"),
+        ("Python", "python"),
+        ("", "device"),
+    ):
+        values = sorted({row[column] for row in rows if row.get(column)})
+        parts += [f"{name} {', '.join(values)}".strip()] if values else []
+    return f"Trained with {'; '.join(parts)}." if parts else ""
+
+
+def comparison(rows: Sequence[Row], share: str, budget: str, baseline: str) -> Table:
+    """Return the table of the variants with the same labels and budget."""
+    by_variant = results.groups(rows, "variant")
+    others = by_variant.get((baseline,), [])
+    told = of_paper(rows[0])
+    columns = (
+        *("row", "networks", "ensemble", f"networks against {baseline}"),
+        f"ensemble against {baseline}",
+        *([told] if told else []),
+        *("iterations", "forwards", "seconds", "seeds"),
+    )
+    lines = []
+    for (variant,), own in by_variant.items():
+        leads = [
+            "" if variant == baseline else str(difference(own, others, column) or "")
+            for column in ("last", "ensemble")
+        ]
+        score = paper.printed(own[0]["experiment"], own[0]["dataset"], share, variant)
+        lines.append(
+            (
+                variant,
+                spread(numbers(own, "last")),
+                spread(numbers(own, "ensemble")),
+                *leads,
+                *([f"{score:.2f}" if score is not None else ""] if told else []),
+                *(f"{m:,.0f}" if (m := mean(own, c)) is not None else "" for c in COSTS),
+                ", ".join(row["seed"] for row in own),
+            )
+        )
+    labeled = ", ".join(dict.fromkeys(row["labeled"] for row in rows))
+    of = f", {budget}" if budget else ""
+    return Table(f"{labeled} labelled images (--ratio {share}){of}", columns, lines)
+
+
+COSTS = ("iterations", "forwards", "seconds")
+
+
+def mean(rows: Sequence[Row], column: str) -> float | None:
+    """Return the mean of a column; None where it is empty."""
+    values = numbers(rows, column)
+    return sum(values) / len(values) if values else None
+
+
+def of_paper(row: Row) -> str:
+    """Return the heading of the paper's scores beside those of a row; empty: it has none."""
+    if row["experiment"] in paper.TABLES:
+        return f"paper: {paper.ELSEWHERE}"
+    return "paper" if row["experiment"] == "shares" and row["dataset"] in paper.SHARES else ""
+
+
+def by_share(rows: Sequence[Row], budget: str) -> Table:
+    """Return the scores of all variants (rows) at all shares (columns)."""
+    rows = [row for row in rows if row["budget"] == budget]
+    shares = list(dict.fromkeys(row["share"] for row in rows))
+    lines = []
+    for (variant,), own in results.groups(rows, "variant").items():
+        at = results.groups(own, "share")
+        lines.append((variant, *(spread(numbers(at.get((s,), []), "last")) for s in shares)))
+    title = "networks by share of labels" + (f", {budget}" if budget else "")
+    return Table(title, ("row", *shares), lines)
+
+
+def draw(title: str, across: str, body: Any, log: bool = False) -> Chart:
+    """Return a chart of mIoU that `body` draws on its axes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "ctt"}):
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        body(axes)
+        axes.set(title=title, xlabel=across, ylabel="mIoU, %")
+        if log:
+            axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return Chart(title, file.getvalue())
+
+
+def lines(axes: Axes, rows: Sequence[Row], across: str) -> None:
+    """Draw a line for each variant through its means, with the standard deviation over seeds."""
+    for (variant,), own in results.groups(rows, "variant").items():
+        points = []
+        for at in results.groups(own, "share", "budget").values():
+            x, y = mean(at, across), numbers(at, "last")
+            if x is not None and y:
+                deviation = statistics.stdev(y) if len(y) > 1 else 0.0
+                points.append((x, sum(y) / len(y), deviation))
+        if points:
+            xs, ys, bars = zip(*sorted(points), strict=True)
+            axes.errorbar(xs, ys, bars, marker="o", markersize=4, capsize=3, label=variant)
+
+
+def score_by_share(rows: Sequence[Row]) -> Chart:
+    """Return the chart of scores over the number of labelled images."""
+    first = [row for row in rows if row["budget"] in ("", EQUAL_ITERATIONS)]
+    return draw(
+        "mIoU and labelled images",
+        "labelled images",
+        lambda axes: lines(axes, first, "labeled"),
+        log=True,
+    )
+
+
+def score_by_cost(rows: Sequence[Row], column: str) -> Chart:
+    """Return the chart of scores over the cost of training, counted or measured."""
+    costly = [row for row in rows if row["budget"] != EQUAL_ITERATIONS]
+    of = {"forwards": "forward passes of images", "seconds": "seconds of training"}[column]
+    return draw(f"mIoU and {of}", of, lambda axes: lines(axes, costly, column), log=True)
+
+
+def curves(file: Path) -> list[Chart]:
+    """Return a chart of the scores during the runs for each share and budget; none without a file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if not file.is_file():
+        return []
+    found = []
+    points = results.read_table(file, ("share", "budget", "variant", "iteration", "last"))
+    for (share, budget), own in results.groups(points, "share", "budget").items():
+
+        def body(axes: Axes, own: Sequence[Row] = own) -> None:
+            for (variant,), some in results.groups(own, "variant").items():
+                steps = {
+                    int(i): numbers(at, "last")
+                    for (i,), at in results.groups(some, "iteration").items()
+                }
+                means = [sum(values) / len(values) for values in steps.values()]
+                axes.plot(list(steps), means, label=variant)
+
+        place = ", ".join(part for part in (f"--ratio {share}", budget) if part)
+        found.append(draw(f"mIoU during training, {place}", "iteration", body))
+    return found
+
+
+def as_markdown(found: Iterable[Section]) -> str:
+    """Return the tables as Markdown; charts are in the HTML alone."""
+    blocks = ["# Experiments", LEGEND]
+    for part in found:
+        blocks += [f"## {part.title}", *part.text]
+        for table in part.tables:
+            cells = [table.columns, ("---", *("---:" for _ in table.columns[1:])), *table.rows]
+            body = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells]
+            blocks += [f"### {table.title}", "\n".join(body)]
+        if part.settings:
+            blocks += ["### Command and settings of all runs", f"```yaml\n{part.settings}```"]
+    return "\n\n".join(blocks) + "\n"
+
+
+def as_html(found: Iterable[Section]) -> str:
+    """Return one page that needs nothing else, with the charts as pictures in it."""
+    body = ["<h1>Experiments</h1>", f"<p>{code(LEGEND)}</p>"]
+    for part in found:
+        body.append(f"<h2>{html.escape(part.title)}</h2>")
+        body += [f"<p>{code(sentence)}</p>" for sentence in part.text]
+        for table in part.tables:
+            head = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
+            lines = "".join(
+                f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>\n"
+                for row in table.rows
+            )
+            body += [
+                f"<h3>{html.escape(table.title)}</h3>",
+                f'<div class="wide"><table>\n<tr>{head}</tr>\n{lines}</table></div>',
+            ]
+        body += [
+            f'<img alt="{html.escape(chart.title)}" '
+            f'src="data:image/svg+xml;base64,{base64.b64encode(chart.svg).decode()}">'
+            for chart in part.charts
+        ]
+        if part.settings:
+            body.append(
+                "<details><summary>Command and settings of all runs</summary>"
+                f"<pre>{html.escape(part.settings)}</pre></details>"
+            )
+    text = "\n".join(body)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Experiments</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{text}\n</body>\n"
+        "</html>\n"
+    )
+
+
+def code(text: str) -> str:
+    """Return a sentence as HTML, with what is between backquotes as code."""
+    parts = html.escape(text).split("`")
+    return "".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(parts))

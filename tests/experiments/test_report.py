@@ -1,0 +1,132 @@
+"""ctt-report: its numbers, and that its page shows all of its pictures."""
+
+import base64
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from scipy.stats import ttest_rel
+
+from ctt.cli import report
+from ctt.errors import UserError
+from ctt.experiments import pages, results
+
+TABLE = Path(__file__).parent / "shares.csv"  # of made-up runs
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder as ctt-sweep leaves it, with another program's table in it."""
+    shutil.copy(TABLE, tmp_path / "shares.csv")
+    (tmp_path / "other.csv").write_text("method,seed\nmine,0\n")
+    (tmp_path / "shares.yaml").write_text("command: [ctt-sweep, shares]\nsettings: {a: <b>}\n")
+    points = [
+        {"share": "1/50", "budget": "", "variant": name, "seed": seed, "iteration": i, "last": i}
+        for name in ("supervised", "cross-teacher")
+        for seed in "01"
+        for i in ("10", "20")
+    ]
+    results.write(tmp_path / "shares-curves.csv", points, tuple(points[0]))
+    return tmp_path
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    rows = [row for row in results.read(TABLE) if row["share"] == "1/50"]
+    by_name = {name: rows for (name,), rows in results.groups(rows, "variant").items()}
+    ours, theirs = by_name["cross-teacher"], by_name["supervised"]
+    found = results.difference(ours, theirs[::-1], "last")
+    pairs = [results.numbers(some, "last") for some in (ours, theirs)]
+    expected = ttest_rel(*pairs).confidence_interval(results.LEVEL)
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.mean == pytest.approx(sum(pairs[0]) / 3 - sum(pairs[1]) / 3)
+    assert str(results.difference(ours[:1], theirs, "last")) == "+10.5 (one seed)"
+    assert results.difference(ours[:1], theirs[1:], "last") is None
+
+
+def test_the_tables_as_markdown(folder: Path) -> None:
+    assert report._main([str(folder)]) == 0
+    text = (folder / "report.md").read_text()
+    assert "## shares on voc" in text
+    assert "1 of 9 runs are not finished, 1 of them failed" in text
+    # the paper's scores beside ours, where it prints some for this share
+    assert "| row | networks | ensemble | networks against supervised |" in text
+    assert re.search(r"\| supervised \| 40\.0 ± 1\.0 \| .* \| 55\.69 \|", text)
+    assert re.search(r"\| cross-teacher \| 50\.2 ± 1\.0 \| .*\+10\.2 \[\+9\.4, \+10\.9\]", text)
+    assert re.search(r"\| cross-teacher \| .* \| 69\.24 \| 30 \| 1,600 \|", text)
+    assert "| row | 1/50 | 1/20 |" in text
+    assert "Trained with ctt 0.1.0; PyTorch 2.9.0" in text
+    assert "command: [ctt-sweep, shares]" in text
+
+
+def test_one_table_alone_without_what_lies_beside_it(tmp_path: Path) -> None:
+    page = tmp_path / "pages" / "mine.html"
+    assert report._main([str(TABLE), "--out", str(page)]) == 0
+    assert page.with_suffix(".md").is_file()
+    assert "<img" in page.read_text()
+
+
+def test_the_page_needs_nothing_else(folder: Path) -> None:
+    assert report._main([str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert "&lt;b&gt;" in page
+    pictures = re.findall(r'<img alt="([^"]+)" src="data:image/svg\+xml;base64,([^"]+)">', page)
+    assert [title for title, _ in pictures] == [
+        "mIoU and labelled images",
+        "mIoU during training, --ratio 1/50",
+    ]
+    assert all(base64.b64decode(data).rstrip().endswith(b"</svg>") for _, data in pictures)
+    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
+
+
+def test_costs_have_charts_of_their_own(tmp_path: Path) -> None:
+    rows = results.read(TABLE)
+    for row, budget in zip(rows, ["equal iterations", "cost 1/2", "cost 1"] * 3, strict=True):
+        row |= {"experiment": "cost", "share": "50", "budget": budget}
+    results.write(tmp_path / "cost.csv", rows, results.COLUMNS)
+    (part,) = pages.sections(tmp_path)
+    assert [chart.title for chart in part.charts] == [
+        "mIoU and forward passes of images",
+        "mIoU and seconds of training",
+    ]
+    titles = [table.title.rpartition(", ")[2] for table in part.tables]
+    assert set(titles) == {"equal iterations", "cost 1/2", "cost 1"}
+
+
+def test_bad_input_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no table of an experiment"):
+        report._main([str(tmp_path)])
+    with pytest.raises(UserError, match="no such folder or table"):
+        report._main([str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match=r"give a name that ends in \.html"):
+        report._main([str(TABLE), "--out", str(tmp_path / "page.pdf")])
+    bad = tmp_path / "bad.csv"
+    bad.write_text(TABLE.read_text().replace("done,41.0", "done,many"))
+    with pytest.raises(UserError, match=r"bad\.csv, line 3: last is no number: 'many'"):
+        report._main([str(tmp_path)])
+    bad.write_text("experiment,seed\nshares,0\n")
+    with pytest.raises(UserError, match="the column dataset is missing"):
+        report._main([str(bad)])
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+def test_the_page_in_a_browser(folder: Path) -> None:
+    api = pytest.importorskip("playwright.sync_api")
+    assert report._main([str(folder)]) == 0
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=arguments)
+        tab = browser.new_page(viewport={"width": 390, "height": 844})
+        asked: list[str] = []
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto((folder / "report.html").as_uri())
+        broken = "Array.from(document.images).filter(i => !i.complete || i.naturalWidth < 100)"
+        assert tab.evaluate("document.images.length") == 2
+        assert tab.evaluate(f"{broken}.length") == 0
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        browser.close()
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
