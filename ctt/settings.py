@@ -37,6 +37,7 @@ WITHOUT_EFFECT = {
         "cuda_graph",
         "profile",
         "log_every",
+        "measured_images",
         "checkpoint_every",
         "tensorboard",
     ),
@@ -264,6 +265,11 @@ class TrainSettings:
     """Iterations between evaluations; 0: ten in a run."""
     checkpoint_every: int = 0
     """Iterations between checkpoints; 0: at every evaluation."""
+    measured_images: int = 16
+    """Unlabelled images on which each evaluation also measures how sure the teachers are, how often
+    they and the students agree, and, where the data set knows the labels that are hidden from
+    training, how often the teachers are right: see "Inside" in the README. Nothing learns from it;
+    0: none."""
     tensorboard: bool = True
     backend: Literal["auto", "cuda", "triton", "cpu", "torch", "reference"] = "auto"
     """Implementation of the operations of `ctt.ops`, wherever it can run."""
@@ -586,6 +592,12 @@ def validate(settings: Settings) -> None:
             s.train.cuda_graph,
             not (s.train.cuda_graph and s.train.profile),
             "excludes --train.profile: a replayed step has no phases",
+        ),
+        (
+            "--train.measured-images",
+            s.train.measured_images,
+            s.train.measured_images >= 0,
+            at_least_0,
         ),
         ("--train.log-every", s.train.log_every, s.train.log_every >= 1, at_least_1),
         ("--train.eval-every", s.train.eval_every, s.train.eval_every >= 0, at_least_0),

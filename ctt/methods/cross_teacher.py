@@ -34,7 +34,15 @@ class CrossTeacher(PseudoLabels):
             for _ in self.students
         )
         if self.contrasts:
-            self.terms, self.logged = ("sup", "ct", "hc", "lc"), ("lost_pixels", "queues_full")
+            self.terms, self.logged = (
+                ("sup", "ct", "hc", "lc"),
+                (
+                    "lost_pixels",
+                    "queues_full",
+                    "keys_alike",
+                    "keys_apart",
+                ),
+            )
 
     def taught_by(self, k: int) -> list[int]:
         return [j for j in range(len(self.students)) if j != k] or [k]
@@ -137,5 +145,20 @@ class CrossTeacher(PseudoLabels):
     def report(self) -> dict[str, float]:
         if not self.contrasts:
             return {}
-        full = [bank.full.float().mean() for bank in self.banks]
-        return {"queues_full": float(torch.stack(full).mean())}
+        full = torch.stack([bank.full.float().mean() for bank in self.banks]).mean()
+        similar = torch.stack([torch.stack(similarities(bank)) for bank in self.banks]).mean(dim=0)
+        alike, apart = similar.tolist()
+        return {"queues_full": float(full), "keys_alike": alike, "keys_apart": apart}
+
+
+def similarities(bank: MemoryBank) -> tuple[Tensor, Tensor]:
+    """Return the mean cosine of two keys of one class, and of two classes; 0 of no such two."""
+    sums = bank.keys.sum(dim=1)  # (C, D); places that hold no key are 0
+    count = bank.count.to(sums.dtype)
+    pairs = count * (count - 1)
+    within = ((sums.square().sum(dim=1) - count) / pairs.clamp(min=1))[pairs > 0]
+    means = sums[bank.count > 0] / count[bank.count > 0, None]
+    between = means @ means.T
+    others = len(means) * (len(means) - 1)
+    apart = (between.sum() - between.diagonal().sum()) / max(1, others)
+    return within.sum() / max(1, len(within)), apart

@@ -48,6 +48,7 @@ from ctt.inference.figures import draw_samples
 from ctt.inference.predict import is_out_of_memory
 from ctt.settings import Settings, to_dict
 from ctt.text import BYTES_AS_THEY_ARE
+from ctt.train import measures
 from ctt.train.distributed import World, join
 from ctt.train.engine import Engine
 from ctt.train.feed import Feed
@@ -179,7 +180,11 @@ class Trainer:
             if self.broken:  # the next checkpoint must not take the place of the whole one
                 (self.folder / run.CHECKPOINT).unlink(missing_ok=True)
             recorder = Recorder(
-                self.folder, self.method, engine.iteration, tensorboard=settings.train.tensorboard
+                self.folder,
+                self.method,
+                engine.iteration,
+                settings.train.tensorboard,
+                measures.names(self.method.networks()) if self._measured() else (),
             )
         self._announce()
         scores: dict[str, Score] = {}
@@ -438,12 +443,19 @@ class Trainer:
                 self.settings.eval,
                 self.settings.data.workers,
             )
+            measured = measures.measure(
+                networks,
+                self.source,
+                self._measured(),
+                self.settings.eval,
+                self.settings.loss.confidence_threshold,
+                world,
+            )
         scores = {name: score(world.total(matrix)) for name, matrix in matrices.items()}
         if recorder is None:
             return scores
-        recorder.write(
-            engine.iteration, {f"miou_{name}": score.miou for name, score in scores.items()}
-        )
+        mious = {f"miou_{name}": score.miou for name, score in scores.items()}
+        recorder.write(engine.iteration, mious | measured)
         shown = "  ".join(f"{name} {score.miou:.1f}" for name, score in scores.items())
         self.console.print(f"iteration {engine.iteration:>6}  mIoU  {shown}", soft_wrap=True)
         single = {name: s.miou_of_labeled for name, s in scores.items() if name != "ensemble"}
@@ -465,6 +477,11 @@ class Trainer:
                 note,
             )
         return scores
+
+    def _measured(self) -> list[str]:
+        """Return the unlabelled images to measure on, from all over the list."""
+        count = min(self.settings.train.measured_images, len(self.unlabeled))
+        return [self.unlabeled[i * len(self.unlabeled) // count] for i in range(count)]
 
     @record_function("checkpoint")
     def _save(self, keep: bool = True) -> None:

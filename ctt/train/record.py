@@ -1,6 +1,7 @@
 """What a run leaves behind: metrics.csv, TensorBoard events, curves.png."""
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,19 @@ from ctt.methods.base import Method
 class Recorder:
     """Appends rows to metrics.csv and, if wanted, TensorBoard events in the run folder.
 
+    `measured` are columns beside those of the method.
+
     Going on from a checkpoint drops the rows after `iteration`: they will be written again.
     """
 
-    def __init__(self, folder: Path, method: Method, iteration: int, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        method: Method,
+        iteration: int,
+        tensorboard: bool,
+        measured: Iterable[str] = (),
+    ) -> None:
         self.path = folder / "metrics.csv"
         self.columns = [
             "iteration",
@@ -26,6 +36,7 @@ class Recorder:
             "images_per_second",
             "input_wait",
             *(f"miou_{name}" for name in names_of_scores(method.networks())),
+            *measured,
         ]
         # a line that a crash cut short has no number
         rows = [row for row in read_rows(self.path) if (row["iteration"] or "").isdecimal()]

@@ -1,0 +1,126 @@
+"""What training looks like inside, seen on a few unlabelled images: numbers that nothing learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from ctt.data.source import IGNORE, Source
+from ctt.errors import UserError
+from ctt.inference.evaluate import read_pair
+from ctt.inference.predict import predictor, prepare
+from ctt.models.base import SegmentationModel
+from ctt.settings import EvalSettings
+from ctt.train.distributed import World
+
+Networks = Mapping[str, SegmentationModel]
+
+
+def names(networks: Iterable[str]) -> list[str]:
+    """Return the numbers that `measure` gives for networks of these names: columns of metrics.csv.
+
+    confident_pixels: share of pixels of which a teacher is as sure as the confidence threshold asks.
+    pseudo_label_accuracy: share of pixels that a teacher classifies well, where the data set knows
+        the labels that are hidden from training.
+    teachers_agree, students_agree: share of pixels to which two of them give one class.
+    teachers_apart: half the L1 distance of their probabilities, 0 to 1.
+    weights_apart: distance of two students' weights, relative to their length.
+    """
+    teachers, students = (_of(networks, kind) for kind in ("teacher", "student"))
+    found = ["confident_pixels", "pseudo_label_accuracy"]
+    if len(teachers) > 1:
+        found += ["teachers_agree", "teachers_apart"]
+    if len(students) > 1:
+        found += ["students_agree", "weights_apart"]
+    return found
+
+
+@torch.no_grad()
+def measure(
+    networks: Networks,
+    source: Source,
+    ids: Sequence[str],
+    settings: EvalSettings,
+    threshold: float,
+    world: World,
+) -> dict[str, float]:
+    """Return what `names` lists, without the numbers that nothing is known of.
+
+    Args:
+        networks: students and teachers, all on one device; students label where there is no
+            teacher. Their mode is left as it was.
+        ids: unlabelled images, of which every process takes its part; of none there is no number.
+        settings: how an image is read. threshold: of the confidence.
+    """
+    if not ids:
+        return {}
+    device = next(next(iter(networks.values())).parameters()).device
+    known = set(source.train_ids())  # whose labels the data set has
+    predict = {name: predictor(net, source.info, settings) for name, net in networks.items()}
+    modes = {name: net.training for name, net in networks.items()}
+    sums: dict[str, Tensor] = {}
+    try:
+        for network in networks.values():
+            network.eval()
+        for name in ids[world.rank :: world.size]:
+            image, label = _read(source, settings, name, hidden=name in known)
+            given = {n: p(image[None].to(device))[0] for n, p in predict.items()}  # (C, H, W)
+            for key, value in _of_image(given, label.to(device), threshold):
+                pair = torch.stack([value.sum(), torch.full_like(value.sum(), value.numel())])
+                sums[key] = sums[key] + pair if key in sums else pair
+    finally:
+        for name, network in networks.items():
+            network.train(modes[name])
+    keys = [n for n in names(networks) if n != "weights_apart"]
+    none = torch.zeros(2, dtype=torch.float64, device=device)
+    totals = world.total(torch.stack([sums.get(key, none) for key in keys])).tolist()
+    found = {key: part / whole for key, (part, whole) in zip(keys, totals, strict=True) if whole}
+    apart = weights_apart([networks[name] for name in _of(networks, "student")])
+    return found if apart is None else found | {"weights_apart": apart}
+
+
+def _of_image(
+    given: Mapping[str, Tensor], label: Tensor, threshold: float
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield numbers whose mean over all pixels and networks is wanted, float64 of any shape."""
+    teachers, students = _of(given, "teacher"), _of(given, "student")
+    answers = {name: p.max(dim=0) for name, p in given.items()}
+    for name in teachers or students:
+        yield "confident_pixels", (answers[name].values >= threshold).double()
+        right = answers[name].indices == label
+        yield "pseudo_label_accuracy", right[label != IGNORE].double()
+    for kind, group in (("teachers", teachers), ("students", students)):
+        for a, b in combinations(group, 2):
+            yield f"{kind}_agree", (answers[a].indices == answers[b].indices).double()
+    for a, b in combinations(teachers, 2):
+        yield "teachers_apart", ((given[a] - given[b]).abs().sum(dim=0) / 2).double()
+
+
+def weights_apart(networks: Sequence[SegmentationModel]) -> float | None:
+    """Return the mean distance of two networks' weights, relative to the mean of their lengths;
+    None where there are no two, or they are of different kinds."""
+    vectors = [torch.cat([p.detach().flatten() for p in net.parameters()]) for net in networks]
+    if len(vectors) < 2 or len({len(v) for v in vectors}) > 1:
+        return None
+    apart = [2 * (a - b).norm() / (a.norm() + b.norm()) for a, b in combinations(vectors, 2)]
+    return float(torch.stack(apart).mean())
+
+
+def _read(source: Source, settings: EvalSettings, name: str, hidden: bool) -> tuple[Tensor, Tensor]:
+    """Return image (3, H, W) and label (H, W), 255 everywhere if the data set does not know it."""
+    if hidden:
+        try:
+            image, label = read_pair(source, settings, name)
+            return image, label.long()
+        except UserError:
+            pass  # a mask that training never reads must not end it
+    image = source.image(name)
+    image, label = prepare(image, torch.full(image.shape[1:], IGNORE, dtype=torch.uint8), settings)
+    return image, label.long()
+
+
+def _of(networks: Iterable[str], kind: str) -> list[str]:
+    return [name for name in networks if name.startswith(kind)]
