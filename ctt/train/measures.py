@@ -22,7 +22,7 @@ Networks = Mapping[str, SegmentationModel]
 def names(networks: Iterable[str]) -> list[str]:
     """Return the numbers that `measure` gives for networks of these names: columns of metrics.csv.
 
-    confident_pixels: share of pixels of which a teacher is as sure as the confidence threshold asks.
+    confident_pixels: share of pixels of which a teacher is as sure as the threshold asks.
     pseudo_label_accuracy: share of pixels that a teacher classifies well, where the data set knows
         the labels that are hidden from training.
     teachers_agree, students_agree: share of pixels to which two of them give one class.
