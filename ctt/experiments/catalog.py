@@ -98,6 +98,7 @@ ENSEMBLE = Variant("ensemble of two mean teachers", ("--method", "mean-teacher-e
 CROSS_TEACHER = Variant("cross teacher", NO_CONTRAST, cost=14)
 # a bank of each pair is filled with what its teacher gives for the labelled images
 ALL = Variant("cross teacher and contrast", cost=16)
+LADDER = (SUPERVISED, MEAN_TEACHER, ENSEMBLE, CROSS_TEACHER, ALL)
 WITHOUT_CT = ("--loss.ct", "0")  # what Tables 7 to 9 vary is measured without the cross teacher
 
 EXPERIMENTS = {
@@ -248,10 +249,15 @@ EXPERIMENTS = {
             Variant("the other student's", ("--method", "cps")),
         ),
     ),
+    "ladder": Experiment(
+        "what each step from supervised to cross-teacher training with contrast is worth",
+        "open question",
+        LADDER,
+    ),
     "cost": Experiment(
         "what a method is worth for the same iterations, and for the same cost",
         "open question",
-        (SUPERVISED, MEAN_TEACHER, ENSEMBLE, CROSS_TEACHER, ALL),
+        LADDER,
         budgets=(Fraction(1, 4), Fraction(1, 2), Fraction(1)),
     ),
 }
