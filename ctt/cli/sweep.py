@@ -238,7 +238,8 @@ def submit(
         names = submit_all(runs, parameters, given, out / "jobs", jobs)
     except (NameError, ValueError, RuntimeError) as error:
         raise UserError(f"--submit: {' '.join(str(error).split())}") from None
+    counted = "1 job is" if len(names) == 1 else f"{len(names)} jobs are"
     say(
-        f"{len(names)} jobs are submitted; what they print is in {out / 'jobs'}. The same command "
+        f"{counted} submitted; what they print is in {out / 'jobs'}. The same command "
         f"with --print instead of --submit writes the table of what is finished."
     )

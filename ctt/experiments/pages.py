@@ -258,12 +258,15 @@ def lines(axes: Axes, rows: Sequence[Row], across: str) -> None:
 def score_by_share(rows: Sequence[Row]) -> Chart:
     """Return the chart of scores over the number of labelled images."""
     first = [row for row in rows if row["budget"] in ("", EQUAL_ITERATIONS)]
-    return draw(
-        "mIoU and labelled images",
-        "labelled images",
-        lambda axes: lines(axes, first, "labeled"),
-        log=True,
-    )
+
+    def body(axes: Axes) -> None:
+        lines(axes, first, "labeled")
+        axes.set_xscale("log")
+        counts = sorted({int(value) for value in numbers(first, "labeled")})
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+
+    return draw("mIoU and labelled images", "labelled images", body)
 
 
 def score_by_cost(rows: Sequence[Row], column: str) -> Chart:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -55,26 +56,53 @@ class Job:
     place: Place
 
 
-def start(r: Run, place: Place) -> Job:
-    """Start a run, or go on with it.
+def start(r: Run, place: Place) -> Job | None:
+    """Start a run, or go on with it; None if another program is at it.
 
     It is in a session of its own, so that Ctrl-C on the terminal reaches it once, through this
     program.
     """
     r.folder.parent.mkdir(parents=True, exist_ok=True)
-    r.error.unlink(missing_ok=True)
-    fresh = not run.has_checkpoint(r.folder)
-    if fresh and (r.folder / run.CONFIG).is_file():
-        shutil.rmtree(r.folder)  # stopped before its first checkpoint
-    with r.log.open("wb" if fresh else "ab") as log:
-        process = subprocess.Popen(
-            [*PROGRAM, *r.command(), *place],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    claim = claimed(r)
+    if claim is None:
+        return None
+    try:
+        r.error.unlink(missing_ok=True)
+        fresh = not run.has_checkpoint(r.folder)
+        if fresh and (r.folder / run.CONFIG).is_file():
+            shutil.rmtree(r.folder)  # stopped before its first checkpoint
+        with r.log.open("wb" if fresh else "ab") as log:
+            process = subprocess.Popen(
+                [*PROGRAM, *r.command(), *place],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(claim,),
+            )
+    finally:
+        os.close(claim)
     return Job(r, process, place)
+
+
+def claimed(r: Run) -> int | None:
+    """Return a lock on a run, or None if another program has it.
+
+    The lock is an open file, and lasts until the last process that has it open ends: the run's own
+    process, though this program may be killed before.
+    """
+    claim = os.open(r.folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(claim)
+        return None
+    except OSError:
+        pass  # a file system without locks
+    if r.is_busy():
+        os.close(claim)
+        return None
+    return claim
 
 
 def finish(r: Run, code: int) -> bool:
@@ -109,14 +137,17 @@ def train_all(
     with interrupt_flag() as interrupted:
         try:
             while active or (waiting and not interrupted):
-                for _ in range(len(waiting) if free and not interrupted else 0):
+                for _ in range(0 if interrupted else len(waiting)):
+                    if not free:
+                        break
                     r = waiting.popleft()
                     if r.summary() is not None:  # another program has trained it meanwhile
                         done(r, True)
-                    elif r.is_busy() or not free:
-                        waiting.append(r)
+                    elif (job := start(r, free[0])) is not None:
+                        active.append(job)
+                        free.popleft()
                     else:
-                        active.append(start(r, free.popleft()))
+                        waiting.append(r)
                 if interrupted and not asked:
                     asked = True
                     for job in active:
@@ -139,8 +170,10 @@ def train_one(r: Run, given: Sequence[str]) -> None:
     Raises:
         UserError: it failed; the message is what it said last.
     """
-    if r.summary() is not None:
-        return
-    job = start(r, places(1, given)[0])
-    if not finish(r, job.process.wait()):
-        raise UserError(f"{r.name}: {last_words(r.log)}")
+    place = places(1, given)[0]
+    while r.summary() is None:
+        job = start(r, place)
+        if job is None:
+            time.sleep(POLL)
+        elif not finish(r, job.process.wait()):
+            raise UserError(f"{r.name}: {last_words(r.log)}")

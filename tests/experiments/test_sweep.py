@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ctt import methods
+from ctt import methods, run
 from ctt.cli import sweep, train
 from ctt.errors import UserError
 from ctt.experiments import catalog, paper, pool, runs
@@ -127,9 +127,9 @@ def test_a_run_that_fails_stops_no_other(
 
     def broken(r: runs.Run, place: pool.Place) -> pool.Job:
         seen.append(r)
-        if len(seen) > 1:
-            return start(r, place)
-        return dataclasses.replace(start(r, (*place, "--optim.lr", "1e30")), place=place)
+        job = start(r, (*place, "--optim.lr", "1e30") if len(seen) == 1 else place)
+        assert job is not None
+        return dataclasses.replace(job, place=place)
 
     monkeypatch.setattr(pool, "start", broken)
     command = [*FOUR, "--out", str(out), "--only", "supervised"]
@@ -141,6 +141,22 @@ def test_a_run_that_fails_stops_no_other(
     monkeypatch.setattr(pool, "start", start)
     assert sweep._main(command) == 0
     assert {row["status"] for row in read(out / "table4.csv")} == {"done"}
+
+
+def test_a_run_belongs_to_one_program(whole: Path) -> None:
+    settings = run.read_settings(next((whole / "runs").glob("*/config.yaml")).parent)
+    r = runs.Run("table4", "6", "", "all", (), settings, whole / "runs" / "none")
+    claim = pool.claimed(r)
+    assert claim is not None
+    assert pool.start(r, ()) is None
+    assert not r.folder.exists()
+    os.close(claim)
+    again = pool.claimed(r)
+    assert again is not None
+    os.close(again)
+    trained = dataclasses.replace(r, folder=whole / "runs" / settings.hash())
+    with run.lock(trained.folder):  # as ctt-train --resume has it
+        assert pool.claimed(trained) is None
 
 
 def test_runs_in_common_are_trained_once(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,4 +240,4 @@ def test_a_cluster_gets_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(UserError, match=r"--submit: .*no parameter of the form name=value"):
         sweep._main([*command, "--submit", "fast"])
     assert sweep._main([*command, "--submit", "cluster=debug"]) == 0
-    assert "1 jobs are submitted" in capsys.readouterr().out
+    assert "1 job is submitted" in capsys.readouterr().out
