@@ -84,7 +84,7 @@ def _main(arguments: list[str]) -> int:
     out = parsed.out or Path("sweeps") / parsed.dataset
     runs = list(plan(parsed, given, out))
     table = out / f"{parsed.experiment}.csv"
-    command = ["ctt-sweep", *arguments]
+    command = ["ctt-sweep", *(text for text in arguments if text != "--print")]
 
     def write() -> list[Row]:
         out.mkdir(parents=True, exist_ok=True)

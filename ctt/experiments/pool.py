@@ -35,7 +35,7 @@ def places(jobs: int, given: Sequence[str]) -> list[Place]:
     """
     import torch
 
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
     found = []
     for number in range(jobs):
         arguments: list[str] = []
