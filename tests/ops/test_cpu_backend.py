@@ -200,6 +200,18 @@ def test_threads_change_nothing_but_rounding(threads):
     )
 
 
+@pytest.mark.parametrize("name", ["info_nce", "pair_info_nce"])
+def test_contrast_with_keys_beyond_the_cache(name, threads):
+    """Then pixels come in larger groups, by how many there are for each thread."""
+    query, label, keys, _ = problem(1000, 4, 300, 456, torch.float32)
+    count = torch.full((4,), 300)
+    args = (keys, count) if name == "info_nce" else ([keys], [count], torch.randn(1000, 456))
+    for pixels in (1000, 97):
+        part = [x[:pixels] for x in (query, label)]
+        more = args if name == "info_nce" else (*args[:2], args[2][:pixels])
+        check_contrast(name, *part, *more, temperature=0.1)
+
+
 def test_large():
     query, label, keys, count = problem(33_620, 21, 3, 16, torch.float32)
     check_contrast("info_nce", query, label, keys, count, temperature=0.5)
