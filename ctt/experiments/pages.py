@@ -130,6 +130,7 @@ def section(file: Path) -> Section:
         found.charts.append(score_by_cost(done, "seconds"))
     for (share, budget), chosen in results.groups(done, "share", "budget").items():
         found.tables.append(comparison(chosen, share, budget, baseline))
+        found.tables += by_class(chosen, found.tables[-1].title)
     found.charts += curves(file.with_name(f"{file.stem}{CURVES}"))
     beside = file.with_suffix(".yaml")
     if beside.is_file():
@@ -191,6 +192,20 @@ def comparison(rows: Sequence[Row], share: str, budget: str, baseline: str) -> T
     labeled = ", ".join(dict.fromkeys(row["labeled"] for row in rows))
     of = f", {budget}" if budget else ""
     return Table(f"{labeled} labelled images (--ratio {share}){of}", columns, lines)
+
+
+def by_class(rows: Sequence[Row], where: str) -> list[Table]:
+    """Return the table of the IoU of each class (columns); none if the rows have none."""
+    columns = [name for name in rows[0] if name.startswith(results.IOU)]
+    columns = [name for name in columns if any(row[name] for row in rows)]
+    if not columns:
+        return []
+    lines = [
+        (variant, *(spread(numbers(own, name)) for name in columns))
+        for (variant,), own in results.groups(rows, "variant").items()
+    ]
+    names = (name.removeprefix(results.IOU) for name in columns)
+    return [Table(f"IoU of the classes, {where}", ("row", *names), lines)]
 
 
 COSTS = ("iterations", "forwards", "seconds")

@@ -15,6 +15,7 @@ from ctt.errors import UserError
 from ctt.files import written
 
 CURVES = "-curves.csv"  # how the file of the scores during the runs ends
+IOU = "iou "  # how the columns of classes begin
 DONE, FAILED, MISSING = "done", "failed", "missing"
 LEVEL = 0.95  # of the confidence intervals
 BACKWARD = 2  # a backward pass takes about twice the time of a forward pass
@@ -69,6 +70,7 @@ def from_summary(summary: Mapping[str, Any]) -> Row:
         "ensemble": miou.get("ensemble"),
         "best": best.get("miou"),
         **networks,
+        **class_iou(summary["class_iou"]),
         "labeled": summary["labeled"],
         "unlabeled": summary["unlabeled"],
         "iterations": summary["iterations"],
@@ -81,6 +83,17 @@ def from_summary(summary: Mapping[str, Any]) -> Row:
         **summary["versions"],
     }
     return {name: "" if value is None else str(value) for name, value in found.items()}
+
+
+def class_iou(networks: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Return a column for each class: its IoU, the mean over the networks that `last` is of."""
+    classes = dict.fromkeys(name for scores in networks.values() for name in scores)
+    return {
+        f"{IOU}{name}": _single(
+            {network: scores[name] for network, scores in networks.items() if network != "ensemble"}
+        )
+        for name in classes
+    }
 
 
 def _single(networks: Mapping[str, float | None]) -> float | None:

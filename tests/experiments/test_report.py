@@ -59,6 +59,8 @@ def test_the_tables_as_markdown(folder: Path) -> None:
     assert re.search(r"\| cross-teacher \| 50\.2 ± 1\.0 \| .*\+10\.2 \[\+9\.4, \+10\.9\]", text)
     assert re.search(r"\| cross-teacher \| .* \| 69\.24 \| 30 \| 1,600 \|", text)
     assert "| row | 1/50 | 1/20 |" in text
+    assert "| row | sky | sea |" in text
+    assert "| supervised | 50.0 ± 1.0 | 30.0 ± 1.0 |" in text
     assert "Trained with ctt 0.1.0; PyTorch 2.9.0" in text
     assert "command: [ctt-sweep, shares]" in text
 

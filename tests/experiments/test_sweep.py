@@ -67,6 +67,9 @@ def test_the_table_tells_what_was_run(whole: Path) -> None:
         assert 0 <= float(row["last"]) <= float(row["best"]) + 20
         summary = json.loads((whole / "runs" / row["settings_hash"] / "summary.json").read_text())
         assert float(row["ensemble"]) == summary["miou"]["ensemble"]
+        teachers = [scores for name, scores in summary["class_iou"].items() if "teacher" in name]
+        expected = sum(scores["background"] for scores in teachers) / len(teachers)
+        assert float(row["iou background"]) == pytest.approx(expected, abs=0.006)
     # 8 steps with 3 labelled images, 3 passes each; of two pairs with as many unlabelled ones too,
     # and the teachers with both
     assert [row["forwards"] for row in rows[:2]] == ["72", str(8 * 3 * (3 * 4 + 4))]
