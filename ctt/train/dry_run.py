@@ -21,13 +21,12 @@ def dry_run(settings: Settings, *, out: Path | None = None, resume: Path | None 
     plan = Plan.of(settings, resume, int(os.environ.get("WORLD_SIZE", "1")))
     if resume is None:
         run.check_new(out)
-        start, notes = "start", []
+        start, broken = "start", ""
     else:
         saved, broken = checkpoint.load_last(run.find(resume) / run.CHECKPOINT)
         done = int(saved["iteration"])
         check_iterations(settings, done)
         start = f"go on after iteration {done}"
-        notes = [f"Warning: {broken}"] if broken else []
     method = plan.build(finish=False)
     parts = estimate(settings, method, plan.source.info, plan.about)
     console = plain_console()
@@ -35,10 +34,7 @@ def dry_run(settings: Settings, *, out: Path | None = None, resume: Path | None 
         f"{settings.method} with {plan.pairs} pairs on {settings.dataset} would {start} with "
         f"{len(plan.labeled)} labelled and {len(plan.unlabeled)} unlabelled images. Nothing is "
         f"written.",
-        *notes,
-        *plan.source.notes,
-        *plan.warnings(),
-        *dict.fromkeys(plan.origins),
+        *plan.notes(broken),
         sep="\n",
         soft_wrap=True,
     )

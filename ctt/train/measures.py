@@ -38,6 +38,12 @@ def names(networks: Iterable[str]) -> list[str]:
     return found
 
 
+def sample(ids: Sequence[str], count: int) -> list[str]:
+    """Return at most `count` names from all over the list."""
+    count = min(count, len(ids))
+    return [ids[i * len(ids) // count] for i in range(count)]
+
+
 @torch.no_grad()
 def measure(
     networks: Networks,

@@ -98,6 +98,15 @@ class Plan:
             check_batch_norm(student, settings, beside)
         return method
 
+    def notes(self, broken: str) -> list[str]:
+        """Return a sentence for each thing that the user should know before a run.
+
+        Args:
+            broken: what is wrong with the last checkpoint, if anything.
+        """
+        told = [f"Warning: {broken}"] if broken else []
+        return [*told, *self.source.notes, *self.warnings(), *dict.fromkeys(self.origins)]
+
     def warnings(self) -> list[str]:
         """Return a sentence for each thing that is allowed and probably not what the user wants."""
         found = []

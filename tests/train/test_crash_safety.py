@@ -116,7 +116,7 @@ def test_weights_that_are_no_numbers_are_not_written(
         trainer.train()
     assert checkpoint.load(tmp_path / "run" / run.CHECKPOINT)["iteration"] == 2
     lines = (tmp_path / "run" / "diverged.txt").read_text().splitlines()
-    names = {*trainer.labeled, *trainer.unlabeled}
+    names = {*trainer.plan.labeled, *trainer.plan.unlabeled}
     assert [line.partition(",")[0] for line in lines][-1] == "iteration 4"
     for line in lines:
         assert set(line.partition(": ")[2].split(", ")) <= names
@@ -132,18 +132,18 @@ def test_the_named_images_are_those_of_the_steps(settings: Settings, tmp_path: P
         return read(name)
 
     trainer.source.image = noted  # type: ignore[method-assign]
-    stream = trainer._batches("labeled", trainer.labeled)
+    stream = trainer.streams.open("labeled", trainer.plan.labeled)
     for _ in range(2):
         next(iter(stream))
     trainer.engine.iteration, trainer.engine.drawn = 2, 2 * 3
-    lines = trainer._tell_images(2).read_text().splitlines()
+    lines = list(trainer.streams.drawn(2))
     told = [n for x in lines if "labeled: " in x and "unlabeled" not in x for n in names_in(x)]
     assert told == drawn[: len(told)]
     assert len(told) == 6
 
 
 def names_in(line: str) -> list[str]:
-    return line.partition(": ")[2].split(", ")
+    return line.rstrip("\n").partition(": ")[2].split(", ")
 
 
 def test_the_best_network_of_a_finished_run_is_known_when_it_goes_on(

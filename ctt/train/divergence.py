@@ -1,0 +1,98 @@
+"""The losses since the last row of the log, and whether they and the weights are still finite."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctt.errors import UserError
+from ctt.files import written
+from ctt.text import BYTES_AS_THEY_ARE
+from ctt.train.streams import Streams
+
+
+class Losses:
+    """Sums of the losses, kept on the device until a row or a checkpoint needs them."""
+
+    def __init__(self, streams: Streams) -> None:
+        self.streams, self.engine = streams, streams.engine
+        self.sound = self.engine.iteration  # until which all weights are known to be numbers
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a new row."""
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0  # in the sums
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add the losses of a step."""
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.steps += 1
+
+    def total(self) -> dict[str, float]:
+        """Return the sums over the steps since the last row and over all processes.
+
+        Called before anything that these steps led to is kept.
+
+        Raises:
+            UserError: the objective is infinite or not a number.
+        """
+        if not self.sums:
+            return {}
+        values = self.engine.world.total(torch.stack(list(self.sums.values()))).tolist()
+        sums = dict(zip(self.sums, values, strict=True))
+        if not math.isfinite(sums["total"]):
+            bad = ", ".join(f"{name} {value}" for name, value in sums.items())
+            raise self._diverged(f"the objective is no number any more ({bad})", self.steps)
+        return sums
+
+    def means(self) -> dict[str, float]:
+        """Return `total` as means over the steps, and begin a new row."""
+        means = {name: value / self.steps for name, value in self.total().items()}
+        self.clear()
+        return means
+
+    def check_weights(self) -> None:
+        """Refuse to keep anything of weights that are no numbers any more."""
+        state = self.engine.method.state_dict()
+        finite = {n: x.isfinite().all() for n, x in state.items() if x.is_floating_point()}
+        if not bool(torch.stack(list(finite.values())).all()):
+            lost = [name for name, good in finite.items() if not good]
+            what = f"{len(lost)} tensors are no numbers any more, first {lost[0]}"
+            raise self._diverged(what, self.engine.iteration - self.sound)
+        self.sound = self.engine.iteration
+
+    def _diverged(self, what: str, steps: int) -> UserError:
+        """Return the error, having written down the images of the last `steps` steps."""
+        engine, folder = self.engine, self.streams.folder
+        # rounds before had other images
+        steps = min(steps, engine.iteration - engine.rounds.starts[engine.method.round])
+        lines, path = "".join(self.streams.drawn(steps)), folder / "diverged.txt"
+        if engine.world.is_main:
+            with written(path) as part:
+                part.write_text(lines, "utf-8", BYTES_AS_THEY_ARE)
+        return UserError(
+            f"Training diverged: by iteration {engine.iteration} {what}. Lower --optim.lr, "
+            f"set --optim.clip-norm or leave out --train.amp fp16; the last checkpoint in "
+            f"{folder} is from before, and {path} names the images of the steps in question."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of them."""
+        return {"sums": self.total(), "summed": self.steps}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint; those of earlier versions have no sums."""
+        own = self.engine.world.is_main  # one process goes on with the sums of all
+        self.sums = {
+            name: torch.tensor(
+                value if own else 0.0, dtype=torch.float32, device=self.engine.device
+            )
+            for name, value in saved.get("sums", {}).items()
+        }
+        self.steps = int(saved.get("summed", 0))
+        self.sound = self.engine.iteration

@@ -1,0 +1,79 @@
+"""The batches of a run: which images a round draws, in which order, and their loading."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+from ctt.data.loader import DrawSampler, ViewDataset, load
+from ctt.data.prepare import Prepared
+from ctt.data.views import GeometricView
+from ctt.methods.base import Round
+from ctt.train.engine import Engine
+from ctt.train.feed import Batch, Feed
+from ctt.train.plan import Plan
+from ctt.train.rounds import KeptLabels, folder_of, images_of
+
+
+class Streams:
+    """Streams of labelled and unlabelled images, opened anew for every round.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, plan: Plan, engine: Engine, folder: Path) -> None:
+        self.plan, self.engine, self.folder = plan, engine, folder
+        self._opened: list[Generator[Batch]] = []
+
+    def feed(self) -> Feed:
+        """Return the batches of the steps that are left of the round."""
+        streams = {purpose: self.open(purpose, ids) for purpose, ids in self.lists().items()}
+        return Feed(streams["labeled"], streams.get("unlabeled"), self.engine.step.phase)
+
+    def lists(self) -> dict[str, list[str]]:
+        """Return the images that the round draws its batches from, by the purpose of the draw."""
+        number, kind = self._round()
+        lists = {"labeled": self.plan.labeled}
+        if self.plan.about.unlabeled and kind.images != "none":
+            every = kind.images == "all"
+            lists["unlabeled"] = self.plan.unlabeled if every else images_of(self.folder, number)
+        return lists
+
+    def open(self, purpose: str, ids: list[str]) -> Generator[Batch]:
+        """Return the batches of a list of images, until the end of the round."""
+        s, d, engine = self.plan.settings, self.plan.settings.data, self.engine
+        source, (number, kind) = self.plan.source, self._round()
+        kept = purpose == "unlabeled" and kind.images == "kept"
+        images = Prepared(source, d.resize, d.cache)
+        if kept:
+            images = KeptLabels(source, d.resize, d.cache, folder_of(self.folder, number))
+        view = GeometricView(d.crop, d.scale, d.flip, d.rotation, d.translation, source.info.mean)
+        dataset = ViewDataset(images, ids, view, kept or purpose == "labeled", s.seed, purpose)
+        steps = engine.rounds.starts[number + 1] - engine.iteration
+        share = (engine.world.rank, engine.world.size)
+        draws = (len(ids), d.batch_size, engine.drawn, steps)
+        sampler = DrawSampler(*draws, s.seed, purpose, *share)
+        stream = load(dataset, sampler, d.workers, pin_memory=engine.device.type == "cuda")
+        self._opened.append(stream)
+        return stream
+
+    def drawn(self, steps: int) -> Iterator[str]:
+        """Return a line for each of the last steps and each list: the images of all processes."""
+        engine, settings = self.engine, self.plan.settings
+        images = settings.data.batch_size * engine.world.size
+        start = engine.drawn - steps * images
+        for purpose, ids in self.lists().items():
+            sampler = DrawSampler(len(ids), images, start, steps, settings.seed, purpose)
+            for i, batch in enumerate(sampler, engine.iteration - steps + 1):
+                yield f"iteration {i}, {purpose}: {', '.join(ids[k] for k, _ in batch)}\n"
+
+    def close(self) -> None:
+        """End the processes that load: they ignore SIGTERM, so Python would wait for them."""
+        for stream in self._opened:
+            stream.close()
+
+    def _round(self) -> tuple[int, Round]:
+        """Return the number and the kind of the round that the next step belongs to."""
+        number = self.engine.rounds.at(self.engine.iteration)
+        return number, self.engine.rounds.rounds[number]
