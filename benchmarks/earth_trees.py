@@ -67,8 +67,10 @@ def train_and_score(source: Earth, labeled: list[str], seed: int) -> float:
     known = np.flatnonzero(label != IGNORE)
     rng = np.random.default_rng(seed)
     chosen = rng.choice(known, min(PIXELS, len(known)), replace=False)
-    # without early stopping, which wants at least two pixels of every class
-    trees = HistGradientBoostingClassifier(early_stopping=False, random_state=seed)
+    # early stopping, without which few tiles give bad trees, wants two pixels of every class
+    shown = np.bincount(label[chosen], minlength=IGNORE)
+    chosen = chosen[shown[label[chosen]] > 1]
+    trees = HistGradientBoostingClassifier(early_stopping=True, random_state=seed)
     trees.fit(features[chosen], label[chosen])
     classes = len(source.info.classes)
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
