@@ -50,5 +50,5 @@ def _main(arguments: list[str]) -> int:
     for path, text in ((out, as_html(found)), (out.with_suffix(TEXT), as_markdown(found))):
         with written(path) as part:
             part.write_text(text, "utf-8")
-    say(f"{len(found)} tables are in {out} and {out.with_suffix(TEXT)}")
+    say(f"The page is {out}, its tables as text {out.with_suffix(TEXT)}")
     return 0

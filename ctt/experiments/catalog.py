@@ -194,7 +194,7 @@ EXPERIMENTS = {
     ),
     "tau": Experiment(
         "the temperature of both contrasts, which the paper does not print",
-        "open question",
+        "Open question",
         tuple(
             Variant(t, ("--loss.tau-hc", t, "--loss.tau-lc", t))
             for t in ("0.05", "0.1", "0.2", "0.5", "1")
@@ -203,7 +203,7 @@ EXPERIMENTS = {
     ),
     "top-k": Experiment(
         "among how many confident pixels keys are drawn, which the paper does not print",
-        "open question",
+        "Open question",
         (
             *values("--bank.top-k", "16", "64", "256", "1024"),
             Variant("the most confident", ("--bank.no-random-choice",)),
@@ -212,7 +212,7 @@ EXPERIMENTS = {
     ),
     "averaging": Experiment(
         "means over the pixels of each class or over all; teachers' batch norm copied or averaged",
-        "open question",
+        "Open question",
         (
             Variant("pixels of each class", ("--loss.contrast-reduction", "class")),
             Variant("all pixels", ("--loss.contrast-reduction", "mean")),
@@ -221,7 +221,7 @@ EXPERIMENTS = {
     ),
     "confidence": Experiment(
         "how teachers' confidence weighs their labels, and what the sum is divided by",
-        "open question",
+        "Open question",
         (
             Variant("none", ("--loss.confidence-weight", "none")),
             Variant("uniform", ("--loss.confidence-weight", "uniform")),
@@ -236,12 +236,12 @@ EXPERIMENTS = {
     ),
     "mask": Experiment(
         "whose confidence decides which contrast a pixel belongs to",
-        "open question",
+        "Open question",
         values("--loss.hc-confidence", "student", "teacher"),
     ),
     "labelers": Experiment(
         "whose labels a student of two pairs learns",
-        "open question",
+        "Open question",
         (
             Variant("the other teacher's", NO_CONTRAST),
             Variant("its own teacher's", ("--method", "mean-teacher-ensemble")),
@@ -251,12 +251,12 @@ EXPERIMENTS = {
     ),
     "ladder": Experiment(
         "what each step from supervised to cross-teacher training with contrast is worth",
-        "open question",
+        "Open question",
         LADDER,
     ),
     "cost": Experiment(
         "what a method is worth for the same iterations, and for the same cost",
-        "open question",
+        "Open question",
         LADDER,
         budgets=(Fraction(1, 4), Fraction(1, 2), Fraction(1)),
     ),

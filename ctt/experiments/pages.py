@@ -109,7 +109,7 @@ def section(file: Path) -> Section:
     done = [row for row in rows if row["status"] == DONE]
     name, data = rows[0]["experiment"], rows[0]["dataset"]
     experiment = catalog.EXPERIMENTS.get(name)
-    text = [f"{experiment.what} ({experiment.source})." if experiment else ""]
+    text = [f"{experiment.source}: {experiment.what}." if experiment else ""]
     split = {"tune": "images held out to choose settings by"}.get(rows[0].get("eval_split", ""))
     text += [f"Scores are on the {split}."] if split else []
     if len(done) < len(rows):
