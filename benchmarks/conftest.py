@@ -1,13 +1,15 @@
 """Options of `pytest benchmarks`, and the tables at its end."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, report
 
 TABLES = pytest.StashKey[list[str]]()
+ROWS = pytest.StashKey[list[report.Row]]()
 GROUPS = ("default", "paper", "series", "all")
 
 
@@ -26,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[TABLES] = []
+    config.stash[TABLES], config.stash[ROWS] = [], []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -60,6 +62,7 @@ def record(request: pytest.FixtureRequest) -> Callable[[list[harness.Row]], None
         title = f"{first.operation} {first.size} {first.shape} {first.dtype} {first.mode}"
         place = f"{first.device}, {first.threads} threads, torch {first.torch}"
         request.config.stash[TABLES].append(f"{title} ({place})\n{harness.table(rows)}\n")
+        request.config.stash[ROWS] += [{k: str(v) for k, v in asdict(r).items()} for r in rows]
         if not request.config.getoption("--no-record"):
             harness.append(rows)
 
@@ -78,3 +81,4 @@ def pytest_terminal_summary(
     for text in config.stash[TABLES]:
         terminalreporter.write_line("")
         terminalreporter.write_line(text)
+    terminalreporter.write_line(report.lost(config.stash[ROWS]))

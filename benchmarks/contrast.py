@@ -26,12 +26,19 @@ PAPER: dict[str, Shape] = {
 SERIES: dict[str, Shape] = {
     **{f"series-n-{n}": (n, 19, 128, 256) for n in (1024, 4096, 16384)},
     **{f"series-v-{v}": (4096, 19, v, 256) for v in (32, 128, 512)},
-    **{f"series-c-{c}": (4096, c, 32, 256) for c in (2, 21, 150)},
+    **{f"series-c-{c}": (4096, c, 32, 256) for c in (2, 19, 21, 150)},
 }
+# supervised pixels so few that pytorch-metric-learning, which keeps a number for each two pairs of
+# a pixel and a key, takes them too
+FEW: dict[str, Shape] = {f"few-c-{c}": (32, c, 16, 256) for c in (19, 21, 150)}
 # shows in seconds that every way runs and is right; its times mean nothing
 TINY: dict[str, Shape] = {"tiny": (200, 4, 8, 16)}
-SIZES = TINY | PAPER | SERIES
-GROUPS = {"default": ["cityscapes-v2"], "paper": list(PAPER), "series": list(SERIES)}
+SIZES = TINY | PAPER | SERIES | FEW
+GROUPS = {
+    "default": ["cityscapes-v2"],
+    "paper": list(PAPER),
+    "series": [*SERIES, *FEW],
+}
 
 CHECKED = 2000  # pixels of the comparison with float64, whose scores would not fit for all of them
 # Bytes that plain PyTorch needs for a score: about six (N, C * V) tensors of float32 at its peak.
@@ -126,21 +133,26 @@ def _others(keys: Tensor, c: int) -> Tensor:
 
 
 def metric_learning() -> Loss | None:
-    """pytorch-metric-learning's InfoNCE: equation (6) averaged over pairs of query and positive.
+    """pytorch-metric-learning's cross-batch memory, filled with the keys, of its InfoNCE: a mean
+    over pairs of query and positive.
 
-    With full queues each pixel has V of them, so that it is reduction "mean".
+    With full queues each pixel has V of them, so that it is reduction "mean". The queries are not
+    put into the memory.
     """
     try:
-        from pytorch_metric_learning.losses import NTXentLoss
+        from pytorch_metric_learning.losses import CrossBatchMemory, NTXentLoss
     except ImportError:
         return None
-    loss = NTXentLoss(temperature=TAU)
 
     def run(q: Tensor, case: Contrast, reduction: str) -> Tensor:
-        num_classes, capacity, _ = case.keys.shape
+        num_classes, capacity, dim = case.keys.shape
+        places = num_classes * capacity
         owner = torch.arange(num_classes, device=q.device).repeat_interleave(capacity)
-        keys = case.keys.flatten(0, 1).to(q.dtype)
-        value: Tensor = loss(q, case.label, ref_emb=keys, ref_labels=owner)
+        loss = CrossBatchMemory(NTXentLoss(temperature=TAU), dim, memory_size=places)
+        loss.embedding_memory = case.keys.flatten(0, 1).to(q.dtype)
+        loss.label_memory, loss.has_been_filled = owner, True
+        none = torch.zeros(len(q), dtype=torch.bool, device=q.device)
+        value: Tensor = loss(q, case.label, enqueue_mask=none)
         return value
 
     return run
@@ -157,6 +169,9 @@ def make(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) 
     case = contrast(pixels, classes, capacity, dim, dtype, device.type, seed=seed)
     second = contrast(1, classes, capacity, dim, dtype, device.type, seed=seed + 1)
     return replace(case, temperature=TAU, second=(second.keys, None))
+
+
+Maker = Callable[[Shape, torch.dtype, torch.device, int], Contrast]
 
 
 def two_products(case: Contrast, banks: int) -> Run:
@@ -204,6 +219,7 @@ def check(
 def compare(
     operation: str,
     size: str,
+    shape: Shape,
     device: torch.device,
     dtype: torch.dtype,
     *,
@@ -215,18 +231,20 @@ def compare(
     may_compile: bool,
     seconds: float,
     record: Callable[[list[Row]], None],
+    make: Maker = make,
 ) -> Run:
-    """Checks, times and records every way; gives a call of the one that "auto" takes."""
-    shape = SIZES[size]
+    """Checks, times and records every way; gives a call of the one that "auto" takes. What follows
+    a comma in `operation` tells what it is used for."""
+    backends = available_backends(device)[operation.partition(",")[0]]
     case = make(shape, dtype, device)
-    ways = {name: ours(name) for name in available_backends(device)[operation]}
+    ways = {name: ours(name) for name in backends}
     if dtype == torch.float32 and device.type == "cuda":
         ways.pop("triton", None)  # exact float32 is the torch backend's
     ways |= peers
     if may_compile:
         ways["torch.compile"] = compiled(dense)
     if not _fits(shape, banks, device):
-        ways = {n: w for n, w in ways.items() if n in available_backends(device)[operation]}
+        ways = {n: w for n, w in ways.items() if n in backends}
         del ways["reference"]
     for name in list(ways):
         reduction = "mean" if name == "pytorch-metric-learning" else "class"
@@ -235,7 +253,7 @@ def compare(
         except AssertionError:
             raise
         except Exception as error:  # what is not ours may fail to compile or to fit
-            if name in available_backends(device)[operation]:
+            if name in backends:
                 raise
             warnings.warn(f"{name} was left out: {error}", stacklevel=2)
             del ways[name]
@@ -244,7 +262,7 @@ def compare(
     calls = {n: partial(evaluate, w, case) for n, w in ways.items()}
     _measure(setting, calls, two_products(case, banks), seconds, record)
     if device.type == "cuda":
-        _measure_cold(setting, ways, shape, dtype, banks, seconds, record)
+        _measure_cold(setting, ways, partial(make, shape, dtype, device), banks, seconds, record)
     return partial(evaluate, ours("auto"), case)
 
 
@@ -264,15 +282,13 @@ def _measure(
 def _measure_cold(
     setting: Setting,
     ways: dict[str, Loss],
-    shape: Shape,
-    dtype: torch.dtype,
+    make: Callable[[int], Contrast],
     banks: int,
     seconds: float,
     record: Callable[[list[Row]], None],
 ) -> None:
-    bytes_each = shape[0] * shape[3] * dtype.itemsize
-    copies = harness.copies_beyond_cache(bytes_each, setting.device)
-    cases = [make(shape, dtype, setting.device, seed) for seed in range(copies)]
+    copies = harness.copies_beyond_cache(make(0).query.nbytes, setting.device)
+    cases = [make(seed) for seed in range(copies)]
     limit = "two matrix products"
     runs: dict[str, list[Run]] = {
         n: [partial(evaluate, w, c) for c in cases] for n, w in ways.items()

@@ -5,13 +5,17 @@ Of several rows for one measurement the newest counts. Plots need matplotlib.
 
 import argparse
 import csv
+import math
+import re
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import REFERENCE, RESULTS
+from ctt.ops._registry import BACKENDS
 
 Row = dict[str, str]
 SERIES = "series-"
+LIMIT = "two matrix products"
 HEAD = "| way | p20 ms | p50 ms | p80 ms | times the reference (p20-p80) | extra MiB | % of limit |"
 
 
@@ -22,6 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = newest(read(arguments.results))
     print(markdown(rows))
+    print(lost(rows))
     if not arguments.no_plots:
         for path in plots(rows, arguments.results):
             print(f"wrote {path}")
@@ -64,6 +69,40 @@ def markdown(rows: list[Row]) -> str:
             "",
         ]
     return "\n".join(parts)
+
+
+def lost(rows: list[Row]) -> str:
+    """Return a line for each device and operation: the smallest size at which another way is faster
+    than ours, that is the backend which "auto" takes there."""
+    sizes: dict[tuple[str, ...], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if re.fullmatch(r"N=\d+ C=\d+ V=\d+ D=\d+", row["shape"]):
+            measured = ("device", "threads", "operation", "dtype", "mode")
+            sizes[tuple(row[n] for n in measured)][row["shape"]].append(row)
+    lines = []
+    for (device, threads, operation, dtype, mode), by_shape in sizes.items():
+        what = f"{operation}, {dtype}, {mode}, on {device} with {threads} threads:"
+        for shape in sorted(by_shape, key=_work):
+            ours, peer = _fastest(by_shape[shape])
+            if ours and peer and float(peer["p50_ms"]) < float(ours["p50_ms"]):
+                factor = float(ours["p50_ms"]) / float(peer["p50_ms"])
+                lines.append(f"{what} first lost at {shape}, {factor:.2f} times {peer['way']}")
+                break
+        else:
+            lines.append(f"{what} lost at none of {len(by_shape)} sizes")
+    return "\n".join(lines)
+
+
+def _work(shape: str) -> int:
+    return math.prod(int(n) for n in re.findall(r"\d+", shape))
+
+
+def _fastest(rows: list[Row]) -> tuple[Row | None, Row | None]:
+    """Ours, and the fastest of the ways that are not ours."""
+    by_way = {row["way"]: row for row in rows}
+    ours = next((by_way[b] for b in BACKENDS if b != REFERENCE and b in by_way), None)
+    others = [r for way, r in by_way.items() if way == REFERENCE or way not in (*BACKENDS, LIMIT)]
+    return ours, min(others, key=lambda r: float(r["p50_ms"]), default=None)
 
 
 def _line(r: Row) -> str:

@@ -11,7 +11,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import contrast
-from benchmarks.contrast import GROUPS, SIZES  # noqa: F401  (read by conftest.py)
+from benchmarks.contrast import GROUPS, SIZES  # noqa: F401  (the first is read by conftest.py)
 from benchmarks.harness import Row
 from tests.ops.common import dense_low_level, low_level, reference_low_level
 
@@ -29,6 +29,7 @@ def test_pair_info_nce(
         run = contrast.compare(
             "pair_info_nce",
             size,
+            SIZES[size],
             device,
             dtype,
             ours=low_level,

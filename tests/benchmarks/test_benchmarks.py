@@ -1,8 +1,13 @@
 """The benchmarks measure what they say: statistics, rows, report, and that every way is right."""
 
+import importlib
 import subprocess
 import sys
+import types
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +68,75 @@ def test_rows_append_and_the_newest_counts(
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
+def row(way: str, p50: float, shape: str, size: str = "series-n-8") -> report.Row:
+    setting = harness.Setting("info_nce", size, shape, "float32", CPU)
+    (made,) = harness.rows(setting, {way: [p50]}, {}, None)
+    return {name: str(value) for name, value in asdict(made).items()}
+
+
+def test_the_smallest_size_at_which_another_way_is_faster() -> None:
+    small, middle, large = (f"N={n} C=4 V=8 D=16" for n in (64, 128, 1024))
+    rows = [
+        *(row("cpu", 2, shape) for shape in (large, small, middle)),
+        *(row("torch", 1, shape) for shape in (large, small, middle)),  # a backend of ours
+        *(row("two matrix products", 1, shape) for shape in (large, small, middle)),
+        row("class loop", 3, small),
+        row("class loop", 1.5, large),
+        row("reference", 1.6, middle),
+    ]
+    (line,) = report.lost(rows).splitlines()
+    assert line.endswith(f"first lost at {middle}, 1.25 times reference")
+    assert report.lost(rows[:-2]).endswith("lost at none of 3 sizes")
+
+
+class StandIn:
+    """What tritonbench offers an operator, as far as ours asks."""
+
+    device, dtype = CPU, torch.float32
+
+    def __init__(self, tb_args: object, extra_args: list[str] | None) -> None: ...
+
+
+def test_every_way_of_the_operator_for_tritonbench_is_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ways: list[str] = []
+
+    def register_benchmark(baseline: bool = False) -> Callable[[Any], Any]:
+        return lambda method: ways.append(method.__name__) or method
+
+    def unchanged(**_: str) -> Callable[[Any], Any]:
+        return lambda method: method
+
+    module = types.ModuleType("tritonbench.utils.triton_op")
+    vars(module).update(
+        BenchmarkOperator=StandIn,
+        BenchmarkOperatorMetrics=object,
+        register_benchmark=register_benchmark,
+        register_metric=unchanged,
+        register_x_val=unchanged,
+    )
+    for name in ("tritonbench", "tritonbench.utils"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.delitem(sys.modules, "benchmarks.tritonbench_operator", raising=False)
+    operators = importlib.import_module("benchmarks.tritonbench_operator")
+    monkeypatch.delitem(sys.modules, operators.__name__)
+    monkeypatch.setattr(operators, "PIXELS", (40,))
+    operator = operators.Operator(None, ["--classes", "3", "--capacity", "4", "--dim", "8"])
+    (inputs,) = operator.get_input_iter()
+    assert operator.get_x_val(inputs) == (40, 3, 4, 8)
+    assert operator.flops("ctt", inputs, None) == 4 * 40 * 3 * 4 * 8
+    grads = []
+    for way in ways:
+        inputs[0].grad = None
+        operator.get_bwd_fn(getattr(operator, way)(*inputs))()
+        grads.append(inputs[0].grad)
+    assert len(grads) == 3
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0])
+
+
 def test_every_way_of_the_benchmarks_is_right() -> None:
     done = subprocess.run(
         [
@@ -79,6 +153,7 @@ def test_every_way_of_the_benchmarks_is_right() -> None:
         "class loop",
         "class loop as published",
         "class loop, pairwise cosines",
+        "cross_entropy",
         "two matrix products",
         "_foreach_lerp_",
         "swa_utils",
