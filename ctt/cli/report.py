@@ -6,8 +6,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tyro.conf import Positional
-
 from ctt.cli.common import run_program
 from ctt.errors import UserError
 from ctt.text import say
@@ -20,7 +18,7 @@ class Arguments:
     """Write a page of the experiments in a folder, as HTML that needs nothing else, and the same
     tables as Markdown beside it."""
 
-    path: Positional[Path]
+    path: Path
     """Folder that ctt-sweep wrote into, or one table in it."""
     out: Path | None = None
     """The page; by default report.html in the folder. Its tables go into a .md file of the same
@@ -35,7 +33,12 @@ def main() -> None:
 def _main(arguments: list[str]) -> int:
     import tyro
 
-    parsed = tyro.cli(Arguments, prog="ctt-report", args=arguments)
+    parsed = tyro.cli(
+        Arguments,
+        prog="ctt-report",
+        args=arguments,
+        config=(tyro.conf.PositionalRequiredArgs,),
+    )
     if not parsed.path.exists():
         raise UserError(f"{parsed.path}: there is no such folder or table.")
     folder = parsed.path if parsed.path.is_dir() else parsed.path.parent

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tyro.conf import Positional
-
 from ctt import methods
 from ctt.cli import train
 from ctt.cli.common import INTERRUPTED, run_program
@@ -40,7 +38,7 @@ class Arguments:
     leaves alone what is finished.
     """
 
-    experiment: Positional[str]
+    experiment: str
     """Name of an experiment; --list prints them."""
     dataset: str = "digits"
     """One of `ctt.data.names()`."""
@@ -76,7 +74,13 @@ def _main(arguments: list[str]) -> int:
     if "--list" in arguments:
         list_experiments()
         return 0
-    parsed, given = tyro.cli(Arguments, prog="ctt-sweep", args=arguments, return_unknown_args=True)
+    parsed, given = tyro.cli(
+        Arguments,
+        prog="ctt-sweep",
+        args=arguments,
+        return_unknown_args=True,
+        config=(tyro.conf.PositionalRequiredArgs,),
+    )
     check(parsed, given)
     from ctt.experiments import pool
     from ctt.experiments.runs import unique, write_results
