@@ -10,6 +10,7 @@
 #   bank        times of EMA and of selection and push
 #   high        times of info_nce against its two matrix products by the library
 #   low         times of pair_info_nce, alike
+#   views       times of info_nce as plain InfoNCE, against cross-entropy, Inf-CL and Liger
 #   training    tests of the step: it never waits, replays alike
 #   voc         time and phases of the whole step of VOC's recipe, eager and replayed
 #   cityscapes  the same of Cityscapes' recipe
@@ -27,7 +28,7 @@ cd "$(dirname "$0")/.."
 folder=${1:-gpu-results}
 shift || true
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(build tests bank high low training voc cityscapes compiled profile targets)
+[ ${#parts[@]} -gt 0 ] || parts=(build tests bank high low views training voc cityscapes compiled profile targets)
 mkdir -p "$folder"
 export PYTHONUNBUFFERED=1
 limit=580 # seconds of a part
@@ -74,6 +75,7 @@ measure() { # names of benchmarks
 bank() { measure ema selection; }
 high() { measure info_nce; }
 low() { measure pair_info_nce; }
+views() { measure paired_views; }
 training() {
   if [ -n "$dry" ]; then
     echo "would test that a step never waits for the device, and that its graph replays alike"
@@ -131,7 +133,7 @@ EOF
 keep() {
   cp benchmarks/results/*.csv "$folder/"
 }
-functions=(build tests measure bank high low training step voc cityscapes compiled targets profile keep)
+functions=(build tests measure bank high low views training step voc cityscapes compiled targets profile keep)
 export -f "${functions[@]}" # a part runs in a shell of its own, which can be cut off
 export folder dry
 
