@@ -150,8 +150,10 @@ def weights_of(state: dict[str, Any], network: str) -> dict[str, Tensor]:
 
 def networks_in(state: dict[str, Any]) -> list[str]:
     """Return the names of the networks of a checkpoint: student_1.., teacher_1..."""
-    places = dict.fromkeys(tuple(name.split(".")[:2]) for name in state["method"])
-    return [f"{kind[:-1]}_{int(k) + 1}" for kind, k in places if kind in ("students", "teachers")]
+    kinds = ("students.", "teachers.")
+    names = [name for name in state["method"] if name.startswith(kinds)]
+    places = dict.fromkeys(tuple(name.split(".")[:2]) for name in names)
+    return [f"{kind[:-1]}_{int(k) + 1}" for kind, k in places]
 
 
 def facts(info: DatasetInfo) -> dict[str, Any]:

@@ -235,6 +235,13 @@ METHODS = {
         options="ctt.methods.pc2seg:Pc2SegOptions",
         extra="projections, memories of features",
     ),
+    "c3-semiseg": About(
+        "Zhou et al., ICCV 2021",
+        "ctt.methods.c3_semiseg:C3SemiSeg",
+        uses=("ema", "views", "loss.sup"),
+        options="ctt.methods.c3_semiseg:C3Options",
+        extra="embedding heads, a threshold for each class",
+    ),
     "u2pl": About(
         "Wang et al., CVPR 2022",
         "ctt.methods.u2pl:U2pl",

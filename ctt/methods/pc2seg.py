@@ -21,6 +21,7 @@ from ctt.data.source import IGNORE
 from ctt.methods import losses
 from ctt.methods.base import Batch, Modules, Setup, Step, Terms
 from ctt.methods.followers import evaluating
+from ctt.methods.heads import embedding
 from ctt.methods.losses import as_pixels, to_grid
 from ctt.methods.mean_teacher import MeanTeacher
 from ctt.methods.optim import make_sgd
@@ -72,12 +73,7 @@ class Pc2Seg(MeanTeacher):
         features, o = self.settings.model.features, self.options
         with setup.seeded("projections"):
             self.projections = Modules[nn.Module](
-                setup.finish(
-                    nn.Sequential(
-                        nn.Conv2d(features, features, 1), nn.ReLU(), nn.Conv2d(features, o.dim, 1)
-                    )
-                )
-                for _ in self.students
+                setup.finish(embedding(features, features, o.dim)) for _ in self.students
             )
         self.banks = Modules[MemoryBank](
             MemoryBank(setup.classes, o.capacity, o.dim) for _ in self.students
@@ -101,13 +97,12 @@ class Pc2Seg(MeanTeacher):
             sure, own = wide(out.logits).softmax(dim=1).max(dim=1)
             out_of = to_grid((padding | gone).long(), student.grid).bool() | ~(sure > 0)
             own, valid = own.masked_fill(out_of, IGNORE), ~(padding | gone)
-            lost.append((gone & ~padding).sum())
+            lost.append(gone)
             b |= {f"soft {k}": soft.masked_fill(gone[:, None], 0), f"valid {k}": valid}
             b |= {f"weak {k}": wide(weak), f"class {k}": own, f"sure {k}": sure}
             b[f"seen {k}"] = step.total(valid.sum()).clamp(min=1)
             b[f"held {k}"] = step.count(own)
-        seen = step.total((~padding).sum()).clamp(min=1) * len(lost)
-        step.log("lost_pixels", losses.sum_of(lost) / seen)
+        self.log_lost(lost, padding, step)
         return b
 
     def losses(self, b: Batch, step: Step) -> Terms:

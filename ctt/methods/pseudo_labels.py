@@ -69,13 +69,13 @@ class PseudoLabels(Method):
             mix = self.mixing(probability, padding, step)
             b = b | {"mixed": mix(b["unlabeled"]), "pixels": step.count(b["label"])}
             b |= self.draws(len(padding), step)
-            seen, shares = step.total((~padding).sum()).clamp(min=1), []
+            all_lost = []
             for k in range(len(self.students)):
                 chosen = [probability[j] for j in self.taught_by(k)]
                 confidence, label = losses.mean_of(chosen).max(dim=1)
                 # the largest of numbers that are none would be class 0, at index 0
                 lost = ~(confidence > 0)
-                shares.append((lost & ~padding).sum() / seen)
+                all_lost.append(lost)
                 label = mix(label.masked_fill(padding | lost, IGNORE))
                 confidence = mix(confidence.masked_fill(lost, 0))
                 trusted, weight = losses.weigh_pseudo_label(
@@ -85,8 +85,13 @@ class PseudoLabels(Method):
                 b[f"pixels {k}"] = self.divisor(trusted, label, step)
                 if weight is not None:
                     b[f"weight {k}"] = weight
-            step.log("lost_pixels", torch.stack(shares).mean())
+            self.log_lost(all_lost, padding, step)
         return b
+
+    def log_lost(self, lost: Sequence[Tensor], padding: Tensor, step: Step) -> None:
+        """Log the share of pixels for which a labeler gives no number (B, H, W), mean of them."""
+        seen = step.total((~padding).sum()).clamp(min=1)
+        step.log("lost_pixels", torch.stack([(x & ~padding).sum() / seen for x in lost]).mean())
 
     def mixing(
         self, given: Sequence[Tensor], padding: Tensor, step: Step

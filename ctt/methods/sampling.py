@@ -27,24 +27,61 @@ def quantile(values: Tensor, valid: Tensor, share: float | Tensor, step: Step) -
     Args:
         values: in 0..1, of any shape. valid: of the same, bool.
     """
-    level = (values * BINS).long().clamp(0, BINS - 1).masked_fill(~valid, BINS).flatten()
-    counts = torch.zeros(BINS + 1, dtype=torch.int64, device=values.device)
-    counts = step.total(counts.scatter_add_(0, level, torch.ones_like(level)))[:BINS]
-    return (counts.cumsum(dim=0) <= share * counts.sum()).sum() / BINS
+    return class_quantiles(values, (~valid).long(), 1, share, step)[0][0]
+
+
+def class_quantiles(
+    values: Tensor, own: Tensor, classes: int, share: float | Tensor, step: Step
+) -> tuple[Tensor, Tensor]:
+    """Return `quantile` of the values of each class (C,), and whether it has any (C,).
+
+    Args:
+        own: of the same shape as the values; those of no class count for none.
+    """
+    level = (values * BINS).long().clamp(0, BINS - 1)
+    code = torch.where(own < classes, own * BINS + level, classes * BINS).flatten()
+    counts = torch.zeros(classes * BINS + 1, dtype=torch.int64, device=values.device)
+    counts = step.total(counts.scatter_add_(0, code, torch.ones_like(code)))[:-1]
+    counts = counts.view(classes, BINS)
+    whole = counts.sum(dim=1, keepdim=True)
+    return (counts.cumsum(dim=1) <= share * whole).sum(dim=1) / BINS, whole[:, 0] > 0
 
 
 def highest(member: Tensor, count: int, ticket: Tensor) -> tuple[Tensor, Tensor]:
     """Return up to `count` members of each class with the highest numbers.
 
     Args:
-        member: (C, N) bool. ticket: (N,) random numbers in 0..1.
+        member: (..., N) bool. ticket: (N,) or (..., 1, N) random numbers in 0..1.
 
     Returns:
-        their places (C, count) and numbers, which are -1 where there are fewer.
+        their places (..., count) and numbers, which are -1 where there are fewer.
     """
     score = torch.where(member, ticket, -1.0)
-    best, place = score.topk(min(count, score.shape[1]), dim=1)
+    best, place = score.topk(min(count, score.shape[-1]), dim=-1)
     return place, best
+
+
+def half_of_each(member: Tensor, kind: Tensor, count: int, ticket: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw up to `count` members, half of them of a kind, or more where there are too few others.
+
+    Args:
+        member, ticket: as in `highest`. kind: as `ticket`, bool.
+
+    Returns:
+        their places (..., count), and whether there is one.
+    """
+    both = [highest(member & own, count, ticket) for own in (kind, ~kind)]
+    place, best = (torch.cat(x, dim=-1) for x in zip(*both, strict=True))
+    turn = torch.arange(place.shape[-1] // 2, device=place.device).repeat(2)
+    turn = turn.masked_fill(best < 0, count)  # of one kind and the other in turn
+    turn, order = turn.sort(dim=-1, stable=True)
+    return place.gather(-1, order[..., :count]), turn[..., :count] < count
+
+
+def put_first(values: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values (C, n, D) with those that are there (C, n) first, and how many there are."""
+    order = (~there).to(torch.uint8).argsort(dim=1, stable=True)
+    return values.gather(1, order[..., None].expand_as(values)), there.sum(dim=1)
 
 
 def gathered(values: Tensor, step: Step) -> Tensor:

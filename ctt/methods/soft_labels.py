@@ -66,8 +66,7 @@ class SoftLabels(MeanTeacher):
                 factor = self.factor(soft.amax(dim=1), own, seen, step)
                 b |= {f"soft {k}": soft, f"valid {k}": own}
                 b |= {f"seen {k}": seen, f"factor {k}": factor}
-            images = step.total((~b["padding"]).sum()).clamp(min=1) * len(lost)
-            step.log("lost_pixels", sum((g & ~b["padding"]).sum() for g in lost) / images)
+            self.log_lost(lost, b["padding"], step)
         return b
 
     def unlabeled_weight(self, step: Step) -> float | Tensor:

@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctt.data.source import IGNORE
-from ctt.methods import followers, losses
+from ctt.methods import losses
 from ctt.methods.base import Batch, Modules, Schedule, Setup, Step, Terms
+from ctt.methods.heads import EmbeddingTeacher
 from ctt.methods.losses import to_grid
-from ctt.methods.mean_teacher import MeanTeacher
-from ctt.methods.optim import make_sgd
 from ctt.methods.options import Check, Options, above_0, at_least_0, shares
 from ctt.methods.sampling import (
     NOBODY,
@@ -82,7 +81,7 @@ class U2plOptions(Options):
         ]
 
 
-class U2pl(MeanTeacher):
+class U2pl(EmbeddingTeacher):
     """A mean teacher whose unsure pixels are negatives.
 
     Batch, besides that of `PseudoLabels`: for each student k `slot label k` and `slot more k`
@@ -92,28 +91,16 @@ class U2pl(MeanTeacher):
     """
 
     terms = ("sup", "ct", "contrast")
-    following = ("teachers", "head_teachers")
     options: U2plOptions
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.confidence_weight, self.classes = "none", setup.classes
         dim = self.settings.model.features
-        with setup.seeded("head"):
-            self.heads = nn.ModuleList(
-                setup.finish(nn.Sequential(conv_bn(dim, dim), nn.Conv2d(dim, dim, 1)))
-                for _ in self.students
-            )
-        self.head_teachers = followers.copies(self.heads)
-        self.ema = followers.EmaUpdate(
-            [*self.teachers, *self.head_teachers], [*self.students, *self.heads], self.settings.ema
-        )
+        self.add_heads(setup, lambda: nn.Sequential(conv_bn(dim, dim), nn.Conv2d(dim, dim, 1)))
         self.banks = Modules[MemoryBank](
             MemoryBank(setup.classes, self.options.capacity, dim) for _ in self.students
         )
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"students": make_sgd(self.students, self.settings.optim, extra=self.heads)}
 
     def schedules(self) -> dict[str, Schedule]:
         total, o = self.settings.train.iterations, self.options
@@ -130,8 +117,7 @@ class U2pl(MeanTeacher):
         half = step.rand("whether mixed", (1,), None) < 0.5
         b["mixed"] = torch.where(half, paste(b["unlabeled"]), b["unlabeled"])
         lost = [~(p.amax(dim=1) > 0) for p in given]  # where it is no number
-        gone = losses.sum_of([(x & ~padding).sum() for x in lost]) / len(lost)
-        step.log("lost_pixels", gone / step.total((~padding).sum()).clamp(min=1))
+        self.log_lost(lost, padding, step)
         for k, p in enumerate(given):
             label = p.argmax(dim=1).masked_fill(padding | lost[k], IGNORE)
             label = torch.where(half, paste(label), label)

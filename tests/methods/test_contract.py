@@ -30,6 +30,12 @@ BY_PART = {
     "s4gan": ("fm", "st"),
     "semiseg-contrastive": ("contrast",),
 }
+# with which all terms take part in a few small steps
+EARLY: dict[str, dict[str, Any]] = {
+    "c3-semiseg": {"start": 0, "anchors": 2},
+    "u2pl": {"start": 0},
+    "semiseg-contrastive": {"start": 0},
+}
 
 
 def settings_of(name: str, tiny: Settings, change: dict[str, Any] | None = None) -> Settings:
@@ -37,6 +43,7 @@ def settings_of(name: str, tiny: Settings, change: dict[str, Any] | None = None)
         "data": {"batch_size": 4},
         "loss": {"confidence_weight": "none"},
         "train": {"iterations": 400},
+        "options": EARLY.get(name, {}),
     }
     settings = with_small_critics(tiny.with_method(name))
     return update(update(settings, common, "test"), change or {}, "test")

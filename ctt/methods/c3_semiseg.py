@@ -1,0 +1,180 @@
+"""C3-SemiSeg (Zhou et al., ICCV 2021): contrast across labelled and unlabelled images.
+
+Boxes are exchanged between each labelled image and an unlabelled one; what the student answers to
+the two is put back in place. Its probabilities are drawn to those of the mean teacher where the
+teacher is sure, by a threshold for each class that follows how sure the teacher is of the class.
+Embeddings of some pixels of each image and class, half of them pixels that the student has wrong,
+are contrasted with embeddings of the same class and of others.
+
+Departures: all keys are the teacher's embeddings, of pixels drawn at random; in the program those
+of labelled images are the student's, and keys are the anchors' pixels. Features are those that the
+classifier reads, not the backbone's last. No class is left out of the contrast, as the program
+leaves out class 0, unless --options.background says so. Ramps begin at `start`. Thresholds are in
+steps of 1/1024. Teachers follow from the first step on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ctt.data.mixing import half_area_mask
+from ctt.data.source import IGNORE
+from ctt.methods import losses, ramps
+from ctt.methods.base import Batch, Schedule, Setup, Step, Terms
+from ctt.methods.heads import EmbeddingTeacher, embedding
+from ctt.methods.image_contrast import ImageContrast
+from ctt.methods.losses import to_grid
+from ctt.methods.options import Check, Options, above_0, at_least_0, shares
+from ctt.methods.sampling import class_quantiles
+from ctt.models.base import Grid, Output, upsample, wide
+
+
+@dataclass(frozen=True)
+class C3Options(Options):
+    """Settings of C3-SemiSeg; the defaults are those of the authors' program, unless said."""
+
+    consistency: float = 50.0
+    """Weight of the teacher's probabilities, whose term is a mean over classes and pixels."""
+    contrast: float = 0.15
+    """Weight of the contrast (0.1, times the program's factor 0.15 / 0.1)."""
+    start: float = 0.1
+    """Share of the run that learns from labels alone."""
+    consistency_ramp: float = 0.16
+    """Share of the run over which the weight of the probabilities rises, along a sigmoid."""
+    contrast_ramp: float = 0.01
+    """Share of the run over which the weight of the contrast rises, along a sigmoid."""
+    threshold: float = 0.9
+    """Threshold of every class at the start."""
+    memory: float = 0.9
+    """Part of a threshold that stays in a step; the rest is the confidence that `sure` of the
+    pixels of the class have."""
+    sure: float = 0.8
+    """Share of the pixels of a class that are above its threshold in the long run."""
+    anchors: int = 20
+    """Pixels of an image and class that are contrasted, if it has more than so many."""
+    temperature: float = 0.15
+    dim: int = 256
+    """Length of the embeddings."""
+    background: int = -1
+    """Class that takes no part in the contrast; -1: none (0 in the program)."""
+
+    def checks(self) -> list[Check]:
+        return [
+            *at_least_0(consistency=self.consistency, contrast=self.contrast),
+            *shares(start=self.start, consistency_ramp=self.consistency_ramp),
+            *shares(contrast_ramp=self.contrast_ramp, threshold=self.threshold),
+            *shares(memory=self.memory, sure=self.sure),
+            *above_0(anchors=self.anchors, temperature=self.temperature, dim=self.dim),
+        ]
+
+
+class C3SemiSeg(EmbeddingTeacher):
+    """A mean teacher whose student sees boxes of labelled and unlabelled images exchanged.
+
+    Batch, besides what every method has: `keep` (B, H, W), false in the boxes that are exchanged;
+    for each student k `soft k` (B, C, H, W), the teacher's probabilities, `sure k` (B, H, W), where
+    they count, and `count k` (), how often; and what `ImageContrast.prepare` gives, with a k.
+    """
+
+    terms = ("sup", "consistency", "contrast")
+    options: C3Options
+    thresholds: Tensor
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        o, features = self.options, self.settings.model.features
+        self.classes = setup.classes
+        setup.foreground(o.background)  # refuses one that there is not
+        self.images = ImageContrast(setup.classes, o.background, o.anchors, o.temperature)
+        self.add_heads(setup, lambda: embedding(features, o.dim, o.dim))
+        self.register_buffer("thresholds", torch.full((setup.pairs, setup.classes), o.threshold))
+
+    def schedules(self) -> dict[str, Schedule]:
+        total, o = self.settings.train.iterations, self.options
+
+        def risen(i: int, length: float) -> float:
+            return ramps.sigmoid(i / total - o.start, length) if i >= o.start * total else 0.0
+
+        return super().schedules() | {
+            "on": lambda i: float(i >= o.start * total),
+            "consistency": lambda i: o.consistency * risen(i, o.consistency_ramp),
+            "contrast": lambda i: o.contrast * risen(i, o.contrast_ramp),
+        }
+
+    def prepare(self, b: Batch, step: Step) -> Batch:
+        padding, n = b["padding"], len(b["images"])
+        size = (padding.shape[-2], padding.shape[-1])
+        off = self.thresholds.new_zeros(()) >= step["on"]
+        keep = half_area_mask(size, step.rand("boxes", (3, n), 1)) | off
+        b = b | {"keep": keep, "mixed": b["unlabeled"], **self.draws(n, step)}
+        b["pixels"] = step.count(b["label"])
+        all_lost: list[Tensor] = []
+        for k, teacher in enumerate(self.teachers):
+            out = step.forward(teacher, torch.cat([b["images"], b["unlabeled"]]))
+            p = upsample(out.logits[n:], size, teacher.grid).softmax(dim=1)
+            lost = ~(p.amax(dim=1) > 0)  # where it is no number
+            p, all_lost = p.masked_fill(lost[:, None], 0), [*all_lost, lost]
+            confidence, label = p.max(dim=1)
+            label = label.masked_fill(padding | lost, IGNORE)
+            sure = confidence >= self.thresholds[k][label.clamp(max=self.classes - 1)]
+            sure &= label != IGNORE
+            b |= {f"soft {k}": p, f"sure {k}": sure}
+            b[f"count {k}"] = step.total(sure.sum()).clamp(min=1)
+            self.follow(k, confidence, label.masked_fill(off, IGNORE), step)
+            with step.autocast():
+                maps = wide(self.head_teachers[k](out.features))
+            own = torch.cat([to_grid(x, teacher.grid) for x in (b["label"], label)])
+            own, maps = (torch.stack(x.chunk(2), dim=1) for x in (own, maps))
+            ticket = step.rand(f"anchors {k}", tuple(own.shape), 0)
+            chosen = self.images.prepare(maps, own, ticket, step)
+            b |= {f"{name} {k}": value for name, value in chosen.items()}
+        self.log_lost(all_lost, padding, step)
+        return b
+
+    def follow(self, k: int, confidence: Tensor, label: Tensor, step: Step) -> None:
+        """Let the thresholds follow the confidence that a teacher has in its labels (B, H, W)."""
+        share, stays = 1 - self.options.sure, self.options.memory
+        level, seen = class_quantiles(confidence, label, self.classes, share, step)
+        changed = stays * self.thresholds[k] + (1 - stays) * level
+        self.thresholds[k] = torch.where(seen, changed, self.thresholds[k])
+
+    def losses(self, b: Batch, step: Step) -> Terms:
+        sup, consistency, contrast, keep = [], [], [], b["keep"]
+        size = (keep.shape[-2], keep.shape[-1])
+        for k, student in enumerate(self.students):
+            views = torch.cat([self.labeled_view(k, b, step), self.unlabeled_view(k, b, step)])
+            out = step.forward(student, torch.cat(exchanged(views, keep)))
+            labeled, unlabeled = exchanged(upsample(out.logits, size, student.grid), keep)
+            sup.append(losses.pixel_cross_entropy(labeled, Grid(1), b["label"], b["pixels"]))
+            away = -(b[f"soft {k}"] * unlabeled.log_softmax(dim=1)).mean(dim=1)
+            away = away.masked_fill(~b[f"sure {k}"], 0).sum()
+            consistency.append(away / b[f"count {k}"])
+            with step.phase("contrast"):
+                contrast.append(self.contrast(k, out, b, step))
+        return {
+            "sup": (self.settings.loss.sup, losses.sum_of(sup)),
+            "consistency": (step["consistency"], losses.sum_of(consistency)),
+            "contrast": (step["contrast"], losses.sum_of(contrast)),
+        }
+
+    def contrast(self, k: int, out: Output, b: Batch, step: Step) -> Tensor:
+        """Return the contrast of what the student gives for the exchanged images."""
+        keep = to_grid(b["keep"], self.students[k].grid)
+        with step.autocast():
+            embedded = self.heads[k](out.features)
+        features, scores = (
+            torch.stack(exchanged(x, keep), dim=1) for x in (wide(embedded), out.logits)
+        )
+        own = {name: b[f"{name} {k}"] for name in ("class", "ticket", "keys", "held", "anchors")}
+        return self.images.loss(features, scores.argmax(dim=2), own)
+
+
+def exchanged(maps: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both halves of maps (2B, D, H, W), each with the other's pixels where `keep`
+    (B, H, W) is false; done twice, it gives the halves as they were."""
+    one, other = maps.chunk(2)
+    keep = keep[:, None]
+    return torch.where(keep, one, other), torch.where(keep, other, one)
