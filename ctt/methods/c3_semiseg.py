@@ -24,12 +24,12 @@ from ctt.data.mixing import half_area_mask
 from ctt.data.source import IGNORE
 from ctt.methods import losses, ramps
 from ctt.methods.base import Batch, Schedule, Setup, Step, Terms
-from ctt.methods.heads import EmbeddingTeacher, embedding
+from ctt.methods.heads import EmbeddingTeacher, embed, embedding
 from ctt.methods.image_contrast import ImageContrast
 from ctt.methods.losses import to_grid
 from ctt.methods.options import Check, Options, above_0, at_least_0, shares
 from ctt.methods.sampling import class_quantiles
-from ctt.models.base import Grid, Output, upsample, wide
+from ctt.models.base import Grid, Output, upsample
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,7 @@ class C3SemiSeg(EmbeddingTeacher):
             b |= {f"soft {k}": p, f"sure {k}": sure}
             b[f"count {k}"] = step.total(sure.sum()).clamp(min=1)
             self.follow(k, confidence, label.masked_fill(off, IGNORE), step)
-            with step.autocast():
-                maps = wide(self.head_teachers[k](out.features))
+            maps = embed(self.head_teachers[k], out.features, step)
             own = torch.cat([to_grid(x, teacher.grid) for x in (b["label"], label)])
             own, maps = (torch.stack(x.chunk(2), dim=1) for x in (own, maps))
             ticket = step.rand(f"anchors {k}", tuple(own.shape), 0)
@@ -163,11 +162,8 @@ class C3SemiSeg(EmbeddingTeacher):
     def contrast(self, k: int, out: Output, b: Batch, step: Step) -> Tensor:
         """Return the contrast of what the student gives for the exchanged images."""
         keep = to_grid(b["keep"], self.students[k].grid)
-        with step.autocast():
-            embedded = self.heads[k](out.features)
-        features, scores = (
-            torch.stack(exchanged(x, keep), dim=1) for x in (wide(embedded), out.logits)
-        )
+        maps = (embed(self.heads[k], out.features, step), out.logits)
+        features, scores = (torch.stack(exchanged(x, keep), dim=1) for x in maps)
         own = {name: b[f"{name} {k}"] for name in ("class", "ticket", "keys", "held", "anchors")}
         return self.images.loss(features, scores.argmax(dim=2), own)
 

@@ -1,4 +1,4 @@
-"""A memory of the features of each class, with selectors that weigh them (Alonso et al., 2021)."""
+"""Memories of features class by class: what selectors weigh, and what is surely not of a class."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ctt.data.source import IGNORE
 from ctt.methods import followers
 from ctt.methods.base import Setup, Step
+from ctt.methods.losses import as_pixels
 from ctt.models.base import wide
 from ctt.ops import MemoryBank
 
@@ -32,7 +34,8 @@ class Selectors(nn.Module):
 
 
 class ClassMemory(nn.Module):
-    """The vectors of the classes, selectors of pixels and of vectors, and a copy of the first.
+    """The vectors of the classes, selectors of pixels and of vectors, and a copy of the first
+    (Alonso et al., 2021).
 
     Args:
         capacity: vectors of a class. dim: D.
@@ -80,3 +83,21 @@ def part_of_weighted_mean(weight: Tensor, values: Tensor, step: Step) -> Tensor:
     whole = step.total(own.detach()).clamp(min=1e-12)
     mean = step.total(part.detach()) / whole
     return (part - (own - own.detach()) * mean) / whole
+
+
+def negatives(p: Tensor, own: Tensor, unsure: Tensor, likely: int) -> Tensor:
+    """Return the pixels (C, 2B * h * w) that are surely not of a class (Wang et al., 2022).
+
+    These are labelled pixels of another class that the network takes for one of the likely ones to
+    be of it, and unsure unlabelled pixels for which it is no likely one, nor the last.
+
+    Args:
+        p: probabilities (2B, C, h, w), of labelled images first. own: classes (2B, h, w), 255 where
+            there is none. unsure: (B, h, w), of the unlabelled images. likely: how many classes.
+    """
+    n, classes = len(unsure), p.shape[1]
+    rank = p.argsort(dim=1, descending=True).argsort(dim=1)  # of each class, by probability
+    truth = own[:n, None]
+    other = (truth != torch.arange(classes, device=p.device)[:, None, None]) & (truth != IGNORE)
+    unlikely = (rank[n:] >= likely) & (rank[n:] < classes - 1) & unsure[:, None]
+    return as_pixels(torch.cat([other & (rank[:n] < likely), unlikely])).T

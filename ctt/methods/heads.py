@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ctt.methods import followers
-from ctt.methods.base import Modules, Setup
+from ctt.methods.base import Modules, Setup, Step
 from ctt.methods.mean_teacher import MeanTeacher
 from ctt.methods.optim import make_sgd
+from ctt.models.base import conv_bn, wide
 
 
 def embedding(features: int, width: int, dim: int) -> nn.Sequential:
@@ -20,6 +22,18 @@ def embedding(features: int, width: int, dim: int) -> nn.Sequential:
         width: channels between the two.
     """
     return nn.Sequential(nn.Conv2d(features, width, 1), nn.ReLU(), nn.Conv2d(width, dim, 1))
+
+
+def normed_embedding(dim: int, kernel: int) -> nn.Sequential:
+    """Return a convolution with batch norm and ReLU, and a 1x1 convolution, all of `dim`."""
+    return nn.Sequential(conv_bn(dim, dim, kernel), nn.Conv2d(dim, dim, 1))
+
+
+def embed(head: nn.Module, features: Tensor, step: Step) -> Tensor:
+    """Return what a head makes of features (B, D, h, w), each pixel normalised, in float32."""
+    with step.autocast():
+        embedded = head(features)
+    return F.normalize(wide(embedded), dim=1)
 
 
 class EmbeddingTeacher(MeanTeacher):

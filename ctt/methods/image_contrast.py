@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ctt.data.source import IGNORE
 from ctt.methods.base import Batch, Step
@@ -34,7 +33,7 @@ class ImageContrast:
         """Draw the keys of all processes, and say which pixels may be anchors.
 
         Args:
-            maps: of the network that gives the keys. own: classes (B, 2, h, w), 255 where there is
+            maps: of the network that gives the keys, normalised. own: classes (B, 2, h, w), 255 where there is
                 none. ticket: random numbers (B, 2, h, w).
 
         Returns:
@@ -45,7 +44,7 @@ class ImageContrast:
         member = self._members(own)
         member &= member.sum(dim=2, keepdim=True) > self.count
         place, best = highest(member, self.count, _rows(ticket)[:, None])
-        chosen = _at(F.normalize(maps, dim=2), place)
+        chosen = _at(maps, place)
         keys = gathered(chosen.transpose(0, 1).flatten(1, 2), step)  # (C, V, D)
         there = gathered(best.transpose(0, 1).flatten(1), step) >= 0
         keys, held = put_first(keys, there)

@@ -14,6 +14,14 @@ from ctt.methods.base import Batch, Method, Networks, Schedule, Setup, Step, Ter
 from ctt.models.base import Output
 
 
+def sometimes(
+    mix: Callable[[Tensor], Tensor], share: float | Tensor, step: Step
+) -> Callable[[Tensor], Tensor]:
+    """Return what mixes in this share of the steps, and changes nothing in the others."""
+    does = step.rand("whether mixed", (1,), None) < share
+    return lambda values: torch.where(does, mix(values), values)
+
+
 class PseudoLabels(Method):
     """Students learn labels, and pseudo-labels that networks give to the unmixed weak view.
 

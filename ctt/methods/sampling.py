@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ctt.methods.base import Step
+from ctt.methods.losses import as_pixels
 from ctt.ops import MemoryBank
 from ctt.ops.push import queue_push_
 
@@ -93,6 +94,17 @@ def gathered(values: Tensor, step: Step) -> Tensor:
     return step.total(pool).movedim(0, 1).flatten(1, 2)
 
 
+def class_members(own: Tensor, classes: int) -> Tensor:
+    """Return which pixels are of each class (C, N), of their classes in any shape."""
+    return own.flatten() == torch.arange(classes, device=own.device)[:, None]
+
+
+def class_means(features: Tensor, member: Tensor, step: Step) -> Tensor:
+    """Return the mean of the features (N, D) of the members (C, N) of all processes: (C, D)."""
+    counts = step.total(member.sum(dim=1)).clamp(min=1)
+    return step.total(member.to(features.dtype) @ features) / counts[:, None]
+
+
 def tickets(name: str, own: Tensor, step: Step) -> Tensor:
     """Return a random number for each pixel (2B * h * w) of labelled and unlabelled images.
 
@@ -135,6 +147,28 @@ def places(own: Tensor, number: Tensor, classes: int, count: int) -> Tensor:
     place = number.new_full((none + 1,), NOBODY)
     place.scatter_(0, code, torch.arange(len(own), device=own.device))
     return place[:-1].view(classes, count)
+
+
+def number_each(name: str, own: Tensor, classes: int, count: int, step: Step) -> Tensor:
+    """Draw up to `count` pixels of each class, and number them as `numbered` does: (B, h, w).
+
+    Args:
+        name: of the random numbers. own: (B, h, w), the class of each pixel.
+    """
+    ticket = step.rand(name, tuple(own.shape), 0).flatten()
+    return numbered(class_members(own, classes), count, ticket, step)[0].view_as(own)
+
+
+def sample_of(
+    maps: Tensor, own: Tensor, number: Tensor, classes: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return the pixels (C, count, D) of a sample, and where there is one (C, count).
+
+    Args:
+        maps: (B, D, h, w). own, number: (B, h, w), see `places`.
+    """
+    place = places(own.flatten(), number.flatten(), classes, count)
+    return as_pixels(maps)[place.clamp(min=0)], place != NOBODY
 
 
 def push(

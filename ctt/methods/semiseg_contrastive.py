@@ -20,19 +20,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ctt.data.source import IGNORE
 from ctt.methods import followers, losses, ramps
 from ctt.methods.base import Batch, Modules, Schedule, Setup, Step, Terms
 from ctt.methods.class_memory import ClassMemory
 from ctt.methods.dst_cbc import log_probability
-from ctt.methods.losses import as_pixels, to_grid
+from ctt.methods.heads import embed, normed_embedding
+from ctt.methods.losses import to_grid
 from ctt.methods.mean_teacher import MeanTeacher
 from ctt.methods.optim import make_sgd
 from ctt.methods.options import Check, Options, above_0, at_least_0, shares
-from ctt.methods.sampling import NOBODY, numbered, places
-from ctt.models.base import Output, conv_bn, upsample, wide
+from ctt.methods.pseudo_labels import sometimes
+from ctt.methods.sampling import entropy, number_each, sample_of
+from ctt.models.base import Output, upsample, wide
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,14 @@ class SemiSegContrastive(MeanTeacher):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.confidence_weight, self.unlabeled_mean = "none", "all"
-        self.classes, dim = setup.classes, self.settings.model.features
+        dim = self.settings.model.features
+        self.drawn = (setup.classes, self.options.pixels)  # classes, and pixels of each
         self.per_class = max(1, round(self.options.capacity / setup.labeled))
-
-        def head() -> nn.Module:
-            return setup.finish(nn.Sequential(conv_bn(dim, dim, 1), nn.Conv2d(dim, dim, 1)))
-
         with setup.seeded("heads"):
-            self.projections = Modules[nn.Module](head() for _ in self.students)
-            self.predictions = Modules[nn.Module](head() for _ in self.students)
+            self.projections, self.predictions = (
+                Modules[nn.Module](setup.finish(normed_embedding(dim, 1)) for _ in self.students)
+                for _ in range(2)
+            )
             self.memories = Modules[ClassMemory](
                 ClassMemory(setup, self.options.capacity, dim) for _ in self.students
             )
@@ -118,8 +118,7 @@ class SemiSegContrastive(MeanTeacher):
         self, given: Sequence[Tensor], padding: Tensor, step: Step
     ) -> Callable[[Tensor], Tensor]:
         paste = step.mixer(given, padding, "classmix-fewer")
-        does = step.rand("whether mixed", (1,), None) < self.options.mix * step["on"]
-        return lambda values: torch.where(does, paste(values), values)
+        return sometimes(paste, self.options.mix * step["on"], step)
 
     def prepare(self, b: Batch, step: Step) -> Batch:
         b = super().prepare(b, step)
@@ -127,14 +126,9 @@ class SemiSegContrastive(MeanTeacher):
             b[f"seen {k}"] = step.count(b[f"label {k}"])
             for kind, label in (("label", b["label"]), ("more", b[f"label {k}"])):
                 own = to_grid(label, student.grid)
-                b |= {f"own {kind} {k}": own, f"number {kind} {k}": self.number(kind, k, own, step)}
+                number = number_each(f"{kind} {k}", own, *self.drawn, step)
+                b |= {f"own {kind} {k}": own, f"number {kind} {k}": number}
         return b
-
-    def number(self, kind: str, k: int, own: Tensor, step: Step) -> Tensor:
-        """Draw the pixels of each class that take part, of classes (B, h, w), and number them."""
-        member = own.flatten() == torch.arange(self.classes, device=own.device)[:, None]
-        ticket = step.rand(f"{kind} {k}", tuple(own.shape), 0).flatten()
-        return numbered(member, self.options.pixels, ticket, step)[0].view_as(own)
 
     def unlabeled_weight(self, step: Step) -> float | Tensor:
         return step["ramp"]
@@ -149,10 +143,9 @@ class SemiSegContrastive(MeanTeacher):
         terms = self.cross_entropies(out, b, step)
         unsure, contrast = [], []
         for k, maps in enumerate(out):
-            label = b[f"label {k}"]
-            size = (label.shape[-2], label.shape[-1])
-            log_p = upsample(maps.logits[n:], size, self.students[k].grid).log_softmax(dim=1)
-            bits = -(log_p.exp() * log_p).sum(dim=1) / math.log(2)
+            label, grid = b[f"label {k}"], self.students[k].grid
+            scores = upsample(maps.logits[n:], (label.shape[-2], label.shape[-1]), grid)
+            bits = entropy(scores) * math.log2(scores.shape[1])
             unsure.append(bits.masked_fill(label == IGNORE, 0).sum() / b[f"seen {k}"])
             with step.phase("contrast"):
                 contrast.append(self.contrast(k, maps, b, step))
@@ -162,20 +155,14 @@ class SemiSegContrastive(MeanTeacher):
 
     def contrast(self, k: int, out: Output, b: Batch, step: Step) -> Tensor:
         """Return how far labelled and unlabelled pixels are from the memory of their class."""
-        with step.autocast():
-            features = self.predictions[k](self.projections[k](out.features))
-        halves = F.normalize(wide(features), dim=1).chunk(2)
-        values = [
-            self.memories[k].distance(*self.drawn(kind, k, maps, b), step)
-            for kind, maps in zip(("label", "more"), halves, strict=True)
-        ]
+        head = nn.Sequential(self.projections[k], self.predictions[k])
+        labeled, more = embed(head, out.features, step).chunk(2)
+        values = []
+        for kind, maps in (("label", labeled), ("more", more)):
+            own, number = b[f"own {kind} {k}"], b[f"number {kind} {k}"]
+            sample = sample_of(maps, own, number, *self.drawn)
+            values.append(self.memories[k].distance(*sample, step))
         return losses.sum_of(values)
-
-    def drawn(self, kind: str, k: int, maps: Tensor, b: Batch) -> tuple[Tensor, Tensor]:
-        """Return the pixels (C, n, D) that take part, and where there is one."""
-        own, number = (b[f"{name} {kind} {k}"].flatten() for name in ("own", "number"))
-        place = places(own, number, self.classes, self.options.pixels)
-        return as_pixels(maps)[place.clamp(min=0)], place != NOBODY
 
     def after_step(self, b: Batch, step: Step) -> None:
         super().after_step(b, step)
@@ -183,12 +170,11 @@ class SemiSegContrastive(MeanTeacher):
             return
         for k, teacher in enumerate(self.teachers):
             out = step.forward(teacher, b["images"])
-            with step.phase("banks"), step.autocast():
-                features = self.slow_projections[k](out.features)
+            with step.phase("banks"):
+                maps = embed(self.slow_projections[k], out.features, step)
             p, predicted = wide(out.logits).softmax(dim=1).max(dim=1)
             truth = to_grid(b["label"], teacher.grid)
             own = truth.masked_fill((predicted != truth) | ~(p > self.options.sure), IGNORE)
-            known = {f"own memory {k}": own}
-            known[f"number memory {k}"] = self.number("memory", k, own, step)
-            maps = F.normalize(wide(features), dim=1)
-            self.memories[k].push(*self.drawn("memory", k, maps, known), self.per_class)
+            number = number_each(f"memory {k}", own, *self.drawn, step)
+            sample = sample_of(maps, own, number, *self.drawn)
+            self.memories[k].push(*sample, self.per_class)

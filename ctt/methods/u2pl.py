@@ -20,26 +20,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ctt.data.source import IGNORE
-from ctt.methods import losses
+from ctt.methods import losses, sampling
 from ctt.methods.base import Batch, Modules, Schedule, Setup, Step, Terms
-from ctt.methods.heads import EmbeddingTeacher
+from ctt.methods.class_memory import negatives
+from ctt.methods.heads import EmbeddingTeacher, embed, normed_embedding
 from ctt.methods.losses import to_grid
 from ctt.methods.options import Check, Options, above_0, at_least_0, shares
-from ctt.methods.sampling import (
-    NOBODY,
-    entropy,
-    numbered,
-    places,
-    push,
-    quantile,
-    tickets,
-    told_apart,
-)
-from ctt.models.base import Output, conv_bn, upsample, wide
+from ctt.methods.pseudo_labels import sometimes
+from ctt.methods.sampling import entropy, quantile, tickets
+from ctt.models.base import Output, upsample, wide
 from ctt.ops import MemoryBank
 
 
@@ -84,10 +77,9 @@ class U2plOptions(Options):
 class U2pl(EmbeddingTeacher):
     """A mean teacher whose unsure pixels are negatives.
 
-    Batch, besides that of `PseudoLabels`: for each student k `slot label k` and `slot more k`
-    (B, h, w), the number of each pixel among the anchors of its class, `class label k` and
-    `class more k`; in every image alike `positive k` (B, C, D), and `drawn k` (B, C), how many
-    anchors of a class there are.
+    Batch, besides that of `PseudoLabels`: for each student k `class k` (B, 2, h, w), of pixels of
+    the labelled and the mixed image, and `slot k`, their numbers among the anchors of the class; in
+    every image alike `positive k` (B, C, D), and `drawn k` (B, C), how many anchors there are.
     """
 
     terms = ("sup", "ct", "contrast")
@@ -97,7 +89,7 @@ class U2pl(EmbeddingTeacher):
         super().__init__(setup)
         self.confidence_weight, self.classes = "none", setup.classes
         dim = self.settings.model.features
-        self.add_heads(setup, lambda: nn.Sequential(conv_bn(dim, dim), nn.Conv2d(dim, dim, 1)))
+        self.add_heads(setup, lambda: normed_embedding(dim, 3))
         self.banks = Modules[MemoryBank](
             MemoryBank(setup.classes, self.options.capacity, dim) for _ in self.students
         )
@@ -113,14 +105,12 @@ class U2pl(EmbeddingTeacher):
         padding, n = b["padding"], len(b["images"])
         b = b | {"pixels": step.count(b["label"])} | self.draws(len(padding), step)
         given = [step.probability(teacher, b["unlabeled"]) for teacher in self.teachers]
-        paste = step.mixer(given, padding, self.options.mix)
-        half = step.rand("whether mixed", (1,), None) < 0.5
-        b["mixed"] = torch.where(half, paste(b["unlabeled"]), b["unlabeled"])
+        mix = sometimes(step.mixer(given, padding, self.options.mix), 0.5, step)
+        b["mixed"] = mix(b["unlabeled"])
         lost = [~(p.amax(dim=1) > 0) for p in given]  # where it is no number
         self.log_lost(lost, padding, step)
         for k, p in enumerate(given):
-            label = p.argmax(dim=1).masked_fill(padding | lost[k], IGNORE)
-            label = torch.where(half, paste(label), label)
+            label = mix(p.argmax(dim=1).masked_fill(padding | lost[k], IGNORE))
             out = step.forward(self.teachers[k], torch.cat([b["images"], b["mixed"]]))
             size = (padding.shape[-2], padding.shape[-1])
             scores = upsample(out.logits[n:], size, self.teachers[k].grid)
@@ -140,35 +130,25 @@ class U2pl(EmbeddingTeacher):
             out: of the teacher, for labelled and mixed images. truth, label: of these, (B, H, W).
         """
         o, grid, n = self.options, self.students[k].grid, len(truth)
-        with step.autocast():
-            features = self.head_teachers[k](out.features)
-        features = losses.as_pixels(F.normalize(wide(features), dim=1))  # (2B * h * w, D)
+        maps = embed(self.head_teachers[k], out.features, step)
+        features = losses.as_pixels(maps)  # (2B * h * w, D)
         p = wide(out.logits).softmax(dim=1)
         truth, label = to_grid(truth, grid), to_grid(label, grid)
         unsure, valid = entropy(wide(out.logits[n:])), label != IGNORE
         low = quantile(unsure, valid, step["drop"], step)
         high = quantile(unsure, valid, 1 - step["drop"], step)
         own = torch.cat([truth, label.masked_fill(unsure >= low, IGNORE)])  # (2B, h, w)
-        classes = torch.arange(self.classes, device=own.device)
-        member = own.flatten() == classes[:, None]  # (C, N)
-        counts = step.total(member.sum(dim=1)).clamp(min=1)
-        positive = step.total(member.to(features.dtype) @ features) / counts[:, None]
+        member = sampling.class_members(own, self.classes)
+        positive = sampling.class_means(features, member, step)
         anchor = member & (o.sure < losses.as_pixels(p).T)
-        slot, drawn = numbered(anchor, o.anchors, tickets(f"anchors {k}", own, step), step)
-        slot = slot.view_as(own)
-        place = p.argsort(dim=1, descending=True).argsort(dim=1)  # of each class, by probability
-        other = (own[:, None] != classes[:, None, None]) & (own != IGNORE)[:, None]
-        other &= place < o.likely
-        unlikely = (place >= o.likely) & (place < self.classes - 1)
-        unlikely[n:] &= (valid & (unsure >= high))[:, None]
-        negative = losses.as_pixels(torch.cat([other[:n], unlikely[n:]])).T
-        pushed = (o.pushed, tickets(f"pushed {k}", own, step), step)
-        push(self.banks[k], negative, features, *pushed)
+        ticket = tickets(f"anchors {k}", own, step)
+        slot, drawn = sampling.numbered(anchor, o.anchors, ticket, step)
+        negative = negatives(p, own, valid & (unsure >= high), o.likely)
+        ticket = tickets(f"pushed {k}", own, step)
+        sampling.push(self.banks[k], negative, features, o.pushed, ticket, step)
         return {
-            f"slot label {k}": slot[:n],
-            f"slot more {k}": slot[n:],
-            f"class label {k}": own[:n],
-            f"class more {k}": own[n:],
+            f"slot {k}": torch.stack(slot.view_as(own).chunk(2), dim=1),
+            f"class {k}": torch.stack(own.chunk(2), dim=1),
             f"positive {k}": F.normalize(positive, dim=1).expand(n, -1, -1),
             f"drawn {k}": drawn.expand(n, -1),
         }
@@ -188,16 +168,12 @@ class U2pl(EmbeddingTeacher):
         """Return the cross-entropy of telling the positive from the negatives: mean over the
         anchors of each class, then over the classes."""
         o, bank = self.options, self.banks[k]
-        with step.autocast():
-            features = self.heads[k](out.features)
-        features = losses.as_pixels(F.normalize(wide(features), dim=1))
-        slot = torch.cat([b[f"slot label {k}"], b[f"slot more {k}"]]).flatten()
-        own = torch.cat([b[f"class label {k}"], b[f"class more {k}"]]).flatten()
-        place = places(own, slot, self.classes, o.anchors)
-        anchors = features[place.clamp(min=0)]  # (C, A, D)
-        draw = step.rand(f"negatives {k}", (*place.shape, o.negatives), None)
-        loss = told_apart(anchors, b[f"positive {k}"][0], bank, draw, o.temperature)
+        own, slot = (torch.cat(b[f"{name} {k}"].unbind(dim=1)) for name in ("class", "slot"))
+        maps = embed(self.heads[k], out.features, step)
+        anchors, there = sampling.sample_of(maps, own, slot, self.classes, o.anchors)
+        draw = step.rand(f"negatives {k}", (*there.shape, o.negatives), None)
+        loss = sampling.told_apart(anchors, b[f"positive {k}"][0], bank, draw, o.temperature)
         count = b[f"drawn {k}"][0]  # (C,), of all processes
         present = (count > 0) & (bank.count > 0)
-        loss = loss.masked_fill((place == NOBODY) | ~present[:, None], 0).sum(dim=1)
+        loss = loss.masked_fill(~(there & present[:, None]), 0).sum(dim=1)
         return (loss / count.clamp(min=1)).sum() / present.sum().clamp(min=1)

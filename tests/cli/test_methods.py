@@ -94,6 +94,13 @@ def test_options_are_checked_and_those_of_others_refused() -> None:
         program.read(shlex.split(f"--method {EXAMPLE}:EntropyMinimization --loss.hc 1"))
 
 
+@pytest.mark.parametrize("name", ["u2pl", "semiseg-contrastive", "c3-semiseg"])
+@pytest.mark.parametrize("rule", ["classmix", "none"])
+def test_the_mix_of_the_run_is_refused_by_methods_with_their_own(name: str, rule: str) -> None:
+    with pytest.raises(UserError, match=f"--views.mix changes nothing with --method {name}"):
+        program.read(["--method", name, "--views.mix", rule])
+
+
 def test_a_method_of_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EXAMPLE.parent)
     point = EntryPoint("entropy", "entropy_minimization:EntropyMinimization", catalog.GROUP)

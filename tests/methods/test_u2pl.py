@@ -131,8 +131,8 @@ def test_no_negative_of_a_class_is_labelled_so(tiny: Settings) -> None:
         return numbered(member, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ctt.methods.u2pl.push", note)
-        patch.setattr("ctt.methods.u2pl.numbered", own_labels)
+        patch.setattr(sampling, "push", note)
+        patch.setattr(sampling, "numbered", own_labels)
         Scene(tiny, "u2pl", {"options": {"sure": 0.0}}, steps=2)
     for member, own in seen:
         assert member.any()
