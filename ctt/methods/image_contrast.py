@@ -33,8 +33,8 @@ class ImageContrast:
         """Draw the keys of all processes, and say which pixels may be anchors.
 
         Args:
-            maps: of the network that gives the keys, normalised. own: classes (B, 2, h, w), 255 where there is
-                none. ticket: random numbers (B, 2, h, w).
+            maps: of the network that gives the keys, normalised. own: classes (B, 2, h, w), 255
+                where there is none. ticket: random numbers (B, 2, h, w).
 
         Returns:
             `class` and `ticket` (B, 2, h, w), the first 255 where a pixel can be no anchor; in

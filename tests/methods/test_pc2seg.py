@@ -57,3 +57,38 @@ def test_every_term_and_gradient(tiny: Settings, pairs: int) -> None:
         terms["contrast"] += torch.stack(told).mean()
     weights = {"sup": 1.0, "consistency": 0.7, "contrast": 0.2}
     scene.check({name: (weights[name], value) for name, value in terms.items()})
+
+
+def test_the_memory_takes_the_surest_pixels_of_the_weak_view(tiny: Settings) -> None:
+    options = {"capacity": 40, "pushed": 4, "dim": 5}
+    scene = Scene(tiny, "pc2seg", {"options": options}, 2, 2, sure)
+    done: Any = scene.engine.method
+    for k, student in enumerate(scene.method.students):
+        bank, before, stride = done.banks[k], scene.method.banks[k], student.stride
+        student.eval()
+        with torch.no_grad():
+            out = student(scene.more)
+            known = scene.method.projections[k](out.features).movedim(1, -1).flatten(0, 2)
+        confidence, own = out.logits.softmax(dim=1).max(dim=1)
+        confidence, own = confidence.flatten(), own.flatten()
+        shown = ~scene.padding[:, ::stride, ::stride].flatten()
+        pushed, left_out = 0, 0
+        for c in range(11):
+            of_class = ((own == c) & shown).nonzero().flatten().tolist()
+            of_class.sort(key=lambda i: -float(confidence[i]))
+            left_out += len(of_class[4:])
+            old, held = int(before.count[c]), int(bank.count[c])
+            assert held - old == len(of_class[:4])
+            torch.testing.assert_close(bank.keys[c, :old], before.keys[c, :old])
+            for place, i in enumerate(of_class[:4], old):
+                key = known[i] / known[i].norm()
+                torch.testing.assert_close(bank.keys[c, place].double(), key, rtol=1e-5, atol=1e-6)
+            pushed += held - old
+        assert pushed > 4  # of more than one class
+        assert left_out > 0
+
+
+def sure(method: Any) -> None:
+    """Let students give several classes, and be surer of some pixels than of others."""
+    for student in method.students:
+        student.classifier.weight.data *= 10
