@@ -141,10 +141,9 @@ class Pc2Seg(MeanTeacher):
         super().after_step(b, step)
         with step.phase("banks"):
             for k, bank in enumerate(self.banks):
-                own, count = b[f"class {k}"].flatten(), self.options.pushed
-                sure, valid = b[f"sure {k}"].flatten(), own != IGNORE
-                known = as_pixels(b[f"weak {k}"])
-                bank.push(known, own, sure, valid=valid, top_k=count, per_class=count)
+                own, sure = b[f"class {k}"].flatten(), b[f"sure {k}"].flatten()
+                known, count = as_pixels(b[f"weak {k}"]), self.options.pushed
+                bank.push(known, own, sure, top_k=count, per_class=count)
 
 
 def distance(logits: Tensor, grid: Grid, soft: Tensor, valid: Tensor) -> Tensor:

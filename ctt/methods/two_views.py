@@ -60,9 +60,7 @@ class TwoViews(MeanTeacher):
                 b[f"mixed {v}"] = mix(b["unlabeled"])
                 b[f"seen {v}"] = step.total(mix(~padding).sum()).clamp(min=1)
                 b |= {f"label {v} {k}": mix(x) for k, x in enumerate(label)}
-            for p in probability:
-                lost = ~(p.amax(dim=1) > 0) & ~padding
-                step.log("lost_pixels", lost.sum() / b["seen"] / len(probability))
+            self.log_lost([~(p.amax(dim=1) > 0) for p in probability], padding, step)
         return b
 
     def mixer(self, v: int, b: Batch, step: Step) -> Callable[[Tensor], Tensor]:

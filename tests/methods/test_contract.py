@@ -1,5 +1,6 @@
 """What the engine promises for every method, tried with each."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ BY_PART = {
     "s4gan": ("fm", "st"),
     "semiseg-contrastive": ("contrast",),
 }
+BETWEEN_ROUNDS = ("st++", "dmt")  # when their copies of networks are made, and never else
 # with which all terms take part in a few small steps
 EARLY: dict[str, dict[str, Any]] = {
     "c3-semiseg": {"start": 0, "anchors": 2},
@@ -146,6 +148,17 @@ def test_nothing_but_ignored_pixels_teaches_nothing(tiny: Settings, name: str) -
     )
     weights = engine.method.state_dict().values()
     assert all(bool(x.isfinite().all()) for x in weights if x.is_floating_point())
+
+
+@pytest.mark.parametrize("name", [n for n in methods.names() if n not in BETWEEN_ROUNDS])
+def test_what_follows_moves_in_every_step(tiny: Settings, name: str) -> None:
+    engine = in_last_round(make(settings_of(name, tiny)))
+    run(engine, 4, 1)
+    followers = [(n, net) for n in engine.method.following for net in getattr(engine.method, n)]
+    before = copy.deepcopy([net.state_dict() for _, net in followers])
+    run(engine, 4, 1, first=1)
+    for (kind, net), old in zip(followers, before, strict=True):
+        assert any(not torch.equal(x, old[n]) for n, x in net.named_parameters()), kind
 
 
 @EVERY

@@ -8,7 +8,7 @@ import torch
 from ctt.methods.pc2seg import distance
 from ctt.models.base import Grid
 from ctt.settings import Settings
-from tests.methods.rendering import Scene, mean_cross_entropy, scores
+from tests.methods.rendering import Scene, all_surer, mean_cross_entropy, scores
 
 
 def test_equal_answers_are_at_no_distance() -> None:
@@ -61,7 +61,7 @@ def test_every_term_and_gradient(tiny: Settings, pairs: int) -> None:
 
 def test_the_memory_takes_the_surest_pixels_of_the_weak_view(tiny: Settings) -> None:
     options = {"capacity": 40, "pushed": 4, "dim": 5}
-    scene = Scene(tiny, "pc2seg", {"options": options}, 2, 2, sure)
+    scene = Scene(tiny, "pc2seg", {"options": options}, 2, 2, all_surer)
     done: Any = scene.engine.method
     for k, student in enumerate(scene.method.students):
         bank, before, stride = done.banks[k], scene.method.banks[k], student.stride
@@ -86,9 +86,3 @@ def test_the_memory_takes_the_surest_pixels_of_the_weak_view(tiny: Settings) -> 
             pushed += held - old
         assert pushed > 4  # of more than one class
         assert left_out > 0
-
-
-def sure(method: Any) -> None:
-    """Let students give several classes, and be surer of some pixels than of others."""
-    for student in method.students:
-        student.classifier.weight.data *= 10
