@@ -21,8 +21,10 @@ from ctt.files import written
 from ctt.settings import Settings, to_dict, update
 
 CONFIG = "config.yaml"
+UNFINISHED = f"{CONFIG}.part"  # what a run leaves that ends while it writes its first file
 CHECKPOINT = Path("checkpoints") / "last.pt"
 WEIGHTS = "best.safetensors"
+SUMMARY = "summary.json"
 LABELED_LIST = Path("split") / "labeled.txt"
 UNLABELED_LIST = Path("split") / "unlabeled.txt"
 EVALUATION_LIST = Path("split") / "evaluation.txt"
@@ -63,11 +65,11 @@ def check_new(out: Path | None) -> None:
     with _told_of_out(folder):
         if out is not None and out.is_file():
             raise UserError(f"--out {out}: this is a file; give a folder that is new or empty.")
-        if out is not None and out.is_dir() and any(out.iterdir()):
+        if out is not None and out.is_dir() and any(p.name != UNFINISHED for p in out.iterdir()):
             go_on = f", or go on with its run by --resume {out}"
             raise UserError(
                 f"--out {out}: the folder is not empty. Give a new one"
-                f"{go_on if has_checkpoint(out) else ''}."
+                f"{go_on if (out / CONFIG).is_file() else ''}."
             )
         whole = folder.absolute()
         nearest = next(path for path in (whole, *whole.parents) if path.exists())
@@ -108,6 +110,8 @@ def write_settings(folder: Path, settings: Settings) -> None:
 def find(path: Path) -> Path:
     """Return the run folder that `path`, a folder or a checkpoint in it, belongs to.
 
+    A run that ended before its first checkpoint has none, see `begun`.
+
     Raises:
         UserError: there is nothing, or something else.
     """
@@ -122,15 +126,31 @@ def find(path: Path) -> Path:
             )
     else:
         raise UserError(f"--resume {path}: there is no such folder.")
-    for needed in (CONFIG, CHECKPOINT, LABELED_LIST, UNLABELED_LIST):
-        there = has_checkpoint(folder) if needed == CHECKPOINT else (folder / needed).is_file()
-        if not there:
+    needed_files = [CONFIG]
+    if has_checkpoint(folder):
+        needed_files += [str(LABELED_LIST), str(UNLABELED_LIST)]
+    elif (folder / SUMMARY).is_file():  # it had one
+        needed_files += [str(CHECKPOINT)]
+    for needed in needed_files:
+        if not (folder / needed).is_file():
             raise UserError(
                 f"--resume {path}: {folder} is no run that can go on, because {needed} is missing."
             )
     if not os.access(folder, os.W_OK):
         raise UserError(f"--resume {path}: {folder} cannot be written.")
     return folder
+
+
+def begun(resume: Path | None) -> Path | None:
+    """Return the folder of a run to be resumed, or None if it has no checkpoint to go on from.
+
+    A run that ended before its first checkpoint begins from the start.
+
+    Raises:
+        UserError: as `find`.
+    """
+    folder = None if resume is None else find(resume)
+    return folder if folder is not None and has_checkpoint(folder) else None
 
 
 def lock(folder: Path) -> contextlib.AbstractContextManager[object]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ctt import run
 from ctt.errors import UserError
-from ctt.experiments.runs import SUMMARY, Run, last_words
+from ctt.experiments.runs import Run, last_words
 from ctt.train.signals import interrupt_flag
 
 PROGRAM = (sys.executable, "-c", "from ctt.cli.train import main; main()")
@@ -112,7 +112,7 @@ def finish(r: Run, code: int) -> bool:
     if code not in (INTERRUPTED, -signal.SIGINT):
         said = last_words(r.log) or f"The program ended with code {code}."
         if code == 0:
-            said = f"There is no {SUMMARY} of these settings, though the program ended well."
+            said = f"There is no {run.SUMMARY} of these settings, though the program ended well."
         r.error.write_text(said, "utf-8")
     return False
 

@@ -17,7 +17,6 @@ from ctt.experiments.results import CURVES, DONE, FAILED, MISSING, Row
 from ctt.files import written
 from ctt.settings import WITHOUT_EFFECT, Settings, to_dict
 
-SUMMARY = "summary.json"
 SAID = 300  # letters of an error that the table keeps
 
 
@@ -58,7 +57,7 @@ class Run:
 
     def summary(self) -> dict[str, Any] | None:
         """Return the summary of the finished run; None if it is not finished."""
-        found = results.read_summary(self.folder / SUMMARY)
+        found = results.read_summary(self.folder / run.SUMMARY)
         return found if found and found.get("settings_hash") == self.folder.name else None
 
     def is_busy(self) -> bool:

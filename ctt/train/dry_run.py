@@ -18,12 +18,14 @@ def dry_run(settings: Settings, *, out: Path | None = None, resume: Path | None 
     Raises:
         UserError: settings, data, weights or folders that cannot work.
     """
-    plan = Plan.of(settings, resume, int(os.environ.get("WORLD_SIZE", "1")))
-    if resume is None:
-        run.check_new(out)
+    begun = run.begun(resume)
+    plan = Plan.of(settings, begun, int(os.environ.get("WORLD_SIZE", "1")))
+    if begun is None:
+        if resume is None:
+            run.check_new(out)
         start, broken = "start", ""
     else:
-        saved, broken = checkpoint.load_last(run.find(resume) / run.CHECKPOINT)
+        saved, broken = checkpoint.load_last(begun / run.CHECKPOINT)
         done = int(saved["iteration"])
         check_iterations(settings, done)
         start = f"go on after iteration {done}"

@@ -37,8 +37,8 @@ from ctt.train.setup import images_of_any_size
 from ctt.train.signals import interrupt_flag
 from ctt.train.streams import Streams
 
-SUMMARY = "summary.json"
 LOST = "lost_pixels"  # share of unlabelled pixels without a finite probability of a teacher
+NO_CHECKPOINT = "The run ended before its first checkpoint, so it begins from the start."
 
 
 class Stopped(Exception):  # noqa: N818  (not an error)
@@ -104,7 +104,8 @@ class Trainer:
     ) -> None:
         self.settings, self.world = settings, world
         self.console = plain_console(quiet=not world.is_main)
-        self.plan = plan = Plan.of(settings, resume, world.size)
+        begun = run.begun(resume)
+        self.plan = plan = Plan.of(settings, begun, world.size)
         self.source, self.device = plan.source, plan.device
         self.method = plan.build()
         self.engine = Engine(self.method, settings, self.source.info, self.device, world)
@@ -114,19 +115,23 @@ class Trainer:
         self.recorder: Recorder | None = None
         self.warned = False  # of pixels for which the teachers gave no finite probability
         self.broken = ""  # what is wrong with the last checkpoint
-        if resume is None:
-            self.folder = Path(world.tell(str(self._create(out)) if world.is_main else ""))
+        if begun is None:
+            self.folder = Path(world.tell(str(self._create(out, resume)) if world.is_main else ""))
         else:
-            self.folder = run.find(resume)
+            self.folder = begun
         self.streams = Streams(plan, self.engine, self.folder)
         self.losses = Losses(self.streams)
-        if resume is not None:
+        if begun is not None:
             saved, self.broken = checkpoint.load_last(self.folder / run.CHECKPOINT)
             self._load(saved)
         self.lock = run.lock(self.folder) if world.is_main else contextlib.nullcontext()
 
-    def _create(self, out: Path | None) -> Path:
-        folder = run.create(out, self.settings)
+    def _create(self, out: Path | None, resume: Path | None) -> Path:
+        if resume is None:
+            folder = run.create(out, self.settings)
+        else:
+            folder = run.find(resume)
+            self.source.notes += (NO_CHECKPOINT,)
         (folder / run.LABELED_LIST).parent.mkdir(exist_ok=True)
         write_list(folder / run.LABELED_LIST, self.plan.labeled)
         write_list(folder / run.UNLABELED_LIST, self.plan.unlabeled)
@@ -195,7 +200,7 @@ class Trainer:
 
     def _finished(self) -> dict[str, Any] | None:
         """Return the summary of a resumed run that has nothing left to do, else None."""
-        path = self.folder / SUMMARY
+        path = self.folder / run.SUMMARY
         if self.engine.iteration < self.settings.train.iterations or not path.is_file():
             return None
         try:
@@ -376,7 +381,7 @@ class Trainer:
         summary = summary_of(plan, engine, scores, self.best, self.seconds, self.waited)
         if not self.world.is_main:
             return summary
-        write_json(self.folder / SUMMARY, summary)
+        write_json(self.folder / run.SUMMARY, summary)
         draw_curves(self.folder)
         with images_of_any_size(self.settings.train.compile):
             draw_predictions(plan, engine, self.folder / "samples.png")

@@ -1,7 +1,10 @@
 """Broken checkpoints, weights that are no numbers, and two programs in one folder."""
 
+import json
 import random
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,10 @@ from ctt.errors import UserError
 from ctt.inference.load import load_trained
 from ctt.settings import Settings, update
 from ctt.train.distributed import World
+from ctt.train.dry_run import dry_run
+from ctt.train.engine import Engine
 from ctt.train.loop import Trainer, train
+from ctt.train.record import read_rows
 
 
 @pytest.fixture
@@ -49,9 +55,7 @@ def test_a_broken_checkpoint_is_told_and_the_one_before_serves(
     train(settings, resume=tmp_path / "run")
     told = " ".join(capsys.readouterr().out.split())
     assert "The checkpoint before it, after iteration 4, is whole and is used instead" in told
-    ends = [checkpoint.load(tmp_path / name / run.CHECKPOINT) for name in ("whole", "run")]
-    for name, value in ends[0]["method"].items():
-        assert torch.equal(value, ends[1]["method"][name]), name
+    assert same_ends(tmp_path / "whole", tmp_path / "run")
     assert checkpoint.load(checkpoint.previous(last))["iteration"] == 4
 
 
@@ -153,3 +157,91 @@ def test_the_best_network_of_a_finished_run_is_known_when_it_goes_on(
     saved = checkpoint.load(tmp_path / "run" / run.CHECKPOINT)["best"]
     rounded = {name: round(saved[name], 2) for name in ("miou", "miou_of_labeled")}
     assert {**saved, **rounded} == best
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "split"])
+def test_a_run_without_a_checkpoint_yet_begins_from_the_start(
+    settings: Settings, tmp_path: Path, lost: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    train(settings, out=whole)
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(UserError, match=r"because checkpoints/last\.pt is missing"):
+        train(settings, resume=out)  # it is finished, so it had one
+    for name in ("summary.json", "curves.png", "samples.png"):
+        (out / name).unlink()
+    if lost == "split":  # as of a run that was killed in its first moment
+        shutil.rmtree(out / "split")
+        (out / run.WEIGHTS).unlink()
+        (out / "metrics.csv").unlink()
+    dry_run(settings, resume=out)
+    assert "would start with 6 labelled" in " ".join(capsys.readouterr().out.split())
+    train(settings, resume=out)
+    assert "ended before its first checkpoint" in capsys.readouterr().out
+    assert same_ends(whole, out)
+    assert rows(out) == rows(whole)
+    for path in (run.LABELED_LIST, run.UNLABELED_LIST, run.EVALUATION_LIST):
+        assert (out / path).read_text() == (whole / path).read_text()
+
+
+def test_what_a_run_leaves_in_its_first_moment_is_in_nobodys_way(
+    settings: Settings, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / run.UNFINISHED).touch()
+    assert train(settings, out=out)["iterations"] == 6
+
+
+def test_rows_of_a_resumed_run_are_those_of_one_that_went_through(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows fall between checkpoints, and checkpoints between rows."""
+    every = {"iterations": 9, "log_every": 2, "checkpoint_every": 3, "eval_every": 4}
+    settings = update(settings, {"train": every}, "test")
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    train(settings, out=whole)
+    step = Engine.__call__
+    for died in (2, 5, 8):  # before the first checkpoint, and after others
+
+        def die(self: Engine, *batches: Any, died: int = died) -> dict[str, torch.Tensor]:
+            if self.iteration == died:
+                raise KeyboardInterrupt
+            return step(self, *batches)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "__call__", die)
+            with pytest.raises(KeyboardInterrupt):
+                train(settings, **({"resume": out} if out.exists() else {"out": out}))
+    train(settings, resume=out)
+    assert same_ends(whole, out)
+    assert rows(out) == rows(whole)
+    assert [row["iteration"] for row in rows(out)] == ["2", "4", "4", "6", "8", "8", "9", "9"]
+
+
+def test_a_finished_run_that_is_resumed_changes_nothing(settings: Settings, tmp_path: Path) -> None:
+    summary = train(settings, out=tmp_path / "run")
+    before = contents(tmp_path / "run")
+    again = train(settings, resume=tmp_path / "run")
+    assert again == json.loads(json.dumps(summary))
+    assert contents(tmp_path / "run") == before
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Return what each file of a run holds, and when it was written."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
+
+
+def same_ends(one: Path, other: Path) -> bool:
+    """Return whether the last checkpoints of two runs hold the same tensors."""
+    first, second = (checkpoint.load(x / run.CHECKPOINT)["method"] for x in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of metrics.csv without what a clock says."""
+    clocks = ("images_per_second", "input_wait")
+    found = read_rows(folder / "metrics.csv")
+    return [{name: value for name, value in row.items() if name not in clocks} for row in found]
