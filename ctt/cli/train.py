@@ -165,7 +165,7 @@ def parse(arguments: list[str]) -> Arguments:
     """
     import tyro
 
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = argparse.ArgumentParser("ctt-train", add_help=False, allow_abbrev=False)
     for option in ("--recipe", "--config", "--dataset", "--resume"):
         early.add_argument(option)
     early.add_argument("--data.voc-set", "--data.voc_set", dest="voc_set")

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ FEWER_WORKERS = (
     "loads in the main process), or more memory to share (docker run --shm-size 2g; /dev/shm)."
 )
 BROKEN_CONNECTION = (ConnectionError, EOFError)
-_workers: set[BaseProcess] = set()  # of this process, alive or not
+# of this process; one that nothing else holds has ended, and would keep its pipes open here
+_workers: WeakSet[BaseProcess] = WeakSet()
 
 
 class DrawSampler(Sampler[list[tuple[int, int]]]):
@@ -257,7 +259,7 @@ def _end_workers() -> None:
 
     They ignore the SIGTERM by which it ends them, see `leave_signals_to_the_parent`.
     """
-    left = _workers & set(multiprocessing.active_children())
+    left = [worker for worker in multiprocessing.active_children() if worker in _workers]
     if left:
         _listen_no_more()
     for worker in left:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +77,18 @@ def test_workers_change_nothing(workers: int) -> None:
 
 def number(key: int) -> Tensor:
     return torch.full((2,), key)
+
+
+def test_processes_that_have_ended_leave_no_file_open() -> None:
+    """Each evaluation of a run starts its own."""
+    handles = Path("/proc/self/fd")
+    if not handles.is_dir():
+        pytest.skip("needs Linux's /proc")
+    counts = []
+    for _ in range(3):
+        assert len(list(in_order(number, range(4), 2))) == 4
+        counts.append(len(list(handles.iterdir())))
+    assert counts[1] == counts[2]
 
 
 KILLED = """
