@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,60 @@ def test_evaluation_of_a_run_repeats_its_summary(
     accuracy = 100 * counts.trace() / counts.sum()
     assert scores["pixel_accuracy"]["ensemble"] == pytest.approx(accuracy, abs=0.01)
     assert call(evaluate.main, arguments, monkeypatch) == 2  # the folder is not empty
+
+
+DYING = """
+import os, signal, sys
+import torch.utils.data
+import {module} as module
+from ctt.cli.{program} import main
+
+read = module.{reader}
+
+def dying(*arguments, **options):
+    if torch.utils.data.get_worker_info() is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(*arguments, **options)
+
+module.{reader} = dying
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "module", "reader", "options"),
+    [
+        ("evaluate", "ctt.inference.evaluate", "read_pair", "--workers 2"),
+        ("predict", "ctt.data.pictures", "read_image", "{images} --workers 2 --out {out}"),
+        ("train", "ctt.inference.evaluate", "read_pair", "--train.iterations 4 --data.workers 1"),
+    ],
+)
+def test_a_loader_process_that_dies_ends_each_program_with_one_paragraph(
+    folder: Path, images: Path, tmp_path: Path, program: str, module: str, reader: str, options: str
+) -> None:
+    """In training, one of the evaluation."""
+    script = DYING.format(program=program, module=module, reader=reader)
+    resumed = shutil.copytree(folder, tmp_path / "run")
+    arguments = [text.format(images=images, out=tmp_path / "masks") for text in options.split()]
+    given = ["--resume", str(resumed)] if program == "train" else [str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *given, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    said = " ".join(done.stderr.split())
+    assert done.returncode == 2, said
+    assert said.startswith(f"ctt-{PROGRAMS[program]}: A process that loads images has ended (")
+    assert said.count(" has ended (") == 1
+    assert "Traceback" not in said
+    if program == "train":
+        assert f"The last checkpoint is whole: --resume {resumed} goes on from it." in said
+        assert checkpoint.load(resumed / run.CHECKPOINT)["iteration"] == 4
+
+
+PROGRAMS = {"evaluate": "eval", "predict": "predict", "train": "train"}
 
 
 def test_a_checkpoint_of_another_network_is_refused(

@@ -15,9 +15,13 @@ CONTEXT.set_forkserver_preload(["ctt.train.loop", "ctt.data.digits", "sklearn.da
 
 
 def start(
-    count: int, folder: Path, body: Callable[..., None], *arguments: Any
+    count: int, folder: Path, body: Callable[..., None], *arguments: Any, daemon: bool = True
 ) -> list[ForkServerProcess]:
-    """Run `body` in processes that find each other; rank r prints to folder/rank-r.txt."""
+    """Run `body` in processes that find each other; rank r prints to folder/rank-r.txt.
+
+    Args:
+        daemon: they end with this process, and can start none themselves.
+    """
     folder.mkdir(exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -25,7 +29,7 @@ def start(
     started = []
     for rank in range(count):
         process = CONTEXT.Process(
-            target=_enter, args=(rank, count, port, folder, body, *arguments), daemon=True
+            target=_enter, args=(rank, count, port, folder, body, *arguments), daemon=daemon
         )
         process.start()
         started.append(process)

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from ctt import checkpoint, run
 from ctt.cli import train as program
 from ctt.cli.common import run_program
 from ctt.errors import UserError
+from ctt.inference import evaluate
 from ctt.settings import Settings, update
 from ctt.train import loop
 from ctt.train.distributed import join
@@ -168,6 +170,54 @@ def test_a_lost_process_ends_the_run_which_goes_on_with_another_number(tmp_path:
     settings = update(run.read_settings(out), {"train": {"iterations": total}}, "test")
     assert loop.train(settings, resume=out)["iterations"] == total
     assert checkpoint.load(out / run.CHECKPOINT)["drawn"] == saved["drawn"] + 2 * 2
+
+
+def test_the_loss_of_the_first_process_which_all_meet_at_ends_the_others(tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    both = start(2, log, command_line, f"{QUICK} --out {out}")
+    wait_for_rows(out, 4, both)
+    both[0].kill()
+    assert finish(both[1:]) == [2]
+    told = shown(log)[1]
+    assert told.count("Another process of this run has ended") == 1
+    assert "Traceback" not in told
+    assert checkpoint.load(out / run.CHECKPOINT)["iteration"] >= 1
+
+
+read_pair = evaluate.read_pair
+
+
+def dying_pair(*arguments: Any) -> Any:
+    """Read an image and its label, in no process of the rank that is to lose one."""
+    rank, where = os.environ["LOSE"].split()
+    if os.environ["RANK"] == rank and (where == "here" or get_worker_info() is not None):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read_pair(*arguments)
+
+
+def die_evaluating(arguments: str, lose: str) -> None:
+    """Lose a process of the run, or one that loads for it, in the first evaluation."""
+    os.environ["LOSE"] = lose
+    evaluate.read_pair = dying_pair
+    command_line(arguments)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("loads", [False, True])
+def test_a_process_lost_in_the_evaluation_ends_all(tmp_path: Path, rank: int, loads: bool) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    arguments = f"{QUICK} --train.eval-every 2 --data.workers {int(loads)} --out {out}"
+    lose = f"{rank} {'loader' if loads else 'here'}"
+    both = start(2, log, die_evaluating, arguments, lose, daemon=not loads)
+    codes = finish(both)
+    assert codes[1 - rank] == 2, shown(log)
+    assert codes[rank] == (2 if loads else -signal.SIGKILL)
+    texts = shown(log)
+    said = "A process that loads images has ended" if loads else "Another process of this run has"
+    assert said in texts[rank if loads else 1 - rank]
+    for told in texts:  # the one that the others meet at may be gone before they can ask it
+        assert told.count("ctt-train:") <= 1
+        assert "Traceback" not in told
 
 
 def test_all_processes_stop_after_the_same_step(tmp_path: Path) -> None:
