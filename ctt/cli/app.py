@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import sys
 from dataclasses import dataclass, field
@@ -10,6 +11,9 @@ from pathlib import Path
 from ctt.cli.common import run_program
 from ctt.errors import UserError
 from ctt.settings import EvalSettings, validate_eval
+from ctt.text import say
+
+PASSWORD_VARIABLE = "CTT_APP_PASSWORD"
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,10 @@ class Arguments:
     """Folder of a run (all students, teachers and their ensemble), or a best.safetensors."""
     port: int = 7860
     host: str = "127.0.0.1"
-    """Address to serve at; 0.0.0.0 shows the page to everyone who reaches this machine."""
+    """Address to serve at; 0.0.0.0 shows the page to everyone who reaches this machine. The
+    environment variable CTT_APP_PASSWORD, if set, is asked for, from the user ctt."""
+    largest_upload: int = 200
+    """Most megabytes of an image that is dropped on the page."""
     open: bool = False
     """Also open a browser."""
     device: str = "auto"
@@ -40,8 +47,10 @@ def _main(arguments: list[str]) -> int:
     parsed = _parse(arguments, EvalSettings())
     if not 1 <= parsed.port < 2**16:
         raise UserError(f"--port {parsed.port} must be in 1..65535.")
+    if parsed.largest_upload < 1:
+        raise UserError(f"--largest-upload {parsed.largest_upload} must be at least 1.")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    from ctt.cli.page import Viewer, serve
+    from ctt.cli.page import Limits, Viewer, serve
     from ctt.device import pick_device
     from ctt.inference.load import load_trained
     from ctt.inference.predict import for_images
@@ -50,8 +59,25 @@ def _main(arguments: list[str]) -> int:
     trained = load_trained(parsed.path)
     parsed = _parse(arguments, trained.settings.eval)
     validate_eval(parsed.eval)
-    serve(Viewer(trained, device, for_images(parsed.eval)), parsed.host, parsed.port, parsed.open)
+    password = os.environ.get(PASSWORD_VARIABLE, "")
+    if not password and not is_this_machine(parsed.host):
+        say(
+            f"Warning: --host {parsed.host}: whoever reaches this machine sees the page. The "
+            f"environment variable {PASSWORD_VARIABLE} sets a password.",
+            sys.stderr,
+        )
+    viewer = Viewer(trained, device, for_images(parsed.eval))
+    limits = Limits(password, parsed.largest_upload)
+    serve(viewer, parsed.host, parsed.port, parsed.open, limits)
     return 0
+
+
+def is_this_machine(host: str) -> bool:
+    """Return whether what is served at the address is seen by programs of this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _parse(arguments: list[str], protocol: EvalSettings) -> Arguments:

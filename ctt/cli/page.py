@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import tempfile
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -28,6 +29,8 @@ from ctt.settings import EvalSettings
 
 EXAMPLES = 8  # evaluation images offered
 SHOWN = (320, 1280)  # longer side of a picture on the page, in pixels: smallest and largest
+USER = "ctt"  # who gives the password
+MEGABYTE = 10**6
 KEPT = 16  # predictions that are not computed again
 # The browser itself refuses whatever is not from here: fonts, scripts, pictures.
 POLICY = (
@@ -262,8 +265,21 @@ class OnlyFromHere:
         await self.app(scope, receive, send_with_policy)
 
 
-def serve(viewer: Viewer, host: str, port: int, browser: bool) -> None:
-    """Until Ctrl-C.
+@dataclass(frozen=True)
+class Limits:
+    """Who may see the page, and what it takes.
+
+    Attributes:
+        password: of the user `ctt`; empty: nobody is asked.
+        largest_upload: megabytes of an image.
+    """
+
+    password: str
+    largest_upload: int
+
+
+def serve(viewer: Viewer, host: str, port: int, browser: bool, limits: Limits) -> None:
+    """Serve the page until Ctrl-C.
 
     Raises:
         UserError: the port is taken, or the address is not one of this machine.
@@ -284,6 +300,8 @@ def serve(viewer: Viewer, host: str, port: int, browser: bool) -> None:
                 pwa=False,
                 mcp_server=False,
                 run_history=False,
+                auth=(USER, limits.password) if limits.password else None,
+                max_file_size=limits.largest_upload * MEGABYTE,
                 allowed_paths=[folder],
                 theme=gr.themes.Base(font=system, font_mono=("ui-monospace", "monospace")),
                 css=CSS,

@@ -1,6 +1,8 @@
 """The page, in a browser without a window."""
 
+import contextlib
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -8,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,20 +108,20 @@ def test_bad_ports(folder: Path, viewer: page.Viewer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port}: nothing can be served"):
-            page.serve(viewer, "127.0.0.1", port, browser=False)
+            page.serve(viewer, "127.0.0.1", port, False, page.Limits("", 1))
 
 
-@pytest.fixture
-def address(folder: Path) -> Iterator[str]:
-    """Of a page that runs; on Ctrl-C it ends in peace."""
+@contextlib.contextmanager
+def served(folder: Path, *options: str, **environment: str) -> Iterator[str]:
+    """The address of a page that runs; on Ctrl-C it ends in peace."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     program = "from ctt.cli.app import main; main()"
     with subprocess.Popen(
-        [sys.executable, "-c", program, str(folder), "--port", str(port)],
+        [sys.executable, "-c", program, str(folder), "--port", str(port), *options],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         # what a shell runs in the background inherits that Ctrl-C is ignored
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
@@ -131,6 +135,92 @@ def address(folder: Path) -> Iterator[str]:
                 assert process.wait(STARTUP) == 0
             finally:
                 process.kill()
+
+
+@pytest.fixture
+def address(folder: Path) -> Iterator[str]:
+    with served(folder) as found:
+        yield found
+
+
+def code(request: urllib.request.Request | str, opener: urllib.request.OpenerDirector) -> int:
+    """Return the HTTP status of the answer."""
+    try:
+        with opener.open(request) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def upload(address: str, content: int | Path) -> urllib.request.Request:
+    """Return the request by which a browser hands in a file, or one of so many bytes."""
+    data = b"0" * content if isinstance(content, int) else content.read_bytes()
+    head = '--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    body = head.encode() + data + b"\r\n--x--\r\n"
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    return urllib.request.Request(f"{address}/gradio_api/upload", body, kind)
+
+
+def shown_of(address: str, file: Path) -> str:
+    """Return what the page answers to a caller who says that he has uploaded this file."""
+    given = {"path": str(file), "meta": {"_type": "gradio.FileData"}}
+    call = f"{address}/gradio_api/call/show"
+    body = json.dumps({"data": [given, 0.5, "student_1", "student_2"]}).encode()
+    with urllib.request.urlopen(
+        urllib.request.Request(call, body, {"Content-Type": "application/json"})
+    ) as answer:
+        event = json.load(answer)["event_id"]
+    with urllib.request.urlopen(f"{call}/{event}") as answer:
+        return str(answer.read().decode())
+
+
+def test_files_of_the_machine_are_not_shown(folder: Path, picture: Path) -> None:
+    with served(folder) as address:
+        with urllib.request.urlopen(upload(address, picture)) as answer:
+            (uploaded,) = json.load(answer)
+        assert "event: complete" in shown_of(address, Path(uploaded))
+        hidden = folder / "samples.png"
+        assert "event: error" in shown_of(address, hidden)
+        for path in (hidden, f"{uploaded}/../../{hidden}"):
+            opener = urllib.request.build_opener()
+            assert code(f"{address}/gradio_api/file={path}", opener) in (403, 404)
+
+
+def test_without_the_password_nothing_is_shown_or_taken(folder: Path) -> None:
+    stranger, guest = (
+        urllib.request.build_opener(urllib.request.HTTPCookieProcessor()) for _ in range(2)
+    )
+    with served(folder, "--largest-upload", "1", CTT_APP_PASSWORD="open sesame") as address:
+        assert code(f"{address}/config", stranger) == 401
+        assert code(upload(address, 10), stranger) == 401
+        for password, status in (("open", 400), ("open sesame", 200)):
+            form = urllib.parse.urlencode({"username": "ctt", "password": password}).encode()
+            assert code(urllib.request.Request(f"{address}/login", form), guest) == status
+        assert code(f"{address}/config", guest) == 200
+        assert code(upload(address, 10**5), guest) == 200
+        assert code(upload(address, 2 * 10**6), guest) == 413
+
+
+@pytest.mark.parametrize(
+    ("host", "warned"), [("0.0.0.0", True), ("localhost", False), ("::1", False)]
+)
+def test_a_page_that_others_reach_wants_a_password(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    host: str,
+    warned: bool,
+) -> None:
+    limits: list[page.Limits] = []
+    monkeypatch.setattr(page, "serve", lambda *given: limits.append(given[-1]))
+    assert app._main([str(folder), "--host", host]) == 0
+    assert ("CTT_APP_PASSWORD" in capsys.readouterr().err) == warned
+    monkeypatch.setenv("CTT_APP_PASSWORD", "open sesame")
+    assert app._main([str(folder), "--host", host]) == 0
+    assert capsys.readouterr().err == ""
+    assert [x.password for x in limits] == ["", "open sesame"]
+    with pytest.raises(UserError, match="--largest-upload 0 must be"):
+        app._main([str(folder), "--largest-upload", "0"])
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
