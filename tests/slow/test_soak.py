@@ -36,9 +36,12 @@ def tree(root: int) -> list[int]:
 
 
 def mebibytes(pid: int) -> float:
-    """Return the memory of a process, its share of what it has in common with others."""
+    """Return the memory of a process, its share of what it has in common with others.
+
+    Without that of files: of a library, other programs have a share that comes and goes.
+    """
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    return sum(int(x.split()[1]) for x in lines if x.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
 
 
 def sample(process: subprocess.Popen[bytes], began: float) -> dict[str, float]:
