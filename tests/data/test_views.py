@@ -55,6 +55,17 @@ def test_flip_mirrors_image_and_label_alike() -> None:
         assert torch.equal(mask, label.flip(1) if is_mirrored else label)
 
 
+@given(st.integers(0, 10_000), st.booleans())
+def test_what_is_rotated_keeps_its_shape(seed: int, flip: bool) -> None:
+    """In pixels the map is a rotation, mirrored or not, over the factor of the resize."""
+    turning = view(crop=(20, 28), scale=(0.5, 2), flip=flip, rotation=60, translation=0.1)
+    factor = 0.8
+    theta = turning.matrix((50, 30), factor, random.Random(seed))[:, :2]
+    pixels = torch.tensor([[30], [50]]) * theta / torch.tensor([28, 20])
+    torch.testing.assert_close(pixels @ pixels.T, torch.eye(2, dtype=torch.float64) / factor**2)
+    assert flip or torch.det(pixels) > 0
+
+
 @given(st.integers(0, 10_000))
 def test_image_and_label_move_together(seed: int) -> None:
     image, label = picture(60, 66)

@@ -134,6 +134,19 @@ def test_processes_end_alike(tiny: Settings, tmp_path: Path, sync: bool, device:
     assert first["drawn"] == 3 * 2 * 4
 
 
+def roll_and_write(folder: Path) -> None:
+    with join() as world:
+        own = torch.arange(2) + 2 * world.rank
+        torch.save(world.roll(own), folder / f"rolled-{world.rank}.pt")
+
+
+def test_a_joined_batch_is_rolled_from_process_to_process(tmp_path: Path) -> None:
+    """Of two processes each is the other's neighbour on both sides; of three it is not."""
+    assert finish(start(3, tmp_path, roll_and_write, tmp_path)) == [0] * 3, shown(tmp_path)
+    rolled = torch.cat([torch.load(tmp_path / f"rolled-{rank}.pt") for rank in range(3)])
+    assert torch.equal(rolled, torch.arange(6).roll(1))
+
+
 def command_line(arguments: str) -> None:
     sys.argv = ["ctt-train", *shlex.split(arguments)]
     program.main()

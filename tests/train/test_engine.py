@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ctt.data.digits import INFO
 from ctt.data.source import IGNORE
@@ -396,6 +397,42 @@ def test_contrast_of_parts_is_finite(tiny: Settings) -> None:
         terms = engine(batch(4, seed=i), unlabelled(4, seed=i))
     assert all(torch.isfinite(value) for value in terms.values())
     assert float(terms["hc"] + terms["lc"]) > 0
+
+
+def test_the_contrast_of_equal_parts_is_that_of_one(tiny: Settings) -> None:
+    change = {
+        "views": {"mix": "none", "jitter": 0, "blur_probability": 0},
+        "optim": {"lr": 1e-9},
+        "loss": {"gamma": 0.12},
+    }
+    found = []
+    for parts in (1, 2):
+        settings = update(update(tiny, change, "test"), {"train": {"accumulate": parts}}, "test")
+        engine = make(settings, 2)
+        engine.method.eval()
+        for i in range(4):
+            twice = [torch.cat([x, x]) for x in (*batch(2, seed=i), *unlabelled(2, seed=i))]
+            terms = engine((twice[0], twice[1]), (twice[2], twice[3]))
+        found.append({name: float(terms[name]) for name in ("hc", "lc")})
+    assert min(found[0].values()) > 0
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_layers_that_draw_numbers_draw_those_of_the_step(tiny: Settings) -> None:
+    """Whatever else has drawn from PyTorch's generator, as before a resume."""
+    ends = []
+    for others in (0, 7):
+        engine = make(tiny, 2)
+        for student in engine.method.students:
+            student.classifier.register_forward_pre_hook(
+                lambda _, inputs: (functional.dropout(inputs[0], 0.5),)
+            )
+        for i in range(3):
+            torch.rand(others * i)
+            engine(batch(seed=i), unlabelled(seed=i))
+        ends.append(engine.method.state_dict())
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((4, 3), 1), ((3, 11), 0), ((5,), None)])
