@@ -125,6 +125,9 @@ class ModelSettings:
     pixel r * stride for cell r of convolutions, the middle of the patch for patches. legacy: as
     versions did that had no such setting: labels from pixel r * stride, but logits half a stride
     further on. Runs and weights of such versions keep it."""
+    freeze_backbone: bool = False
+    """Train the head alone: the backbone stays as --model.weights has it, and nothing is kept of it
+    for the backward pass."""
     freeze_batch_norm: bool = False
     """Keep statistics, scale and shift of the backbone's batch norms as --model.weights has them;
     for batches too small to estimate statistics from. Those of the head are trained."""
@@ -151,14 +154,26 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class OptimSettings:
+    name: Literal["sgd", "adamw"] = "sgd"
     lr: float = 2.5e-4
     head_lr_factor: float = 1.0
     """Learning rate of the classifier head relative to the rest (DeepLabV2: 10)."""
+    layer_decay: float = 1.0
+    """Learning rate of a layer of the backbone relative to the next one; 1: all learn alike."""
     momentum: float = 0.9
+    """sgd: of the mean over past gradients."""
     nesterov: bool = False
+    """sgd: Nesterov's momentum."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """adamw: decay of the means of past gradients and of their squares."""
     weight_decay: float = 5e-4
+    decay_vectors: bool = True
+    """Decay also what has one axis: scales and shifts of norms, and biases."""
+    schedule: Literal["poly", "cosine"] = "poly"
+    """How the learning rate falls over the run: lr * (1 - t / iterations) ** power, or half a
+    cosine."""
     power: float = 0.9
-    """Polynomial decay: lr * (1 - t / iterations) ** power."""
+    """poly: the exponent."""
     warmup: int = 0
     """Iterations of linear warm-up of the learning rate."""
     clip_norm: float = 0.0
@@ -540,6 +555,18 @@ def validate(settings: Settings) -> None:
         ),
         ("--optim.lr", s.optim.lr, s.optim.lr > 0, positive),
         ("--optim.head-lr-factor", s.optim.head_lr_factor, s.optim.head_lr_factor > 0, positive),
+        (
+            "--optim.layer-decay",
+            s.optim.layer_decay,
+            0 < s.optim.layer_decay <= 1,
+            "must be above 0 and at most 1",
+        ),
+        (
+            "--optim.betas",
+            s.optim.betas,
+            all(0 <= beta < 1 for beta in s.optim.betas),
+            "must be in 0..1, without 1",
+        ),
         ("--optim.momentum", s.optim.momentum, 0 <= s.optim.momentum < 1, "must be in 0..1"),
         ("--optim.weight-decay", s.optim.weight_decay, s.optim.weight_decay >= 0, at_least_0),
         ("--optim.power", s.optim.power, s.optim.power >= 0, at_least_0),

@@ -15,7 +15,7 @@ from ctt.data.seeding import derive_seed
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
 from ctt.methods.catalog import About
-from ctt.methods.optim import make_sgd
+from ctt.methods.optim import make_optimizer
 from ctt.methods.options import Options
 from ctt.models.base import BackboneModel, Output, SegmentationModel
 from ctt.models.weights import start_from
@@ -107,6 +107,13 @@ class Setup:
                     f"batch norms could be kept. Leave it out, or choose another --model.name."
                 )
             student.freeze_batch_norm()
+        if model.freeze_backbone:
+            if not isinstance(student, BackboneModel):
+                raise UserError(
+                    f"--model.freeze-backbone: the network {model.name} has no backbone. Leave it "
+                    f"out, or choose another --model.name."
+                )
+            student.freeze_backbone()
         return self.finish(student)
 
     def foreground(self, background: int) -> tuple[int, ...]:
@@ -324,7 +331,7 @@ class Method(nn.Module):
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the optimisers by name. Each group has an `lr_factor`, which times the run's
         learning rate is its own."""
-        return {"students": make_sgd(self.students, self.settings.optim)}
+        return {"students": make_optimizer(self.students, self.settings)}
 
     def schedules(self) -> dict[str, Schedule]:
         """Return the numbers that change from step to step, besides the learning rate `rate`."""

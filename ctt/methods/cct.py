@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from ctt.methods import losses, ramps
 from ctt.methods.base import Batch, Method, Modules, Schedule, Setup, Step, Terms
 from ctt.methods.losses import to_grid
-from ctt.methods.optim import make_sgd
+from ctt.methods.optim import make_optimizer
 from ctt.methods.options import Check, Options
 
 # auxiliary decoders of each kind, of the authors' config.json
@@ -96,7 +96,7 @@ class Cct(Method):
         return {"ramp": lambda iteration: ramps.sigmoid(iteration / total, length)}
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"students": make_sgd(self.students, self.settings.optim, extra=self.decoders)}
+        return {"students": make_optimizer(self.students, self.settings, extra=self.decoders)}
 
     def prepare(self, b: Batch, step: Step) -> Batch:
         b = b | {"pixels": step.count(b["label"])}

@@ -26,7 +26,7 @@ from ctt.data.source import IGNORE
 from ctt.methods import losses, ramps
 from ctt.methods.base import Batch, Schedule, Setup, Step
 from ctt.methods.critics import Judged, counted, frozen
-from ctt.methods.optim import make_sgd
+from ctt.methods.optim import make_optimizer
 from ctt.methods.options import Check, Options, at_least_0, shares
 from ctt.models.base import Grid, Output, SegmentationModel, upsample
 
@@ -69,7 +69,7 @@ class Ecs(Judged):
         return network
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {**super().optimizers(), "critics": make_sgd(self.critics, self.settings.optim)}
+        return {**super().optimizers(), "critics": make_optimizer(self.critics, self.settings)}
 
     def schedules(self) -> dict[str, Schedule]:
         total, length = self.settings.train.iterations, self.options.ramp

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ctt.methods import followers
 from ctt.methods.base import Modules, Setup, Step
 from ctt.methods.mean_teacher import MeanTeacher
-from ctt.methods.optim import make_sgd
+from ctt.methods.optim import make_optimizer
 from ctt.models.base import conv_bn, wide
 
 
@@ -55,4 +55,4 @@ class EmbeddingTeacher(MeanTeacher):
         )
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"students": make_sgd(self.students, self.settings.optim, extra=self.heads)}
+        return {"students": make_optimizer(self.students, self.settings, extra=self.heads)}

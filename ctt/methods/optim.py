@@ -2,36 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ctt.models.base import SegmentationModel
+from ctt.errors import UserError
+from ctt.models.base import BackboneModel, SegmentationModel
 
 if TYPE_CHECKING:
-    from ctt.settings import OptimSettings
+    from ctt.settings import OptimSettings, Settings
+
+Group = dict[str, Any]
 
 
-def make_sgd(
-    students: Iterable[nn.Module], optim: OptimSettings, extra: Iterable[nn.Module] = ()
-) -> torch.optim.SGD:
-    """Return SGD over two groups of every student: the body, and the head with its own rate.
+def make_optimizer(
+    students: Iterable[nn.Module], settings: Settings, extra: Iterable[nn.Module] = ()
+) -> torch.optim.Optimizer:
+    """Return the optimiser over groups of every student: the body, and the head with its own rate.
 
     Args:
         extra: further modules, trained as heads are.
     """
-    groups: list[dict[str, Any]] = []
+    optim = settings.optim
+    groups: list[Group] = []
     for student in students:
         assert isinstance(student, SegmentationModel)
-        head = list(student.head_parameters())
-        in_head = {id(p) for p in head}
-        body = [p for p in student.parameters() if id(p) not in in_head and p.requires_grad]
-        groups.append({"params": body, "lr_factor": 1.0})
-        groups.append({"params": head, "lr_factor": optim.head_lr_factor})
+        groups += _of_student(student, optim)
     for module in extra:
         groups.append({"params": list(module.parameters()), "lr_factor": optim.head_lr_factor})
+    if not optim.decay_vectors:
+        groups = [part for group in groups for part in _by_decay(group, optim)]
+    if optim.name == "adamw":
+        return _adamw(groups, settings)
+    return _sgd(groups, optim)
+
+
+def _of_student(student: SegmentationModel, optim: OptimSettings) -> Iterator[Group]:
+    head = list(student.head_parameters())
+    in_head = {id(p) for p in head}
+    body = [p for p in student.parameters() if id(p) not in in_head and p.requires_grad]
+    if optim.layer_decay < 1 and isinstance(student, BackboneModel):
+        yield from _by_layer(student.backbone, body, optim.layer_decay)
+    else:
+        yield {"params": body, "lr_factor": 1.0}
+    yield {"params": head, "lr_factor": optim.head_lr_factor}
+
+
+def _by_layer(backbone: nn.Module, body: list[nn.Parameter], decay: float) -> Iterator[Group]:
+    """Yield the parameters of a backbone by layers, of which each learns slower than the next.
+
+    Raises:
+        UserError: timm does not tell the backbone's layers apart.
+    """
+    from timm.optim import param_groups_layer_decay
+
+    trained = {id(p) for p in body}
+    merged: dict[float, list[nn.Parameter]] = {}
+    if hasattr(backbone, "group_matcher"):
+        for group in param_groups_layer_decay(backbone, layer_decay=decay):
+            some = [p for p in group["params"] if id(p) in trained]
+            merged.setdefault(float(group["lr_scale"]), []).extend(some)
+    if len(merged) < 2:
+        raise UserError(
+            f"--optim.layer-decay {decay}: the layers of this backbone are not known; they are of "
+            f"the ViTs of --model.name vit. Leave it out."
+        )
+    for factor, params in merged.items():
+        yield {"params": params, "lr_factor": factor}
+
+
+def _by_decay(group: Group, optim: OptimSettings) -> Iterator[Group]:
+    """Yield matrices and kernels, and then what has one axis, which is not decayed."""
+    params = group["params"]
+    yield {**group, "params": [p for p in params if p.ndim > 1]}
+    yield {**group, "params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}
+
+
+def _sgd(groups: list[Group], optim: OptimSettings) -> torch.optim.SGD:
     optimizer = torch.optim.SGD(
         groups,
         lr=optim.lr,
@@ -48,12 +98,30 @@ def make_sgd(
     return optimizer
 
 
+def _adamw(groups: list[Group], settings: Settings) -> torch.optim.AdamW:
+    optim, graph = settings.optim, settings.train.cuda_graph
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=optim.lr,
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        fused=True,
+        capturable=graph,
+    )
+    # it would warn of the ordinary steps that come before the recording
+    optimizer._warned_capturable_if_run_uncaptured = graph
+    return optimizer
+
+
 def learning_rate(optim: OptimSettings, iterations: int, iteration: int) -> float:
-    """Return the rate of a step: linear warm-up, then polynomial decay lr (1 - t / T) ** power.
+    """Return the rate of a step: linear warm-up, then lr times the decay that the settings name,
+    (1 - t / T) ** power or (1 + cos(pi t / T)) / 2.
 
     Args:
         iterations: T, of the run. iteration: t, steps before this one.
     """
     if iteration < optim.warmup:
         return optim.lr * (iteration + 1) / optim.warmup
+    if optim.schedule == "cosine":
+        return optim.lr * (1 + math.cos(math.pi * iteration / iterations)) / 2
     return float(optim.lr * (1 - iteration / iterations) ** optim.power)

@@ -24,7 +24,7 @@ from ctt.methods.followers import evaluating
 from ctt.methods.heads import embedding
 from ctt.methods.losses import as_pixels, to_grid
 from ctt.methods.mean_teacher import MeanTeacher
-from ctt.methods.optim import make_sgd
+from ctt.methods.optim import make_optimizer
 from ctt.methods.options import Check, Options, above_0, at_least_0
 from ctt.models.base import Grid, upsample, wide
 from ctt.ops import MemoryBank, pair_info_nce
@@ -80,7 +80,7 @@ class Pc2Seg(MeanTeacher):
         )
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"students": make_sgd(self.students, self.settings.optim, extra=self.projections)}
+        return {"students": make_optimizer(self.students, self.settings, extra=self.projections)}
 
     def prepare(self, b: Batch, step: Step) -> Batch:
         padding, lost = b["padding"], []

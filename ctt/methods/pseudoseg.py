@@ -29,7 +29,7 @@ from ctt.methods.base import Batch, Modules, Setup, Step, Terms
 from ctt.methods.followers import evaluating
 from ctt.methods.losses import to_grid
 from ctt.methods.mean_teacher import MeanTeacher
-from ctt.methods.optim import make_sgd
+from ctt.methods.optim import make_optimizer
 from ctt.methods.options import Check, Options
 from ctt.models.base import upsample
 
@@ -80,7 +80,7 @@ class PseudoSeg(MeanTeacher):
             )
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"students": make_sgd(self.students, self.settings.optim, extra=self.refiners)}
+        return {"students": make_optimizer(self.students, self.settings, extra=self.refiners)}
 
     def prepare(self, b: Batch, step: Step) -> Batch:
         label, padding, images = b["label"], b["padding"], b["unlabeled"]

@@ -29,7 +29,7 @@ from ctt.methods.dst_cbc import log_probability
 from ctt.methods.heads import embed, normed_embedding
 from ctt.methods.losses import to_grid
 from ctt.methods.mean_teacher import MeanTeacher
-from ctt.methods.optim import make_sgd
+from ctt.methods.optim import make_optimizer
 from ctt.methods.options import Check, Options, above_0, at_least_0, shares
 from ctt.methods.pseudo_labels import sometimes
 from ctt.methods.sampling import entropy, number_each, sample_of
@@ -102,7 +102,7 @@ class SemiSegContrastive(MeanTeacher):
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         selectors = [net for m in self.memories for net in (m.of_pixels, m.of_vectors)]
         extra = [*self.projections, *self.predictions, *selectors]
-        return {"students": make_sgd(self.students, self.settings.optim, extra=extra)}
+        return {"students": make_optimizer(self.students, self.settings, extra=extra)}
 
     def schedules(self) -> dict[str, Schedule]:
         total, start = self.settings.train.iterations, self.options.start

@@ -127,11 +127,13 @@ class BackboneModel(SegmentationModel):
     Attributes:
         backbone: named as in `backbone_name`.
         batch_norm_frozen: the backbone's batch norms stay as they are, see `freeze_batch_norm`.
+        backbone_frozen: the whole of it does, see `freeze_backbone`.
     """
 
     backbone: nn.Module
     backbone_name: str
     batch_norm_frozen = False
+    backbone_frozen = False
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         for name, parameter in self.named_parameters():
@@ -148,8 +150,16 @@ class BackboneModel(SegmentationModel):
             norm.requires_grad_(False)
         self.train(self.training)
 
+    def freeze_backbone(self) -> None:
+        """Fix the backbone for good, in evaluation mode; the head is trained."""
+        self.backbone_frozen = True
+        self.backbone.requires_grad_(False)
+        self.train(self.training)
+
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
+        if self.backbone_frozen:
+            self.backbone.eval()
         if self.batch_norm_frozen:
             for norm in self._backbone_norms():
                 norm.eval()
