@@ -2,13 +2,16 @@
 
 import atexit
 import contextlib
+import copy
+import ctypes
 import multiprocessing
 import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 from weakref import WeakSet
 
 import torch
@@ -131,6 +134,7 @@ def load(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
+        multiprocessing_context=_context(workers),
         pin_memory=pin_memory,
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
@@ -167,6 +171,7 @@ def in_order(read: Callable[[K], T], keys: Sequence[K], workers: int) -> Iterabl
         InOrder(read, keys),
         batch_size=None,
         num_workers=min(workers, len(keys)),
+        multiprocessing_context=_context(min(workers, len(keys))),
         worker_init_fn=leave_signals_to_the_parent,
         generator=generator("loader", "in order"),  # checkpoints keep the global one
     )
@@ -230,6 +235,28 @@ def lost_worker(error: Exception) -> str:
         f"A process that loads images has ended ({reason}), as when the system has no memory left. "
         f"{FEWER_WORKERS}"
     )
+
+
+class _Flag:
+    """An event without a lock, which a process killed while it looks at it would keep for ever."""
+
+    def __init__(self) -> None:
+        self._value = multiprocessing.RawValue(ctypes.c_bool, False)
+
+    def set(self) -> None:
+        self._value.value = True
+
+    def is_set(self) -> bool:
+        return bool(self._value.value)
+
+
+def _context(workers: int) -> BaseContext | None:
+    """Return what starts the loader's processes; None where there are none."""
+    if not workers:
+        return None
+    context: Any = copy.copy(multiprocessing.get_context(multiprocessing.get_start_method()))
+    context.Event = _Flag  # by which the loader's processes learn that they are to end
+    return cast(BaseContext, context)
 
 
 def _counted(loader: Iterable[T]) -> Iterator[T]:

@@ -1,11 +1,14 @@
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from ctt.data import loader
 from ctt.data.digits import INFO
 from ctt.data.loader import DrawSampler, ViewDataset, in_order, load
 from ctt.data.source import Source
@@ -89,6 +92,23 @@ def test_processes_that_have_ended_leave_no_file_open() -> None:
         assert len(list(in_order(number, range(4), 2))) == 4
         counts.append(len(list(handles.iterdir())))
     assert counts[-1] < counts[0] + 4  # two for each process stayed open once
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_are_told_to_end_without_a_lock(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """One that is killed while it holds a lock never gives it back, and the program would hang."""
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: method)
+    context: Any = loader._context(1)
+    event = context.Event()
+    assert not event.is_set()
+    process = context.Process(target=event.set)
+    process.start()
+    process.join(60)
+    assert event.is_set()
+    assert not hasattr(event, "_cond")
+    assert loader._context(0) is None
 
 
 KILLED = """
