@@ -109,47 +109,55 @@ METHODS = {
         uses=(*TAUGHT, *CONTRAST, *LOW_LEVEL),
         contrast=True,
         extra="banks of features",
+        cost=2.6,
     ),
     "supervised": About(
         "the labelled images alone",
         "ctt.methods.supervised:Supervised",
         unlabeled=False,
         uses=("ema", "views", "loss.sup"),
+        cost=0.6,
     ),
     "mean-teacher": About(
         "Tarvainen and Valpola, NeurIPS 2017, with hard labels",
         "ctt.methods.mean_teacher:MeanTeacher",
         uses=TAUGHT,
+        cost=1.0,
     ),
     "mean-teacher-soft": About(
         "Tarvainen and Valpola, NeurIPS 2017",
         "ctt.methods.mean_teacher_soft:MeanTeacherSoft",
         uses=("ema", "views", "loss.sup", "views.mix"),
         options="ctt.methods.mean_teacher_soft:MeanTeacherSoftOptions",
+        cost=1.0,
     ),
     "mean-teacher-ensemble": About(
         "Xiao et al., 2022, Table 5: two mean teachers",
         "ctt.methods.mean_teacher:MeanTeacher",
         pairs=2,
         uses=TAUGHT,
+        cost=2.1,
     ),
     "french": About(
         "French et al., BMVC 2020: CutMix, Cutout, CowMix",
         "ctt.methods.french:French",
         uses=("ema", "views", "loss.sup"),
         options="ctt.methods.french:FrenchOptions",
+        cost=1.0,
     ),
     "vat": About(
         "Miyato et al., TPAMI 2018, as in the program of French et al.",
         "ctt.methods.vat:Vat",
         uses=("ema", "views", "loss.sup"),
         options="ctt.methods.vat:VatOptions",
+        cost=1.5,
     ),
     "classmix": About(
         "Olsson et al., WACV 2021",
         "ctt.methods.classmix:ClassMix",
         uses=("ema", "views", "loss.sup"),
         options="ctt.methods.classmix:ClassMixOptions",
+        cost=1.1,
     ),
     "self-training": About(
         "Xiao et al., 2022, Table 5: labels of a first training",
@@ -157,6 +165,7 @@ METHODS = {
         uses=KEPT,
         options="ctt.methods.self_training:SelfTrainingOptions",
         extra="rounds",
+        cost=0.8,
     ),
     "st": About(
         "Yang et al., CVPR 2022, ST",
@@ -164,6 +173,7 @@ METHODS = {
         uses=("ema", "views", "loss.sup", "loss.ct"),
         options="ctt.methods.st:StOptions",
         extra="rounds",
+        cost=0.9,
     ),
     "st++": About(
         "Yang et al., CVPR 2022, ST++",
@@ -171,6 +181,7 @@ METHODS = {
         uses=("ema", "views", "loss.sup", "loss.ct"),
         options="ctt.methods.st:StPlusPlusOptions",
         extra="rounds, two copies of each student",
+        cost=0.9,
     ),
     "dst-cbc": About(
         "Feng et al., 2020, arXiv 2004.08514v1",
@@ -178,6 +189,7 @@ METHODS = {
         uses=("ema", "views", "loss.sup", "loss.ct", "views.mix"),
         options="ctt.methods.dst_cbc:DstCbcOptions",
         extra="rounds",
+        cost=0.9,
     ),
     "dmt": About(
         "Feng et al., Pattern Recognition 130, 2022",
@@ -186,18 +198,21 @@ METHODS = {
         uses=("ema", "views", "loss.sup", "loss.ct", "views.mix"),
         options="ctt.methods.dmt:DmtOptions",
         extra="rounds",
+        cost=0.9,
     ),
     "cps": About(
         "Chen et al., CVPR 2021",
         "ctt.methods.cps:CrossPseudoSupervision",
         pairs=2,
         uses=TAUGHT,
+        cost=2.1,
     ),
     "dual-teachers": About(
         "Xiao et al., 2022, Table 5",
         "ctt.methods.dual_teachers:DualTeachers",
         pairs=2,
         uses=TAUGHT,
+        cost=2.0,
     ),
     "unimatch": About(
         "Yang et al., CVPR 2023, as in its program",
@@ -211,7 +226,7 @@ METHODS = {
         "ctt.methods.unimatch_v2:UniMatchV2",
         uses=("ema", "views", "loss.sup"),
         options="ctt.methods.unimatch_v2:UniMatchV2Options",
-        cost=1.6,
+        cost=1.5,
     ),
     "pseudoseg": About(
         "Zou et al., ICLR 2021, as in its program",
@@ -227,6 +242,7 @@ METHODS = {
         uses=("ema", "views", "loss.sup"),
         options="ctt.methods.semiseg_contrastive:ContrastiveOptions",
         extra="heads, selectors, memories of features",
+        cost=2.1,
     ),
     "pc2seg": About(
         "Zhong et al., ICCV 2021, our reading",
@@ -234,6 +250,7 @@ METHODS = {
         uses=("ema", "views", "loss.sup"),
         options="ctt.methods.pc2seg:Pc2SegOptions",
         extra="projections, memories of features",
+        cost=1.7,
     ),
     "c3-semiseg": About(
         "Zhou et al., ICCV 2021",
@@ -241,6 +258,7 @@ METHODS = {
         uses=("ema", "views", "loss.sup"),
         options="ctt.methods.c3_semiseg:C3Options",
         extra="embedding heads, a threshold for each class",
+        cost=2.9,
     ),
     "u2pl": About(
         "Wang et al., CVPR 2022",
@@ -248,6 +266,7 @@ METHODS = {
         uses=("ema", "views", "loss.sup"),
         options="ctt.methods.u2pl:U2plOptions",
         extra="representation heads, banks of negatives",
+        cost=2.1,
     ),
     "cct": About(
         "Ouali et al., CVPR 2020, without guided cutout",
@@ -255,15 +274,21 @@ METHODS = {
         uses=("loss.sup",),
         options="ctt.methods.cct:CctOptions",
         extra="24 auxiliary decoders",
-        cost=1.1,
+        cost=1.6,
     ),
-    "fixmatch": About("Sohn et al., NeurIPS 2020", "ctt.methods.fixmatch:FixMatch", uses=TAUGHT),
+    "fixmatch": About(
+        "Sohn et al., NeurIPS 2020",
+        "ctt.methods.fixmatch:FixMatch",
+        uses=TAUGHT,
+        cost=1.0,
+    ),
     "advsemiseg": About(
         "Hung et al., BMVC 2018, as in its program",
         "ctt.methods.advsemiseg:AdvSemiSeg",
         uses=("loss.sup",),
         options="ctt.methods.advsemiseg:AdvSemiSegOptions",
         extra="a discriminator for each student",
+        cost=1.4,
     ),
     "s4gan": About(
         "Mittal et al., TPAMI 2021, the GAN branch alone",
@@ -271,6 +296,7 @@ METHODS = {
         uses=("loss.sup",),
         options="ctt.methods.s4gan:S4GanOptions",
         extra="a discriminator of images for each student",
+        cost=1.2,
     ),
     "gct": About(
         "Ke et al., ECCV 2020, as in PixelSSL",
@@ -279,6 +305,7 @@ METHODS = {
         uses=("loss.sup",),
         options="ctt.methods.gct:GctOptions",
         extra="a flaw detector",
+        cost=4.4,
     ),
     "ecs": About(
         "Mendel et al., ECCV 2020, our reading of the abstract",
@@ -286,6 +313,7 @@ METHODS = {
         uses=("loss.sup",),
         options="ctt.methods.ecs:EcsOptions",
         extra="a correction network for each student",
+        cost=2.2,
     ),
 }
 
