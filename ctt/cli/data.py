@@ -51,7 +51,7 @@ class Check:
     threads: int = 0
     """Files read at a time; 0: one for each core."""
     show: int = 20
-    """Most faults that are printed; 0: all."""
+    """Most kinds of faults that are printed, of each the first one; 0: every single fault."""
     data: SourceOptions = field(default_factory=SourceOptions)
 
 
@@ -118,6 +118,7 @@ def check(command: Check) -> int:
 
     from ctt.console import plain_console
     from ctt.data.check import check_all, examine_split
+    from ctt.data.faults import grouped
 
     source = open_source(command)
     labeled, unlabeled, faults = examine_split(
@@ -139,12 +140,15 @@ def check(command: Check) -> int:
     for line in (counts, *source.notes, *report.warnings):
         console.print(line, soft_wrap=True)
     faults += report.faults
-    for fault in faults[: command.show or None]:
-        console.print(fault, soft_wrap=True)
+    texts = grouped(faults) if command.show else [fault.text for fault in faults]
+    for text in texts[: command.show or None]:
+        console.print(text, soft_wrap=True)
     if faults:
-        hidden = len(faults) - command.show if command.show else 0
-        more = f" ({hidden} more than shown; --show 0 names all)" if hidden > 0 else ""
-        raise UserError(f"{len(faults)} fault{'s' * (len(faults) > 1)} found{more}.")
+        kinds = f" of {len(texts)} kind{'s' * (len(texts) > 1)}" if len(texts) < len(faults) else ""
+        hidden = len(texts) - command.show if command.show else 0
+        kinds += f", {hidden} of them not shown" if hidden > 0 else ""
+        more = f"{kinds}; --show 0 names every one" if kinds else ""
+        raise UserError(f"{len(faults):,} fault{'s' * (len(faults) > 1)} found{more}.")
     console.print("Nothing else is wrong." if report.warnings else "Nothing is wrong.")
     return 0
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 from torch import Tensor
 
+from ctt.data.faults import Fault
 from ctt.data.files import FileSource
 from ctt.data.source import IGNORE, Source
 from ctt.data.split import UNLABELED_ALONE, all_others, examine_list, without_labeled
@@ -175,12 +176,12 @@ class Report:
     """What was found in a data set.
 
     Attributes:
-        faults: all that is wrong, a sentence with the file's name each.
+        faults: all that is wrong.
         warnings: what is allowed and probably not meant.
         images, pixels: for each class and for what is ignored, images that show it and pixels.
     """
 
-    faults: list[str]
+    faults: list[Fault]
     warnings: list[str]
     images: list[int]
     pixels: list[int]
@@ -188,7 +189,7 @@ class Report:
 
 def examine_split(
     source: Source, labeled_list: Path | None, unlabeled_list: Path | None
-) -> tuple[list[str], list[str], list[str]]:
+) -> tuple[list[str], list[str], list[Fault]]:
     """Names by the lists, without any all names of the data set; and what is wrong with the lists.
 
     Returns:
@@ -208,6 +209,12 @@ def examine_split(
     return labeled, without_labeled(source, labeled, unlabeled), faults + more
 
 
+def fault_of_files(files: list[Path], name: str, text: str) -> Fault:
+    """Return what is wrong with an image or its mask; the file named first is at fault."""
+    paths = sorted((str(path) for path in files if str(path) in text), key=text.index)
+    return Fault(text, next(iter(paths), name), (*paths, name, PurePath(name).stem))
+
+
 def check_all(
     source: Source,
     labeled: list[str],
@@ -225,14 +232,14 @@ def check_all(
     images, learned, scored = torch.zeros(3, classes + 1, dtype=torch.int64)  # the last: pixels
     faults = []
 
-    def look(name: str, has_mask: bool) -> Tensor | str:
+    def look(name: str, has_mask: bool) -> Tensor | Fault:
         try:
             if not has_mask:
                 source.image(name)
                 return torch.zeros(classes + 1, dtype=torch.int64)
             return histogram(source.pair(name)[1], classes)
         except UserError as error:
-            return str(error)
+            return fault_of_files(source.files(name, has_mask), name, str(error))
 
     names = [*labeled, *evaluation, *unlabeled]
     masks = [i < len(labeled) + len(evaluation) for i in range(len(names))]
@@ -240,7 +247,7 @@ def check_all(
         try:
             for i, found in enumerate(pool.map(look, names, masks)):
                 advance()
-                if isinstance(found, str):
+                if isinstance(found, Fault):
                     faults.append(found)
                 else:
                     part = learned if i < len(labeled) else scored
@@ -258,4 +265,6 @@ def check_all(
     if isinstance(source, FileSource):
         warnings += source.remarks(names, threads)
     warnings += overlaps(image_files(source, labeled, unlabeled, evaluation), content)
-    return Report([*faults, *filter(None, [fault])], warnings, images.tolist(), pixels.tolist())
+    if fault:
+        faults.append(Fault(fault, "the masks"))
+    return Report(faults, warnings, images.tolist(), pixels.tolist())

@@ -115,10 +115,9 @@ class LabelMap:
         bad = sorted(set(found.tolist()) - set(self.allowed))
         shown = ", ".join(map(str, bad[:SHOWN])) + (", ..." if len(bad) > SHOWN else "")
         return (
-            f"{path}: the mask holds the label{'s' * (len(bad) > 1)} {shown}, which "
-            f"{'are' if len(bad) > 1 else 'is'} no class. Expected are {ranges(self.allowed)} "
-            f"({len(self.classes)} classes, {self.classes[0]} to {self.classes[-1]}, and pixels "
-            f"to ignore). Correct the mask, or the list of classes."
+            f"{path}: the mask holds numbers that are no class: {shown}. Expected are "
+            f"{ranges(self.allowed)} ({len(self.classes)} classes, {self.classes[0]} to "
+            f"{self.classes[-1]}, and pixels to ignore). Correct the mask, or the list of classes."
         )
 
     def _complain_of_colours(self, bad: Array, path: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from ctt.data.faults import Fault
 from ctt.data.seeding import generator
 from ctt.data.source import Source
 from ctt.errors import UserError
@@ -175,7 +176,7 @@ def belongs(mask: str, image: str) -> bool:
     return PurePosixPath(mask).name.startswith(stem)
 
 
-def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str], list[str]]:
+def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str], list[Fault]]:
     """Return names in a split list of any form that `resolve` reads, and all that is wrong with it.
 
     Raises:
@@ -211,7 +212,8 @@ def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str
                     f"data set, or has no mask in this line."
                 )
         if fault:
-            faults.append(f"{path}, line {number}: {fault}")
+            text = f"{path}, line {number}: {fault}"
+            faults.append(Fault(text, f"line {number}", (name, line.strip(), example)))
         else:
             lines_of[name] = number
     return list(lines_of), faults
@@ -227,7 +229,7 @@ def read_list(path: Path, source: Source, *, labeled: bool) -> list[str]:
     names, faults = examine_list(path, source, labeled=labeled)
     if faults:
         more = f" {len(faults)} lines of the list are wrong in all." if len(faults) > 1 else ""
-        raise UserError(f"{faults[0]} Take it out of the list, or correct it.{more}")
+        raise UserError(f"{faults[0].text} Take it out of the list, or correct it.{more}")
     return names
 
 

@@ -70,13 +70,13 @@ def test_all_that_is_wrong_is_named(tmp_path: Path, call: Call) -> None:
     for name, text in (
         (images / f"{truncated}.jpg", "cannot be read as an image"),
         (masks / f"{size}.png", "the mask has 50x39 pixels"),
-        (masks / f"{label}.png", "holds the labels 37, 41"),
+        (masks / f"{label}.png", "holds numbers that are no class: 37, 41"),
         (masks / f"{colours}.png", "the mask is a JPEG file, which changes"),
         (images / f"{missing}.jpg", "there is no such"),
     ):
         assert any(str(name) in line and text in line for line in out.splitlines()), text
     code, out, err = call("check", "--dataset", "voc", "--data-root", tmp_path, "--show", 2)
-    assert "5 faults found (3 more than shown" in err
+    assert "5 faults found, 3 of them not shown; --show 0 names every one." in err
     assert sum(line.startswith(f"{folder}/") for line in out.splitlines()) == 2
 
 
@@ -337,3 +337,31 @@ def test_the_held_out_part_shows_every_class_or_it_is_told(tmp_path: Path, call:
     plan = Plan.of(settings, None)
     assert any(text in warning for warning in plan.warnings())
     assert "--ratio 5 takes 5 of the 18 training images with masks" in plan.source.notes[-1]
+
+
+def test_equal_faults_are_told_once(tmp_path: Path, call: Call) -> None:
+    root = trees.write_folder(tmp_path / "set", labeled=30, evaluation=1)
+    masks = sorted((root / "masks").rglob("*.png"))
+    for i, path in enumerate(masks[:20]):
+        label = np.full((40, 48), 1, np.uint8)
+        label[0, : 1 + i % 3] = 40 + np.arange(1 + i % 3) * i
+        trees.save_mask(path, label)
+    for path in masks[20:22]:
+        path.unlink()
+    base = ("check", "--dataset", "folder", "--data-root", root)
+    code, out, err = call(*base)
+    assert (code, "22 faults found of 2 kinds; --show 0 names every one." in err) == (2, True)
+    of_values, of_missing = (line for line in out.splitlines() if line.startswith(f"{root}"))
+    assert of_values.startswith(f"{masks[0]}: the mask holds numbers that are no class: 40. Exp")
+    places = ", ".join(map(str, masks[1:4]))
+    assert of_values.endswith(f" So it is with 19 more: {places}, ...")
+    assert of_missing.startswith(f"{masks[20]}: there is no such file.")
+    assert of_missing.endswith(f" So it is with 1 more: {masks[21]}.")
+    _, out, err = call(*base, "--show", 0)
+    assert sum(line.startswith(f"{root}/") for line in out.splitlines()) == 22
+    assert "22 faults found." in err
+    wrong = tmp_path / "list.txt"
+    wrong.write_text("nobody\nelse\nimages/photo 0.jpg\nimages/photo 0.jpg\n")
+    _, out, err = call(*base, "--split-labeled", wrong)
+    assert f"{wrong}, line 1: nobody is no training image" in out
+    assert " So it is with 1 more: line 2." in out

@@ -279,7 +279,7 @@ def test_numbers_beyond_a_byte_can_be_mapped(tmp_path: Path) -> None:
     assert opened("folder", root).label(name).unique().tolist() == [0, 1]
     wide[0] = 1001
     Image.fromarray(wide).save(root / "masks" / "photo 0.png")
-    with pytest.raises(UserError, match=r"photo 0.png: .* label 1001, .* 0, 255 and 1000"):
+    with pytest.raises(UserError, match=r"photo 0.png: .* no class: 1001. .* 0, 255 and 1000"):
         opened("folder", root).label(name)
 
 
@@ -346,7 +346,7 @@ def broken(kind: str, root: Path) -> tuple[Source, str]:
     elif kind == "label":
         label[3, 4] = 37
         trees.save_mask(mask, label)
-        text = f"{mask}: the mask holds the label 37, which is no class. Expected are 0..20 and 255"
+        text = f"{mask}: the mask holds numbers that are no class: 37. Expected are 0..20 and 255"
     elif kind == "colours":
         Image.open(image).save(mask)
         text = f"{mask}: the mask is an image of colours (mode RGB)"
