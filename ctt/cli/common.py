@@ -12,7 +12,7 @@ BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a share of it, or a file
 # libraries of one option, and their extras
-OPTIONAL = {"segmentation_models_pytorch": "smp", "submitit": "cluster"}
+OPTIONAL = {"segmentation_models_pytorch": "smp", "submitit": "cluster", "pycocotools": "convert"}
 
 
 def run_program(name: str, body: Callable[[], int], extra: str = "train") -> None:
