@@ -37,9 +37,11 @@ class FileSource(Source):
 
     Attributes:
         turned: images are turned as their files say; published masks belong to the stored pixels.
+        lossy: masks may be JPEG files, because their exact values do not count.
     """
 
     turned = False
+    lossy = False
 
     def __init__(
         self,
@@ -154,7 +156,8 @@ class FileSource(Source):
         path = self.mask_path(name)
         if not path.is_file():
             raise UserError(f"{path}: there is no such file. {NO_SUCH_MASK}{self.candidate(name)}")
-        return self.label_map(path)(read_mask(path, turned=self.turned), path)
+        mask = read_mask(path, turned=self.turned, lossy=self.lossy)
+        return self.label_map(path)(mask, path)
 
     def candidate(self, name: str) -> str:
         """Return a sentence on what may be the mask of an image that seems to have none."""

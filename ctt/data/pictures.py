@@ -158,11 +158,12 @@ def pages(file: Image.Image) -> int:
     return own
 
 
-def read_mask(path: Path, *, turned: bool = False) -> Mask:
+def read_mask(path: Path, *, turned: bool = False, lossy: bool = False) -> Mask:
     """Read the numbers or colours of a mask as they are stored.
 
     Args:
         turned: as the camera's note in the file (EXIF) says, as `read_image` does.
+        lossy: also take formats that change values, such as JPEG.
 
     Raises:
         UserError: there is no such file, or it is no image, a broken one, or one from which the
@@ -171,7 +172,7 @@ def read_mask(path: Path, *, turned: bool = False) -> Mask:
     try:
         with open_picture(path) as file:
             raw = raw_mode(file)
-            _refuse_altered(path, file, raw)
+            _refuse_altered(path, file, raw, lossy)
             picture = ImageOps.exif_transpose(file) if turned else file
             if picture.mode in WITH_ALPHA:
                 picture = _without_alpha(path, picture)
@@ -188,9 +189,9 @@ def read_mask(path: Path, *, turned: bool = False) -> Mask:
     return Mask(values // SPREAD[raw] if raw in SPREAD else values, palette)
 
 
-def _refuse_altered(path: Path, file: Image.Image, raw: str) -> None:
+def _refuse_altered(path: Path, file: Image.Image, raw: str, lossy: bool) -> None:
     """Refuse files that do not hold, or do not give, one number or colour for each pixel."""
-    if file.format in LOSSY:
+    if file.format in LOSSY and not lossy:
         raise UserError(
             f"{path}: the mask is a {file.format} file, which changes the values at the edges of "
             f"objects. Save masks as PNG, from what they were drawn in."

@@ -308,3 +308,55 @@ def test_large_images_are_read_up_to_a_stated_number_of_pixels(
     monkeypatch.setenv("CTT_MAX_PIXELS", "many")
     with pytest.raises(UserError, match="CTT_MAX_PIXELS=many: this must be a number"):
         read_image(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("file", ["a.png", "a.jpg"])
+def test_a_threshold_makes_two_classes_of_smooth_masks(tmp_path: Path, file: str) -> None:
+    values = np.zeros((16, 16), np.uint8)
+    values[4:12, 4:12] = 255
+    picture = Image.fromarray(values).resize((64, 64), Image.Resampling.BILINEAR)
+    assert len(np.unique(np.asarray(picture))) > 2
+    text = "classes: [ground, thing]\nthreshold: 128\n"
+    label = label_of(tmp_path, picture, text, file)
+    expected = torch.zeros(64, 64, dtype=torch.uint8)
+    expected[16:48, 16:48] = 1
+    assert (label != expected).sum() <= 4 * 4  # the smooth corners
+    coloured = label_of(tmp_path, picture.convert("RGB"), text, file)
+    assert torch.equal(coloured, label)
+    border = Image.fromarray(np.array([[0, 127, 128, 200, 255]], np.uint8))
+    assert label_of(tmp_path, border, text).tolist() == [[0, 0, 1, 1, 1]]
+    ignored = label_of(tmp_path, border, f"{text}ignore_index: 200\n")
+    assert ignored.tolist() == [[0, 0, 1, 255, 1]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("classes: [a, b, c]\nthreshold: 128", "threshold must be the grey .* 3 classes"),
+        ("classes: [a, b]\nthreshold: 0", "threshold must be the grey"),
+        ("classes: [a, b]\nthreshold: many", "threshold must be the grey"),
+        ("classes: [a, b]\nthreshold: 9\nid_map: {0: 0}", "without an id_map"),
+        ("names: [a, b]", "`names` is called `classes` here"),
+        ("nc: 2\nnames: [a, b]\ntrain: x", "YOLO's data.yaml and its labels/ there is `ctt-data"),
+        ("classes: [a, b]\ncolors: []", "`colors` is called `palette` here"),
+        ("classes: [a, b]\ncolour: []", r"white\.$"),
+    ],
+)
+def test_keys_that_are_not_meant_so(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        label_of(tmp_path, grey(np.uint8), text)
+
+
+def test_folders_of_nearly_the_right_name_are_told(tmp_path: Path) -> None:
+    root = folder(tmp_path, ["Images/a.jpg", "Images/b.jpg"], ["Masks/a.png", "Masks/b.png"])
+    with pytest.raises(UserError) as caught:
+        open_source("folder", root, SourceOptions())
+    assert f"{root / 'Images'} is not read: is it meant as images/? Rename it." in str(caught.value)
+    (root / "Images").rename(root / "images")
+    (root / "unlabelled").mkdir()
+    source = open_source("folder", root, SourceOptions())
+    with pytest.raises(UserError, match=r"Is Masks/a\.png meant\?"):
+        source.label("images/a.jpg")
+    assert f"Warning: {root / 'unlabelled'} is not read: is it meant as unlabeled/?" in str(
+        source.notes
+    )

@@ -28,8 +28,8 @@ from ctt import checkpoint, data, models, recipes
 from ctt.cli import data as data_program
 from ctt.cli import evaluate, export, predict, train
 from ctt.cli.common import BAD_INPUT, run_program
+from ctt.data.description import KEYS, read_description
 from ctt.data.digits import INFO
-from ctt.data.folder import KEYS, read_description
 from ctt.data.labels import LabelMap
 from ctt.data.options import SourceOptions
 from ctt.data.pictures import read_image, read_mask
