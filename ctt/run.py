@@ -34,6 +34,7 @@ FIXED = ("dataset", "ratio", "method", "pairs", "seed", "split_labeled", "split_
 FIXED_IN = {
     "data": ("eval_split", "labeled_pool", "voc_set", "holdout"),
     "bank": ("capacity",),
+    "labeled": ("class_weights", "weights"),
 }
 
 

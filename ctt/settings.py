@@ -21,6 +21,7 @@ from ctt import methods
 from ctt.data.options import SourceOptions
 from ctt.errors import UserError
 from ctt.files import expanded, sha256
+from ctt.methods.labeled_settings import LabeledSettings
 from ctt.methods.options import Check, Options
 from ctt.text import brief
 
@@ -69,6 +70,9 @@ class DataSettings(SourceOptions):
     """Largest random rotation, in degrees."""
     translation: float = 0.1
     """Largest random shift, as a share of the image's sides."""
+    rare_crops: float = 0.0
+    """Share of the labelled crops that are drawn for a class, the rarer the more often: of an image
+    that shows it, around one of its pixels. All labelled masks are read at the start."""
 
 
 @dataclass(frozen=True)
@@ -334,6 +338,7 @@ class Settings:
     optim: OptimSettings = field(default_factory=OptimSettings)
     ema: EmaSettings = field(default_factory=EmaSettings)
     loss: LossSettings = field(default_factory=LossSettings)
+    labeled: LabeledSettings = field(default_factory=LabeledSettings)
     bank: BankSettings = field(default_factory=BankSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
@@ -378,6 +383,8 @@ class Settings:
         for group, names in WITHOUT_EFFECT.items():
             for name in names:
                 del (values[group] if group else values)[name]
+        if self.labeled.class_weights != "none":  # they follow, once the run begins
+            values["labeled"]["weights"] = []
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -506,6 +513,7 @@ def validate(settings: Settings) -> None:
         ),
         ("--data.rotation", s.data.rotation, 0 <= s.data.rotation <= 180, "must be in 0..180"),
         ("--data.translation", s.data.translation, 0 <= s.data.translation <= 1, share),
+        ("--data.rare-crops", s.data.rare_crops, 0 <= s.data.rare_crops <= 1, share),
         ("--data.holdout", s.data.holdout, 0 < s.data.holdout < 1, "must be between 0 and 1"),
         (
             "--data.labeled-pool",
@@ -636,7 +644,7 @@ def validate(settings: Settings) -> None:
         ),
         *_eval_checks(s.eval),
     ]
-    _refuse([*checks, *s.options.checks()])
+    _refuse([*checks, *s.labeled.checks(), *s.options.checks()])
     if s.data.cache is not None:
         expanded(s.data.cache, "--data.cache")
     if not s.model.weights:

@@ -27,7 +27,14 @@ class EntropyOptions(Options):
 
 
 class EntropyMinimization(Method):
-    about = About("Grandvalet and Bengio, 2004", uses=("loss.sup",), options=EntropyOptions)
+    about = About(
+        "Grandvalet and Bengio, 2004",
+        uses=(
+            "loss.sup",
+            "labeled",
+        ),
+        options=EntropyOptions,
+    )
     terms = ("sup", "entropy")
     options: EntropyOptions
 
@@ -40,8 +47,7 @@ class EntropyMinimization(Method):
         sup, entropy, n = [], [], len(b["images"])
         for net in self.students:
             logits = step.forward(net, torch.cat([b["images"], b["unlabeled"]])).logits
-            args = (net.grid, b["label"], b["pixels"])
-            sup.append(losses.pixel_cross_entropy(logits[:n], *args))
+            sup.append(self.labeled(logits[:n], net.grid, b, step))
             size = (b["label"].shape[-2], b["label"].shape[-1])
             log_p = upsample(logits[n:], size, net.grid).log_softmax(dim=1)
             unsure = -(log_p.exp() * log_p).sum(dim=1).masked_fill(b["padding"], 0)

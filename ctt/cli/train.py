@@ -148,6 +148,8 @@ def refuse_unused(settings: Settings, names: list[str]) -> None:
     unused = dict.fromkeys(method.unused(pairs), what)
     if settings.model.name != "small":
         unused["model.width"] = f"--model.name {settings.model.name}"
+    if settings.labeled.class_weights != "none":
+        unused["labeled.weights"] = f"--labeled.class-weights {settings.labeled.class_weights}"
     for name in names:
         by = unused.get(name) or unused.get(name.partition(".")[0])
         if by is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
+from ctt.data.rare import RareClasses, pixel_of
 from ctt.data.seeding import derive_seed, generator
 from ctt.data.source import Source
 from ctt.data.views import GeometricView
@@ -46,6 +47,7 @@ class DrawSampler(Sampler[list[tuple[int, int]]]):
     Args:
         length: images to choose from. first: draw that the first step begins with, on rank 0.
         steps: how many. purpose: tells this stream of random numbers from others.
+        rare: the draws that take another image, for a class that it shows.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class DrawSampler(Sampler[list[tuple[int, int]]]):
         purpose: str,
         rank: int = 0,
         world: int = 1,
+        rare: RareClasses | None = None,
     ) -> None:
         self.length, self.batch_size, self.first, self.steps = length, batch_size, first, steps
         self.seed, self.purpose, self.rank, self.world = seed, purpose, rank, world
+        self.rare = rare
 
     def __len__(self) -> int:
         return self.steps
@@ -75,7 +79,8 @@ class DrawSampler(Sampler[list[tuple[int, int]]]):
                     epoch = draw // self.length
                     rng = generator("order", self.purpose, self.seed, epoch)
                     order = torch.randperm(self.length, generator=rng)
-                batch.append((int(order[draw % self.length]), draw))
+                chosen = self.rare and self.rare(draw)
+                batch.append((chosen[0] if chosen else int(order[draw % self.length]), draw))
             yield batch
 
 
@@ -94,9 +99,10 @@ class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
         labeled: bool,
         seed: int,
         purpose: str,
+        rare: RareClasses | None = None,
     ) -> None:
         self.source, self.ids, self.view, self.labeled = source, ids, view, labeled
-        self.seed, self.purpose = seed, purpose
+        self.seed, self.purpose, self.rare = seed, purpose, rare
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -109,7 +115,10 @@ class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
         else:
             image = self.source.image(name)
             label = torch.zeros_like(image[0])
-        return self.view(image, label, derive_seed("view", self.purpose, self.seed, draw))
+        seed = derive_seed("view", self.purpose, self.seed, draw)
+        chosen = self.rare and self.rare(draw)
+        point = pixel_of(label, chosen[1], seed) if chosen else None
+        return self.view(image, label, seed, point)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]] | UserError:
         """A batch at once, as DataLoader asks for it; a mistake of the user is a result.

@@ -18,6 +18,7 @@ from ctt.data.source import DatasetInfo
 # luma and chroma of the NTSC standard, and back
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 FROM_YIQ = tuple(map(tuple, torch.linalg.inv(torch.tensor(YIQ, dtype=torch.float64)).tolist()))
+EDGE = 0.15  # of the sides of a crop, that a pixel is kept from that the crop is placed around
 REDUCED = 0.75  # resize factor; four pixels are a fair mean of what one shows down to about here
 
 
@@ -65,11 +66,17 @@ class GeometricView:
         self.rotation, self.translation = rotation, translation
         self.mean = 255 * torch.tensor(mean)[:, None, None]
 
-    def __call__(self, image: Tensor, label: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Return an image (3, H, W) uint8 and a label (H, W) of integers at the crop's size."""
+    def __call__(
+        self, image: Tensor, label: Tensor, seed: int, point: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return an image (3, H, W) uint8 and a label (H, W) of integers at the crop's size.
+
+        Args:
+            point: row and column of a pixel that the crop is placed around, at no fixed place.
+        """
         rng = random.Random(seed)
         factor = rng.uniform(*self.scale)
-        whole = self.matrix((label.shape[0], label.shape[1]), factor, rng)
+        whole = self.matrix((label.shape[0], label.shape[1]), factor, rng, point)
         theta, rows, columns = window(whole, (label.shape[0], label.shape[1]), 2 + 2 / factor)
         grid = sampling_grid(theta.float(), self.crop)
         picture = image[:, rows, columns].contiguous()  # (3, h, w)
@@ -86,16 +93,27 @@ class GeometricView:
         mask = F.grid_sample(classes[None, None], grid, "nearest", align_corners=False)
         return picture, (mask[0, 0].to(torch.int32) - 1).to(label.dtype)
 
-    def matrix(self, size: tuple[int, int], factor: float, rng: random.Random) -> Tensor:
+    def matrix(
+        self,
+        size: tuple[int, int],
+        factor: float,
+        rng: random.Random,
+        point: tuple[int, int] | None = None,
+    ) -> Tensor:
         """Affine map (2, 3) float64 from the crop to an image of that size, both in -1..1."""
         angle = math.radians(rng.uniform(-self.rotation, self.rotation))
         mirror = -1 if self.flip and rng.random() < 0.5 else 1
         centre, extent = [], []  # y and x, as shares of the resized image
-        for side, length in zip(size, self.crop, strict=True):
+        for axis, (side, length) in enumerate(zip(size, self.crop, strict=True)):
             resized = side * factor
             room = resized - length  # below 0 the crop is larger and the image wanders within it
-            start = rng.uniform(min(0.0, room), max(0.0, room))
-            start += resized * rng.uniform(-self.translation, self.translation)
+            low, high = min(0.0, room), max(0.0, room)
+            if point is None:
+                start = rng.uniform(low, high)
+                start += resized * rng.uniform(-self.translation, self.translation)
+            else:  # not at the edge, where a rotation would take it out
+                place = (point[axis] + 0.5) * factor - rng.uniform(EDGE, 1 - EDGE) * length
+                start = min(max(place, low), high)
             centre.append((start + length / 2) / resized)
             extent.append(resized)
         (height, width), (full_height, full_width) = self.crop, extent

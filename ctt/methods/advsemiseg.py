@@ -105,7 +105,7 @@ class AdvSemiSeg(Adversarial):
         taught = (own, step.count(own) * self.settings.train.accumulate)
         fakes = judged(made, False, valid, b["both"])
         return {
-            "sup": losses.pixel_cross_entropy(logits[:n], student.grid, label, b["pixels"]),
+            "sup": self.labeled(logits[:n], student.grid, b, step),
             "adv": judged(seen[:n], True, valid[:n], b["pixels"]),
             "adv_unlabeled": judged(seen[n:], True, valid[n:], b["seen"]),
             "semi": losses.pixel_cross_entropy(logits[n:], student.grid, *taught),

@@ -15,6 +15,7 @@ from ctt.data.seeding import derive_seed
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
 from ctt.methods.catalog import About
+from ctt.methods.labeled import LabeledLoss
 from ctt.methods.optim import make_optimizer
 from ctt.methods.options import Options
 from ctt.models.base import BackboneModel, Output, SegmentationModel
@@ -278,6 +279,7 @@ class Method(nn.Module):
         options: settings that the method alone has, of the class that `about` names.
         terms: names of the terms, in the order of the log.
         logged: names of other numbers that the method gives to `step.log` or `report`.
+        labeled: the loss of labelled images, `self.labeled(logits, grid, b, step)`.
         students: the networks that are trained. teachers: those that follow them, always in
             evaluation mode.
         labeled_beside: whether every batch that students see in training mode holds at least two
@@ -303,6 +305,8 @@ class Method(nn.Module):
     def __init__(self, setup: Setup) -> None:
         super().__init__()
         self.settings, self.options = setup.settings, setup.settings.options
+        s = setup.settings
+        self.labeled = LabeledLoss(s.labeled, setup.classes, s.train.accumulate)
         self.students = Networks(setup.student(k) for k in range(setup.pairs))
         self.teachers = Networks()
 

@@ -147,7 +147,7 @@ class C3SemiSeg(EmbeddingTeacher):
             views = torch.cat([self.labeled_view(k, b, step), self.unlabeled_view(k, b, step)])
             out = step.forward(student, torch.cat(exchanged(views, keep)))
             labeled, unlabeled = exchanged(upsample(out.logits, size, student.grid), keep)
-            sup.append(losses.pixel_cross_entropy(labeled, Grid(1), b["label"], b["pixels"]))
+            sup.append(self.labeled(labeled, Grid(1), b, step))
             away = -(b[f"soft {k}"] * unlabeled.log_softmax(dim=1)).mean(dim=1)
             away = away.masked_fill(~b[f"sure {k}"], 0).sum()
             consistency.append(away / b[f"count {k}"])

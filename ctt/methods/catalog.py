@@ -37,18 +37,19 @@ CONTRAST = (
     "loss.contrast_stride",
     "loss.contrast_reduction",
 )
-SHARED = ("ema", "loss.sup", "views", "views.mix", *LABELING, *CONTRAST, *LOW_LEVEL)
+SHARED = ("ema", "loss.sup", "labeled", "views", "views.mix", *LABELING, *CONTRAST, *LOW_LEVEL)
 KEPT = (
     "ema",
     "views",
     "loss.sup",
+    "labeled",
     "loss.ct",
     "loss.confidence_weight",
     "loss.confidence_threshold",
     "loss.unlabeled_mean",
     "views.mix",
 )
-TAUGHT = ("ema", "loss.sup", "views", "views.mix", *LABELING)
+TAUGHT = ("ema", "loss.sup", "labeled", "views", "views.mix", *LABELING)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ METHODS = {
         "the labelled images alone",
         "ctt.methods.supervised:Supervised",
         unlabeled=False,
-        uses=("ema", "views", "loss.sup"),
+        uses=("ema", "views", "loss.sup", "labeled"),
         cost=0.6,
     ),
     "mean-teacher": About(
@@ -127,7 +128,7 @@ METHODS = {
     "mean-teacher-soft": About(
         "Tarvainen and Valpola, NeurIPS 2017",
         "ctt.methods.mean_teacher_soft:MeanTeacherSoft",
-        uses=("ema", "views", "loss.sup", "views.mix"),
+        uses=("ema", "views", "loss.sup", "labeled", "views.mix"),
         options="ctt.methods.mean_teacher_soft:MeanTeacherSoftOptions",
         cost=1.0,
     ),
@@ -141,21 +142,21 @@ METHODS = {
     "french": About(
         "French et al., BMVC 2020: CutMix, Cutout, CowMix",
         "ctt.methods.french:French",
-        uses=("ema", "views", "loss.sup"),
+        uses=("ema", "views", "loss.sup", "labeled"),
         options="ctt.methods.french:FrenchOptions",
         cost=1.0,
     ),
     "vat": About(
         "Miyato et al., TPAMI 2018, as in the program of French et al.",
         "ctt.methods.vat:Vat",
-        uses=("ema", "views", "loss.sup"),
+        uses=("ema", "views", "loss.sup", "labeled"),
         options="ctt.methods.vat:VatOptions",
         cost=1.5,
     ),
     "classmix": About(
         "Olsson et al., WACV 2021",
         "ctt.methods.classmix:ClassMix",
-        uses=("ema", "views", "loss.sup"),
+        uses=("ema", "views", "loss.sup", "labeled"),
         options="ctt.methods.classmix:ClassMixOptions",
         cost=1.1,
     ),
@@ -170,7 +171,7 @@ METHODS = {
     "st": About(
         "Yang et al., CVPR 2022, ST",
         "ctt.methods.st:St",
-        uses=("ema", "views", "loss.sup", "loss.ct"),
+        uses=("ema", "views", "loss.sup", "labeled", "loss.ct"),
         options="ctt.methods.st:StOptions",
         extra="rounds",
         cost=0.9,
@@ -178,7 +179,7 @@ METHODS = {
     "st++": About(
         "Yang et al., CVPR 2022, ST++",
         "ctt.methods.st:StPlusPlus",
-        uses=("ema", "views", "loss.sup", "loss.ct"),
+        uses=("ema", "views", "loss.sup", "labeled", "loss.ct"),
         options="ctt.methods.st:StPlusPlusOptions",
         extra="rounds, two copies of each student",
         cost=0.9,
@@ -186,7 +187,7 @@ METHODS = {
     "dst-cbc": About(
         "Feng et al., 2020, arXiv 2004.08514v1",
         "ctt.methods.dst_cbc:DstCbc",
-        uses=("ema", "views", "loss.sup", "loss.ct", "views.mix"),
+        uses=("ema", "views", "loss.sup", "labeled", "loss.ct", "views.mix"),
         options="ctt.methods.dst_cbc:DstCbcOptions",
         extra="rounds",
         cost=0.9,
@@ -195,7 +196,7 @@ METHODS = {
         "Feng et al., Pattern Recognition 130, 2022",
         "ctt.methods.dmt:Dmt",
         pairs=2,
-        uses=("ema", "views", "loss.sup", "loss.ct", "views.mix"),
+        uses=("ema", "views", "loss.sup", "labeled", "loss.ct", "views.mix"),
         options="ctt.methods.dmt:DmtOptions",
         extra="rounds",
         cost=0.9,
@@ -217,21 +218,21 @@ METHODS = {
     "unimatch": About(
         "Yang et al., CVPR 2023, as in its program",
         "ctt.methods.unimatch:UniMatch",
-        uses=("ema", "views", "loss.sup"),
+        uses=("ema", "views", "loss.sup", "labeled"),
         options="ctt.methods.unimatch:UniMatchOptions",
         cost=2.1,
     ),
     "unimatch-v2": About(
         "Yang et al., TPAMI 2025, as in its program",
         "ctt.methods.unimatch_v2:UniMatchV2",
-        uses=("ema", "views", "loss.sup"),
+        uses=("ema", "views", "loss.sup", "labeled"),
         options="ctt.methods.unimatch_v2:UniMatchV2Options",
         cost=1.5,
     ),
     "pseudoseg": About(
         "Zou et al., ICLR 2021, as in its program",
         "ctt.methods.pseudoseg:PseudoSeg",
-        uses=("ema", "views", "loss.sup"),
+        uses=("ema", "views", "loss.sup", "labeled"),
         options="ctt.methods.pseudoseg:PseudoSegOptions",
         extra="a classifier of images and an attention module",
         cost=1.4,
@@ -239,7 +240,7 @@ METHODS = {
     "semiseg-contrastive": About(
         "Alonso et al., ICCV 2021",
         "ctt.methods.semiseg_contrastive:SemiSegContrastive",
-        uses=("ema", "views", "loss.sup"),
+        uses=("ema", "views", "loss.sup", "labeled"),
         options="ctt.methods.semiseg_contrastive:ContrastiveOptions",
         extra="heads, selectors, memories of features",
         cost=2.1,
@@ -247,7 +248,7 @@ METHODS = {
     "pc2seg": About(
         "Zhong et al., ICCV 2021, our reading",
         "ctt.methods.pc2seg:Pc2Seg",
-        uses=("ema", "views", "loss.sup"),
+        uses=("ema", "views", "loss.sup", "labeled"),
         options="ctt.methods.pc2seg:Pc2SegOptions",
         extra="projections, memories of features",
         cost=1.7,
@@ -255,7 +256,7 @@ METHODS = {
     "c3-semiseg": About(
         "Zhou et al., ICCV 2021",
         "ctt.methods.c3_semiseg:C3SemiSeg",
-        uses=("ema", "views", "loss.sup"),
+        uses=("ema", "views", "loss.sup", "labeled"),
         options="ctt.methods.c3_semiseg:C3Options",
         extra="embedding heads, a threshold for each class",
         cost=2.9,
@@ -263,7 +264,7 @@ METHODS = {
     "u2pl": About(
         "Wang et al., CVPR 2022",
         "ctt.methods.u2pl:U2pl",
-        uses=("ema", "views", "loss.sup"),
+        uses=("ema", "views", "loss.sup", "labeled"),
         options="ctt.methods.u2pl:U2plOptions",
         extra="representation heads, banks of negatives",
         cost=2.1,
@@ -271,7 +272,10 @@ METHODS = {
     "cct": About(
         "Ouali et al., CVPR 2020, without guided cutout",
         "ctt.methods.cct:Cct",
-        uses=("loss.sup",),
+        uses=(
+            "loss.sup",
+            "labeled",
+        ),
         options="ctt.methods.cct:CctOptions",
         extra="24 auxiliary decoders",
         cost=1.6,
@@ -285,7 +289,10 @@ METHODS = {
     "advsemiseg": About(
         "Hung et al., BMVC 2018, as in its program",
         "ctt.methods.advsemiseg:AdvSemiSeg",
-        uses=("loss.sup",),
+        uses=(
+            "loss.sup",
+            "labeled",
+        ),
         options="ctt.methods.advsemiseg:AdvSemiSegOptions",
         extra="a discriminator for each student",
         cost=1.4,
@@ -293,7 +300,10 @@ METHODS = {
     "s4gan": About(
         "Mittal et al., TPAMI 2021, the GAN branch alone",
         "ctt.methods.s4gan:S4Gan",
-        uses=("loss.sup",),
+        uses=(
+            "loss.sup",
+            "labeled",
+        ),
         options="ctt.methods.s4gan:S4GanOptions",
         extra="a discriminator of images for each student",
         cost=1.2,
@@ -302,7 +312,10 @@ METHODS = {
         "Ke et al., ECCV 2020, as in PixelSSL",
         "ctt.methods.gct:Gct",
         pairs=2,
-        uses=("loss.sup",),
+        uses=(
+            "loss.sup",
+            "labeled",
+        ),
         options="ctt.methods.gct:GctOptions",
         extra="a flaw detector",
         cost=4.4,
@@ -310,7 +323,10 @@ METHODS = {
     "ecs": About(
         "Mendel et al., ECCV 2020, our reading of the abstract",
         "ctt.methods.ecs:Ecs",
-        uses=("loss.sup",),
+        uses=(
+            "loss.sup",
+            "labeled",
+        ),
         options="ctt.methods.ecs:EcsOptions",
         extra="a correction network for each student",
         cost=2.2,

@@ -111,7 +111,7 @@ class Cct(Method):
         sup, consistency = [], []
         for k, student in enumerate(self.students):
             logits = step.forward(student, b["images"]).logits
-            sup.append(losses.pixel_cross_entropy(logits, student.grid, b["label"], b["pixels"]))
+            sup.append(self.labeled(logits, student.grid, b, step))
             # in full precision: half of it would round the adversarial noise away
             dtype = student.classifier.weight.dtype
             main, z = (x.to(dtype) for x in step.forward(student, b["unlabeled"]))

@@ -109,7 +109,7 @@ class Ecs(Judged):
         step.log("corrected", (other & ~b["padding"]).sum() / b["seen"] / len(self.students))
         target = torch.where(other, answer, own[n:]).masked_fill(b["padding"], IGNORE)
         semi = F.cross_entropy(scores[n:], target, ignore_index=IGNORE, reduction="none")
-        sup = losses.pixel_cross_entropy(logits[:n], student.grid, label, b["pixels"])
+        sup = self.labeled(logits[:n], student.grid, b, step)
         return {
             "sup": sup,
             "agreement": losses.pixel_cross_entropy(found[:n], Grid(1), right, b["pixels"]),

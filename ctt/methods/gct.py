@@ -91,8 +91,7 @@ class Gct(Method):
         sup, own_error, probability, flaws = [], [], [], []
         for student in self.students:
             logits = step.forward(student, images).logits
-            args = (student.grid, label, b["pixels"])
-            sup.append(losses.pixel_cross_entropy(logits[:n], *args))
+            sup.append(self.labeled(logits[:n], student.grid, b, step))
             p = upsample(logits, size, student.grid).softmax(dim=1)  # (2B, C, H, W)
             with step.phase("critics"), step.autocast():
                 flaws.append(frozen(self.detector)(torch.cat([seen, p], dim=1)))

@@ -109,8 +109,7 @@ class Pc2Seg(MeanTeacher):
         n, sup, consistency, contrast = len(b["images"]), [], [], []
         for k, out in enumerate(self.ask_students(b, step)):
             grid = self.students[k].grid
-            truth = (grid, b["label"], b["pixels"])
-            sup.append(losses.pixel_cross_entropy(out.logits[:n], *truth))
+            sup.append(self.labeled(out.logits[:n], grid, b, step))
             away = distance(out.logits[n:], grid, b[f"soft {k}"], b[f"valid {k}"])
             consistency.append(away / b[f"seen {k}"])
             with step.phase("contrast"):

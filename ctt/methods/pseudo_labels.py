@@ -156,8 +156,7 @@ class PseudoLabels(Method):
         n, sup, ct = len(b["images"]), [], []
         with step.phase("cross-entropy"):
             for k, o in zip(self.learning, out, strict=True):
-                truth = (self.students[k].grid, b["label"], b["pixels"])
-                sup.append(losses.pixel_cross_entropy(o.logits[:n], *truth))
+                sup.append(self.labeled(o.logits[:n], self.students[k].grid, b, step))
                 if "mixed" in b:
                     ct.append(self.unlabeled_loss(k, o.logits[n:], b))
             terms: Terms = {"sup": (self.settings.loss.sup, losses.sum_of(sup))}

@@ -123,13 +123,12 @@ class PseudoSeg(MeanTeacher):
     def losses(self, b: Batch, step: Step) -> Terms:
         terms: dict[str, list[Tensor]] = {name: [] for name in self.terms}
         label, size = b["label"], (b["label"].shape[-2], b["label"].shape[-1])
-        truth = (label, b["pixels"])
         any_label = (label != IGNORE).flatten(1).any(dim=1)[:, None]
         mean = constant(self.mean, label.device)[:, None, None]
         for k, (student, refiner) in enumerate(zip(self.students, self.refiners, strict=True)):
             encoded = step.encode(student, self.labeled_view(k, b, step))
             logits, stages = step.decode(student, encoded).logits, read(student, encoded)
-            terms["sup"].append(losses.pixel_cross_entropy(logits, student.grid, *truth))
+            terms["sup"].append(self.labeled(logits, student.grid, b, step))
             said = refiner.presence(stages)
             wrong = F.binary_cross_entropy_with_logits(
                 said, b["objects"].to(said.dtype), reduction="none"
@@ -139,7 +138,7 @@ class PseudoSeg(MeanTeacher):
             valid = ~on_grid(label == IGNORE, stages[-1], student)
             refined = refiner(stages, b["objects"], valid)
             grid = student.grid_of(student.stride * factor(stages[-1], size, student))
-            terms["refined"].append(losses.pixel_cross_entropy(refined, grid, *truth))
+            terms["refined"].append(losses.pixel_cross_entropy(refined, grid, label, b["pixels"]))
             strong = step.strong(b["unlabeled"], b[f"draw {k}"][:, -1])
             strong = torch.where(b["keep"][:, None], strong, mean)
             logits = step.forward(student, strong).logits.to(said.dtype)

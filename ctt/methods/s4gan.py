@@ -94,7 +94,7 @@ class S4Gan(Adversarial):
         taught = (own, step.count(own) * parts)
         fakes = judged(made_score, False, fake, b["fakes"])
         return {
-            "sup": losses.pixel_cross_entropy(logits[:n], student.grid, label, b["pixels"]),
+            "sup": self.labeled(logits[:n], student.grid, b, step),
             "fm": feature_matching(wanted, features, real, fake, step) / parts,
             "st": losses.pixel_cross_entropy(logits[n:], student.grid, *taught),
             "critic": (fakes + judged(mask_score, True, real, b["masks"])) / 2,

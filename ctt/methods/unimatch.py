@@ -78,7 +78,7 @@ class UniMatch(TwoViews):
         for k, student in enumerate(self.students):
             grid, size = student.grid, (b["padding"].shape[-2], b["padding"].shape[-1])
             labeled, weak, perturbed = self.weak_views(k, b, step)
-            sup.append(losses.pixel_cross_entropy(labeled, grid, b["label"], b["pixels"]))
+            sup.append(self.labeled(labeled, grid, b, step))
             own = upsample(weak.detach(), size, grid).softmax(dim=1)
             label = self.confident(own, b["padding"])
             features.append(losses.pixel_cross_entropy(perturbed, grid, label, b["seen"]))

@@ -64,7 +64,7 @@ class UniMatchV2(TwoViews):
         for k, student in enumerate(self.students):
             grid = student.grid
             logits = step.forward(student, self.labeled_view(k, b, step)).logits
-            sup.append(losses.pixel_cross_entropy(logits, grid, b["label"], b["pixels"]))
+            sup.append(self.labeled(logits, grid, b, step))
             factor = torch.cat([b[f"factor {k}"], 2 - b[f"factor {k}"]])
             stages = student.scale_channels(
                 step.encode(student, self.strong_views(k, b, step)),

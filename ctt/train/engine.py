@@ -116,7 +116,7 @@ class Engine:
         with step.phase("views"):
             b = batch_of(inputs, self.rounds.rounds[method.round])
         with torch.no_grad():
-            b = method.prepare(b, step)
+            b = method.prepare(b | method.labeled.totals(b["label"], step), step)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         step.whole = False

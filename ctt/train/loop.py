@@ -102,10 +102,11 @@ class Trainer:
     def __init__(
         self, settings: Settings, out: Path | None, resume: Path | None, world: World
     ) -> None:
-        self.settings, self.world = settings, world
+        self.world = world
         self.console = plain_console(quiet=not world.is_main)
         begun = run.begun(resume)
-        self.plan = plan = Plan.of(settings, begun, world.size)
+        self.plan = plan = Plan.of(settings, begun, world.size).counted(world)
+        self.settings = settings = plan.settings
         self.source, self.device = plan.source, plan.device
         self.method = plan.build()
         self.engine = Engine(self.method, settings, self.source.info, self.device, world)

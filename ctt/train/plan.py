@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from ctt import methods, run
+from ctt.data.balance import class_pixels
 from ctt.data.check import check_quickly, not_evaluated
 from ctt.data.files import FEW
 from ctt.data.source import IGNORE, Source
@@ -18,9 +20,10 @@ from ctt.data.split import make_split, read_list
 from ctt.device import pick_device
 from ctt.errors import UserError
 from ctt.methods.base import M, Method, Setup, unchanged
+from ctt.methods.labeled import class_weights
 from ctt.models.base import SegmentationModel
 from ctt.settings import Settings, to_dict
-from ctt.train.distributed import synchronize
+from ctt.train.distributed import World, synchronize
 from ctt.train.setup import set_up_torch
 
 
@@ -32,6 +35,7 @@ class Plan:
         pairs: K. labeled, unlabeled: names of the training images; `unlabeled` are all that have no
             label, whether or not the method takes them.
         origins: a sentence for each student that starts from published weights, once it is made.
+        class_pixels: (N, C) of each class in each labelled image, where something asks for it.
     """
 
     settings: Settings
@@ -43,6 +47,7 @@ class Plan:
     unlabeled: list[str]
     fresh: bool
     origins: list[str] = field(default_factory=list)
+    class_pixels: Tensor | None = None
 
     @classmethod
     def of(cls, settings: Settings, resume: Path | None, processes: int = 1) -> Plan:
@@ -65,6 +70,28 @@ class Plan:
             labeled, unlabeled = split_of_run(run.find(resume), source)
         pairs = settings.pairs or about.pairs
         return cls(settings, about, pairs, device, source, labeled, unlabeled, resume is None)
+
+    def counted(self, world: World) -> Self:
+        """Return the plan with the pixels of each class, and a new run's class weights from them.
+
+        Each process reads its share of the masks. A run that goes on keeps the weights it has.
+
+        Raises:
+            UserError: a mask is missing or broken.
+        """
+        s, labeled = self.settings, self.settings.labeled
+        weighs = labeled.class_weights != "none" and (self.fresh or not labeled.weights)
+        if not weighs and not s.data.rare_crops:
+            return self
+        own = slice(world.rank, None, world.size)
+        pixels = torch.zeros(len(self.labeled), len(self.source.info.classes), dtype=torch.int64)
+        pixels[own] = class_pixels(self.source, self.labeled[own], s.data.workers)
+        pixels = world.total(pixels.to(self.device)).cpu()
+        if weighs:
+            counts = (pixels.sum(dim=0).tolist(), (pixels > 0).sum(dim=0).tolist())
+            weights = class_weights(labeled.class_weights, *counts, labeled.beta)
+            s = replace(s, labeled=replace(labeled, weights=weights))
+        return replace(self, settings=s, class_pixels=pixels)
 
     def build(self, finish: bool = True) -> Method:
         """Return the method with its networks.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ctt.data.loader import DrawSampler, ViewDataset, load
 from ctt.data.prepare import Prepared
+from ctt.data.rare import RareClasses
 from ctt.data.views import GeometricView
 from ctt.methods.base import Round
 from ctt.train.engine import Engine
@@ -49,11 +50,12 @@ class Streams:
         if kept:
             images = KeptLabels(source, d.resize, d.cache, folder_of(self.folder, number))
         view = GeometricView(d.crop, d.scale, d.flip, d.rotation, d.translation, source.info.mean)
-        dataset = ViewDataset(images, ids, view, kept or purpose == "labeled", s.seed, purpose)
+        labeled, rare = kept or purpose == "labeled", self._rare(purpose)
+        dataset = ViewDataset(images, ids, view, labeled, s.seed, purpose, rare)
         steps = engine.rounds.starts[number + 1] - engine.iteration
         share = (engine.world.rank, engine.world.size)
         draws = (len(ids), d.batch_size, engine.drawn, steps)
-        sampler = DrawSampler(*draws, s.seed, purpose, *share)
+        sampler = DrawSampler(*draws, s.seed, purpose, *share, rare)
         stream = load(dataset, sampler, d.workers, pin_memory=engine.device.type == "cuda")
         self._opened.append(stream)
         return stream
@@ -64,9 +66,17 @@ class Streams:
         images = settings.data.batch_size * engine.world.size
         start = engine.drawn - steps * images
         for purpose, ids in self.lists().items():
-            sampler = DrawSampler(len(ids), images, start, steps, settings.seed, purpose)
+            draws = (len(ids), images, start, steps)
+            sampler = DrawSampler(*draws, settings.seed, purpose, rare=self._rare(purpose))
             for i, batch in enumerate(sampler, engine.iteration - steps + 1):
                 yield f"iteration {i}, {purpose}: {', '.join(ids[k] for k, _ in batch)}\n"
+
+    def _rare(self, purpose: str) -> RareClasses | None:
+        """Return which draws are made for a class."""
+        share, pixels = self.plan.settings.data.rare_crops, self.plan.class_pixels
+        if purpose != "labeled" or not share or pixels is None:
+            return None
+        return RareClasses(pixels, share, self.plan.settings.seed)
 
     def close(self) -> None:
         """End the processes that load: they ignore SIGTERM, so Python would wait for them."""

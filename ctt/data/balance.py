@@ -1,0 +1,32 @@
+"""How often labelled images show each class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ctt.data.check import histogram
+from ctt.data.loader import in_order, raised
+from ctt.data.source import Source
+
+
+def class_pixels(source: Source, names: Sequence[str], workers: int) -> Tensor:
+    """Return the pixels (N, C) int64 of each class in each of these labelled images.
+
+    Args:
+        workers: processes that read masks; 0: this one.
+
+    Raises:
+        UserError: a mask is missing or broken.
+    """
+    classes = len(source.info.classes)
+    read = partial(_histogram_of, source)
+    found = [pixels[:classes] for pixels in raised(in_order(read, names, workers))]
+    return torch.stack(found) if found else torch.zeros(0, classes, dtype=torch.int64)
+
+
+def _histogram_of(source: Source, name: str) -> Tensor:
+    return histogram(source.label(name), len(source.info.classes))
