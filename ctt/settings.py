@@ -79,7 +79,10 @@ class DataSettings(SourceOptions):
 class ViewSettings:
     jitter: float = 0.25
     """Strength of the colour jitter of the strong view: brightness, contrast and saturation change
-    by up to this share, hue by up to a quarter of it (as a share of the colour circle)."""
+    by up to this share."""
+    hue: float | None = None
+    """Largest change of the hue in the colour jitter, as a share of the colour circle; by default a
+    quarter of --views.jitter. UniMatch V2: jitter 0.5 and hue 0.25."""
     jitter_probability: float = 0.8
     blur_probability: float = 0.5
     """Share of the images blurred in the strong view."""
@@ -523,6 +526,7 @@ def validate(settings: Settings) -> None:
         ),
         ("--data.eval-images", s.data.eval_images, s.data.eval_images >= 1, at_least_1),
         ("--views.jitter", s.views.jitter, 0 <= s.views.jitter <= 1, share),
+        ("--views.hue", s.views.hue or 0.0, 0 <= (s.views.hue or 0.0) <= 0.5, "must be in 0..0.5"),
         (
             "--views.jitter-probability",
             s.views.jitter_probability,

@@ -160,8 +160,8 @@ class PhotometricView:
     """Colour jitter and blur of a batch, drawn for each image.
 
     Args:
-        strength: brightness, contrast and saturation change by a factor in 1 - s .. 1 + s, hue by
-            an angle of up to s / 4 of the colour circle.
+        strength: brightness, contrast and saturation change by a factor in 1 - s .. 1 + s.
+        hue: largest change of the hue, as a share of the colour circle; None: s / 4.
         jitter_probability, blur_probability, grey_probability: share of the images that each is
             applied to.
         blur_sigma: range of the blur, in pixels.
@@ -176,14 +176,16 @@ class PhotometricView:
         blur_probability: float,
         blur_sigma: tuple[float, float],
         grey_probability: float = 0.0,
+        hue: float | None = None,
     ) -> None:
         self.grey_probability = grey_probability
+        self.hue = strength / 4 if hue is None else hue
         self.strength, self.jitter_probability = strength, jitter_probability
         self.blur_probability, self.blur_sigma = blur_probability, blur_sigma
 
     def __call__(self, images: Tensor, draw: Tensor) -> Tensor:
         """Return images (B, 3, H, W) in 0..1 as uniform random numbers (DRAWS, B) change them."""
-        if self.strength and self.jitter_probability:
+        if (self.strength or self.hue) and self.jitter_probability:
             images = self._jitter(images, draw[:5, :, None, None, None])
         if self.grey_probability:
             chosen = (draw[7] < self.grey_probability)[:, None, None, None]
@@ -199,7 +201,7 @@ class PhotometricView:
         images = (images * brightness).clamp(0, 1)
         images = blend(images, grey(images).mean(dim=(2, 3), keepdim=True), contrast)
         images = blend(images, grey(images), saturation)
-        return rotate_hue(images, change[3] * self.strength / 4 * 2 * math.pi)
+        return rotate_hue(images, change[3] * self.hue * 2 * math.pi)
 
     def _blur(self, images: Tensor, draw: Tensor) -> Tensor:
         low, high = self.blur_sigma

@@ -57,7 +57,12 @@ class StepContext:
         self._decode = of_networks(SegmentationModel.finish, how)
         v = settings.views
         self.photometric = PhotometricView(
-            v.jitter, v.jitter_probability, v.blur_probability, v.blur_sigma, v.grey_probability
+            v.jitter,
+            v.jitter_probability,
+            v.blur_probability,
+            v.blur_sigma,
+            v.grey_probability,
+            v.hue,
         )
 
     def forget(self) -> None:

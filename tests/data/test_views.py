@@ -1,3 +1,4 @@
+import math
 import random
 
 import torch
@@ -118,6 +119,21 @@ def test_probability_0_changes_nothing() -> None:
     assert torch.equal(
         PhotometricView(0.5, 0, 0, (1, 2))(images, torch.rand(7, len(images))), images
     )
+
+
+def test_the_hue_has_a_range_of_its_own() -> None:
+    images = torch.rand(4, 3, 6, 5)
+    draw = torch.rand(8, 4)
+    draw[4] = 0  # all of them are changed
+    own = PhotometricView(0.0, 0.8, 0.0, (0.1, 2.0), hue=0.25)
+    angle = (2 * draw[3] - 1) * 0.25 * 2 * math.pi
+    expected = rotate_hue(images, angle[:, None, None, None])
+    torch.testing.assert_close(own(images, draw), expected, rtol=1e-4, atol=1e-4)
+    by_strength = PhotometricView(0.4, 0.8, 0.0, (0.1, 2.0))
+    same = PhotometricView(0.4, 0.8, 0.0, (0.1, 2.0), hue=0.1)
+    assert torch.equal(by_strength(images, draw), same(images, draw))
+    still = PhotometricView(0.4, 0.8, 0.0, (0.1, 2.0), hue=0.0)(images, draw)
+    assert not torch.equal(still, same(images, draw))
 
 
 def test_hue_keeps_grey_and_turns_around() -> None:
