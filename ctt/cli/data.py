@@ -1,4 +1,4 @@
-"""ctt-data: check a data set, draw and write splits, fetch what may be fetched."""
+"""ctt-data: check a data set, convert an export, draw splits, fetch what may be fetched."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ctt.cli.common import run_program
+from ctt.cli.convert import Convert, convert
 from ctt.data.options import SourceOptions
 from ctt.errors import UserError
 from ctt.settings import DataSettings, Settings, validate
@@ -102,13 +103,15 @@ def _main(arguments: list[str]) -> int:
     import tyro
 
     command = tyro.extras.subcommand_cli_from_dict(
-        {"check": Check, "split": Split, "fetch": Fetch},
+        {"check": Check, "convert": Convert, "split": Split, "fetch": Fetch},
         prog="ctt-data",
         args=arguments,
         config=(tyro.conf.PositionalRequiredArgs,),
     )
     if isinstance(command, Check):
         return check(command)
+    if isinstance(command, Convert):
+        return convert(command)
     return split(command) if isinstance(command, Split) else fetch(command)
 
 

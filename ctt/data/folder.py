@@ -179,7 +179,7 @@ class Folder(FileSource):
         own = ("images/", "unlabeled/", "val/images/", "masks/", "val/masks/")
         return {
             PurePosixPath(name).stem: name
-            for name in _walk(self.root, "")
+            for name in walk(self.root, "")
             if name.lower().endswith(MASK_SUFFIXES) and not name.startswith(own)
         }
 
@@ -226,7 +226,7 @@ def find_images(root: Path, folder: str) -> list[str]:
     Raises:
         UserError: two images would share a mask.
     """
-    names = [n for n in _walk(root, folder) if n.lower().endswith(IMAGE_SUFFIXES)]
+    names = [n for n in walk(root, folder) if n.lower().endswith(IMAGE_SUFFIXES)]
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(_stem(name), name)
@@ -244,7 +244,7 @@ def find_masks(root: Path, folder: str, suffix: str = "") -> dict[str, Path]:
     Raises:
         UserError: two masks would belong to one image.
     """
-    names = _walk(root, folder)
+    names = walk(root, folder)
     masks: dict[str, Path] = {}
     for endings in (MASK_SUFFIXES, JPEG_SUFFIXES):
         found: dict[str, Path] = {}
@@ -263,7 +263,7 @@ def find_masks(root: Path, folder: str, suffix: str = "") -> dict[str, Path]:
     return masks
 
 
-def _walk(root: Path, folder: str) -> list[str]:
+def walk(root: Path, folder: str) -> list[str]:
     """Return the paths below `root` of all files in `folder`, sorted, without hidden ones.
 
     Links are followed, and each folder is visited once.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -41,10 +42,14 @@ class Painted(NamedTuple):
     Attributes:
         label: (H, W) class or 255.
         clashes: pixels that lie in shapes of more than one class.
+        unmatched: pixels that were annotated, but as no class.
+        dropped: what of the annotation was not used, and how often.
     """
 
     label: Label
     clashes: int
+    unmatched: int = 0
+    dropped: Mapping[str, int] = MappingProxyType({})
 
 
 def outline(numbers: object) -> Outline:
@@ -54,10 +59,16 @@ def outline(numbers: object) -> Outline:
         UserError: it does not hold the coordinates of three points; the text names no file.
     """
     try:
-        points = np.asarray(numbers, np.float64).reshape(-1, 2)
+        points = np.asarray(numbers, np.float64)
+        points = points.reshape(-1, 2) if points.ndim == 1 else points
     except (ValueError, TypeError):
         points = np.empty((0, 2))
-    if len(points) < FEWEST_POINTS or not np.isfinite(points).all():
+    if (
+        points.ndim != 2
+        or points.shape[1] != 2
+        or len(points) < FEWEST_POINTS
+        or not np.isfinite(points).all()
+    ):
         raise UserError(f"an outline must hold x and y of at least {FEWEST_POINTS} points")
     return points
 
@@ -135,4 +146,4 @@ def paint(
         clash |= pixels & covered & (label != number)
         covered |= pixels
         label[pixels] = number
-    return Painted(label, int(clash.sum()))
+    return Painted(label, int(clash.sum()), int((label == IGNORE).sum()))

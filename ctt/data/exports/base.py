@@ -1,0 +1,236 @@
+"""What every form of export gives: images, and how the label of each is painted."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from ctt.data import IMAGE_SUFFIXES
+from ctt.data.description import MOST_CLASSES
+from ctt.data.files import same_name
+from ctt.data.folder import walk
+from ctt.data.pictures import Colour
+from ctt.data.shapes import Painted
+from ctt.errors import UserError
+
+BACKGROUND = "background"
+BACKGROUNDS = (BACKGROUND, "_background_")  # names that mean what is outside of all shapes
+EVALUATION = re.compile(r"(val|valid|validation)(\d{4})?")
+TEST = re.compile(r"test(\d{4})?")
+Size = tuple[int, int]  # height and width
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be read, and how.
+
+    Attributes:
+        source: a file, or a folder. target: below it nothing is read.
+        images: the folder of the images; None: where the export has them.
+        masks, table: the folder of coloured masks, and the file that names their colours.
+        classes: names in the order of their numbers; empty: those of the export.
+        empty: what images are that the export lists without any shape.
+        crowd: what COCO's crowds are. tolerance: by how much a channel may differ from a colour.
+    """
+
+    source: Path
+    target: Path
+    images: Path | None = None
+    masks: Path | None = None
+    table: Path | None = None
+    classes: tuple[str, ...] = ()
+    empty: str = "unlabeled"
+    crowd: str = "class"
+    tolerance: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the source."""
+        return self.source if self.source.is_dir() else self.source.parent
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image of the export.
+
+    Attributes:
+        name: path below the folder of the images.
+        paint: the label for a height and width; None: the image is not annotated.
+        size: for which the outlines were drawn, where the export says so. mask: the file of which
+            the label has the size.
+        evaluation: it belongs to the part to evaluate on.
+    """
+
+    name: str
+    paint: Callable[[int, int], Painted] | None
+    size: Size | None = None
+    mask: Path | None = None
+    evaluation: bool = False
+
+
+class Images:
+    """The images below a folder, found by what exports call them.
+
+    Only files that a walk through the folder finds are ever returned, so no name leads out of it.
+
+    Args:
+        root: the folder. target: below it there are no images of the export.
+        without: folders of masks below `root`.
+    """
+
+    def __init__(self, root: Path, target: Path, without: Iterable[Path] = ()) -> None:
+        if not root.is_dir():
+            raise UserError(f"{root}: there is no such folder of images.")
+        self.root = root
+        hidden = [path.resolve() for path in (target, *without)]
+        self.names = [
+            name
+            for name in walk(root, "")
+            if name.lower().endswith(IMAGE_SUFFIXES)
+            if not any((root / name).resolve().is_relative_to(path) for path in hidden)
+        ]
+        self._by_file: dict[str, list[str]] = {}
+        for name in self.names:
+            path = PurePosixPath(same_name(name))
+            for key in {path.name, path.stem}:
+                self._by_file.setdefault(key, []).append(name)
+
+    def find(self, entry: str, near: str = "") -> str:
+        """Return the path below the folder of the image that an export calls `entry`.
+
+        Args:
+            entry: a path as any machine wrote it, or a name without its ending.
+            near: a folder below the root that comes first if several images fit.
+
+        Raises:
+            UserError: there is none, or more than one.
+        """
+        parts = PurePosixPath(same_name(entry.replace("\\", "/"))).parts
+        found = self._by_file.get(parts[-1], []) if parts else []
+        if len(found) > 1:
+            shared = {name: _shared_end(parts, name) for name in found}
+            most = max(shared.values())
+            found = [name for name in found if shared[name] == most]
+        if len(found) > 1 and near:
+            found = [name for name in found if name.startswith(f"{near}/")] or found
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            raise UserError(f"{entry}: there is no such image in {self.root}.")
+        raise UserError(f"{entry} may be {found[0]} or {found[1]} in {self.root}.")
+
+    def others(self, used: set[str], tests: set[str]) -> tuple[list[str], int]:
+        """Return the images beside used ones, and how many there are in other folders."""
+        folders = {str(PurePosixPath(name).parent) for name in used}
+        rest = [name for name in self.names if name not in used and name not in tests]
+        beside = [name for name in rest if str(PurePosixPath(name).parent) in folders]
+        return beside, len(rest) - len(beside)
+
+
+@dataclass
+class Export:
+    """What an export holds.
+
+    Attributes:
+        classes: names, class 0 first. palette: their colours, or none.
+        order: which of two shapes lies on top, as the end of a sentence.
+        items: images that it lists. tests: those of the part test, which are not used.
+        left_out: why something else is not used, and how often.
+        faults: what is wrong with single images, a sentence each.
+        ignored: names of classes that are no classes, but pixels to ignore.
+    """
+
+    form: str
+    images: Images
+    classes: tuple[str, ...]
+    order: str = ""
+    palette: tuple[Colour, ...] = ()
+    items: list[Item] = field(default_factory=list)
+    tests: set[str] = field(default_factory=set)
+    left_out: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    ignored: tuple[str, ...] = ()
+
+    def add(self, item: Item, part: str) -> None:
+        """Add an image of the part `train`, `val` or `test`."""
+        if part == "test":
+            self.tests.add(item.name)
+        else:
+            self.items.append(dataclasses.replace(item, evaluation=part == "val"))
+
+    def add_the_rest(self) -> None:
+        """Add the images without annotation that stand beside annotated ones."""
+        used = {item.name for item in self.items}
+        beside, elsewhere = self.images.others(used, self.tests)
+        self.items += [Item(name, None) for name in beside]
+        if self.tests:
+            self.left_out["images of the part test"] += len(self.tests)
+        if elsewhere:
+            self.left_out[f"images in folders of {self.images.root} without annotated ones"] += (
+                elsewhere
+            )
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Class of each name."""
+        return {name: number for number, name in enumerate(self.classes)}
+
+
+def _shared_end(parts: tuple[str, ...], name: str) -> int:
+    """Return how many folders before the file name are the same."""
+    count = 0
+    for one, other in zip(
+        parts[-2::-1], PurePosixPath(same_name(name)).parts[-2::-1], strict=False
+    ):
+        if one != other:
+            break
+        count += 1
+    return count
+
+
+def with_background(names: Iterable[str], wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of the classes: the wanted ones, or all with the background in front.
+
+    Raises:
+        UserError: there are none, or more than a mask can number.
+    """
+    found = list(dict.fromkeys(names))
+    own = next((name for name in found if name.lower() in BACKGROUNDS), BACKGROUND)
+    classes = wanted or (BACKGROUND, *(name for name in found if name != own))
+    if not 2 <= len(classes) <= MOST_CLASSES:
+        raise UserError(
+            f"There must be 2 to {MOST_CLASSES} classes with the background, and here are "
+            f"{len(classes)}. --classes names those that are wanted."
+        )
+    if len(set(classes)) < len(classes):
+        raise UserError(f"--classes names a class twice ({', '.join(classes)}).")
+    return classes
+
+
+def as_class(label: str) -> str:
+    """Return the name of the class that a label of a shape means."""
+    return BACKGROUND if label.lower() in BACKGROUNDS else label
+
+
+def files_of(source: Path, pattern: str) -> list[Path]:
+    """Return the files of a folder and its subfolders that fit a pattern, those above first.
+
+    Of a source that is a file, that file.
+    """
+    if source.is_file():
+        return [source]
+    found = (path for path in source.rglob(pattern) if path.is_file())
+    return sorted(found, key=lambda path: (len(path.parts), path))
+
+
+def part_of(path: str) -> str:
+    """Return `val`, `test` or `train`, by the words of a path."""
+    words = re.split(r"[/._\- ]+", path.lower())
+    if any(map(EVALUATION.fullmatch, words)):
+        return "val"
+    return "test" if any(map(TEST.fullmatch, words)) else "train"

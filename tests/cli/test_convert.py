@@ -1,0 +1,386 @@
+"""ctt-data convert: every form of export becomes a folder that can be trained on."""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ctt.cli import data as program
+from ctt.cli import predict, train
+from tests.data import exports
+
+pytest.importorskip("pycocotools")
+Call = Callable[..., tuple[int, str, str]]
+TRAIN = (
+    "--dataset folder --recipe digits --ratio 1/1 --model.width 4 --model.features 8 "
+    "--data.crop 24 24 --data.batch-size 2 --train.iterations 2 --train.threads 1 "
+    "--train.no-tensorboard"
+)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs `ctt-data convert`; gives its exit code, what it printed, and its error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ctt-data", "convert", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            program.main()
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.err
+        return int(stop.value.code or 0), shown.out, re.sub(r"\s+", " ", shown.err)
+
+    return run
+
+
+def mask_of(folder: Path, name: str = "photo 0") -> np.ndarray:
+    found = [*folder.rglob(f"masks/**/{name}.png")]
+    assert len(found) == 1
+    return np.asarray(Image.open(found[0]))
+
+
+@pytest.mark.parametrize("form", exports.FORMS)
+def test_every_form_is_converted_trained_on_and_predicted(
+    tmp_path: Path, call: Call, form: str
+) -> None:
+    source, mine = exports.FORMS[form](tmp_path / "export"), tmp_path / "mine"
+    code, out, err = call(source, "--to", mine)
+    assert (code, err) == (0, "")
+    assert "4 images with masks, 2 without (unlabeled/)" in out
+    assert "3 classes, from 0 on: background, cat, dog." in out
+    for i in range(exports.ANNOTATED):
+        assert np.array_equal(mask_of(mine, f"photo {i}"), exports.label())
+    if form != "masks":
+        assert "Overlaps: 256 pixels of 4 images lie in shapes of several classes" in out
+    assert sorted(p.name for p in mine.iterdir()) == [
+        "dataset.yaml",
+        "images",
+        "masks",
+        "unlabeled",
+    ]
+    run = tmp_path / "run"
+    command = [*shlex.split(TRAIN), "--data-root", str(mine), "--out", str(run)]
+    assert train._main(command) == 0
+    photos = str(mine / "unlabeled")
+    assert predict._main([str(run), photos, "--recursive", "--out", str(tmp_path / "out")]) == 0
+    assert len([*(tmp_path / "out").rglob("*.png")]) >= 2
+
+
+def test_coloured_masks_need_no_conversion(tmp_path: Path) -> None:
+    source, mine = exports.masks(tmp_path / "export"), tmp_path / "mine"
+    mine.mkdir()
+    shutil.copytree(source / "JPEGImages", mine / "images")
+    shutil.copytree(source / "SegmentationClass", mine / "masks")
+    (mine / "unlabeled").mkdir()
+    for i in (4, 5):
+        (mine / "images" / f"photo {i}.jpg").rename(mine / "unlabeled" / f"photo {i}.jpg")
+    palette = [list(colour) for colour in exports.COLOURS.values()]
+    (mine / "dataset.yaml").write_text(f"classes: [background, cat, dog]\npalette: {palette}\n")
+    run = tmp_path / "run"
+    assert train._main([*shlex.split(TRAIN), "--data-root", str(mine), "--out", str(run)]) == 0
+    images = str(mine / "unlabeled")
+    assert predict._main([str(run), images, "--out", str(tmp_path / "out")]) == 0
+
+
+def test_nothing_is_overwritten_and_a_stopped_call_goes_on(tmp_path: Path, call: Call) -> None:
+    source, mine = exports.coco(tmp_path / "export"), tmp_path / "mine"
+    assert call(source, "--to", mine)[0] == 0
+    kept, gone, half = (mine / "masks" / f"photo {i}.png" for i in range(3))
+    kept.write_bytes(b"mine")
+    gone.unlink()
+    (mine / "images" / "photo 1.jpg").unlink()
+    half.unlink()
+    (mine / "images" / "photo 2.jpg").write_bytes(b"mine")
+    code, out, _ = call(source, "--to", mine)
+    assert (code, "4 of the images were there already" in out) == (0, True)
+    assert kept.read_bytes() == (mine / "images" / "photo 2.jpg").read_bytes() == b"mine"
+    assert np.array_equal(np.asarray(Image.open(gone)), exports.label())
+    assert half.is_file()
+    code, _, err = call(source, "--to", mine, "--classes", "background", "dog")
+    assert (code, "is there already, with other classes" in err) == (2, True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    code, _, err = call(source, "--to", tmp_path / "full")
+    assert (code, "holds something already" in err) == (2, True)
+
+
+def test_classes_can_be_chosen_and_others_are_ignored(tmp_path: Path, call: Call) -> None:
+    source = exports.coco(tmp_path / "export")
+    code, out, _ = call(source, "--to", tmp_path / "mine", "--classes", "nothing", "dog")
+    assert code == 0
+    expected = np.array([0, 255, 1], np.uint8)[exports.label()]
+    assert np.array_equal(mask_of(tmp_path / "mine"), expected)
+    assert "No class: 768 pixels (6.25%) of 4 images match no class" in out
+
+
+def test_images_without_shapes_can_be_background(tmp_path: Path, call: Call) -> None:
+    source = exports.cvat(tmp_path / "export")
+    code, out, _ = call(source, "--to", tmp_path / "mine", "--empty", "background")
+    assert (code, "6 images with masks, 0 without" in out) == (0, True)
+    assert not mask_of(tmp_path / "mine", "photo 5").any()
+
+
+def test_more_unlabelled_images_and_links(tmp_path: Path, call: Call) -> None:
+    source = exports.coco(tmp_path / "export")
+    exports.write_images(tmp_path / "more" / "deep", count=9)
+    options = ("--unlabeled", tmp_path / "more", "--link")
+    code, out, _ = call(source, "--to", tmp_path / "mine", *options)
+    assert (code, "4 images with masks, 5 without" in out) == (0, True)
+    assert "Left out: 6 images of --unlabeled that are in the export too." in out
+    assert (tmp_path / "mine" / "images" / "photo 0.jpg").is_symlink()
+
+
+def test_parts_of_an_export(tmp_path: Path, call: Call) -> None:
+    """As Roboflow has it: a folder for each part, with its images and its JSON file."""
+    whole = exports.coco(tmp_path / "whole")
+    text = (whole / "annotations" / "instances_default.json").read_text()
+    for part in ("train", "valid", "test"):
+        folder = tmp_path / "export" / part
+        shutil.copytree(whole / "images", folder)
+        for path in folder.iterdir():  # as in a true export, no image is in two parts
+            path.rename(folder / path.name.replace("photo", f"{part}"))
+        (folder / "_annotations.coco.json").write_text(text.replace("photo", part))
+    code, out, _ = call(tmp_path / "export", "--to", tmp_path / "mine")
+    assert (code, "4 images with masks, 4 to evaluate on, 4 without" in out) == (0, True)
+    assert "Left out: 6 images of the part test." in out
+    assert len([*(tmp_path / "mine" / "val" / "masks").rglob("*.png")]) == 4
+
+
+@pytest.mark.parametrize(("orientation", "drawn"), [(6, "stored"), (6, "shown"), (3, "shown")])
+def test_turned_photographs(tmp_path: Path, call: Call, orientation: int, drawn: str) -> None:
+    """Outlines drawn on the stored pixels are turned with the image, others fit already."""
+    source = exports.coco(tmp_path / "export")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = source / "images" / "photo 0.jpg"
+    with Image.open(path) as picture:
+        back = picture.transpose(Image.Transpose.ROTATE_90)  # which viewers turn to its right place
+        (picture if drawn == "stored" or orientation == 3 else back).save(path, exif=exif)
+    code, out, _ = call(source, "--to", tmp_path / "mine")
+    assert code == 0
+    turned = np.rot90(exports.label(), -1)
+    expected = turned if drawn == "stored" else exports.label()
+    assert np.array_equal(mask_of(tmp_path / "mine"), expected)
+    assert ("Turned: 1 photographs were annotated as they are stored" in out) == (drawn == "stored")
+
+
+def test_masks_with_smooth_edges(tmp_path: Path, call: Call) -> None:
+    source = exports.masks(tmp_path / "export")
+    path = source / "SegmentationClass" / "photo 0.png"
+    pixels = np.array(Image.open(path))
+    pixels[0, :5] = (249, 51, 49)
+    pixels[1, :3] = (99, 99, 99)
+    Image.fromarray(pixels).save(path)
+    _, out, _ = call(source, "--to", tmp_path / "a")
+    assert "No class: 8 pixels" in out
+    assert "masks with colours of no class, such as [249, 51, 49], [99, 99, 99] in photo 0" in out
+    assert mask_of(tmp_path / "a")[:2].tolist() == [[255] * 5 + [0] * 59, [255] * 3 + [0] * 61]
+    _, out, _ = call(source, "--to", tmp_path / "b", "--tolerance", 1)
+    assert "No class: 3 pixels" in out
+    Image.fromarray(pixels).save(path.with_suffix(".jpg"), quality=100)
+    path.unlink()
+    code, out, _ = call(source, "--to", tmp_path / "c")
+    assert (code, "the mask is a JPEG file" in out) == (2, True)
+    assert call(source, "--to", tmp_path / "d", "--tolerance", 40)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "numbers"),
+    [
+        ("label_colors.txt", "0 0 0\t\tbackground\n250 50 50\t\tcat\n30 120 250\tdog\n", False),
+        ("class_dict.csv", "name,r,g,b\nbackground,0,0,0\ncat,250,50,50\ndog,30,120,250\n", False),
+        ("_classes.csv", "Pixel Value, Class\n0, background\n1, cat\n2, dog\n", True),
+        (
+            "dataset_meta.json",
+            '{"label_map": {"0": "background", "1": "cat", "2": "dog"}, '
+            '"segmentation_colors": [[0, 0, 0], [250, 50, 50], [30, 120, 250]]}',
+            False,
+        ),
+    ],
+)
+def test_tables_of_other_programs(
+    tmp_path: Path, call: Call, name: str, text: str, numbers: bool
+) -> None:
+    source = exports.masks(tmp_path / "export")
+    (source / "labelmap.txt").unlink()
+    (source / name).write_text(text)
+    if numbers:  # as Roboflow has it, beside the images
+        for path in (source / "SegmentationClass").iterdir():
+            target = source / "JPEGImages" / f"{path.stem}_mask.png"
+            Image.fromarray(exports.label()).save(target)
+        shutil.rmtree(source / "SegmentationClass")
+        shutil.rmtree(source / "SegmentationObject")
+        (source / "JPEGImages").rename(source / "train")
+        (source / name).rename(source / "train" / name)
+        source = source / "train"
+    code, out, _ = call(source, "--to", tmp_path / "mine")
+    assert (code, "4 images with masks, 2 without" in out) == (0, True)
+    assert np.array_equal(mask_of(tmp_path / "mine"), exports.label())
+
+
+def test_void_is_ignored(tmp_path: Path, call: Call) -> None:
+    source = exports.masks(tmp_path / "export")
+    path = source / "labelmap.txt"
+    path.write_text(path.read_text().replace("dog:", "Void:"))
+    code, out, _ = call(source, "--to", tmp_path / "mine")
+    assert (code, "Ignored: pixels of Void are 255 in the masks." in out) == (0, True)
+    assert mask_of(tmp_path / "mine").max() == 255
+
+
+def test_shapes_without_area_are_left_out(tmp_path: Path, call: Call) -> None:
+    source = exports.labelme(tmp_path / "labelme")
+    path = source / "photo 0.json"
+    values = json.loads(path.read_text())
+    line = {"label": "cat", "points": [[1, 1], [9, 9]], "shape_type": "line"}
+    ring = {"label": "dog", "points": [[40, 24], [40, 34]], "shape_type": "circle"}
+    hidden = {"label": "__ignore__", "points": [[0, 40], [64, 48]], "shape_type": "rectangle"}
+    values["shapes"] += [line, ring, hidden]
+    path.write_text(json.dumps(values))
+    code, out, _ = call(source, "--to", tmp_path / "a")
+    assert (code, "Left out: 1 shapes of the kind 'line', which have no area." in out) == (0, True)
+    mask = mask_of(tmp_path / "a")
+    assert (mask[40:] == 255).all()
+    disc = (mask[:40, 28:] == 2).sum()
+    assert disc == pytest.approx(np.pi * 10**2, rel=0.05)
+    source = exports.cvat(tmp_path / "cvat")
+    path = source / "annotations.xml"
+    more = (
+        '<polyline label="cat" points="1.0,1.0;9.0,9.0" z_order="0"/><tag label="cat"/>'
+        '<ellipse label="dog" cx="40.0" cy="24.0" rx="10.0" ry="4.0" rotation="90" z_order="0"/>'
+    )
+    path.write_text(path.read_text().replace("  </image>", f"{more}</image>", 1))
+    code, out, _ = call(source, "--to", tmp_path / "b")
+    assert "Left out: 1 polyline annotations, which have no area." in out
+    assert "Left out: 1 tag annotations, which have no area." in out
+    rows, columns = np.nonzero(mask_of(tmp_path / "b")[:, 28:] == 2)
+    assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (20, 8)
+
+
+def test_boxes_of_yolo_are_ignored_pixels(tmp_path: Path, call: Call) -> None:
+    source = exports.yolo(tmp_path / "export")
+    with (source / "labels" / "train" / "photo 0.txt").open("a") as file:
+        file.write("0 0.75 0.5 0.25 0.5\n")
+    code, out, _ = call(source, "--to", tmp_path / "mine")
+    assert (code, "Left out: 1 lines with a box and no outline" in out) == (0, True)
+    assert (mask_of(tmp_path / "mine")[12:36, 40:56] == 255).all()
+
+
+def test_yolo_names_a_part_to_evaluate_on(tmp_path: Path, call: Call) -> None:
+    source = exports.yolo(tmp_path / "export")
+    for kind in ("images", "labels"):
+        (source / kind / "held").mkdir()
+        for path in (source / kind / "train").glob("photo [01].*"):
+            path.rename(source / kind / "held" / path.name)
+    path = source / "data.yaml"
+    path.write_text(path.read_text().replace("val: images/train", "val: ../images/held"))
+    code, out, _ = call(source, "--to", tmp_path / "mine")
+    assert (code, "2 images with masks, 2 to evaluate on, 2 without" in out) == (0, True)
+
+
+HOSTILE = "photo 0"
+
+
+@pytest.mark.parametrize(
+    ("form", "file", "old", "new", "message"),
+    [
+        ("coco", "annotations/*.json", '"photo 0.jpg"', '"../../../etc/passwd"', "no such image"),
+        ("coco", "annotations/*.json", '"photo 0.jpg"', '"/etc/hosts.jpg"', "no such image"),
+        ("coco", "annotations/*.json", '"height": 48', '"height": 47', "was annotated with 64x47"),
+        ("coco", "annotations/*.json", "16.0, 12.0", "16.0, 1e300", "leads far out of the image"),
+        ("yolo", "labels/*/photo 0.txt", "0 0.125", "7 0.125", "line 2: there is no class 7"),
+        ("yolo", "labels/*/photo 0.txt", "0.125000", "nan", "line 2: an outline must hold"),
+        ("yolo", "labels/*/photo 0.txt", "0.125000", "x", "line 2: could not convert"),
+        ("labelme", "photo 0.json", "photo 0.jpg", "../../secret.jpg", ""),
+        ("labelme", "photo 2.json", '"mask": "iVBO', '"mask": "!!!!', "the mask cannot be read"),
+        ("labelme", "photo 0.json", '"shapes"', '"shape"', "it has no list `shapes`"),
+        ("labelme", "photo 1.json", "[24, 20]", "[24, 20, 3]", "a rectangle must have two points"),
+        ("cvat", "annotations.xml", 'rle="0, 64"', 'rle="0, 65"', "the run lengths must have"),
+        ("cvat", "annotations.xml", 'width="8"', 'width="80000"', "or more than the image"),
+        ("cvat", "annotations.xml", 'xtl="16.0"', 'xtl="inf"', "xtl must be a number, got inf"),
+    ],
+)
+def test_a_bad_entry_costs_itself_alone(
+    tmp_path: Path, call: Call, form: str, file: str, old: str, new: str, message: str
+) -> None:
+    """All other images are converted, and nothing outside of the export is read."""
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    source = exports.FORMS[form](tmp_path / "deep" / "export")
+    (path,) = source.glob(file)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    code, out, err = call(source, "--to", tmp_path / "mine")
+    if not message:  # the image of the file's own name serves
+        assert code == 0
+        return
+    assert (code, "1 file could not be used" in err) == (2, True)
+    assert message in out
+    assert len([*(tmp_path / "mine" / "masks").rglob("*.png")]) == 3
+    assert not any(
+        p.name in ("passwd", "hosts.jpg", "secret.jpg") for p in tmp_path.rglob("mine/*")
+    )
+
+
+@pytest.mark.parametrize(
+    ("form", "file", "text", "message"),
+    [
+        ("coco", "annotations/*.json", "[" * 99_999, "none of the forms"),
+        ("coco", "annotations/*.json", '{"images": 1', "is no valid JSON"),
+        ("cvat", "annotations.xml", "<annotations><image>", "is no valid XML"),
+        (
+            "cvat",
+            "annotations.xml",
+            '<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]><annotations>&c;</annotations>',
+            "holds a document type",
+        ),
+        ("cvat", "annotations.xml", "<annotations><track/></annotations>", "no CVAT for images"),
+        ("yolo", "data.yaml", "names: 7\n", "names must be a list"),
+        ("yolo", "data.yaml", "names: [&a [*a]]\n", "names must be a list"),
+        ("masks", "labelmap.txt", "a:1,2,3::\nb:1,2,3::\n", "have the same colour"),
+        ("masks", "labelmap.txt", "a:1,2,999::\n", "is no colour or number"),
+        ("masks", "labelmap.txt", "\na\n", "is no class and its colour"),
+        ("masks", "labelmap.txt", "#\n", "names no classes"),
+    ],
+)
+def test_a_hostile_export_is_one_paragraph(
+    tmp_path: Path, call: Call, form: str, file: str, text: str, message: str
+) -> None:
+    source = exports.FORMS[form](tmp_path / "export")
+    (path,) = source.glob(file)
+    path.write_text(text)
+    code, _, err = call(source, "--to", tmp_path / "mine")
+    assert (code, message in err) == (2, True), err
+    assert not (tmp_path / "mine").exists()
+
+
+def test_wrong_calls(tmp_path: Path, call: Call) -> None:
+    source = exports.coco(tmp_path / "export")
+    (tmp_path / "a.zip").touch()
+    (tmp_path / "nothing").mkdir()
+    to = ("--to", tmp_path / "mine")
+    assert "--to is needed" in call(source)[2]
+    assert "there is no such file or folder" in call(tmp_path / "none", *to)[2]
+    assert "is an archive: unpack it first" in call(tmp_path / "a.zip", *to)[2]
+    assert "none of the forms" in call(tmp_path / "nothing", *to)[2]
+    assert "no such folder" in call(source, *to, "--unlabeled", tmp_path / "none")[2]
+    assert "--tolerance must be in 0..255" in call(source, *to, "--tolerance", 256)[2]
+    assert "--classes names a class twice" in call(source, *to, "--classes", "a", "a")[2]
+    assert "must be 2 to 255 classes" in call(source, *to, "--classes", "a")[2]
+    shutil.rmtree(source / "images")
+    assert "no annotated image is found" in call(source, *to)[2]
+
+
+def test_a_missing_library_is_named(
+    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = exports.yolo(tmp_path / "export")
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    code, _, err = call(source, "--to", tmp_path / "mine")
+    assert (code, "pip install 'ctt[convert]'" in err) == (2, True)
