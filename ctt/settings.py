@@ -114,12 +114,12 @@ class ViewSettings:
 @dataclass(frozen=True)
 class ModelSettings:
     name: str = "small"
-    """Architecture: small, deeplabv2, deeplabv3plus, vit, or smp:NAME, one of
+    """Architecture: small, deeplabv2, deeplabv3plus, vit, dpt, or smp:NAME, one of
     segmentation_models_pytorch such as smp:unet (extra `smp`)."""
     backbone: tuple[str, ...] = ()
     """Name of a timm model, with or without the tag of its weights, such as resnet101 or
-    resnet101.tv_in1k; by default resnet101, vit_small_patch14_dinov2 for vit and resnet34 for smp.
-    Of several, pair k takes the k-th, and after the last one the first again."""
+    resnet101.tv_in1k; by default resnet101, vit_small_patch14_dinov2 for vit and dpt, resnet34 for
+    smp. Of several, pair k takes the k-th, and after the last one the first again."""
     weights: tuple[str, ...] = ("none",)
     """What students start from: `none`, fresh weights; `imagenet`, the weights that timm publishes
     for the backbone, once `ctt-data fetch weights` has brought them; or a file (.safetensors, or
@@ -142,8 +142,13 @@ class ModelSettings:
     """Batch-norm statistics of the batches of all processes together; without effect in one.
     Otherwise each process normalises its own batch, and the running statistics, which the teachers
     take over, are the mean over the processes."""
-    features: int = 256
-    """D, channels of the features that the last 1x1 classifier reads and that contrast compares."""
+    features: int = 0
+    """D, channels of the features that the last 1x1 classifier reads and that contrast compares; 0:
+    256, and of dpt what is published for the width of its backbone (64 for ViT-S, 128 for B, 256
+    for L)."""
+    drop_path: tuple[float, ...] = (0.0,)
+    """Rate of stochastic depth in the last block of the backbone, falling to 0 in the first; its
+    teacher has none. Of several, pair k takes the k-th, and after the last one the first again."""
     width: int = 32
     """small: channels of the first stage."""
 
@@ -156,6 +161,7 @@ class ModelSettings:
             "backbone": self.backbone[k % len(self.backbone)] if self.backbone else "",
             "output_stride": self.output_stride,
             "grid": self.grid,
+            "drop_path": self.drop_path[k % len(self.drop_path)],
         }
 
 
@@ -307,6 +313,10 @@ class EvalSettings:
     """sliding and center-crop: height and width of the window, cut to the image's."""
     stride: float = 2 / 3
     """sliding: step from window to window, as a share of the window, or above 1 in pixels."""
+    fit: Literal["pad", "resize"] = "pad"
+    """How images, windows or scaled images whose sides are no multiples of the patch go through a
+    ViT. pad: with the mean colour, below and on the right. resize: to the nearest multiples, and
+    the logits back to their size (as UniMatch V2 does). Other networks take them as they are."""
     flip: bool = False
     """Mean of the probabilities of an image and its mirror image."""
     scales: tuple[float, ...] = (1.0,)
@@ -368,6 +378,10 @@ class Settings:
         from ctt import data
 
         return data.open_source(self.dataset, self.data_root, self.data)
+
+    def network(self, k: int) -> dict[str, Any]:
+        """Return the arguments of `ctt.models.build` for the networks of pair k, from 0 on."""
+        return {**self.model.of_pair(k), "image": self.data.crop}
 
     def hash(self) -> str:
         """Return twelve hex digits that name these settings.
@@ -557,7 +571,13 @@ def validate(settings: Settings) -> None:
             not s.optim.nesterov or s.optim.momentum > 0,
             "needs --optim.momentum above 0",
         ),
-        ("--model.features", s.model.features, s.model.features >= 1, at_least_1),
+        ("--model.features", s.model.features, s.model.features >= 0, at_least_0),
+        (
+            "--model.drop-path",
+            s.model.drop_path,
+            len(s.model.drop_path) > 0 and all(0 <= rate < 1 for rate in s.model.drop_path),
+            "must be in 0..1, without 1",
+        ),
         ("--model.width", s.model.width, s.model.width >= 1, at_least_1),
         (
             "--model.output-stride",

@@ -110,8 +110,8 @@ def _of_run(folder: Path) -> Trained:
     networks: dict[str, SegmentationModel] = {}
     try:
         for name in checkpoint.networks_in(saved):
-            pair = settings.model.of_pair(int(name.partition("_")[2]) - 1)
-            network = models.build(num_classes=len(info.classes), **pair)
+            k = int(name.partition("_")[2]) - 1
+            network = models.build(num_classes=len(info.classes), **settings.network(k))
             network.load_state_dict(checkpoint.weights_of(saved, name))
             networks[name] = network.eval()
         origin = f"{folder} after {saved['iteration']} iterations"

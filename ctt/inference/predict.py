@@ -36,6 +36,8 @@ def predictor(network: SegmentationModel, info: DatasetInfo, settings: EvalSetti
             they mean the whole of what is given.
     """
     predict: Predict = partial(whole, network, settings.amp)
+    if settings.fit == "resize" and network.multiple > 1:
+        predict = partial(resized, network, settings.amp)
     if settings.protocol == "sliding":
         predict = partial(sliding, predict, settings.window, settings.stride, settings.batch_pixels)
     if settings.flip:
@@ -47,11 +49,25 @@ def predictor(network: SegmentationModel, info: DatasetInfo, settings: EvalSetti
 
 def whole(network: SegmentationModel, amp: str, images: Tensor) -> Tensor:
     """Softmax of the logits, which are upsampled to the images' resolution first."""
+    return logits_of(network, amp, images).softmax(dim=1)
+
+
+def resized(network: SegmentationModel, amp: str, images: Tensor) -> Tensor:
+    """`whole` of images brought to the nearest multiples of what the network takes unpadded."""
+    size = (images.shape[-2], images.shape[-1])
+    fitting = [max(1, math.floor(n / network.multiple + 0.5)) * network.multiple for n in size]
+    images = F.interpolate(images, size=fitting, mode="bilinear", align_corners=True)
+    logits = logits_of(network, amp, images)
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True).softmax(dim=1)
+
+
+def logits_of(network: SegmentationModel, amp: str, images: Tensor) -> Tensor:
+    """Return the logits (B, C, H, W) of every pixel, in float32."""
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     with torch.autocast(images.device.type, dtype=dtype, enabled=amp != "off"):
         logits = network(images).logits
     size = (images.shape[-2], images.shape[-1])
-    return upsample(logits, size, network.grid).softmax(dim=1)
+    return upsample(logits, size, network.grid)
 
 
 def sliding(
@@ -201,7 +217,8 @@ def stated(settings: EvalSettings) -> dict[str, Any]:
     if settings.protocol == "sliding":
         protocol["stride"] = settings.stride
     scales = list(settings.scales)
-    return {**protocol, "scales": scales, "flip": settings.flip, "amp": settings.amp}
+    more = {"fit": settings.fit, "flip": settings.flip, "amp": settings.amp}
+    return {**protocol, "scales": scales, **more}
 
 
 def in_words(settings: EvalSettings) -> str:
@@ -214,6 +231,8 @@ def in_words(settings: EvalSettings) -> str:
         parts.append(f"stride {settings.stride:.3g} {'of it' if share else 'pixels'}")
     if settings.scales != (1.0,):
         parts.append("scales " + " ".join(f"{scale:g}" for scale in settings.scales))
+    if settings.fit != "pad":
+        parts.append("resized to whole patches")
     if settings.flip:
         parts.append("flip")
     if settings.amp != "off":

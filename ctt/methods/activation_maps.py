@@ -63,18 +63,10 @@ def read(network: SegmentationModel, stages: list[Tensor]) -> list[Tensor]:
     return [x.to(dtype) for x in stages[network.first_map :][-2:]]
 
 
-def factor(stage: Tensor, size: tuple[int, int], network: SegmentationModel) -> int:
-    """Return how many times the network's stride that of a stage of images of a size is."""
-    times = 1
-    while -(-size[0] // (times * network.stride)) > stage.shape[2]:
-        times *= 2
-    return times
-
-
 def on_grid(outside: Tensor, stage: Tensor, network: SegmentationModel) -> Tensor:
     """Return where (B, h, w) cells of a stage are outside, as pixels (B, H, W) are; beyond the
     image they are."""
     size = (outside.shape[-2], outside.shape[-1])
-    cells = to_grid(outside, network.grid_of(network.stride * factor(stage, size, network)))
+    cells = to_grid(outside, network.grid_of(network.stage_stride(stage, size)))
     bottom, right = (n - m for n, m in zip(stage.shape[-2:], cells.shape[-2:], strict=True))
     return F.pad(cells, (0, right, 0, bottom), value=True)

@@ -85,11 +85,11 @@ class C3SemiSeg(EmbeddingTeacher):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        o, features = self.options, self.settings.model.features
+        o = self.options
         self.classes = setup.classes
         setup.foreground(o.background)  # refuses one that there is not
         self.images = ImageContrast(setup.classes, o.background, o.anchors, o.temperature)
-        self.add_heads(setup, lambda: embedding(features, o.dim, o.dim))
+        self.add_heads(setup, lambda dim: embedding(dim, o.dim, o.dim))
         self.register_buffer("thresholds", torch.full((setup.pairs, setup.classes), o.threshold))
 
     def schedules(self) -> dict[str, Schedule]:

@@ -84,11 +84,12 @@ class Cct(Method):
         without = len(setup.foreground(self.options.background)) == setup.classes
         guided = 0 if without else CONTEXT + OBJECTS
         count = ADVERSARIAL + DROPOUT + guided + FEATURE_DROPOUT + NOISE
-        features = self.settings.model.features
         with setup.seeded("decoders"):
             self.decoders = Modules[nn.ModuleList](
-                nn.ModuleList(nn.Conv2d(features, setup.classes, 1) for _ in range(count))
-                for _ in self.students
+                nn.ModuleList(
+                    nn.Conv2d(student.feature_channels, setup.classes, 1) for _ in range(count)
+                )
+                for student in self.students
             )
 
     def schedules(self) -> dict[str, Schedule]:
@@ -103,7 +104,7 @@ class Cct(Method):
         for k, student in enumerate(self.students):
             seen = ~to_grid(b["padding"], student.grid)
             b[f"cells {k}"] = step.total(seen.sum()).clamp(min=1)
-            shape = (len(seen), DROPOUT, self.settings.model.features)
+            shape = (len(seen), DROPOUT, student.feature_channels)
             b[f"channels {k}"] = step.rand(f"channels {k}", shape, 0)
         return b
 

@@ -30,8 +30,8 @@ class CrossTeacher(PseudoLabels):
         self.contrasts = loss.hc > 0 or loss.lc > 0
         self.per_class = bank.per_class or max(1, bank.capacity // setup.labeled)
         self.banks = Modules[MemoryBank](
-            MemoryBank(setup.classes, bank.capacity, self.settings.model.features)
-            for _ in self.students
+            MemoryBank(setup.classes, bank.capacity, student.feature_channels)
+            for student in self.students
         )
         if self.contrasts:
             self.terms, self.logged = (
@@ -68,7 +68,7 @@ class CrossTeacher(PseudoLabels):
             return zero, zero
         total = None if step.alone else step.total
         # networks of different strides are compared on the coarsest grid
-        coarsest = max((student.grid for student in self.students), key=lambda g: g.stride)
+        coarsest = max((student.grid for student in self.students), key=lambda g: g.distance)
         grid = coarsest.every(w.contrast_stride)
         truth = to_grid(b["label"], grid)
         out = [

@@ -45,10 +45,16 @@ class EmbeddingTeacher(MeanTeacher):
 
     following = ("teachers", "head_teachers")
 
-    def add_heads(self, setup: Setup, build: Callable[[], nn.Module]) -> None:
-        """Give every student a head of its own random weights."""
+    def add_heads(self, setup: Setup, build: Callable[[int], nn.Module]) -> None:
+        """Give every student a head of its own random weights.
+
+        Args:
+            build: returns a head for features of so many channels.
+        """
         with setup.seeded("head"):
-            self.heads = Modules[nn.Module](setup.finish(build()) for _ in self.students)
+            self.heads = Modules[nn.Module](
+                setup.finish(build(student.feature_channels)) for student in self.students
+            )
         self.head_teachers = followers.copies(self.heads)
         self.ema = followers.EmaUpdate(
             [*self.teachers, *self.head_teachers], [*self.students, *self.heads], self.settings.ema

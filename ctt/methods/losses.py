@@ -16,14 +16,10 @@ from ctt.ops import MemoryBank, info_nce, pair_info_nce
 
 def to_grid(values: Tensor, grid: Grid) -> Tensor:
     """Return labels or confidences (B, H, W) of the pixels on which the cells of a grid lie:
-    (B, ceil(H / stride), ceil(W / stride))."""
-    stride, first = grid.stride, grid.label
-    if not first:
-        return values[:, ::stride, ::stride]
-    rows, columns = (  # of the last cell's patch the image may end before the middle
-        torch.arange(first, first + n, stride, device=values.device).clamp(max=n - 1)
-        for n in values.shape[1:]
-    )
+    (B, h, w), by default ceil(H / stride) and ceil(W / stride)."""
+    if not grid.label and not grid.cells:
+        return values[:, :: grid.stride, :: grid.stride]
+    rows, columns = (grid.pixels(n, values.device) for n in values.shape[1:])
     return values[:, rows[:, None], columns]
 
 
@@ -33,14 +29,11 @@ def coarsen(maps: Tensor, grid: Grid, coarse: Grid, size: Sequence[int]) -> Tens
     Args:
         grid: of `maps`. coarse: the coarser one. size: its height and width.
     """
-    if coarse.stride % grid.stride == 0 and coarse.origin == grid.origin:
+    if not grid.cells and coarse.stride % grid.stride == 0 and coarse.origin == grid.origin:
         step = coarse.stride // grid.stride
         return maps[..., ::step, ::step]
-    shift = int(2 * (coarse.origin - grid.origin)) + grid.stride  # in half pixels; rounds up
     rows, columns = (
-        (2 * torch.arange(n, device=maps.device) * coarse.stride + shift)
-        .div(2 * grid.stride, rounding_mode="floor")
-        .clamp(min=0, max=length - 1)
+        grid.nearest(coarse, n, length, maps.device)
         for n, length in zip(size, maps.shape[-2:], strict=True)
     )
     return maps[..., rows[:, None], columns]

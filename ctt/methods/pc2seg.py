@@ -70,10 +70,10 @@ class Pc2Seg(MeanTeacher):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        features, o = self.settings.model.features, self.options
+        o, dims = self.options, [student.feature_channels for student in self.students]
         with setup.seeded("projections"):
             self.projections = Modules[nn.Module](
-                setup.finish(embedding(features, features, o.dim)) for _ in self.students
+                setup.finish(embedding(dim, dim, o.dim)) for dim in dims
             )
         self.banks = Modules[MemoryBank](
             MemoryBank(setup.classes, o.capacity, o.dim) for _ in self.students

@@ -24,7 +24,7 @@ from ctt.data import mixing
 from ctt.data.source import IGNORE
 from ctt.data.views import constant
 from ctt.methods import losses
-from ctt.methods.activation_maps import Refiner, factor, on_grid, read
+from ctt.methods.activation_maps import Refiner, on_grid, read
 from ctt.methods.base import Batch, Modules, Setup, Step, Terms
 from ctt.methods.followers import evaluating
 from ctt.methods.losses import to_grid
@@ -98,7 +98,8 @@ class PseudoSeg(MeanTeacher):
             present = refiner.presence(stages) >= 0
             refined = refiner(stages, present, ~on_grid(padding, stages[-1], student))
             decoded = step.forward(student, images).logits.to(refined.dtype)
-            cells = student.grid_of(factor(stages[-1], size, student))
+            distance = student.stage_stride(stages[-1], size) / student.grid.distance
+            cells = student.grid_of(round(distance))
             refined = upsample(refined, (decoded.shape[-2], decoded.shape[-1]), cells)
             soft = self.sharpened([decoded, refined], step)
             lost = ~(soft.amax(dim=1) > 0)  # where it is no number
@@ -137,7 +138,7 @@ class PseudoSeg(MeanTeacher):
             terms["presence"].append(wrong / (b["labeled"] * len(self.objects)))
             valid = ~on_grid(label == IGNORE, stages[-1], student)
             refined = refiner(stages, b["objects"], valid)
-            grid = student.grid_of(student.stride * factor(stages[-1], size, student))
+            grid = student.grid_of(student.stage_stride(stages[-1], size))
             terms["refined"].append(losses.pixel_cross_entropy(refined, grid, label, b["pixels"]))
             strong = step.strong(b["unlabeled"], b[f"draw {k}"][:, -1])
             strong = torch.where(b["keep"][:, None], strong, mean)

@@ -81,16 +81,16 @@ class SemiSegContrastive(MeanTeacher):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.confidence_weight, self.unlabeled_mean = "none", "all"
-        dim = self.settings.model.features
+        dims = [student.feature_channels for student in self.students]
         self.drawn = (setup.classes, self.options.pixels)  # classes, and pixels of each
         self.per_class = max(1, round(self.options.capacity / setup.labeled))
         with setup.seeded("heads"):
             self.projections, self.predictions = (
-                Modules[nn.Module](setup.finish(normed_embedding(dim, 1)) for _ in self.students)
+                Modules[nn.Module](setup.finish(normed_embedding(dim, 1)) for dim in dims)
                 for _ in range(2)
             )
             self.memories = Modules[ClassMemory](
-                ClassMemory(setup, self.options.capacity, dim) for _ in self.students
+                ClassMemory(setup, self.options.capacity, dim) for dim in dims
             )
         self.slow_projections = followers.copies(self.projections)
         self.ema = followers.EmaUpdate(

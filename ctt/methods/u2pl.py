@@ -88,10 +88,10 @@ class U2pl(EmbeddingTeacher):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.confidence_weight, self.classes = "none", setup.classes
-        dim = self.settings.model.features
-        self.add_heads(setup, lambda: normed_embedding(dim, 3))
+        self.add_heads(setup, lambda dim: normed_embedding(dim, 3))
         self.banks = Modules[MemoryBank](
-            MemoryBank(setup.classes, self.options.capacity, dim) for _ in self.students
+            MemoryBank(setup.classes, self.options.capacity, student.feature_channels)
+            for student in self.students
         )
 
     def schedules(self) -> dict[str, Schedule]:

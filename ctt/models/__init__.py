@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ctt.errors import UserError
 
@@ -14,10 +15,12 @@ BACKBONES = {
     "deeplabv2": "resnet101",
     "deeplabv3plus": "resnet101",
     "vit": "vit_small_patch14_dinov2",
+    "dpt": "vit_small_patch14_dinov2",
 }
 OUTPUT_STRIDES = {"deeplabv2": 8, "deeplabv3plus": 16}
 SMP = "smp:"  # before the name of an architecture of segmentation_models_pytorch
 SMP_BACKBONE = "resnet34"
+FEATURES = 256  # D where nothing else is asked for; dpt has the published one of its backbone
 
 
 def names() -> list[str]:
@@ -33,20 +36,25 @@ def names() -> list[str]:
 def build(
     name: str,
     num_classes: int,
-    features: int = 256,
+    features: int = 0,
     width: int = 32,
     backbone: str = "",
     output_stride: int = 0,
     grid: str = "aligned",
+    drop_path: float = 0.0,
+    image: Sequence[int] | None = None,
 ) -> SegmentationModel:
     """A network with fresh random weights from torch's global generator; nothing is downloaded.
 
     Args:
-        num_classes: C. features: D.
+        num_classes: C. features: D; 0: the architecture's.
         width: channels of the first stage (small).
         backbone: name of a timm model; empty: the architecture's own.
         output_stride: 8 or 16, of the backbone (deeplabv2, deeplabv3plus); 0: the architecture's.
         grid: "aligned" or "legacy", see `ModelSettings.grid`.
+        drop_path: rate of stochastic depth in the backbone.
+        image: height and width of the images that position embeddings are for (dpt); None: as
+            published.
 
     Raises:
         UserError: no such architecture or backbone, or options that do not fit each other.
@@ -56,23 +64,38 @@ def build(
             f"--model.output-stride {output_stride}: the network {name} has a stride of its own. "
             f"Leave it out; it is for {' and '.join(OUTPUT_STRIDES)}."
         )
+    if drop_path and (name == "small" or name.startswith(SMP)):
+        raise UserError(
+            f"--model.drop-path {drop_path}: the network {name} has no stochastic depth. Leave it "
+            f"out; it is for {', '.join(BACKBONES)}."
+        )
     backbone = backbone or BACKBONES.get(name, SMP_BACKBONE if name.startswith(SMP) else "")
-    output_stride = output_stride or OUTPUT_STRIDES.get(name, 0)
-    network = _build(name, num_classes, features, width, backbone, output_stride)
-    network.legacy_grid = grid == "legacy"
-    network.options = {
+    options: dict[str, Any] = {
         "name": name,
-        "features": features,
+        "features": features or (0 if name == "dpt" else FEATURES),
         "width": width,
         "backbone": backbone,
-        "output_stride": output_stride,
+        "output_stride": output_stride or OUTPUT_STRIDES.get(name, 0),
         "grid": grid,
+        "drop_path": drop_path,
+        "image": None if image is None or name != "dpt" else (image[0], image[1]),
     }
+    network = _build(num_classes, **options)
+    network.legacy_grid = grid == "legacy"
+    network.options = options
     return network
 
 
 def _build(
-    name: str, num_classes: int, features: int, width: int, backbone: str, output_stride: int
+    num_classes: int,
+    name: str,
+    features: int,
+    width: int,
+    backbone: str,
+    output_stride: int,
+    drop_path: float,
+    image: tuple[int, int] | None,
+    **unread: Any,
 ) -> SegmentationModel:
     if name == "small":
         if backbone:
@@ -87,11 +110,15 @@ def _build(
         from ctt.models import deeplab
 
         kind = deeplab.DeepLabV2 if name == "deeplabv2" else deeplab.DeepLabV3Plus
-        return kind(num_classes, features, backbone, output_stride)
+        return kind(num_classes, features, backbone, output_stride, drop_path)
     if name == "vit":
         from ctt.models.vit import Vit
 
-        return Vit(num_classes, features, backbone)
+        return Vit(num_classes, features, backbone, drop_path)
+    if name == "dpt":
+        from ctt.models.dpt import Dpt
+
+        return Dpt(num_classes, features, backbone, image, drop_path)
     if name.startswith(SMP):
         from ctt.models.smp import Smp
 

@@ -29,20 +29,60 @@ class Grid(NamedTuple):
         origin: pixel around which the first cell looks: 0 for convolutions that pad both sides,
             the middle of the first `stride` pixels, (stride - 1) / 2, for patches.
         label: the pixel whose label the first cell has, a whole number.
+        cells: 0, or how many cells `stride` pixels have. They are then spread evenly from the first
+            pixel of an image to the last one of its whole patches of `stride` pixels, as bilinear
+            interpolation with aligned corners has them.
     """
 
     stride: int
     origin: float = 0.0
     label: int = 0
+    cells: int = 0
 
     @classmethod
     def of_patches(cls, stride: int) -> Self:
         """Return the grid of patches of `stride` pixels that do not overlap."""
         return cls(stride, (stride - 1) / 2, (stride - 1) // 2)
 
+    @property
+    def distance(self) -> float:
+        """Pixels from cell to cell, no whole number where cells are spread over patches."""
+        return self.stride / max(1, self.cells)
+
     def every(self, n: int) -> "Grid":
-        """Return the grid of every n-th cell of this one."""
+        """Return the grid of every n-th cell, or of as many whole pixels where cells are spread."""
+        if self.cells:
+            return Grid(max(1, round(n * self.distance)))
         return self._replace(stride=n * self.stride)
+
+    def pixels(self, length: int, device: torch.device) -> Tensor:
+        """Return the pixel whose label each cell has, along a side of `length` pixels."""
+        if not self.cells:
+            whole = torch.arange(self.label, self.label + length, self.stride, device=device)
+            return whole.clamp(max=length - 1)  # it may end before the middle of the last patch
+        patches = -(-length // self.stride)
+        last_cell, last = patches * self.cells - 1, patches * self.stride - 1
+        cells = torch.arange(last_cell + 1, device=device)
+        return rounded(cells * last, last_cell).clamp(max=length - 1)
+
+    def nearest(self, coarse: "Grid", count: int, length: int, device: torch.device) -> Tensor:
+        """Return the cell of this grid nearest to each of the first `count` cells of another one.
+
+        Args:
+            coarse: whose cells are not spread. length: how many cells this one has along the side.
+        """
+        place = 2 * torch.arange(count, device=device) * coarse.stride  # in half pixels
+        if self.cells:
+            last = length // self.cells * self.stride - 1
+            cell = rounded((place + int(2 * coarse.origin)) * (length - 1), 2 * last)
+        else:
+            cell = rounded(place + int(2 * (coarse.origin - self.origin)), 2 * self.stride)
+        return cell.clamp(min=0, max=length - 1)
+
+
+def rounded(values: Tensor, divisor: int) -> Tensor:
+    """Return values / divisor, whole numbers, to the nearest whole number; a half goes up."""
+    return (2 * values + divisor).div(2 * divisor, rounding_mode="floor")
 
 
 class SegmentationModel(nn.Module, ABC):
@@ -52,7 +92,9 @@ class SegmentationModel(nn.Module, ABC):
     `classifier` is the last 1x1 convolution.
 
     Attributes:
-        stride: input pixels for each pixel of the features: h = ceil(H / stride).
+        stride: input pixels for each pixel of the features: h = ceil(H / stride), unless `grid`
+            spreads its cells; then the next whole number of pixels.
+        multiple: of which the sides of an image are where the network does not pad it.
         patches: its cells look at patches that do not overlap; see `Grid`.
         legacy_grid: it was trained when logits were taken for those of patches in any network, and
             labels were read at every stride-th pixel.
@@ -62,6 +104,7 @@ class SegmentationModel(nn.Module, ABC):
 
     classifier: nn.Conv2d
     stride: int
+    multiple = 1
     patches = False
     legacy_grid = False
     stage_channels: tuple[int, ...]
@@ -77,6 +120,18 @@ class SegmentationModel(nn.Module, ABC):
         if self.legacy_grid:
             return Grid.of_patches(stride)._replace(label=0)
         return Grid.of_patches(stride) if self.patches else Grid(stride)
+
+    @property
+    def feature_channels(self) -> int:
+        """D, which the features have."""
+        return self.classifier.in_channels
+
+    def stage_stride(self, stage: Tensor, size: tuple[int, int]) -> int:
+        """Return the pixels from cell to cell of a stage of images of this height and width."""
+        times = 1
+        while -(-size[0] // (times * self.stride)) > stage.shape[2]:
+            times *= 2
+        return times * self.stride
 
     @abstractmethod
     def encode(self, images: Tensor) -> list[Tensor]:
@@ -233,6 +288,11 @@ def stretch(x: Tensor, size: tuple[int, int], factor: int, *, corners: bool) -> 
         x = torch.cat([x, x[:, :, :, -1:]], dim=3)
         whole = (inner[0] + factor, inner[1] + factor)
         x = F.interpolate(x, size=whole, mode="bilinear", align_corners=True)
+    return cut(x, size)
+
+
+def cut(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the first rows and columns of x (B, D, h, w), which has as many: (B, D, *size)."""
     if torch.compiler.is_exporting():
         # a view would make it a condition of the graph whether the sides are multiples or not
         return F.pad(x, (0, size[1] - x.shape[3], 0, size[0] - x.shape[2]))
@@ -250,6 +310,10 @@ def upsample(logits: Tensor, size: tuple[int, int], grid: Grid) -> Tensor:
     Args:
         logits: whose cells lie on `grid`. size: H and W.
     """
+    if grid.cells:
+        whole = [n // grid.cells * grid.stride for n in logits.shape[-2:]]
+        x = F.interpolate(wide(logits), size=whole, mode="bilinear", align_corners=True)
+        return cut(x, size)
     return stretch(wide(logits), size, grid.stride, corners=grid.origin == 0)
 
 

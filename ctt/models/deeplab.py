@@ -25,12 +25,20 @@ class DeepLabV2(BackboneModel):
 
     Args:
         num_classes: C. features: D. backbone: name of a timm model. output_stride: 8 as published.
+        drop_path: rate of stochastic depth in the last block of the backbone.
     """
 
-    def __init__(self, num_classes: int, features: int, backbone: str, output_stride: int) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        features: int,
+        backbone: str,
+        output_stride: int,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         self.backbone_name, self.stride = backbone, output_stride
-        self.backbone = Stages(backbone, output_stride)
+        self.backbone = Stages(backbone, output_stride, drop_path)
         self.patches = self.backbone.patches
         channels = self.backbone.channels[-1]
         self.stage_channels = (channels,)
@@ -61,12 +69,20 @@ class DeepLabV3Plus(BackboneModel):
     Args:
         num_classes: C. features: D. backbone: name of a timm model. output_stride: 16 or 8, of the
             backbone; the dilation rates double at 8.
+        drop_path: rate of stochastic depth in the last block of the backbone.
     """
 
-    def __init__(self, num_classes: int, features: int, backbone: str, output_stride: int) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        features: int,
+        backbone: str,
+        output_stride: int,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         self.backbone_name, self.stride = backbone, LOW_LEVEL_STRIDE
-        self.backbone = Stages(backbone, output_stride)
+        self.backbone = Stages(backbone, output_stride, drop_path)
         self.patches = self.backbone.patches
         channels, strides = self.backbone.channels, self.backbone.strides
         self.low_level = strides.index(LOW_LEVEL_STRIDE)

@@ -29,6 +29,7 @@ class Stages(nn.Module):
     Args:
         name: of a timm model, with or without the tag of its weights (`resnet101.tv_in1k`).
         output_stride: of the coarsest stage; where the network would go on to stride, it dilates.
+        drop_path: rate of stochastic depth in the last block, falling to 0 in the first.
 
     Attributes:
         channels, strides: of each stage.
@@ -40,9 +41,9 @@ class Stages(nn.Module):
         UserError: timm has no such model, or it cannot be dilated, or takes no images of any size.
     """
 
-    def __init__(self, name: str, output_stride: int) -> None:
+    def __init__(self, name: str, output_stride: int, drop_path: float = 0.0) -> None:
         super().__init__()
-        net: Any = create(name, features_only=True, output_stride=output_stride)
+        net: Any = create(name, drop_path, features_only=True, output_stride=output_stride)
         self.net = net
         self.patches = are_patches(net)
         self.channels: list[int] = net.feature_info.channels()
@@ -71,13 +72,18 @@ class Stages(nn.Module):
         return [crop_to_stride(x, images, s) for x, s in zip(stages, self.strides, strict=True)]
 
 
-def create(name: str, **options: Any) -> nn.Module:
+def create(name: str, drop_path: float = 0.0, **options: Any) -> nn.Module:
     """Return a timm model with fresh weights.
+
+    Args:
+        drop_path: rate of stochastic depth, for models that have it.
 
     Raises:
         UserError: timm has no such model, or the model does not know the options.
     """
     check_name(name)
+    if drop_path:
+        options["drop_path_rate"] = drop_path
     try:
         network: nn.Module = timm.create_model(name, pretrained=False, **options)
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
@@ -91,7 +97,7 @@ def _not_serving(name: str, what: str, error: Exception) -> UserError:
     return UserError(
         f"--model.backbone {name} cannot serve this --model.name: {what} ({reason}). ResNets, "
         f"RegNets, EfficientNets, MobileNets and ConvNeXts serve deeplabv2 and deeplabv3plus, ViTs "
-        f"serve vit."
+        f"serve vit and dpt."
     )
 
 

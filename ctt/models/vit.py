@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,17 +21,18 @@ class Vit(BackboneModel):
 
     Args:
         num_classes: C. features: D. backbone: name of a ViT of timm.
+        drop_path: rate of stochastic depth in the last block, falling to 0 in the first.
     """
 
-    def __init__(self, num_classes: int, features: int, backbone: str) -> None:
+    def __init__(
+        self, num_classes: int, features: int, backbone: str, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         self.backbone_name, self.patches = backbone, True
-        transformer: Any = create(
-            backbone, num_classes=0, global_pool="", dynamic_img_size=True, dynamic_img_pad=True
-        )
-        self.backbone = transformer
-        self.stride = transformer.patch_embed.patch_size[0] // 2
-        depth, dim = len(transformer.blocks), transformer.embed_dim
+        self.backbone = vit = transformer(backbone, None, drop_path)
+        self.multiple = vit.patch_embed.patch_size[0]
+        self.stride = self.multiple // 2
+        depth, dim = len(vit.blocks), vit.embed_dim
         self.stage_channels = (3, *[dim] * TAKEN)
         self.taken = [depth * (i + 1) // TAKEN - 1 for i in range(TAKEN)]
         self.reduce = nn.ModuleList(nn.Conv2d(dim, features, 1) for _ in self.taken)
@@ -43,13 +45,40 @@ class Vit(BackboneModel):
         self.classifier = nn.Conv2d(features, num_classes, 1)
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        transformer: Any = self.backbone
-        blocks: list[Tensor] = transformer.forward_intermediates(
-            images, indices=self.taken, norm=True, output_fmt="NCHW", intermediates_only=True
-        )  # of (B, dim, H / patch, W / patch)
-        return [images, *blocks]
+        return [images, *spread_out(self.backbone, images, self.taken)]
 
     def decode(self, stages: list[Tensor]) -> Tensor:
         images, *blocks = stages
         merged = sum(conv(x) for conv, x in zip(self.reduce, blocks, strict=True))  # D channels
         return crop_to_stride(self.decoder(merged), images, self.stride)
+
+
+def transformer(name: str, image: tuple[int, int] | None, drop_path: float) -> Any:
+    """Return a plain vision transformer of timm that takes images of any size.
+
+    Args:
+        image: height and width for which its position embeddings are; None: as published.
+        drop_path: rate of stochastic depth in the last block.
+
+    Raises:
+        UserError: timm has no such model, or it is none.
+    """
+    sized = {} if image is None else {"img_size": image}
+    return create(
+        name,
+        drop_path,
+        num_classes=0,
+        global_pool="",
+        dynamic_img_size=True,
+        dynamic_img_pad=True,
+        **sized,
+    )
+
+
+def spread_out(vit: Any, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+    """Return what some blocks give, after the last norm, as maps (B, dim, H / patch, W / patch);
+    class tokens and registers are left out."""
+    maps: list[Tensor] = vit.forward_intermediates(
+        images, indices=list(blocks), norm=True, output_fmt="NCHW", intermediates_only=True
+    )
+    return maps

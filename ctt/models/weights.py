@@ -63,7 +63,8 @@ def start_from(network: SegmentationModel, source: str) -> str:
         tensors = read(Path(source))
     own = network.state_dict()
     keys = named(own, tensors)
-    values = {name: fitted(name, tensors[key], own[name]) for name, key in keys.items()}
+    places = positions(network)
+    values = {name: fitted(name, tensors[key], own[name], places) for name, key in keys.items()}
     found = {name: value for name, value in values.items() if value is not None}
     if not found:
         raise UserError(
@@ -117,10 +118,21 @@ def named(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, str]:
     return found
 
 
-def fitted(name: str, value: Tensor, like: Tensor) -> Tensor | None:
+def positions(network: SegmentationModel) -> tuple[int, int] | None:
+    """Return how many rows and columns of patches a transformer has position embeddings for."""
+    backbone: Any = getattr(network, "backbone", None)
+    return getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
+
+
+def fitted(
+    name: str, value: Tensor, like: Tensor, places: tuple[int, int] | None = None
+) -> Tensor | None:
     """Return the tensor in the shape of `like`, or None if it has another one.
 
     A table of position embeddings is interpolated, as that of a transformer for larger images.
+
+    Args:
+        places: rows and columns that `like` is for, if it is such a table; None: as many.
     """
     if value.shape == like.shape:
         return value
@@ -129,10 +141,14 @@ def fitted(name: str, value: Tensor, like: Tensor) -> Tensor | None:
         return None
     for prefix in range(MOST_PREFIXES + 1):
         sides = [math.isqrt(max(0, x.shape[1] - prefix)) for x in (value, like)]
-        if all(s**2 + prefix == x.shape[1] for s, x in zip(sides, (value, like), strict=True)):
+        old, new = ([side, side] for side in sides)
+        new = list(places or new)
+        if all(
+            math.prod(s) + prefix == x.shape[1]
+            for s, x in zip((old, new), (value, like), strict=True)
+        ):
             from timm.layers import resample_abs_pos_embed
 
-            old, new = ([side, side] for side in sides)
             resampled: Tensor = resample_abs_pos_embed(value, new, old, num_prefix_tokens=prefix)
             return resampled
     return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -120,6 +122,7 @@ class Plan:
                 f"so it cannot be recorded. Leave it out."
             )
         method = made(setup)
+        check_crop(method.students, settings)
         for student in method.students:
             beside = self.about.unlabeled and method.labeled_beside
             check_batch_norm(student, settings, beside)
@@ -247,6 +250,24 @@ def check_batch_norm(student: SegmentationModel, settings: Settings, unlabeled: 
             f"Give at least two images to each part of a step (--train.accumulate "
             f"{settings.train.accumulate}), or a larger --data.crop."
         ) from None
+
+
+def check_crop(students: Iterable[SegmentationModel], settings: Settings) -> None:
+    """Refuse crops of broken patches where a network spreads its cells over whole ones.
+
+    Raises:
+        UserError: names the crops that fit every network.
+    """
+    patches = {student.multiple for student in students if student.grid.cells}
+    multiple = math.lcm(*patches)
+    if any(side % multiple for side in settings.data.crop):
+        near = (max(1, round(side / multiple)) * multiple for side in settings.data.crop)
+        raise UserError(
+            "--data.crop {} {}: --model.name dpt trains on whole patches of {} pixels. "
+            "Give multiples of {}, such as {} {}.".format(
+                *settings.data.crop, " and ".join(map(str, sorted(patches))), multiple, *near
+            )
+        )
 
 
 def check_cuda_graph(settings: Settings, device: torch.device, processes: int) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ctt import models
 from ctt.data.source import IGNORE
-from ctt.methods.activation_maps import Refiner, factor, on_grid, read
+from ctt.methods.activation_maps import Refiner, on_grid, read
 from ctt.methods.pseudoseg import PseudoSeg
 from ctt.settings import Settings, update
 from tests.methods.grids import at_cells, at_pixels
@@ -163,7 +163,7 @@ def test_attention_sees_the_image_alone() -> None:
 
 
 CASES = [("small", "", 8), ("deeplabv2", "resnet18", 8), ("deeplabv3plus", "resnet18", 16)]
-CASES += [("vit", "vit_tiny_patch16_224", 16)]
+CASES += [("vit", "vit_tiny_patch16_224", 16), ("dpt", "test_vit", 16)]
 if importlib.util.find_spec("segmentation_models_pytorch"):
     CASES += [("smp:unet", "resnet18", 32), ("smp:dpt", "vit_tiny_patch16_224", 16)]
 
@@ -175,7 +175,7 @@ def test_where_the_cells_of_the_last_stage_are(name: str, backbone: str, stride:
     for size in ((64, 96), (70, 83), (33, 41)):
         with torch.no_grad():
             stages = read(network, network.encode(torch.randn(2, 3, *size)))
-        assert network.stride * factor(stages[-1], size, network) == stride
+        assert network.stage_stride(stages[-1], size) == stride
         outside = torch.zeros(2, *size, dtype=torch.bool)
         outside[:, -stride:] = True
         cells = on_grid(outside, stages[-1], network)

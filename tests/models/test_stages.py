@@ -18,6 +18,7 @@ CASES = [
     ("deeplabv3plus", "resnet18", (64, 512)),
     ("deeplabv3plus", "test_convnext", (24, 64)),
     ("vit", "vit_tiny_patch16_224", (3, 192, 192, 192, 192)),
+    ("dpt", "test_vit", (3, 64, 64, 64, 64)),
 ]
 if importlib.util.find_spec("segmentation_models_pytorch"):
     CASES += [
@@ -58,7 +59,8 @@ def test_features_are_those_of_the_stages(
         assert tuple(stage.shape[1] for stage in stages) == channels
         heights = [stage.shape[2] for stage in stages[channels[0] == 3 :]]
         assert heights == sorted(heights, reverse=True)
-        assert features.shape == (2, 16, *(-(-side // network.stride) for side in size))
+        cells = (len(network.grid.pixels(side, features.device)) for side in size)
+        assert features.shape == (2, 16, *cells)
         assert torch.equal(features, out.features)
         assert torch.equal(network.classifier(features), out.logits)
 
