@@ -25,6 +25,7 @@ UNFINISHED = f"{CONFIG}.part"  # what a run leaves that ends while it writes its
 CHECKPOINT = Path("checkpoints") / "last.pt"
 WEIGHTS = "best.safetensors"
 SUMMARY = "summary.json"
+CLASSES = "classes.csv"
 LABELED_LIST = Path("split") / "labeled.txt"
 UNLABELED_LIST = Path("split") / "unlabeled.txt"
 EVALUATION_LIST = Path("split") / "evaluation.txt"

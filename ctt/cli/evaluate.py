@@ -73,8 +73,8 @@ def _main(arguments: list[str]) -> int:
         return 0
     networks = (trained.choose(parsed.network) if parsed.network else trained).networks
     ids = source.eval_ids()
-    matrices = _confusions(networks, trained.info, source, ids, device, parsed)
-    _report(matrices, trained, source, ids, settings, parsed)
+    matrices, images = _confusions(networks, trained.info, source, ids, device, parsed)
+    _report(matrices, images, trained, source, ids, settings, parsed)
     return 0
 
 
@@ -183,11 +183,14 @@ def _confusions(
     ids: list[str],
     device: torch.device,
     parsed: Arguments,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the confusion matrices by network, and how many images show each class."""
+    import torch
     from rich.progress import Progress
 
     from ctt.inference.evaluate import confusions
 
+    shown = torch.zeros(len(source.info.classes), dtype=torch.int64, device=device)
     for network in networks.values():
         network.to(device)
     with Progress(transient=True) as bar:
@@ -201,20 +204,25 @@ def _confusions(
             parsed.workers,
             info,
             lambda images: bar.advance(task, images),
+            shown,
         )
-    return {name: matrix for name, matrix in found.items() if name in (parsed.network or found)}
+    wanted = parsed.network or found
+    return {name: matrix for name, matrix in found.items() if name in wanted}, shown
 
 
 def _report(
     matrices: dict[str, Tensor],
+    images: Tensor,
     trained: Trained,
     source: Source,
     ids: list[str],
     settings: Settings,
     parsed: Arguments,
 ) -> None:
-    """Print the table; write summary.json and the pictures if wanted."""
+    """Print the tables; write summary.json, classes.csv and the pictures if wanted."""
+    from ctt import run
     from ctt.console import plain_console
+    from ctt.inference.class_report import class_rows, class_table, classes_as_json, write_classes
     from ctt.inference.evaluate import as_json, hash_of_list, score, score_table, write_json
     from ctt.inference.figures import draw_confusion, write_confusion
     from ctt.inference.predict import in_words
@@ -222,6 +230,9 @@ def _report(
     scores = {name: score(matrix) for name, matrix in matrices.items()}
     console = plain_console()
     console.print(score_table(scores, source.info))
+    classes = {name: class_rows(matrix, images, source.info) for name, matrix in matrices.items()}
+    last = list(classes)[-1]  # the ensemble, if it is among them
+    console.print(class_table(classes[last], last))
     split = settings.data.eval_split
     console.print(
         f"{trained.origin}; protocol {in_words(parsed.eval)}; {len(ids)} images of "
@@ -232,6 +243,7 @@ def _report(
         return
     result: dict[str, Any] = {
         **as_json(scores, source.info, parsed.eval),
+        **classes_as_json(classes),
         "dataset": settings.dataset,
         "eval_split": split,
         "images": len(ids),
@@ -243,5 +255,6 @@ def _report(
     for name, matrix in matrices.items():
         write_confusion(parsed.out / f"confusion_{name}.csv", matrix, source.info)
         draw_confusion(parsed.out / f"confusion_{name}.png", matrix, source.info, name)
-    write_json(parsed.out / "summary.json", result)
+    write_json(parsed.out / run.SUMMARY, result)
+    write_classes(parsed.out / run.CLASSES, classes)
     console.print(f"Everything is in {parsed.out}", soft_wrap=True)

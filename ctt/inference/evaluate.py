@@ -79,6 +79,7 @@ def confusions(
     workers: int = 0,
     trained_on: DatasetInfo | None = None,
     progress: Callable[[int], object] = lambda images: None,
+    shown: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Pixel counts (C, C) int64 on `device`, labels in rows, for each network and `ensemble`.
 
@@ -92,6 +93,7 @@ def confusions(
         workers: processes that load images; 0 loads in this one.
         trained_on: whose normalisation the networks want; by default that of `source`.
         progress: called with the number of images after each batch.
+        shown: (C,) int64 on `device`, to which is added how many images show each class.
 
     Raises:
         UserError: a label that is no class, a file that cannot be read, or too little memory.
@@ -110,6 +112,8 @@ def confusions(
             network.eval()
         for images, label in batches(source, ids, settings, workers):
             images, label = images.to(device), label.to(device).long()
+            if shown is not None:
+                shown += torch.stack([_shows(label, c) for c in range(classes)])
             total: Tensor | None = None  # of the teachers; as good as the mean for argmax
             for name, predict in predictors.items():
                 with memory_is_told(settings):
@@ -124,6 +128,11 @@ def confusions(
         for name, network in networks.items():
             network.train(was_training[name])
     return matrices
+
+
+def _shows(label: Tensor, wanted: int) -> Tensor:
+    """How many labels of a batch (B, H, W) hold a class: ()."""
+    return (label == wanted).flatten(1).any(dim=1).sum()
 
 
 def names_of_scores(networks: Iterable[str]) -> list[str]:

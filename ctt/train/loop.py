@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.profiler import record_function
 
 from ctt import checkpoint, run
@@ -20,7 +21,14 @@ from ctt.console import plain_console
 from ctt.data.loader import lost_worker
 from ctt.data.split import write_list
 from ctt.errors import LoaderError, UnwritableError, UserError
-from ctt.inference.evaluate import Score, confusions, score, score_table, write_json
+from ctt.inference.class_report import (
+    ClassRow,
+    class_rows,
+    class_table,
+    classes_as_json,
+    write_classes,
+)
+from ctt.inference.evaluate import ENSEMBLE, Score, confusions, score, score_table, write_json
 from ctt.inference.predict import is_out_of_memory
 from ctt.settings import Settings, to_dict
 from ctt.train import measures
@@ -112,6 +120,7 @@ class Trainer:
         self.engine = Engine(self.method, settings, self.source.info, self.device, world)
         self.seconds, self.waited = 0.0, 0.0  # of training, and of it without a batch
         self.best: dict[str, Any] | None = None
+        self.classes: dict[str, list[ClassRow]] = {}  # of the last evaluation, by network
         self.measured = measures.sample(plan.unlabeled, settings.train.measured_images)
         self.recorder: Recorder | None = None
         self.warned = False  # of pixels for which the teachers gave no finite probability
@@ -302,6 +311,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, Score]:
         self.losses.check_weights()
         engine, world, networks = self.engine, self.world, self.method.networks()
+        showing = torch.zeros(len(self.source.info.classes), dtype=torch.int64, device=self.device)
         with images_of_any_size(self.settings.train.compile):
             matrices = confusions(
                 networks,
@@ -310,6 +320,7 @@ class Trainer:
                 self.device,
                 self.settings.eval,
                 self.settings.data.workers,
+                shown=showing,
             )
             measured = measures.measure(
                 networks,
@@ -319,7 +330,10 @@ class Trainer:
                 self.settings.loss.confidence_threshold,
                 world,
             )
-        scores = {name: score(world.total(matrix)) for name, matrix in matrices.items()}
+        matrices = {name: world.total(matrix) for name, matrix in matrices.items()}
+        scores = {name: score(matrix) for name, matrix in matrices.items()}
+        images, info = world.total(showing).cpu(), self.source.info
+        self.classes = {n: class_rows(m, images, info) for n, m in matrices.items()}
         if self.recorder is None:
             return scores
         mious = {f"miou_{name}": score.miou for name, score in scores.items()}
@@ -380,13 +394,18 @@ class Trainer:
     def _finish(self, scores: dict[str, Score]) -> dict[str, Any]:
         plan, engine = self.plan, self.engine
         summary = summary_of(plan, engine, scores, self.best, self.seconds, self.waited)
+        summary |= classes_as_json(self.classes)
         if not self.world.is_main:
             return summary
         write_json(self.folder / run.SUMMARY, summary)
+        write_classes(self.folder / run.CLASSES, self.classes)
         draw_curves(self.folder)
         with images_of_any_size(self.settings.train.compile):
             draw_predictions(plan, engine, self.folder / "samples.png")
         self.console.print(score_table(scores, self.source.info))
+        best = self.best["network"] if self.best else next(iter(scores))
+        chosen = ENSEMBLE if ENSEMBLE in scores else best
+        self.console.print(class_table(self.classes[chosen], chosen))
         self.console.print(
             f"{engine.iteration} iterations in {self.seconds:.0f} s of training. "
             f"Everything is in {self.folder}",
