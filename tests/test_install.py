@@ -41,10 +41,9 @@ def test_every_file_is_installed(installed: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_the_example_of_the_readme_runs(installed: Path, tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
-    section = text[text.index("## The operations in another project") :]
-    found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/operations.md"])
+def test_the_examples_of_the_operations_run(installed: Path, tmp_path: Path, page: str) -> None:
+    found = re.search(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
     assert found is not None
     block = "".join(f"sys.modules[{name!r}] = None\n" for name in BLOCKED)
     script = tmp_path / "example.py"

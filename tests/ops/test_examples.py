@@ -37,6 +37,19 @@ def work(rank: int, port: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+def test_a_plain_loop() -> None:
+    bank, seen = load("operations_plain").train(steps=25)
+    assert bank.full.all()
+    assert seen[-1] < 0.9 * seen[0]
+
+
+def test_a_loop_of_segmentation_models_pytorch() -> None:
+    pytest.importorskip("segmentation_models_pytorch", reason="the extra smp is not installed")
+    bank, seen = load("operations_smp").train(steps=6)
+    assert bank.count.sum() > 0
+    assert seen[-1] < seen[0]
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
 @pytest.mark.timeout(180)
 def test_rank_0_alone_fills_a_bank_of_its_own(tmp_path: Path) -> None:

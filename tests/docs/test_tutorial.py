@@ -1,0 +1,35 @@
+"""The tutorial runs from its first script to its last, with fewer iterations."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.docs.pages import ROOT, blocks, run
+
+PAGE = ROOT / "docs" / "train-on-your-images.md"
+SHORTER = {"--train.iterations 200": "--train.iterations 4", "--start-after 100": "--start-after 2"}
+
+
+def test_the_tutorial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for language, text in blocks(PAGE):
+        if language == "python":
+            exec(compile(text, PAGE.name, "exec"), names)
+        elif language == "bash":
+            for long, short in SHORTER.items():
+                text = text.replace(long, short)
+            run(text, monkeypatch)
+    summary = json.loads(Path("runs/mine/summary.json").read_text("utf-8"))
+    assert summary["iterations"] == 4
+    photos = sorted(path.stem for path in Path("mine/photos").iterdir())
+    masks = sorted(Path("masks").glob("*_mask.png"))
+    assert [path.name for path in masks] == [f"{name}_mask.png" for name in photos]
+    with Image.open(masks[0]) as mask:
+        assert mask.size == (40, 40)
+    assert "of the pixels are digit" in capsys.readouterr().out
