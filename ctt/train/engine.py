@@ -21,6 +21,7 @@ from ctt.train.compiling import compile_networks
 from ctt.train.context import StepContext
 from ctt.train.distributed import World
 from ctt.train.feed import Batch as Images
+from ctt.train.recomputing import recompute_blocks
 from ctt.train.replay import Replay
 from ctt.train.rounds import Labeling, Rounds, unpack
 
@@ -53,6 +54,8 @@ class Engine:
     ) -> None:
         self.settings, self.device, self.world = settings, device, world or World()
         self.method = method.to(device).train()
+        if settings.train.gradient_checkpointing:
+            recompute_blocks(method.students)
         if settings.train.compile != "off":
             compile_networks([*method.students, *method.teachers], settings.train.compile)
         self.optimizers = method.optimizers()

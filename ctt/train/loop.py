@@ -92,8 +92,9 @@ def train(
                 raise
             raise UserError(
                 f"There is not enough memory for a step of this run. Give a smaller "
-                f"--data.batch-size, --train.accumulate N to take it in N parts, or --train.amp "
-                f"bf16; --dry-run tells what a run takes.{way_on(folder)}"
+                f"--data.batch-size, --train.accumulate N to take it in N parts, "
+                f"--train.gradient-checkpointing, or --train.amp bf16; --dry-run tells what a run "
+                f"takes.{way_on(folder)}"
             ) from None
 
 

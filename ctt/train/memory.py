@@ -6,17 +6,21 @@ convolutions, what the allocator loses to gaps, and the savings of torch.compile
 """
 
 import os
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.hooks import RemovableHandle
 
 from ctt.data.source import DatasetInfo
 from ctt.data.views import constant
 from ctt.methods import About
 from ctt.methods.base import Method
 from ctt.settings import Settings
+from ctt.train.compiling import repeated_blocks
 from ctt.train.context import StepContext
 from ctt.train.distributed import World
 from ctt.train.engine import batch_of, split
@@ -85,11 +89,19 @@ def kept_by_step(
     # as the mode takes them; by the tensors, so that no two have one address
     weights = [mode.from_tensor(x) for x in (*method.parameters(), *method.buffers())]
     own = {storage_of(x) for x in (*weights, *method.parameters(), *method.buffers())}
+    inside: list[dict[int, Tensor]] = []  # of blocks that are computed again
 
     def keep(x: Tensor) -> Tensor:
         if storage_of(x) not in own:
-            kept[storage_of(x)] = x
+            (inside[-1] if blocks.running else kept)[storage_of(x)] = x
         return x
+
+    def enter(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        inside.append({})
+        kept.update((storage_of(x), x) for x in inputs if isinstance(x, Tensor))
+
+    again = settings.train.gradient_checkpointing
+    blocks = Blocks(method.students if again else [], enter)
 
     schedules = {"rate": lambda iteration: settings.optim.lr, **method.schedules()}
     step = StepContext(settings, info, torch.device("cpu"), World(), schedules)
@@ -103,11 +115,54 @@ def kept_by_step(
                 b = method.prepare(b, step)
             step.whole = False
             part = next(split(b, settings.train.accumulate))
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            with blocks, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
                 method.losses(part, step)
     finally:
         constant.cache_clear()  # those made meanwhile have no data
-    return [x.untyped_storage().nbytes() for x in kept.values()]
+    largest = max((list(x.values()) for x in inside), key=held, default=[])
+    return [x.untyped_storage().nbytes() for x in (*kept.values(), *largest)]
+
+
+def held(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors none of which is a view of another."""
+    return sum(x.untyped_storage().nbytes() for x in tensors)
+
+
+class Blocks:
+    """Watches the blocks that repeat in networks, while it is entered.
+
+    Args:
+        enter: called with the block and its inputs before each runs.
+
+    Attributes:
+        running: whether one of them is, with gradient.
+    """
+
+    def __init__(
+        self,
+        networks: Iterable[nn.Module],
+        enter: Callable[[nn.Module, tuple[Any, ...]], None],
+    ) -> None:
+        self.blocks = [block for network in networks for block in repeated_blocks(network)]
+        self.enter, self.running = enter, False
+        self.hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        for block in self.blocks:
+            self.hooks.append(block.register_forward_pre_hook(self._before))
+            self.hooks.append(block.register_forward_hook(self._after))
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _before(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.running = torch.is_grad_enabled()
+        if self.running:
+            self.enter(block, inputs)
+
+    def _after(self, block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self.running = False
 
 
 def bytes_of(module: nn.Module) -> int:
