@@ -22,6 +22,7 @@ from ctt.data.options import SourceOptions
 from ctt.errors import UserError
 from ctt.files import expanded, sha256
 from ctt.methods.labeled_settings import LabeledSettings
+from ctt.methods.mask_settings import MaskSettings
 from ctt.methods.options import Check, Options
 from ctt.text import brief
 
@@ -356,6 +357,7 @@ class Settings:
     ema: EmaSettings = field(default_factory=EmaSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     labeled: LabeledSettings = field(default_factory=LabeledSettings)
+    masks: MaskSettings = field(default_factory=MaskSettings)
     bank: BankSettings = field(default_factory=BankSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
@@ -400,6 +402,8 @@ class Settings:
             values["pairs"] = self.pairs or methods.get(self.method).pairs
         for option in ("split_labeled", "split_unlabeled"):
             values[option] = values[option] and _content(values[option])
+        for option in ("folder", "confidence"):
+            values["masks"][option] = values["masks"][option] and Path(values["masks"][option]).name
         values["model"]["weights"] = [_content(weights) for weights in self.model.weights]
         for group, names in WITHOUT_EFFECT.items():
             for name in names:
@@ -680,7 +684,7 @@ def validate(settings: Settings) -> None:
         ),
         *_eval_checks(s.eval),
     ]
-    _refuse([*checks, *s.labeled.checks(), *s.options.checks()])
+    _refuse([*checks, *s.labeled.checks(), *s.masks.checks(), *s.options.checks()])
     if s.data.cache is not None:
         expanded(s.data.cache, "--data.cache")
     if not s.model.weights:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ctt.data.check import Report
+    from ctt.data.faults import Fault
     from ctt.data.source import Source
 
 FETCH_BY_HAND = {
@@ -49,6 +50,11 @@ class Check:
     """List of labelled images; without it all that may be labelled are checked with their masks."""
     split_unlabeled: Path | None = None
     """List of unlabelled images."""
+    masks: Path | None = None
+    """Folder of masks that another model made (--masks.folder of ctt-train). With lists every
+    unlabelled image needs one; without, those that are there are looked at."""
+    mask_confidence: Path | None = None
+    """Folder of the confidence of these masks (--masks.confidence)."""
     threads: int = 0
     """Files read at a time; 0: one for each core."""
     show: int = 20
@@ -143,6 +149,12 @@ def check(command: Check) -> int:
     for line in (counts, *source.notes, *report.warnings):
         console.print(line, soft_wrap=True)
     faults += report.faults
+    if command.masks is not None:
+        found, counted = check_masks(command, source, labeled, unlabeled)
+        console.print(counted, soft_wrap=True)
+        faults += found
+    elif command.mask_confidence is not None:
+        raise UserError("--mask-confidence needs --masks, the folder of the masks, beside it.")
     texts = grouped(faults) if command.show else [fault.text for fault in faults]
     for text in texts[: command.show or None]:
         console.print(text, soft_wrap=True)
@@ -154,6 +166,32 @@ def check(command: Check) -> int:
         raise UserError(f"{len(faults):,} fault{'s' * (len(faults) > 1)} found{more}.")
     console.print("Nothing else is wrong." if report.warnings else "Nothing is wrong.")
     return 0
+
+
+def check_masks(
+    command: Check, source: Source, labeled: list[str], unlabeled: list[str]
+) -> tuple[list[Fault], str]:
+    """Return what is wrong with masks that another model made, and how many were looked at."""
+    from rich.progress import Progress
+
+    from ctt.console import plain_console
+    from ctt.data.outside import OutsideMasks
+
+    assert command.masks is not None
+    options = ("--masks", "--mask-confidence")
+    masks = OutsideMasks(source, command.masks, command.mask_confidence, options)
+    names = unlabeled
+    if command.split_labeled is None:
+        names = [n for n in (*labeled, *unlabeled) if masks.path(n).is_file()]
+    if not names:
+        raise UserError(
+            f"--masks {command.masks}: there is no mask of an unlabelled image in it. They must "
+            f"have the images' names: NAME.png or NAME_mask.png."
+        )
+    with Progress(console=plain_console(), transient=True) as progress:
+        bar = progress.add_task("reading masks", total=len(names))
+        faults = list(masks.faults(names, lambda: progress.advance(bar)))
+    return faults, f"{len(names):,} images have masks of another model in {masks.folder}."
 
 
 def open_source(command: Check | Split) -> Source:

@@ -157,6 +157,11 @@ def refuse_unused(settings: Settings, names: list[str]) -> None:
                 f"--{name.replace('_', '-')} changes nothing with {by}. Leave it out, or choose "
                 f"another {by.split()[0]}."
             )
+        if name.startswith("masks.") and settings.masks.folder is None:
+            raise UserError(
+                f"--{name.replace('_', '-')} changes nothing without --masks.folder, the folder of "
+                f"the masks."
+            )
 
 
 def parse(arguments: list[str]) -> Arguments:

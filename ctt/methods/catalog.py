@@ -37,7 +37,8 @@ CONTRAST = (
     "loss.contrast_stride",
     "loss.contrast_reduction",
 )
-SHARED = ("ema", "loss.sup", "labeled", "views", "views.mix", *LABELING, *CONTRAST, *LOW_LEVEL)
+TAUGHT = ("ema", "loss.sup", "labeled", "masks", "views", "views.mix", *LABELING)
+SHARED = (*TAUGHT, *CONTRAST, *LOW_LEVEL)
 KEPT = (
     "ema",
     "views",
@@ -49,7 +50,6 @@ KEPT = (
     "loss.unlabeled_mean",
     "views.mix",
 )
-TAUGHT = ("ema", "loss.sup", "labeled", "views", "views.mix", *LABELING)
 
 
 @dataclass(frozen=True)
@@ -218,14 +218,14 @@ METHODS = {
     "unimatch": About(
         "Yang et al., CVPR 2023, as in its program",
         "ctt.methods.unimatch:UniMatch",
-        uses=("ema", "views", "loss.sup", "labeled"),
+        uses=("ema", "views", "loss.sup", "labeled", "masks"),
         options="ctt.methods.unimatch:UniMatchOptions",
         cost=2.1,
     ),
     "unimatch-v2": About(
         "Yang et al., TPAMI 2025, as in its program",
         "ctt.methods.unimatch_v2:UniMatchV2",
-        uses=("ema", "views", "loss.sup", "labeled"),
+        uses=("ema", "views", "loss.sup", "labeled", "masks"),
         options="ctt.methods.unimatch_v2:UniMatchV2Options",
         cost=1.5,
     ),

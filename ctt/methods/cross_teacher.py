@@ -35,7 +35,7 @@ class CrossTeacher(PseudoLabels):
         )
         if self.contrasts:
             self.terms, self.logged = (
-                ("sup", "ct", "hc", "lc"),
+                ("sup", "ct", "hc", "lc", *self.terms[2:]),
                 (
                     "lost_pixels",
                     "queues_full",

@@ -11,6 +11,7 @@ from ctt.data.source import IGNORE
 from ctt.data.views import PhotometricView
 from ctt.methods import followers, losses
 from ctt.methods.base import Batch, Method, Networks, Schedule, Setup, Step, Terms
+from ctt.methods.mask_teacher import TERM, MaskTeacher
 from ctt.models.base import Output
 
 
@@ -47,6 +48,10 @@ class PseudoLabels(Method):
         self.threshold = loss.confidence_threshold
         self.teachers = followers.copies(self.students)
         self.ema = followers.EmaUpdate(self.teachers, self.students, self.settings.ema)
+        self.masks: MaskTeacher | None = None
+        if self.settings.masks.folder is not None:
+            self.masks = MaskTeacher(self.settings.masks, self.settings.train.iterations)
+            self.terms = (*self.terms, TERM)
 
     def taught_by(self, k: int) -> list[int]:
         """Return the labelers whose mean probability labels unlabelled images for student k."""
@@ -67,6 +72,7 @@ class PseudoLabels(Method):
         return {
             "ramp": lambda iteration: min(1.0, (iteration + 1) / ramp) if ramp else 1.0,
             "decay": self.ema.decay,
+            **({TERM: self.masks.weight} if self.masks is not None else {}),
         }
 
     def prepare(self, b: Batch, step: Step) -> Batch:
@@ -77,6 +83,8 @@ class PseudoLabels(Method):
             mix = self.mixing(probability, padding, step)
             b = b | {"mixed": mix(b["unlabeled"]), "pixels": step.count(b["label"])}
             b |= self.draws(len(padding), step)
+            if self.masks is not None:
+                b |= self.masks.mixed(b, mix, step)
             all_lost = []
             for k in range(len(self.students)):
                 chosen = [probability[j] for j in self.taught_by(k)]
@@ -153,15 +161,19 @@ class PseudoLabels(Method):
 
     def cross_entropies(self, out: Sequence[Output], b: Batch, step: Step) -> Terms:
         """Equations (1)-(5), summed over the students."""
-        n, sup, ct = len(b["images"]), [], []
+        n, sup, ct, outside = len(b["images"]), [], [], []
         with step.phase("cross-entropy"):
             for k, o in zip(self.learning, out, strict=True):
                 sup.append(self.labeled(o.logits[:n], self.students[k].grid, b, step))
                 if "mixed" in b:
                     ct.append(self.unlabeled_loss(k, o.logits[n:], b))
+                    if self.masks is not None:
+                        outside.append(self.masks.loss(o.logits[n:], self.students[k].grid, b))
             terms: Terms = {"sup": (self.settings.loss.sup, losses.sum_of(sup))}
             if ct:
                 terms["ct"] = (self.unlabeled_weight(step), losses.sum_of(ct))
+            if outside:
+                terms[TERM] = (step[TERM], losses.sum_of(outside))
         return terms
 
     def unlabeled_weight(self, step: Step) -> float | Tensor:

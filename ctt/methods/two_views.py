@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ctt.data.source import IGNORE
-from ctt.methods.base import Batch, Setup, Step
+from ctt.methods import losses
+from ctt.methods.base import Batch, Setup, Step, Terms
+from ctt.methods.mask_teacher import TERM
 from ctt.methods.mean_teacher import MeanTeacher
 from ctt.methods.options import Check, Options
 
@@ -60,6 +62,8 @@ class TwoViews(MeanTeacher):
                 b[f"mixed {v}"] = mix(b["unlabeled"])
                 b[f"seen {v}"] = step.total(mix(~padding).sum()).clamp(min=1)
                 b |= {f"label {v} {k}": mix(x) for k, x in enumerate(label)}
+                if self.masks is not None:
+                    b |= self.masks.mixed(b, mix, step, v)
             self.log_lost([~(p.amax(dim=1) > 0) for p in probability], padding, step)
         return b
 
@@ -72,6 +76,12 @@ class TwoViews(MeanTeacher):
         confidence, label = probability.max(dim=1)
         sure = (confidence > 0) & (confidence >= self.threshold)
         return label.masked_fill(padding | ~sure, IGNORE)
+
+    def outside_term(self, values: list[Tensor], step: Step) -> Terms:
+        """Return the term of outside masks, the mean over both views, halved as the others are."""
+        if not values:
+            return {}
+        return {TERM: (step[TERM] / 2, losses.sum_of(values) / len(VIEWS))}
 
     def strong_views(self, k: int, b: Batch, step: Step) -> Tensor:
         """Return both views (2B, 3, H, W) as student k sees them."""

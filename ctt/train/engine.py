@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ctt.data.packed import unpack
 from ctt.data.seeding import derive_seed
 from ctt.data.source import IGNORE, DatasetInfo
 from ctt.data.views import to_unit
@@ -23,7 +24,7 @@ from ctt.train.distributed import World
 from ctt.train.feed import Batch as Images
 from ctt.train.recomputing import recompute_blocks
 from ctt.train.replay import Replay
-from ctt.train.rounds import Labeling, Rounds, unpack
+from ctt.train.rounds import Labeling, Rounds
 
 
 class Engine:
@@ -117,7 +118,8 @@ class Engine:
         step, method = self.step, self.method
         step.whole, step.logged, step.forwards = True, {}, {True: 0, False: 0}
         with step.phase("views"):
-            b = batch_of(inputs, self.rounds.rounds[method.round])
+            outside = self.settings.masks.folder is not None
+            b = batch_of(inputs, self.rounds.rounds[method.round], outside)
         with torch.no_grad():
             b = method.prepare(b | method.labeled.totals(b["label"], step), step)
         for optimizer in self.optimizers.values():
@@ -231,15 +233,22 @@ class Engine:
         self.method.round = self.rounds.at(self.iteration)
 
 
-def batch_of(inputs: Sequence[Tensor], kind: Round) -> Batch:
+def batch_of(inputs: Sequence[Tensor], kind: Round, outside: bool = False) -> Batch:
     """Return the batch of a method of what the loader gives: images, label, and of the unlabelled
-    images the same, whose label is 255 in the padding and in some rounds one that was kept."""
+    images the same, whose label is 255 in the padding and in some rounds one that was kept.
+
+    Args:
+        outside: the label is a mask that another model made, see `ctt.methods.mask_teacher`.
+    """
     b: Batch = {"images": to_unit(inputs[0]), "label": inputs[1].long()}
     if len(inputs) > 2:
         b |= {"unlabeled": to_unit(inputs[2]), "padding": inputs[3] == IGNORE}
     if len(inputs) > 2 and kind.images == "kept":
         b["kept"], b["sureness"] = unpack(inputs[3])
         b["padding"] = b["kept"] == IGNORE
+    elif len(inputs) > 2 and outside:
+        b["outside"], b["outside sureness"] = unpack(inputs[3])
+        b["padding"] = inputs[3] < 0
     return b
 
 

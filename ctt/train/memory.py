@@ -110,9 +110,11 @@ def kept_by_step(
         with mode:
             labeled = [torch.zeros(images, *shape).byte() for shape in ((3, *size), size)]
             more = [labeled[0], labeled[1].int()] if about.unlabeled else []
-            b = batch_of([*labeled, *more] if kind.images != "none" else labeled, kind)
+            outside = settings.masks.folder is not None
+            given = [*labeled, *more] if kind.images != "none" else labeled
+            b = batch_of(given, kind, outside)
             with torch.no_grad():
-                b = method.prepare(b, step)
+                b = method.prepare(b | method.labeled.totals(b["label"], step), step)
             step.whole = False
             part = next(split(b, settings.train.accumulate))
             with blocks, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ctt import methods, run
 from ctt.data.balance import class_pixels
-from ctt.data.check import check_quickly, not_evaluated
+from ctt.data.check import check_quickly, handful, not_evaluated
 from ctt.data.files import FEW
+from ctt.data.outside import OutsideMasks
 from ctt.data.source import IGNORE, Source
 from ctt.data.split import make_split, read_list
 from ctt.device import pick_device
@@ -37,6 +38,7 @@ class Plan:
         pairs: K. labeled, unlabeled: names of the training images; `unlabeled` are all that have no
             label, whether or not the method takes them.
         origins: a sentence for each student that starts from published weights, once it is made.
+        masks: of the unlabelled images, that another model made, if there are any.
         class_pixels: (N, C) of each class in each labelled image, where something asks for it.
     """
 
@@ -49,6 +51,7 @@ class Plan:
     unlabeled: list[str]
     fresh: bool
     origins: list[str] = field(default_factory=list)
+    masks: OutsideMasks | None = None
     class_pixels: Tensor | None = None
 
     @classmethod
@@ -71,7 +74,9 @@ class Plan:
         else:
             labeled, unlabeled = split_of_run(run.find(resume), source)
         pairs = settings.pairs or about.pairs
-        return cls(settings, about, pairs, device, source, labeled, unlabeled, resume is None)
+        masks = outside_masks(settings, source, unlabeled)
+        parts = (about, pairs, device, source, labeled, unlabeled)
+        return cls(settings, *parts, resume is None, masks=masks)
 
     def counted(self, world: World) -> Self:
         """Return the plan with the pixels of each class, and a new run's class weights from them.
@@ -186,6 +191,20 @@ def new_split(
             f"training images are labelled. Lower --ratio, or use --method supervised."
         )
     return labeled, unlabeled
+
+
+def outside_masks(settings: Settings, source: Source, unlabeled: list[str]) -> OutsideMasks | None:
+    """Return the masks that another model made of the unlabelled images, after a quick look.
+
+    Raises:
+        UserError: some are missing, or wrong among a handful of them.
+    """
+    s = settings.masks
+    if s.folder is None:
+        return None
+    masks = OutsideMasks(source, s.folder, s.confidence)
+    masks.check(unlabeled, handful(unlabeled))
+    return masks
 
 
 def split_of_run(folder: Path, source: Source) -> tuple[list[str], list[str]]:

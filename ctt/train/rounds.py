@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ctt.data.loader import in_order, raised
+from ctt.data.packed import pack
 from ctt.data.pictures import open_picture, read_mask
 from ctt.data.prepare import Prepared
 from ctt.data.source import DatasetInfo, Source
@@ -78,23 +79,17 @@ class KeptLabels(Prepared):
         self.folder = folder
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the image (3, H, W) and its label + 256 * confidence (H, W), int32."""
+        """Return the image (3, H, W), and its label and confidence as `pack` does: (H, W)."""
         label, confidence = (
             torch.from_numpy(read_mask(path).values.astype(np.int32))
             for path in paths(self.folder, name)
         )
-        return self.image(name), label + 256 * confidence
+        return self.image(name), pack(label, confidence)
 
 
 def paths(folder: Path, name: str) -> tuple[Path, Path]:
     """Return the files of the label and of the confidence of an image."""
     return folder / "labels" / f"{name}.png", folder / "confidence" / f"{name}.png"
-
-
-def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return label (int64) and confidence in 0..1 of what `KeptLabels` gives; outside of an image,
-    which is -1, they are 255 and 0."""
-    return (packed & 255).long(), (packed >> 8).clamp(min=0).float() / 255
 
 
 class Labeling:

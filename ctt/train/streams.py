@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from ctt.data.loader import DrawSampler, ViewDataset, load
+from ctt.data.outside import WithMasks
 from ctt.data.prepare import Prepared
 from ctt.data.rare import RareClasses
 from ctt.data.views import GeometricView
@@ -49,8 +50,11 @@ class Streams:
         images = Prepared(source, d.resize, d.cache)
         if kept:
             images = KeptLabels(source, d.resize, d.cache, folder_of(self.folder, number))
+        elif purpose == "unlabeled" and self.plan.masks is not None:
+            images = WithMasks(source, d.resize, d.cache, self.plan.masks)
         view = GeometricView(d.crop, d.scale, d.flip, d.rotation, d.translation, source.info.mean)
-        labeled, rare = kept or purpose == "labeled", self._rare(purpose)
+        labeled = kept or purpose == "labeled" or isinstance(images, WithMasks)
+        rare = self._rare(purpose)
         dataset = ViewDataset(images, ids, view, labeled, s.seed, purpose, rare)
         steps = engine.rounds.starts[number + 1] - engine.iteration
         share = (engine.world.rank, engine.world.size)

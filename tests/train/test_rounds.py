@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ctt import checkpoint, run
+from ctt.data.packed import unpack
 from ctt.data.views import GeometricView
 from ctt.errors import UserError
 from ctt.methods.base import Round
@@ -18,7 +19,7 @@ from ctt.methods.st import mean_iou
 from ctt.settings import Settings, update
 from ctt.train import rounds
 from ctt.train.loop import train
-from ctt.train.rounds import Labeling, Rounds, unpack
+from ctt.train.rounds import Labeling, Rounds
 from tests.train.processes import finish, shown, start
 from tests.train.test_distributed import record_steps
 

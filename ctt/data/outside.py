@@ -1,0 +1,175 @@
+"""Masks of unlabelled images that another model made, in a folder of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctt.data.faults import Fault
+from ctt.data.labels import plain_map
+from ctt.data.packed import pack
+from ctt.data.pictures import read_mask
+from ctt.data.prepare import Prepared, resize_label
+from ctt.data.source import Source
+from ctt.errors import UserError
+from ctt.files import expanded
+
+SURE = 255  # confidence of a pixel where no map says otherwise
+OPTIONS = ("--masks.folder", "--masks.confidence")
+
+
+class OutsideMasks:
+    """Finds and reads the masks.
+
+    Args:
+        folder: of the masks. confidence: of the maps of confidence, or None.
+        options: how the user gave the two folders, for messages.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        folder: Path,
+        confidence: Path | None,
+        options: tuple[str, str] = OPTIONS,
+    ) -> None:
+        self.source, self.options = source, options
+        self.folder = expanded(folder, options[0])
+        self.sure = expanded(confidence, options[1]) if confidence is not None else None
+        for option, place in zip(options, (self.folder, self.sure), strict=True):
+            if place is not None and not place.is_dir():
+                raise UserError(f"{option} {place}: there is no such folder.")
+        info = source.info
+        colours = {colour: c for c, colour in enumerate(info.palette)}
+        self.labels = plain_map(info.classes, colours=colours)
+
+    def path(self, name: str, kind: str = "mask") -> Path:
+        """Return the file of an image, or where it would be; `kind` is mask or confidence."""
+        folder = self.folder if kind == "mask" else self.sure
+        assert folder is not None
+        files = self.source.files(name, labeled=False)
+        stems = [name]
+        if files:  # by which ctt-predict names what it writes
+            stems.append(str(PurePosixPath(name).with_name(files[0].stem)))
+        ends = [f"_{kind}", ""]
+        if kind == "confidence" and folder == self.folder:
+            ends.pop()  # that would be the mask
+        places = [folder / f"{stem}{end}.png" for stem in stems for end in ends]
+        return next((place for place in places if place.is_file()), places[0])
+
+    def read(self, name: str, size: tuple[int, ...] | None = None) -> Tensor:
+        """Return mask and confidence of an image in one, see `pack`: (H, W) int32.
+
+        Args:
+            size: H and W of the image; None: any.
+
+        Raises:
+            UserError: a file is missing or broken, holds what is no class, or they are not of one
+                size.
+        """
+        path = self._there(name, "mask")
+        label = self.labels(read_mask(path), path)
+        if size is not None and label.shape != size:
+            raise UserError(_sizes(path, tuple(label.shape), "image", size))
+        if self.sure is None:
+            return pack(label, torch.full_like(label, SURE))
+        path = self._there(name, "confidence")
+        values = read_mask(path).values
+        if values.ndim != 2 or values.min() < 0 or values.max() > SURE:
+            raise UserError(
+                f"{path}: a map of confidence is a grey image of 8 bits, in which 255 stands for "
+                f"a probability of 1."
+            )
+        if values.shape != label.shape:
+            raise UserError(_sizes(path, values.shape, "mask", tuple(label.shape)))
+        return pack(label, torch.from_numpy(values.astype(np.uint8)))
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return an image (3, H, W) and its mask as `read` does.
+
+        Raises:
+            UserError: they are not of one size, or cannot be read.
+        """
+        image = self.source.image(name)
+        return image, self.read(name, tuple(image.shape[1:]))
+
+    def _there(self, name: str, kind: str) -> Path:
+        path = self.path(name, kind)
+        if not path.is_file():
+            option = self.options[0] if kind == "mask" else self.options[1]
+            what = "mask" if kind == "mask" else "map of confidence"
+            raise UserError(
+                f"{path}: there is no such file, but {option} must hold a {what} of every "
+                f"unlabelled image: NAME.png or NAME_{kind}.png. Make it, or leave the image out "
+                f"of the unlabelled ones by --split-unlabeled."
+            )
+        return path
+
+    def check(self, unlabeled: Sequence[str], look_at: Sequence[str]) -> None:
+        """Refuse masks that are missing, and wrong ones among some images.
+
+        Raises:
+            UserError: names the first file, and how many are missing.
+        """
+        kinds = ["mask", *(["confidence"] if self.sure is not None else [])]
+        missing = [n for n in unlabeled if not all(self.path(n, k).is_file() for k in kinds)]
+        if missing:
+            try:
+                for kind in kinds:
+                    self._there(missing[0], kind)
+            except UserError as error:
+                more = f" So it is with {len(missing) - 1} more images." if missing[1:] else ""
+                raise UserError(f"{error}{more}") from None
+        for name in look_at:
+            self.pair(name)
+
+    def faults(self, names: Sequence[str], advance: Callable[[], None]) -> Iterator[Fault]:
+        """Yield what is wrong with the masks of these images, each read.
+
+        Args:
+            advance: called after each image.
+        """
+        for name in names:
+            try:
+                self.pair(name)
+            except UserError as error:
+                yield Fault(str(error), str(self.path(name)), (name,))
+            advance()
+
+
+class WithMasks(Prepared):
+    """Unlabelled images with the masks that another model made, as training wants them."""
+
+    def __init__(
+        self,
+        source: Source,
+        size: tuple[int, int] | None,
+        cache: Path | None,
+        masks: OutsideMasks,
+    ) -> None:
+        super().__init__(source, size, cache)
+        self.masks = masks
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the image (3, H, W) and its mask (H, W) as `pack` has it."""
+        if self.size is None and self.cache is None:
+            return self.masks.pair(name)
+        image = self.image(name)
+        if self.size is None:
+            return image, self.masks.read(name, tuple(image.shape[1:]))
+        mask = self.masks.read(name)
+        return image, resize_label(mask.float(), self.size).to(mask.dtype)
+
+
+def _sizes(path: Path, found: tuple[int, ...], other: str, wanted: tuple[int, ...]) -> str:
+    return (
+        f"{path} has {found[1]}x{found[0]} pixels, but its {other} has {wanted[1]}x{wanted[0]}. "
+        f"Both must be of one size: make it from the image as it is stored."
+    )

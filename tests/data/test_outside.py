@@ -1,0 +1,185 @@
+"""Masks of unlabelled images that another model made."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ctt.cli.data import _main as data_program
+from ctt.cli.train import _main as train_program
+from ctt.data.digits import INFO, Digits
+from ctt.data.outside import OutsideMasks, WithMasks
+from ctt.data.packed import pack, unpack
+from ctt.data.source import Source
+from ctt.data.views import GeometricView
+from ctt.errors import UserError
+from tests.data import trees
+
+SMALL = (
+    "--ratio 6 --data.labeled-pool 12 --data.eval-images 2 --data.batch-size 2 --data.crop 24 24 "
+    "--model.width 4 --model.features 8 --train.threads 1 --train.iterations 1"
+)
+
+
+def write_masks(folder: Path, source: Source, names: Iterable[str], end: str = "") -> Path:
+    """Write the true labels as masks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        trees.save_mask(folder / f"{name}{end}.png", source.label(name).numpy(), "L")
+    return folder
+
+
+def write_sure(folder: Path, source: Source, names: Iterable[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        size = source.label(name).shape
+        values = np.random.default_rng(i).integers(0, 256, size).astype(np.uint8)
+        Image.fromarray(values, "L").save(folder / f"{name}_confidence.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source() -> Digits:
+    return Digits(12, 2)
+
+
+@pytest.mark.parametrize("end", ["", "_mask"])
+def test_masks_and_their_confidence_are_read(source: Digits, tmp_path: Path, end: str) -> None:
+    name = source.train_ids()[3]
+    folder = write_masks(tmp_path, source, [name], end)
+    plain = OutsideMasks(source, folder, None)
+    label, sure = unpack(plain.pair(name)[1])
+    assert torch.equal(label, source.label(name).long())
+    assert (sure == 1).all()
+    write_sure(folder, source, [name])
+    stored = np.asarray(Image.open(folder / f"{name}_confidence.png"))
+    label, sure = unpack(OutsideMasks(source, folder, folder).pair(name)[1])
+    assert torch.equal(label, source.label(name).long())
+    torch.testing.assert_close(sure, torch.from_numpy(stored / 255).float())
+    (folder / f"{name}_confidence.png").unlink()
+    with pytest.raises(UserError, match="must hold a map of confidence"):
+        OutsideMasks(source, folder, folder).pair(name)  # not the mask itself
+
+
+def test_masks_are_found_by_the_name_of_the_image_file(tmp_path: Path) -> None:
+    root = trees.write_cityscapes(tmp_path / "city")
+    from ctt.data import open_source
+    from ctt.data.options import SourceOptions
+
+    city = open_source("cityscapes", root, SourceOptions())
+    name = city.train_ids()[0]
+    stem = city.files(name, labeled=False)[0].stem
+    trees.save_mask(tmp_path / "m" / f"{stem}_mask.png", city.label(name).numpy(), "P")
+    assert OutsideMasks(city, tmp_path / "m", None).path(name).name == f"{stem}_mask.png"
+
+
+def test_masks_follow_the_geometry(source: Digits, tmp_path: Path) -> None:
+    """As labels do, which the tests of views hold to the image."""
+    names = source.train_ids()[:3]
+    masks = OutsideMasks(source, write_masks(tmp_path, source, names), None)
+    view = GeometricView((30, 46), (0.7, 1.4), True, 10.0, 0.1, (0.5, 0.5, 0.5))
+    for seed in range(6):
+        name = names[seed % 3]
+        image, mask = WithMasks(source, None, None, masks).pair(name)
+        picture, moved = view(image, mask, seed)
+        expected, label = view(image, source.label(name), seed)
+        assert torch.equal(picture, expected)
+        assert torch.equal(unpack(moved)[0], label.long())
+        padding = view(image, torch.zeros_like(source.label(name)), seed)[1] == 255
+        assert torch.equal(moved < 0, padding)
+        assert padding.any()
+    resized = WithMasks(source, (20, 24), None, masks).pair(names[0])[1]
+    assert resized.shape == (20, 24)
+    kept, known = unpack(resized)[0], source.label(names[0])
+    assert torch.isin(kept, known).all()
+
+
+def test_packed_values_come_back() -> None:
+    label = torch.tensor([[0, 3, 255]], dtype=torch.uint8)
+    sure = torch.tensor([[255, 0, 51]], dtype=torch.uint8)
+    again, level = unpack(pack(label, sure))
+    assert again.tolist() == [[0, 3, 255]]
+    assert level[0].tolist() == pytest.approx([1, 0, 0.2])
+    assert unpack(torch.tensor([-1]))[0].tolist() == [255]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("missing", r"no such file, but --masks.folder must hold a mask of every"),
+        ("size", r"has 7x5 pixels, but its image has 40x40"),
+        ("class", r"holds numbers that are no class: 77"),
+        ("sure", r"--masks.confidence must hold a map of confidence of every"),
+        ("deep", r"a map of confidence is a grey image of 8 bits"),
+        ("unequal", r"has 7x5 pixels, but its mask has 40x40"),
+        ("folder", r"--masks.folder .*nowhere: there is no such folder"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_training(
+    source: Digits, tmp_path: Path, what: str, message: str
+) -> None:
+    folder, sure = tmp_path / "masks", tmp_path / "sure"
+    names = source.train_ids()
+    write_masks(folder, source, names)
+    write_sure(sure, source, names)
+    for name in names:
+        if what == "missing":
+            (folder / f"{name}.png").unlink()
+        if what == "size":
+            trees.save_mask(folder / f"{name}.png", np.zeros((5, 7), np.uint8), "L")
+        if what == "class":
+            trees.save_mask(folder / f"{name}.png", np.full((40, 40), 77, np.uint8), "L")
+        if what == "sure":
+            (sure / f"{name}_confidence.png").unlink()
+        if what in ("deep", "unequal"):
+            values = np.full((40, 40) if what == "deep" else (5, 7), 9, np.uint16)
+            values = values * 1000 if what == "deep" else values.astype(np.uint8)
+            Image.fromarray(values).save(sure / f"{name}_confidence.png")
+    if what == "folder":
+        folder = tmp_path / "nowhere"
+    command = [*SMALL.split(), "--masks.folder", str(folder), "--masks.confidence", str(sure)]
+    with pytest.raises(UserError, match=message):
+        train_program([*command, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--masks.weight 2", "--masks.weight changes nothing without --masks.folder"),
+        ("--method supervised --masks.folder x", "--masks.folder changes nothing with --method"),
+        ("--masks.folder x --masks.fade 2", "--masks.fade must be in 0..1"),
+    ],
+)
+def test_settings_without_effect_are_refused(arguments: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train_program(arguments.split())
+
+
+def test_ctt_data_check_looks_at_all_masks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = trees.write_folder(tmp_path / "data", unlabeled=3)
+    from ctt.data import open_source
+    from ctt.data.options import SourceOptions
+
+    own = open_source("folder", root, SourceOptions())
+    names = own.unlabeled_ids()
+    for name in names:
+        height, width = own.image(name).shape[1:]
+        trees.save_mask(tmp_path / "m" / f"{name}.png", np.zeros((height, width), np.uint8), "L")
+    command = ["check", "--dataset", "folder", "--data-root", str(root), "--masks"]
+    assert data_program([*command, str(tmp_path / "m")]) == 0
+    assert "3 images have masks of another model" in capsys.readouterr().out
+    trees.save_mask(tmp_path / "m" / f"{names[1]}.png", np.zeros((5, 7), np.uint8), "L")
+    with pytest.raises(UserError, match="1 fault found"):
+        data_program([*command, str(tmp_path / "m")])
+    assert "has 7x5 pixels, but its image has" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="there is no mask of an unlabelled image in it"):
+        data_program([*command, str(tmp_path / "empty")])
+    assert len(INFO.classes) == 11
