@@ -231,7 +231,8 @@ def submit(
     """Hand the runs over to a cluster.
 
     Args:
-        parameters: `name=value` of submitit's executor. jobs: at a time; 1 sets no limit.
+        parameters: `name=value` of submitit's executor.
+        jobs: at a time; 1 sets no limit.
 
     Raises:
         UserError: a parameter that submitit does not take.

@@ -60,12 +60,10 @@ def handful(names: list[str]) -> list[str]:
 
 
 def histogram(label: Tensor, classes: int) -> Tensor:
-    """Return the pixels (C + 1) of each class in uint8 labels of any shape, the ignored ones last.
-
-    No copy is made: labels of a large image in int64 would take gigabytes.
-    """
-    counts = torch.bincount(label.flatten(), minlength=IGNORE + 1)
-    return torch.cat([counts[:classes], counts[IGNORE:]])
+    """Return the pixels (C + 1) of each class in labels of any shape, the ignored ones last."""
+    label = label.long()
+    label = label.masked_fill(label == IGNORE, classes).flatten()
+    return torch.bincount(label, minlength=classes + 1)
 
 
 def ignored_class(source: Source, pixels: list[int]) -> str:
@@ -227,7 +225,8 @@ def check_all(
     """Reads every image, and every mask of the labelled and the evaluation images.
 
     Args:
-        threads: files read at a time; 0: one for each core. advance: called after each image.
+        threads: files read at a time; 0: one for each core.
+        advance: called after each image.
     """
     classes = len(source.info.classes)
     evaluation = source.eval_ids()

@@ -32,7 +32,8 @@ class CocoFile:
     """The parts of an instance file.
 
     Attributes:
-        images: by their ids. categories: names by their ids, in rising order.
+        images: by their ids.
+        categories: names by their ids, in rising order.
         annotations: as they stand in the file, by the ids of their images.
         strays: annotations whose image or category is not in the file.
     """

@@ -36,10 +36,12 @@ class Result:
     """What was written, and what was not.
 
     Attributes:
-        labeled, evaluation, unlabeled: images. present: of these, those that were there before.
+        labeled, evaluation, unlabeled: images.
+        present: of these, those that were there before.
         clashes, unmatched: pixels, and the images that have some.
         turned: images whose outlines were drawn before a viewer turns them.
-        left_out: why something was not used, and how often. faults: images that cost themselves.
+        left_out: why something was not used, and how often.
+        faults: images that cost themselves.
     """
 
     labeled: int = 0
@@ -86,7 +88,8 @@ def convert(
 
     Args:
         unlabeled: files of images without annotation, beside those of the export.
-        link: symbolic links in place of copies. threads: 0: one for each core.
+        link: symbolic links in place of copies.
+        threads: 0: one for each core.
         advance: called after each image.
 
     Raises:

@@ -152,7 +152,8 @@ def tiles(image: np.ndarray, cover: np.ndarray) -> dict[tuple[int, int], tuple[T
     """Return image (3, 64, 64) and label (64, 64) of each tile with land, by row and column.
 
     Args:
-        image: (H, W, 3) of the whole Earth. cover: the map, (h, w), of any other resolution.
+        image: (H, W, 3) of the whole Earth.
+        cover: the map, (h, w), of any other resolution.
     """
     code = np.full(256, IGNORE, np.uint8)
     for value, group in enumerate(GROUPS):

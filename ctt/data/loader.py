@@ -45,8 +45,10 @@ class DrawSampler(Sampler[list[tuple[int, int]]]):
     share of a batch of W times `batch_size`, so W processes see what one would with that batch.
 
     Args:
-        length: images to choose from. first: draw that the first step begins with, on rank 0.
-        steps: how many. purpose: tells this stream of random numbers from others.
+        length: images to choose from.
+        first: draw that the first step begins with, on rank 0.
+        steps: how many.
+        purpose: tells this stream of random numbers from others.
         rare: the draws that take another image, for a class that it shows.
     """
 

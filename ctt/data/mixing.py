@@ -31,7 +31,8 @@ def cutmix_mask(size: tuple[int, int], draw: Tensor) -> Tensor:
     """Keep all but a random box of a quarter to a half of the area (French et al., 2020).
 
     Args:
-        size: H and W. draw: (4, B) uniform random numbers.
+        size: H and W.
+        draw: (4, B) uniform random numbers.
 
     Returns:
         (B, H, W) bool.
@@ -49,7 +50,8 @@ def outside(
     """Return where an image is not in its box: (B, H, W) bool.
 
     Args:
-        size: H and W. box_height, box_width, top, left: (B,), as shares of H and W.
+        size: H and W.
+        box_height, box_width, top, left: (B,), as shares of H and W.
     """
     (height, width), device = size, top.device
     y = ((torch.arange(height, device=device) + 0.5) / height)[:, None]
@@ -64,7 +66,8 @@ def half_area_mask(size: tuple[int, int], draw: Tensor) -> Tensor:
     """Keep all but a box of half the area, as the program of French et al. (2020) draws it.
 
     Args:
-        size: H and W. draw: (3, B) uniform random numbers.
+        size: H and W.
+        draw: (3, B) uniform random numbers.
 
     Returns:
         (B, H, W) bool.
@@ -80,7 +83,8 @@ def half_width_mask(size: tuple[int, int], draw: Tensor) -> Tensor:
     ClassMix and U2PL draw it.
 
     Args:
-        size: H and W. draw: (3, B) uniform random numbers.
+        size: H and W.
+        draw: (3, B) uniform random numbers.
 
     Returns:
         (B, H, W) bool.
@@ -98,7 +102,8 @@ def small_box_mask(size: tuple[int, int], draw: Tensor) -> Tensor:
     first of `TRIES` boxes that does is taken; that none does is seldom, and the image is then kept.
 
     Args:
-        size: H and W. draw: (1 + 4 * TRIES, B) uniform random numbers.
+        size: H and W.
+        draw: (1 + 4 * TRIES, B) uniform random numbers.
 
     Returns:
         (B, H, W) bool.
@@ -121,7 +126,8 @@ def cow_mask(draw: Tensor, width: Tensor) -> Tensor:
     """Keep half of the pixels, in blobs of a random size (French et al., CowMask, 2020).
 
     Args:
-        draw: (B, H, W) uniform random numbers. width: (B,) such numbers, for the size.
+        draw: (B, H, W) uniform random numbers.
+        width: (B,) such numbers, for the size.
 
     Returns:
         (B, H, W) bool.
@@ -138,7 +144,8 @@ def cutout_mask(size: tuple[int, int], draw: Tensor) -> Tensor:
     """Keep all but a box whose share of the area is uniform in 0..1 (French et al., 2020).
 
     Args:
-        size: H and W. draw: (4, B) uniform random numbers.
+        size: H and W.
+        draw: (4, B) uniform random numbers.
 
     Returns:
         (B, H, W) bool.

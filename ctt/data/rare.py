@@ -19,8 +19,9 @@ class RareClasses:
     then one of the images that show it, as in DAFormer.
 
     Args:
-        pixels: (N, C), as `class_pixels` returns them. share: of the draws that are made for a
-            class. seed: of the run.
+        pixels: (N, C), as `class_pixels` returns them.
+        share: of the draws that are made for a class.
+        seed: of the run.
     """
 
     def __init__(self, pixels: Tensor, share: float, seed: int) -> None:

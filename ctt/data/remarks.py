@@ -23,8 +23,10 @@ class Traits:
     """What a file says of an image.
 
     Attributes:
-        turned: viewers turn or mirror it. pages: images in the file.
-        fourth: it is a TIFF file of more than three channels. clear: some pixels are transparent.
+        turned: viewers turn or mirror it.
+        pages: images in the file.
+        fourth: it is a TIFF file of more than three channels.
+        clear: some pixels are transparent.
         largest: the largest value of a grey image of 16 bits; 0 of other ones.
     """
 

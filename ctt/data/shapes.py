@@ -26,7 +26,8 @@ class Shape:
     Attributes:
         label: name of the class, or `IGNORED`.
         outlines: polygons in pixels; (0, 0) is the upper left corner of the image.
-        bitmap: (h, w), or None. left, top: column and row of the image of its first pixel.
+        bitmap: (h, w), or None.
+        left, top: column and row of the image of its first pixel.
     """
 
     label: str

@@ -20,8 +20,10 @@ class DatasetInfo:
     """Facts that do not depend on an image.
 
     Attributes:
-        classes: C names. palette: C colours (r, g, b) in 0..255.
-        mean, std: of the channels in 0..1, for normalisation.
+        classes: C names.
+        palette: C colours (r, g, b) in 0..255.
+        mean: of the channels in 0..1, for normalisation.
+        std: standard deviation of the channels in 0..1, likewise.
         white: the value that stands for white in images of more than 8 bits; None: what their files
             can hold at most.
     """

@@ -48,8 +48,10 @@ class GeometricView:
     first reduced by a filter, because the resampling reads four pixels and would skip others.
 
     Args:
-        crop: height and width of the result. scale: range of the resize factor.
-        rotation: largest angle in degrees. translation: largest shift, as a share of the sides.
+        crop: height and width of the result.
+        scale: range of the resize factor.
+        rotation: largest angle in degrees.
+        translation: largest shift, as a share of the sides.
         mean: of the channels in 0..1.
     """
 

@@ -34,7 +34,8 @@ class Experiment:
     """Runs that are compared.
 
     Attributes:
-        what: what it asks, in one line. source: where it comes from.
+        what: what it asks, in one line.
+        source: where it comes from.
         variants: the first is what the others are compared with, unless `baseline` names another.
         shares: labelled shares by data set (of VOC's classic set `voc classic`); none: that of the
             recipe.

@@ -33,8 +33,9 @@ def submit_all(
     """Submit runs as one array of jobs.
 
     Args:
-        parameters: `name=value` of submitit's executor; `cluster=local` runs them here. folder:
-            what the jobs print goes there. jobs: at a time; 1 sets no limit.
+        parameters: `name=value` of submitit's executor; `cluster=local` runs them here.
+        folder: what the jobs print goes there.
+        jobs: at a time; 1 sets no limit.
 
     Returns:
         the names of the jobs.

@@ -108,7 +108,8 @@ def printed(experiment: str, data: str, share: str, variant: str) -> float | Non
     """Return the paper's score of a row, or None.
 
     Args:
-        data: the data set, of VOC's classic set `voc classic`. share: as `--ratio` has it.
+        data: the data set, of VOC's classic set `voc classic`.
+        share: as `--ratio` has it.
     """
     if experiment in TABLES:
         return TABLES[experiment].get(variant)

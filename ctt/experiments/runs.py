@@ -133,7 +133,8 @@ def write_results(path: Path, runs: Sequence[Run], command: Sequence[str]) -> li
     """Write the table, the scores during the runs beside it and, in a YAML file, what all share.
 
     Args:
-        path: the CSV. command: that made them.
+        path: the CSV.
+        command: that made them.
 
     Returns:
         the rows of the table.

@@ -21,8 +21,8 @@ class ClassRow:
 
     Attributes:
         pixels, images: labelled so, and showing it, among the images evaluated on.
-        precision: share of the pixels predicted so that are labelled so. recall: share of the
-            pixels labelled so that are predicted so.
+        precision: share of the pixels predicted so that are labelled so.
+        recall: share of the pixels labelled so that are predicted so.
         taken_for: the other class that most of its labelled pixels are predicted as; empty: none.
         taken: their share of its labelled pixels.
     """
@@ -41,7 +41,8 @@ def class_rows(confusion: Tensor, images: Tensor, info: DatasetInfo) -> list[Cla
     """Return a row for each class.
 
     Args:
-        confusion: (C, C) pixels, labels in rows. images: (C,), how many show each class.
+        confusion: (C, C) pixels, labels in rows.
+        images: (C,), how many show each class.
     """
     matrix = confusion.cpu().double()
     hits, labeled, predicted = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)

@@ -64,7 +64,8 @@ def export(
     """Write the one network of `trained` to `out`; whoever reads it sees the whole file or none.
 
     Args:
-        result: what a graph gives. normalized: its images are, else they are in 0..1.
+        result: what a graph gives.
+        normalized: its images are, else they are in 0..1.
         size: height and width of its images; None leaves them open.
 
     Returns:

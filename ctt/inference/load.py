@@ -26,7 +26,8 @@ class Trained:
         networks: student_1.. and teacher_1.. of a run, or `network` alone out of a file.
         info: of the data set they were trained on.
         settings: of the run; the defaults where there is only a file.
-        origin: in words. sha256: of the file that was read.
+        origin: in words.
+        sha256: of the file that was read.
     """
 
     networks: dict[str, SegmentationModel]

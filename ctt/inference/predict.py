@@ -80,7 +80,8 @@ def sliding(
     """Mean over the windows that cover a pixel; the last window of a row ends at the border.
 
     Args:
-        window: height and width, cut to the image's. stride, batch_pixels: see `EvalSettings`.
+        window: height and width, cut to the image's.
+        stride, batch_pixels: see `EvalSettings`.
     """
     size = (images.shape[-2], images.shape[-1])
     height, width = (min(w, side) for w, side in zip(window, size, strict=True))

@@ -16,7 +16,9 @@ class Refiner(nn.Module):
     """Says which classes an image shows, and where, of the stages that `read` gives.
 
     Args:
-        network: that gives the stages. classes: C. background: one of them, or -1.
+        network: that gives the stages.
+        classes: C.
+        background: one of them, or -1.
     """
 
     def __init__(self, network: SegmentationModel, classes: int, background: int) -> None:
@@ -38,7 +40,8 @@ class Refiner(nn.Module):
         """Return logits (B, C, h, w) on the grid of the last stage.
 
         Args:
-            present: (B, C - 1), which classes there are. valid: (B, h, w), where an image is.
+            present: (B, C - 1), which classes there are.
+            valid: (B, h, w), where an image is.
         """
         stages = [x.detach() for x in stages]
         grid = (stages[-1].shape[-2], stages[-1].shape[-1])

@@ -65,7 +65,9 @@ class Setup:
     """What a method is built from.
 
     Attributes:
-        settings: of the run. info: facts of the dataset. pairs: K, how many students there are.
+        settings: of the run.
+        info: facts of the dataset.
+        pairs: K, how many students there are.
         labeled: how many labelled images the run has.
         initialize: whether students start from `--model.weights`; needless before a checkpoint is
             loaded.
@@ -158,8 +160,8 @@ class Labeler(Protocol):
     """What the engine lends a method between two rounds.
 
     Attributes:
-        unlabeled: names of the unlabelled images. used: those of them that the round before
-            learnt from.
+        unlabeled: names of the unlabelled images.
+        used: those of them that the round before learnt from.
     """
 
     unlabeled: list[str]
@@ -206,8 +208,9 @@ class Step(Protocol):
         """Return uniform random numbers in 0..1 that this name, the seed and the step determine.
 
         Args:
-            shape: with the images of this process. axis: the one that counts images, so that each
-                process has the numbers of its own; None: all processes have the same.
+            shape: with the images of this process.
+            axis: the one that counts images, so that each process has the numbers of its own; None:
+                all processes have the same.
         """
 
     def forward(self, network: nn.Module, images: Tensor) -> Output:
@@ -237,7 +240,8 @@ class Step(Protocol):
         """Return the function that mixes images, labels and confidences by `--views.mix`.
 
         Args:
-            probability: of each teacher, (B, C, H, W). padding: (B, H, W), where no image is.
+            probability: of each teacher, (B, C, H, W).
+            padding: (B, H, W), where no image is.
             rule: one of the choices of `--views.mix`, instead of the run's.
             name: of the random numbers; another one gives another mix of the same step.
         """
@@ -280,8 +284,8 @@ class Method(nn.Module):
         terms: names of the terms, in the order of the log.
         logged: names of other numbers that the method gives to `step.log` or `report`.
         labeled: the loss of labelled images, `self.labeled(logits, grid, b, step)`.
-        students: the networks that are trained. teachers: those that follow them, always in
-            evaluation mode.
+        students: the networks that are trained.
+        teachers: those that follow them, always in evaluation mode.
         labeled_beside: whether every batch that students see in training mode holds at least two
             images for each labelled one: it and an unlabelled one, or two views.
         find_unused: whether a step may leave trainable parameters without a gradient.

@@ -57,7 +57,8 @@ class About:
     """Facts of a method.
 
     Attributes:
-        paper: its source, in one line. target: where it is, `module:Class` or `file.py:Class`.
+        paper: its source, in one line.
+        target: where it is, `module:Class` or `file.py:Class`.
         pairs: K where the user asks for none.
         unlabeled: whether it takes unlabelled images.
         uses: settings of the run, or groups of them, that it reads among those that only some

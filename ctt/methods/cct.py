@@ -161,7 +161,9 @@ def worst_direction(z: Tensor, decoder: nn.Module, direction: Tensor) -> Tensor:
     Near z the Kullback-Leibler divergence is d' H d / 2; H d is what the iteration computes.
 
     Args:
-        z: (B, D, h, w). decoder: a 1x1 convolution. direction: d (D, h, w), to start from.
+        z: (B, D, h, w).
+        decoder: a 1x1 convolution.
+        direction: d (D, h, w), to start from.
 
     Returns:
         (B, D, h, w), of length 1 for each image.

@@ -38,7 +38,8 @@ class ClassMemory(nn.Module):
     (Alonso et al., 2021).
 
     Args:
-        capacity: vectors of a class. dim: D.
+        capacity: vectors of a class.
+        dim: D.
     """
 
     def __init__(self, setup: Setup, capacity: int, dim: int) -> None:
@@ -53,7 +54,8 @@ class ClassMemory(nn.Module):
         the mean over the classes.
 
         Args:
-            pixels: (C, n, D), normalised. there: (C, n), where there is one.
+            pixels: (C, n, D), normalised.
+            there: (C, n), where there is one.
         """
         bank = self.bank
         held = torch.arange(bank.capacity, device=bank.keys.device) < bank.count[:, None]  # (C, V)
@@ -92,8 +94,10 @@ def negatives(p: Tensor, own: Tensor, unsure: Tensor, likely: int) -> Tensor:
     be of it, and unsure unlabelled pixels for which it is no likely one, nor the last.
 
     Args:
-        p: probabilities (2B, C, h, w), of labelled images first. own: classes (2B, h, w), 255 where
-            there is none. unsure: (B, h, w), of the unlabelled images. likely: how many classes.
+        p: probabilities (2B, C, h, w), of labelled images first.
+        own: classes (2B, h, w), 255 where there is none.
+        unsure: (B, h, w), of the unlabelled images.
+        likely: how many classes.
     """
     n, classes = len(unsure), p.shape[1]
     rank = p.argsort(dim=1, descending=True).argsort(dim=1)  # of each class, by probability

@@ -53,8 +53,10 @@ def judged(logits: Tensor, real: bool, mask: Tensor, count: Tensor) -> Tensor:
     """Return the binary cross-entropy of critics' logits, 0 where nothing is judged.
 
     Args:
-        logits: of any shape. real: what they should say. mask: of the same shape, which of them
-            count. count: (), how many those are in the whole batch.
+        logits: of any shape.
+        real: what they should say.
+        mask: of the same shape, which of them count.
+        count: (), how many those are in the whole batch.
     """
     loss = F.softplus(-logits if real else logits)
     return loss.masked_fill(~mask, 0).sum() / count
@@ -95,7 +97,8 @@ class Discriminator(nn.Module):
     """Judges class maps at every pixel (Hung et al., 2018): five convolutions of stride 2.
 
     Args:
-        channels: of the maps. width: channels of the first layer.
+        channels: of the maps.
+        width: channels of the first layer.
     """
 
     SMALLEST = 32  # height and width of maps of which the last layer still gives a value
@@ -118,7 +121,8 @@ class FlawDetector(nn.Module):
     """Tells at every pixel how wrong a class map of an image is (Ke et al., 2020).
 
     Args:
-        channels: of image and class map together. width: channels of the first layer.
+        channels: of image and class map together.
+        width: channels of the first layer.
     """
 
     SMALLEST = 60
@@ -157,7 +161,8 @@ class ImageCritic(nn.Module):
     """Judges a class map together with its image as a whole (Mittal et al., 2019).
 
     Args:
-        channels: of class map and image together. width: channels of the first layer.
+        channels: of class map and image together.
+        width: channels of the first layer.
     """
 
     SMALLEST = 16
@@ -174,7 +179,8 @@ class ImageCritic(nn.Module):
         """Return the logit (B,) of being a mask, and the features (B, 8 * width) of it.
 
         Args:
-            maps: (B, C + 3, H, W). draw: (B, DRAWS * width) in 0..1; below 0.5 a channel drops.
+            maps: (B, C + 3, H, W).
+            draw: (B, DRAWS * width) in 0..1; below 0.5 a channel drops.
         """
         x = pad_to_multiple(maps, 1, self.SMALLEST)
         drops: list[Tensor | None] = [*draw.split_with_sizes(self.dropping, dim=1), None]

@@ -95,7 +95,8 @@ def class_thresholds(networks: Networks, labeler: Labeler, ratio: float, classes
     """Return the confidence (C,) that a share of the pixels predicted as each class reach.
 
     Args:
-        networks: whose mean predicts, on all unlabelled images. ratio: the share.
+        networks: whose mean predicts, on all unlabelled images.
+        ratio: the share.
     """
     device = next(networks.parameters()).device
     counts = torch.zeros(classes * BINS, dtype=torch.int64, device=device)

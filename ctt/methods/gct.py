@@ -128,7 +128,8 @@ def choose(
     """Return what each of two students should say, (B, C, H, W), and where both are bad.
 
     Args:
-        probability: of each, (B, C, H, W). flaws: of each, (B, H, W).
+        probability: of each, (B, C, H, W).
+        flaws: of each, (B, H, W).
     """
     scaled, bad = [], []
     for flaw in flaws:

@@ -20,7 +20,8 @@ class ImageContrast:
     Images come in pairs, a labelled and an unlabelled one: maps are (B, 2, D, h, w).
 
     Attributes:
-        classes: C. without: a class that takes no part; -1: none.
+        classes: C.
+        without: a class that takes no part; -1: none.
         count: pixels of an image and class, if it has more than so many; others take no part.
     """
 
@@ -33,8 +34,9 @@ class ImageContrast:
         """Draw the keys of all processes, and say which pixels may be anchors.
 
         Args:
-            maps: of the network that gives the keys, normalised. own: classes (B, 2, h, w), 255
-                where there is none. ticket: random numbers (B, 2, h, w).
+            maps: of the network that gives the keys, normalised.
+            own: classes (B, 2, h, w), 255 where there is none.
+            ticket: random numbers (B, 2, h, w).
 
         Returns:
             `class` and `ticket` (B, 2, h, w), the first 255 where a pixel can be no anchor; in
@@ -60,8 +62,10 @@ class ImageContrast:
         """Return the contrast of anchors with the keys: its part of the mean over all anchors.
 
         Args:
-            maps: of the student. answer: its classes (B, 2, h, w); half of the anchors are pixels
-                that it has wrong, if there are so many. b: what `prepare` returned, or a part.
+            maps: of the student.
+            answer: its classes (B, 2, h, w); half of the anchors are pixels that it has wrong, if
+                there are so many.
+            b: what `prepare` returned, or a part.
         """
         wrong = _rows(answer != b["class"])[:, None]
         ticket = _rows(b["ticket"])[:, None]

@@ -35,8 +35,9 @@ def class_weights(
     """Return a weight for each class; 1 for a class that no labelled image shows.
 
     Args:
-        rule: "inverse", "enet" or "effective". pixels, images: of each class, among the labelled
-            images. beta: of the effective number.
+        rule: "inverse", "enet" or "effective".
+        pixels, images: of each class, among the labelled images.
+        beta: of the effective number.
     """
     total, shown = sum(pixels), [c for c, n in enumerate(pixels) if n > 0]
     found = {
@@ -54,7 +55,8 @@ class LabeledLoss(nn.Module):
     """The term of the labelled images, as `--labeled.*` says.
 
     Args:
-        classes: C. parts: of a step, `--train.accumulate`.
+        classes: C.
+        parts: of a step, `--train.accumulate`.
 
     Raises:
         UserError: another number of weights than of classes.
@@ -94,8 +96,9 @@ class LabeledLoss(nn.Module):
         """Return the loss () of labelled images, this process's and this part's share of the mean.
 
         Args:
-            logits: (B, C, h, w), on this grid. b: a part of the batch, with `pixels`, the labelled
-                pixels of the step as `step.count` gives them.
+            logits: (B, C, h, w), on this grid.
+            b: a part of the batch, with `pixels`, the labelled pixels of the step as `step.count`
+                gives them.
         """
         label, s = b["label"], self.settings
         if s.plain:
@@ -144,7 +147,8 @@ class LabeledLoss(nn.Module):
         """Return the sum of 1 - dice over images and the classes that they show, by `shown` ().
 
         Args:
-            scores: (B, C, H, W). label: (B, H, W).
+            scores: (B, C, H, W).
+            label: (B, H, W).
         """
         valid = (label != IGNORE)[:, None]
         probability = scores.softmax(dim=1) * valid  # (B, C, H, W)

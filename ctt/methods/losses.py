@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctt.data.source import IGNORE
-from ctt.models.base import Grid, subsample, upsample
+from ctt.models.base import Grid, upsample
 from ctt.ops import MemoryBank, info_nce, pair_info_nce
 
 
@@ -27,10 +27,13 @@ def coarsen(maps: Tensor, grid: Grid, coarse: Grid, size: Sequence[int]) -> Tens
     """Return maps (B, D, h, w) at the cells nearest to those of a coarser grid: (B, D, *size).
 
     Args:
-        grid: of `maps`. coarse: the coarser one. size: its height and width.
+        grid: of `maps`.
+        coarse: the coarser one.
+        size: its height and width.
     """
     if not grid.cells and coarse.stride % grid.stride == 0 and coarse.origin == grid.origin:
-        return subsample(maps, coarse.stride // grid.stride)
+        step = coarse.stride // grid.stride
+        return maps[..., ::step, ::step]
     rows, columns = (
         grid.nearest(coarse, n, length, maps.device)
         for n, length in zip(size, maps.shape[-2:], strict=True)
@@ -63,8 +66,9 @@ def pixel_cross_entropy(
     """Mean cross-entropy over the pixels whose label is not 255; 0 where there is none.
 
     Args:
-        logits: (B, C, h, w), on this grid. label: (B, H, W) int64. weight: (), a
-            factor on the mean.
+        logits: (B, C, h, w), on this grid.
+        label: (B, H, W) int64.
+        weight: (), a factor on the mean.
         pixels: (), `valid_pixels` of the whole batch, of which these images may be a part; the
             means of the parts then add up to that of the whole.
     """
@@ -78,7 +82,9 @@ def squared_distance(logits: Tensor, grid: Grid, soft: Tensor, valid: Tensor) ->
     """Return the squared difference of probabilities, summed over the classes and valid pixels.
 
     Args:
-        logits: (B, C, h, w), on this grid. soft: (B, C, H, W). valid: (B, H, W) bool.
+        logits: (B, C, h, w), on this grid.
+        soft: (B, C, H, W).
+        valid: (B, H, W) bool.
     """
     probability = upsample(logits, (soft.shape[-2], soft.shape[-1]), grid).softmax(dim=1)
     distance = (probability - soft).square().sum(dim=1)
@@ -95,7 +101,8 @@ def weigh_pseudo_label(
     """Return the cross-teacher target under the option `confidence_weight`.
 
     Args:
-        pseudo_label: (B, H, W) int64 with 255 for padding. confidence: (B, H, W) probability.
+        pseudo_label: (B, H, W) int64 with 255 for padding.
+        confidence: (B, H, W) probability.
         rule: "none", "uniform" (factor: share of valid pixels at or over the threshold) or
             "threshold" (pixels below it become 255).
 
@@ -179,7 +186,8 @@ def low_level_contrast(
     """Equation (8) for features of both (B, D, h, w), label and mask (B, h, w).
 
     Args:
-        banks: keys and counts. total: as in `high_level_contrast`.
+        banks: keys and counts.
+        total: as in `high_level_contrast`.
     """
     label, mask = label.flatten(), mask.flatten()
     loss = pair_info_nce(
@@ -203,7 +211,9 @@ def part_of_mean(
     """This process's part of the mean that `reduction` of `info_nce` takes over all processes.
 
     Args:
-        values: (N,) losses, 0 where a pixel does not count. label: (N,) int64. mask: (N,) bool.
+        values: (N,) losses, 0 where a pixel does not count.
+        label: (N,) int64.
+        mask: (N,) bool.
         joins: (C,) bool, the classes whose pixels count.
     """
     classes = torch.arange(len(joins), device=label.device)

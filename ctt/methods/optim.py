@@ -118,7 +118,8 @@ def learning_rate(optim: OptimSettings, iterations: int, iteration: int) -> floa
     (1 - t / T) ** power or (1 + cos(pi t / T)) / 2.
 
     Args:
-        iterations: T, of the run. iteration: t, steps before this one.
+        iterations: T, of the run.
+        iteration: t, steps before this one.
     """
     if iteration < optim.warmup:
         return optim.lr * (iteration + 1) / optim.warmup

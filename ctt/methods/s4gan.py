@@ -112,7 +112,8 @@ def feature_matching(
     """Return the mean distance between the mean features of two sets of images, of all processes.
 
     Args:
-        wanted, features: (B, D). real, fake: (B,), which of their images count.
+        wanted, features: (B, D).
+        real, fake: (B,), which of their images count.
     """
     counts = step.total(torch.stack([real.sum(), fake.sum()]))
     (masks, fakes), there = counts.clamp(min=1), counts.min().clamp(max=1)

@@ -26,7 +26,8 @@ def quantile(values: Tensor, valid: Tensor, share: float | Tensor, step: Step) -
     """Return the value () below which a share of the valid ones lies, in steps of 1 / `BINS`.
 
     Args:
-        values: in 0..1, of any shape. valid: of the same, bool.
+        values: in 0..1, of any shape.
+        valid: of the same, bool.
     """
     return class_quantiles(values, (~valid).long(), 1, share, step)[0][0]
 
@@ -52,7 +53,8 @@ def highest(member: Tensor, count: int, ticket: Tensor) -> tuple[Tensor, Tensor]
     """Return up to `count` members of each class with the highest numbers.
 
     Args:
-        member: (..., N) bool. ticket: (N,) or (..., 1, N) random numbers in 0..1.
+        member: (..., N) bool.
+        ticket: (N,) or (..., 1, N) random numbers in 0..1.
 
     Returns:
         their places (..., count) and numbers, which are -1 where there are fewer.
@@ -66,7 +68,8 @@ def half_of_each(member: Tensor, kind: Tensor, count: int, ticket: Tensor) -> tu
     """Draw up to `count` members, half of them of a kind, or more where there are too few others.
 
     Args:
-        member, ticket: as in `highest`. kind: as `ticket`, bool.
+        member, ticket: as in `highest`.
+        kind: as `ticket`, bool.
 
     Returns:
         their places (..., count), and whether there is one.
@@ -109,7 +112,8 @@ def tickets(name: str, own: Tensor, step: Step) -> Tensor:
     """Return a random number for each pixel (2B * h * w) of labelled and unlabelled images.
 
     Args:
-        name: of the numbers. own: (2B, h, w), what the pixels are.
+        name: of the numbers.
+        own: (2B, h, w), what the pixels are.
     """
     shape = (len(own) // 2, 2, *own.shape[1:])
     return step.rand(name, shape, 0).movedim(1, 0).flatten()
@@ -119,7 +123,8 @@ def numbered(member: Tensor, count: int, ticket: Tensor, step: Step) -> tuple[Te
     """Draw up to `count` members of each class out of all processes, and number them.
 
     Args:
-        member: (C, N) bool, a pixel belongs to one class at most. ticket: (N,) random numbers.
+        member: (C, N) bool, a pixel belongs to one class at most.
+        ticket: (N,) random numbers.
 
     Returns:
         the number (N,) of each pixel among those of its class, `NOBODY` for the others, and how
@@ -153,7 +158,8 @@ def number_each(name: str, own: Tensor, classes: int, count: int, step: Step) ->
     """Draw up to `count` pixels of each class, and number them as `numbered` does: (B, h, w).
 
     Args:
-        name: of the random numbers. own: (B, h, w), the class of each pixel.
+        name: of the random numbers.
+        own: (B, h, w), the class of each pixel.
     """
     ticket = step.rand(name, tuple(own.shape), 0).flatten()
     return numbered(class_members(own, classes), count, ticket, step)[0].view_as(own)
@@ -165,7 +171,8 @@ def sample_of(
     """Return the pixels (C, count, D) of a sample, and where there is one (C, count).
 
     Args:
-        maps: (B, D, h, w). own, number: (B, h, w), see `places`.
+        maps: (B, D, h, w).
+        own, number: (B, h, w), see `places`.
     """
     place = places(own.flatten(), number.flatten(), classes, count)
     return as_pixels(maps)[place.clamp(min=0)], place != NOBODY
@@ -177,7 +184,8 @@ def push(
     """Push features of up to `count` members of each class, drawn out of all processes.
 
     Args:
-        member: (C, N) bool; a pixel may belong to several classes. features: (N, D).
+        member: (C, N) bool; a pixel may belong to several classes.
+        features: (N, D).
         ticket: (N,) random numbers.
     """
     place, own = highest(member, count, ticket)
@@ -194,8 +202,10 @@ def told_apart(
     """Return the cross-entropy (C, n) of telling the positive of a class from its negatives.
 
     Args:
-        anchors: (C, n, D), normalised. positive: (C, D), normalised. bank: of negatives, for each
-            class its own. draw: (C, n, m) random numbers, for m negatives of each anchor.
+        anchors: (C, n, D), normalised.
+        positive: (C, D), normalised.
+        bank: of negatives, for each class its own.
+        draw: (C, n, m) random numbers, for m negatives of each anchor.
     """
     good = (anchors * positive[:, None]).sum(dim=2, keepdim=True)
     index = (draw * bank.count[:, None, None]).long().clamp(max=bank.capacity - 1)

@@ -127,7 +127,8 @@ class U2pl(EmbeddingTeacher):
         """Choose anchors and positives, and push negatives.
 
         Args:
-            out: of the teacher, for labelled and mixed images. truth, label: of these, (B, H, W).
+            out: of the teacher, for labelled and mixed images.
+            truth, label: of these, (B, H, W).
         """
         o, grid, n = self.options, self.students[k].grid, len(truth)
         maps = embed(self.head_teachers[k], out.features, step)

@@ -101,7 +101,9 @@ def divergence(logits: Tensor, grid: Grid, soft: Tensor, valid: Tensor) -> Tenso
     """Return the Kullback-Leibler divergence from probabilities, summed over the valid pixels.
 
     Args:
-        logits: (B, C, h, w), on this grid. soft: (B, C, H, W). valid: (B, H, W) bool.
+        logits: (B, C, h, w), on this grid.
+        soft: (B, C, H, W).
+        valid: (B, H, W) bool.
     """
     log_p = upsample(logits, (soft.shape[-2], soft.shape[-1]), grid).log_softmax(dim=1)
     distance = F.kl_div(log_p, soft, reduction="none").sum(dim=1)

@@ -47,7 +47,8 @@ def build(
     """A network with fresh random weights from torch's global generator; nothing is downloaded.
 
     Args:
-        num_classes: C. features: D; 0: the architecture's.
+        num_classes: C.
+        features: D; 0: the architecture's.
         width: channels of the first stage (small).
         backbone: name of a timm model; empty: the architecture's own.
         output_stride: 8 or 16, of the backbone (deeplabv2, deeplabv3plus); 0: the architecture's.

@@ -69,7 +69,8 @@ class Grid(NamedTuple):
         """Return the cell of this grid nearest to each of the first `count` cells of another one.
 
         Args:
-            coarse: whose cells are not spread. length: how many cells this one has along the side.
+            coarse: whose cells are not spread.
+            length: how many cells this one has along the side.
         """
         place = 2 * torch.arange(count, device=device) * coarse.stride  # in half pixels
         if self.cells:
@@ -284,7 +285,8 @@ def stretch(x: Tensor, size: tuple[int, int], factor: int, *, corners: bool) -> 
     elif factor > 1 and not torch.compiler.is_exporting() and inner == size:
         return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
     elif factor > 1:
-        x = F.pad(x, (0, 1, 0, 1), mode="replicate")
+        x = torch.cat([x, x[:, :, -1:]], dim=2)
+        x = torch.cat([x, x[:, :, :, -1:]], dim=3)
         whole = (inner[0] + factor, inner[1] + factor)
         x = F.interpolate(x, size=whole, mode="bilinear", align_corners=True)
     return cut(x, size)
@@ -292,9 +294,10 @@ def stretch(x: Tensor, size: tuple[int, int], factor: int, *, corners: bool) -> 
 
 def cut(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the first rows and columns of x (B, D, h, w), which has as many: (B, D, *size)."""
-    # Gradients of a slice are no longer channels_last, and what follows then takes many times as
-    # long; it would also make it a condition of an exported graph whether sides are multiples.
-    return F.pad(x, (0, size[1] - x.shape[3], 0, size[0] - x.shape[2]))
+    if torch.compiler.is_exporting():
+        # a view would make it a condition of the graph whether the sides are multiples or not
+        return F.pad(x, (0, size[1] - x.shape[3], 0, size[0] - x.shape[2]))
+    return x[:, :, : size[0], : size[1]]
 
 
 def stretch_like(x: Tensor, other: Tensor, factor: int, *, corners: bool) -> Tensor:
@@ -302,20 +305,12 @@ def stretch_like(x: Tensor, other: Tensor, factor: int, *, corners: bool) -> Ten
     return stretch(x, (other.shape[-2], other.shape[-1]), factor, corners=corners)
 
 
-def subsample(x: Tensor, step: int) -> Tensor:
-    """Return every `step`-th row and column of x (B, D, h, w), from the first: (B, D, h', w') with
-    h' = ceil(h / step).
-
-    x[:, :, ::step, ::step] has the same values, but its gradient is no longer channels_last.
-    """
-    return F.avg_pool2d(x, 1, step) if step > 1 else x
-
-
 def upsample(logits: Tensor, size: tuple[int, int], grid: Grid) -> Tensor:
     """Return logits (B, C, h, w) at every pixel of the images, in float32 at least: (B, C, H, W).
 
     Args:
-        logits: whose cells lie on `grid`. size: H and W.
+        logits: whose cells lie on `grid`.
+        size: H and W.
     """
     if grid.cells:
         whole = [n // grid.cells * grid.stride for n in logits.shape[-2:]]

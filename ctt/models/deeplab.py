@@ -24,7 +24,10 @@ class DeepLabV2(BackboneModel):
     the published one computes (and nothing else, as long as D >= C), from other parameters.
 
     Args:
-        num_classes: C. features: D. backbone: name of a timm model. output_stride: 8 as published.
+        num_classes: C.
+        features: D.
+        backbone: name of a timm model.
+        output_stride: 8 as published.
         drop_path: rate of stochastic depth in the last block of the backbone.
     """
 
@@ -67,8 +70,10 @@ class DeepLabV3Plus(BackboneModel):
     input of the classifier, are at stride 4.
 
     Args:
-        num_classes: C. features: D. backbone: name of a timm model. output_stride: 16 or 8, of the
-            backbone; the dilation rates double at 8.
+        num_classes: C.
+        features: D.
+        backbone: name of a timm model.
+        output_stride: 16 or 8, of the backbone; the dilation rates double at 8.
         drop_path: rate of stochastic depth in the last block of the backbone.
     """
 

@@ -31,9 +31,11 @@ class Dpt(BackboneModel):
     Images of any size: they are padded to whole patches by the normalised colour 0.
 
     Args:
-        num_classes: C. features: D; 0: as published for the width of the encoder.
-        backbone: name of a ViT of timm. image: height and width of the images that the position
-            embeddings are for; those of other images are interpolated; None: as published.
+        num_classes: C.
+        features: D; 0: as published for the width of the encoder.
+        backbone: name of a ViT of timm.
+        image: height and width of the images that the position embeddings are for; those of other
+            images are interpolated; None: as published.
         drop_path: rate of stochastic depth in the last block, falling to 0 in the first.
     """
 
@@ -101,7 +103,8 @@ class Fusion(nn.Module):
     """Takes a map to the next finer resolution, with what the coarser ones gave added to it.
 
     Args:
-        width: channels of all maps. joins: whether there is anything coarser.
+        width: channels of all maps.
+        joins: whether there is anything coarser.
     """
 
     def __init__(self, width: int, joins: bool) -> None:

@@ -18,12 +18,15 @@ class Segmenter(nn.Module):
     """Normalisation, network, and its output at the resolution of the image.
 
     Args:
-        network: any network of `ctt.models`. info: of the data set it was trained on.
+        network: any network of `ctt.models`.
+        info: of the data set it was trained on.
         note: on the origin of the weights.
 
     Attributes:
-        classes: C names. palette: C colours (r, g, b) in 0..255.
-        mean, std: of the channels in 0..1, by which images are normalised.
+        classes: C names.
+        palette: C colours (r, g, b) in 0..255.
+        mean: of the channels in 0..1, by which images are normalised.
+        std: standard deviation of the channels in 0..1, likewise.
     """
 
     mean: Tensor

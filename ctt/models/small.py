@@ -4,14 +4,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ctt.models.base import SegmentationModel, conv_bn, stretch_like, subsample
+from ctt.models.base import SegmentationModel, conv_bn, stretch_like
 
 
 class Small(SegmentationModel):
     """Features at half resolution from three stages (strides 2, 4, 8) and lateral connections.
 
     Args:
-        num_classes: C. features: D. width: channels of the first stage; 2 and 4 times that follow.
+        num_classes: C.
+        features: D.
+        width: channels of the first stage; 2 and 4 times that follow.
     """
 
     stride = 2
@@ -61,4 +63,4 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # The pixels are picked before the convolution: with a stride of its own, fewer than 16
         # channels of x and channels_last, PyTorch on a CPU writes outside its memory in backward.
-        return F.relu(self.body(x) + self.shortcut(subsample(x, self.stride)))
+        return F.relu(self.body(x) + self.shortcut(x[:, :, :: self.stride, :: self.stride]))

@@ -43,7 +43,9 @@ class Smp(BackboneModel):
     nothing at stride 2. Each stage of a ViT has the class token, in every cell, beside its map.
 
     Args:
-        architecture: one of `architectures()`. num_classes: C. features: D.
+        architecture: one of `architectures()`.
+        num_classes: C.
+        features: D.
         backbone: name of a timm model, else of an encoder that the library has itself.
 
     Raises:

@@ -20,7 +20,9 @@ class Vit(BackboneModel):
     embeddings are interpolated. Features are at half a patch: stride 7 for patches of 14.
 
     Args:
-        num_classes: C. features: D. backbone: name of a ViT of timm.
+        num_classes: C.
+        features: D.
+        backbone: name of a ViT of timm.
         drop_path: rate of stochastic depth in the last block, falling to 0 in the first.
     """
 

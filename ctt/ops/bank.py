@@ -23,7 +23,9 @@ class MemoryBank(nn.Module):
     `pair_info_nce`.
 
     Args:
-        num_classes: C, at least 1. capacity: V, at least 1. dim: D, at least 1.
+        num_classes: C, at least 1.
+        capacity: V, at least 1.
+        dim: D, at least 1.
         group: the processes that share one bank: every one of them must call `push` at each step.
             None: all processes, where torch.distributed is initialised. "local": this process has a
             bank of its own, `push` waits for no other, and the banks differ from rank to rank
@@ -85,9 +87,12 @@ class MemoryBank(nn.Module):
         process with the joined batch would have.
 
         Args:
-            features: (N, D) floating point. label: (N,) int64. confidence: (N,) floating point.
+            features: (N, D) floating point.
+            label: (N,) int64.
+            confidence: (N,) floating point.
             valid: (N,) bool, None: all.
-            top_k, per_class: at least 1.
+            top_k: candidates of a class, at least 1.
+            per_class: keys of a class that are pushed, at least 1.
             generator: source of the draw; None: torch's default generator of the device. Ranks use
                 the draw of the group's rank 0.
             ticket: (C, top_k) uniform random numbers of the device, the same on every rank, instead

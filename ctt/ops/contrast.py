@@ -89,7 +89,10 @@ def pair_info_nce(
         label: (N,) int64; labels outside 0..C-1 (255) do not count.
         banks: (keys (C, V, D), count (C,) int64 or None) of each bank, with one C and D; keys
             L2-normalised as `queue_push_` stores them.
-        temperature, mask, reduction, backend: as in `info_nce`.
+        temperature: as in `info_nce`.
+        mask: as in `info_nce`.
+        reduction: as in `info_nce`.
+        backend: as in `info_nce`.
 
     Returns:
         () or (N,), as `info_nce`.

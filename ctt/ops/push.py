@@ -25,7 +25,8 @@ def queue_push_(
 
     Args:
         keys: (C, V, D) floating point, the rings.
-        count: (C,) int64, keys held. cursor: (C,) int64, next place to write.
+        count: (C,) int64, keys held.
+        cursor: (C,) int64, next place to write.
         features: (N, D) floating point, not normalised; no gradient flows. A feature of norm 0
             becomes a key of zeros.
         index: (C, k) int64 into features; entries outside 0..N-1 (-1) are skipped.

@@ -33,7 +33,8 @@ class World:
     """The processes of a run.
 
     Attributes:
-        rank: number of this one. size: how many there are.
+        rank: number of this one.
+        size: how many there are.
         messages: a group on the CPU, whose messages no GPU waits for.
     """
 

@@ -39,7 +39,8 @@ class Engine:
         world: the processes that share the batch; None: this one alone.
 
     Attributes:
-        iteration: steps done. drawn, drawn_unlabeled: images that they took, of all processes.
+        iteration: steps done.
+        drawn, drawn_unlabeled: images that they took, of all processes.
         trained, untrained: images that went through networks with and without gradient, in the
             steps of all processes; not what a method perturbs and decodes again, or, as VAT does,
             searches for by itself.

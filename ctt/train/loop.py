@@ -53,8 +53,9 @@ class Stopped(Exception):  # noqa: N818  (not an error)
     """The user asked to stop; a checkpoint has been written.
 
     Attributes:
-        folder: of the run. iteration: after which it stopped. is_main: whether this process is the
-            one to say so.
+        folder: of the run.
+        iteration: after which it stopped.
+        is_main: whether this process is the one to say so.
     """
 
     def __init__(self, folder: Path, iteration: int, is_main: bool) -> None:

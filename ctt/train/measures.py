@@ -59,7 +59,8 @@ def measure(
         networks: students and teachers, all on one device; students label where there is no
             teacher. Their mode is left as it was.
         ids: unlabelled images, of which every process takes its part; of none there is no number.
-        settings: how an image is read. threshold: of the confidence.
+        settings: how an image is read.
+        threshold: of the confidence.
     """
     if not ids:
         return {}

@@ -35,8 +35,9 @@ class Plan:
     """The parts of a run, for training and for the dry run alike.
 
     Attributes:
-        pairs: K. labeled, unlabeled: names of the training images; `unlabeled` are all that have no
-            label, whether or not the method takes them.
+        pairs: K.
+        labeled, unlabeled: names of the training images; `unlabeled` are all that have no label,
+            whether or not the method takes them.
         origins: a sentence for each student that starts from published weights, once it is made.
         masks: of the unlabelled images, that another model made, if there are any.
         class_pixels: (N, C) of each class in each labelled image, where something asks for it.

@@ -18,7 +18,8 @@ class Profile:
     They are not the same steps, because tracing slows the host.
 
     Args:
-        steps: how many. folder: of the run, for trace.json (chrome://tracing, ui.perfetto.dev).
+        steps: how many.
+        folder: of the run, for trace.json (chrome://tracing, ui.perfetto.dev).
     """
 
     def __init__(self, steps: int, phases: Phases, folder: Path) -> None:
@@ -60,7 +61,8 @@ def phase_table(spent: dict[str, float], seconds: float, steps: int) -> Table:
     """Milliseconds and share of each phase.
 
     Args:
-        spent: seconds of each phase. seconds: of all `steps` together.
+        spent: seconds of each phase.
+        seconds: of all `steps` together.
     """
     table = Table(title=f"a step, mean of {steps}")
     table.add_column("phase")

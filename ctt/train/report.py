@@ -32,7 +32,8 @@ def announcement(plan: Plan, engine: Engine, folder: Path, broken: str) -> str:
     """Return what a run is about to do, with its warnings.
 
     Args:
-        folder: of the run. broken: what is wrong with its last checkpoint, if anything.
+        folder: of the run.
+        broken: what is wrong with its last checkpoint, if anything.
     """
     s, world, pairs = plan.settings, engine.world, plan.pairs
     start = f", going on after iteration {engine.iteration}" if engine.iteration else ""
@@ -76,7 +77,9 @@ def summary_of(
     """Return what summary.json holds.
 
     Args:
-        best: the best network so far. seconds: of training. waited: of them without a batch.
+        best: the best network so far.
+        seconds: of training.
+        waited: of them without a batch.
     """
     s, info, evaluated = plan.settings, plan.source.info, plan.source.eval_ids()
     images = engine.drawn + engine.drawn_unlabeled

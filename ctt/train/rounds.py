@@ -33,7 +33,8 @@ class Rounds:
     """When the rounds of a run begin and end, in iterations.
 
     Args:
-        rounds: in their order. total: iterations of the run.
+        rounds: in their order.
+        total: iterations of the run.
 
     Raises:
         UserError: a round would have no iteration.

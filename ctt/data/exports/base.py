@@ -30,12 +30,15 @@ class Request:
     """What is to be read, and how.
 
     Attributes:
-        source: a file, or a folder. target: below it nothing is read.
+        source: a file, or a folder.
+        target: below it nothing is read.
         images: the folder of the images; None: where the export has them.
         masks, table: the folder of coloured masks, and the file that names their colours.
-        classes: names in the order of their numbers; empty: those of the export.
+        classes: names in the order of their numbers;
+        empty: those of the export.
         empty: what images are that the export lists without any shape.
-        crowd: what COCO's crowds are. tolerance: by how much a channel may differ from a colour.
+        crowd: what COCO's crowds are.
+        tolerance: by how much a channel may differ from a colour.
     """
 
     source: Path
@@ -61,8 +64,8 @@ class Item:
     Attributes:
         name: path below the folder of the images.
         paint: the label for a height and width; None: the image is not annotated.
-        size: for which the outlines were drawn, where the export says so. mask: the file of which
-            the label has the size.
+        size: for which the outlines were drawn, where the export says so.
+        mask: the file of which the label has the size.
         evaluation: it belongs to the part to evaluate on.
     """
 
@@ -79,7 +82,8 @@ class Images:
     Only files that a walk through the folder finds are ever returned, so no name leads out of it.
 
     Args:
-        root: the folder. target: below it there are no images of the export.
+        root: the folder.
+        target: below it there are no images of the export.
         without: folders of masks below `root`.
     """
 
@@ -137,9 +141,11 @@ class Export:
     """What an export holds.
 
     Attributes:
-        classes: names, class 0 first. palette: their colours, or none.
+        classes: names, class 0 first.
+        palette: their colours, or none.
         order: which of two shapes lies on top, as the end of a sentence.
-        items: images that it lists. tests: those of the part test, which are not used.
+        items: images that it lists.
+        tests: those of the part test, which are not used.
         left_out: why something else is not used, and how often.
         faults: what is wrong with single images, a sentence each.
         ignored: names of classes that are no classes, but pixels to ignore.
