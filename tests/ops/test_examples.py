@@ -38,9 +38,9 @@ def work(rank: int, port: int, folder: str) -> None:
 
 
 def test_a_plain_loop() -> None:
-    bank, seen = load("operations_plain").train(steps=25)
+    bank, seen = load("operations_plain").train()
     assert bank.full.all()
-    assert seen[-1] < 0.9 * seen[0]
+    assert seen[-1] < 0.8 * seen[0]
 
 
 def test_a_loop_of_segmentation_models_pytorch() -> None:
