@@ -104,9 +104,25 @@ def _new_numbered(parent: Path, stem: str) -> Path:
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
-    """config.yaml, which the next --resume reads."""
+    """config.yaml, which the next --resume reads, from whatever folder it is given in."""
+    values = to_dict(with_whole_paths(settings))
     with written(folder / CONFIG) as part:
-        part.write_text(yaml.safe_dump(to_dict(settings), sort_keys=False), "utf-8")
+        part.write_text(yaml.safe_dump(values, sort_keys=False), "utf-8")
+
+
+def with_whole_paths(settings: Settings) -> Settings:
+    """Return settings whose folders and lists do not depend on where the program is started."""
+
+    def whole(path: Path | None) -> Path | None:
+        return path if path is None or str(path).startswith("~") else path.absolute()
+
+    return dataclasses.replace(
+        settings,
+        data_root=whole(settings.data_root),
+        split_labeled=whole(settings.split_labeled),
+        split_unlabeled=whole(settings.split_unlabeled),
+        data=dataclasses.replace(settings.data, cache=whole(settings.data.cache)),
+    )
 
 
 def find(path: Path) -> Path:
@@ -241,6 +257,7 @@ def check_resumable(old: Settings, new: Settings) -> None:
     Raises:
         UserError: names the setting, what the run has and what was asked for.
     """
+    old, new = with_whole_paths(old), with_whole_paths(new)
     pairs: list[tuple[str, Any, Any]] = []
     for name in FIXED:
         before, after = getattr(old, name), getattr(new, name)

@@ -60,10 +60,12 @@ def handful(names: list[str]) -> list[str]:
 
 
 def histogram(label: Tensor, classes: int) -> Tensor:
-    """Return the pixels (C + 1) of each class in labels of any shape, the ignored ones last."""
-    label = label.long()
-    label = label.masked_fill(label == IGNORE, classes).flatten()
-    return torch.bincount(label, minlength=classes + 1)
+    """Return the pixels (C + 1) of each class in uint8 labels of any shape, the ignored ones last.
+
+    No copy is made: labels of a large image in int64 would take gigabytes.
+    """
+    counts = torch.bincount(label.flatten(), minlength=IGNORE + 1)
+    return torch.cat([counts[:classes], counts[IGNORE:]])
 
 
 def ignored_class(source: Source, pixels: list[int]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,8 +112,9 @@ class Prepared(Source):
         part = None
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.cache, suffix=".part", delete=False) as file:
-                part = Path(file.name)
+            # of a name that no other process takes, and readable by whom this user's files are
+            part = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.part")
+            with part.open("xb") as file:
                 np.save(file, np.ascontiguousarray(_from_tensor(value).numpy()))
             part.replace(path)
         except OSError as error:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctt.data.source import IGNORE
-from ctt.models.base import Grid, upsample
+from ctt.models.base import Grid, subsample, upsample
 from ctt.ops import MemoryBank, info_nce, pair_info_nce
 
 
@@ -32,8 +32,7 @@ def coarsen(maps: Tensor, grid: Grid, coarse: Grid, size: Sequence[int]) -> Tens
         size: its height and width.
     """
     if not grid.cells and coarse.stride % grid.stride == 0 and coarse.origin == grid.origin:
-        step = coarse.stride // grid.stride
-        return maps[..., ::step, ::step]
+        return subsample(maps, coarse.stride // grid.stride)
     rows, columns = (
         grid.nearest(coarse, n, length, maps.device)
         for n, length in zip(size, maps.shape[-2:], strict=True)

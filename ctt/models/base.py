@@ -285,8 +285,7 @@ def stretch(x: Tensor, size: tuple[int, int], factor: int, *, corners: bool) -> 
     elif factor > 1 and not torch.compiler.is_exporting() and inner == size:
         return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
     elif factor > 1:
-        x = torch.cat([x, x[:, :, -1:]], dim=2)
-        x = torch.cat([x, x[:, :, :, -1:]], dim=3)
+        x = F.pad(x, (0, 1, 0, 1), mode="replicate")
         whole = (inner[0] + factor, inner[1] + factor)
         x = F.interpolate(x, size=whole, mode="bilinear", align_corners=True)
     return cut(x, size)
@@ -294,15 +293,23 @@ def stretch(x: Tensor, size: tuple[int, int], factor: int, *, corners: bool) -> 
 
 def cut(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the first rows and columns of x (B, D, h, w), which has as many: (B, D, *size)."""
-    if torch.compiler.is_exporting():
-        # a view would make it a condition of the graph whether the sides are multiples or not
-        return F.pad(x, (0, size[1] - x.shape[3], 0, size[0] - x.shape[2]))
-    return x[:, :, : size[0], : size[1]]
+    # Gradients of a slice are no longer channels_last, and what follows then takes many times as
+    # long; it would also make it a condition of an exported graph whether sides are multiples.
+    return F.pad(x, (0, size[1] - x.shape[3], 0, size[0] - x.shape[2]))
 
 
 def stretch_like(x: Tensor, other: Tensor, factor: int, *, corners: bool) -> Tensor:
     """Return x at the resolution of `other`, which is `factor` times its own."""
     return stretch(x, (other.shape[-2], other.shape[-1]), factor, corners=corners)
+
+
+def subsample(x: Tensor, step: int) -> Tensor:
+    """Return every `step`-th row and column of x (B, D, h, w), from the first: (B, D, h', w') with
+    h' = ceil(h / step).
+
+    x[:, :, ::step, ::step] has the same values, but its gradient is no longer channels_last.
+    """
+    return F.avg_pool2d(x, 1, step) if step > 1 else x
 
 
 def upsample(logits: Tensor, size: tuple[int, int], grid: Grid) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ctt.models.base import SegmentationModel, conv_bn, stretch_like
+from ctt.models.base import SegmentationModel, conv_bn, stretch_like, subsample
 
 
 class Small(SegmentationModel):
@@ -63,4 +63,4 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # The pixels are picked before the convolution: with a stride of its own, fewer than 16
         # channels of x and channels_last, PyTorch on a CPU writes outside its memory in backward.
-        return F.relu(self.body(x) + self.shortcut(x[:, :, :: self.stride, :: self.stride]))
+        return F.relu(self.body(x) + self.shortcut(subsample(x, self.stride)))

@@ -183,11 +183,13 @@ def size_of(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def available(device: torch.device) -> int:
-    """Return bytes that the device has in all."""
+def available(device: torch.device) -> int | None:
+    """Return bytes that the device has in all; None where the system does not say."""
     if device.type == "cuda":
         total: int = torch.cuda.get_device_properties(device).total_memory
         return total
+    if not hasattr(os, "sysconf"):  # Windows
+        return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -201,9 +203,10 @@ def memory_table(parts: dict[str, int], settings: Settings, device: torch.device
         table.add_row(name, f"{value / MEBI:,.0f}")
     table.add_section()
     table.add_row("all", f"{total / MEBI:,.0f}", style="bold")
-    table.add_row(f"{device} has", f"{room / MEBI:,.0f}")
+    table.add_row(f"{device} has", "unknown" if room is None else f"{room / MEBI:,.0f}")
     if ACTIVATIONS not in parts:
         table.add_row(ACTIVATIONS, "unknown")
+    if ACTIVATIONS not in parts or room is None:
         return table
     fixed = total - parts[ACTIVATIONS]
     images = (room - fixed) * settings.data.batch_size // parts[ACTIVATIONS]
