@@ -195,6 +195,9 @@ def description(network: SegmentationModel, info: DatasetInfo, note: str) -> dic
         "mean": info.mean,
         "std": info.std,
         "white": info.white,
+        "bands": info.bands,
+        "ranges": info.ranges,
+        "shown": info.shown,
         "note": note,
     }
 
@@ -241,6 +244,9 @@ def _network_of(
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
         white=meta.get("white"),
+        bands=tuple(meta.get("bands", ())),
+        ranges=tuple((low, high) for low, high in meta.get("ranges", ())),
+        shown=tuple(meta.get("shown", (0, 1, 2))),
     )
     network = models.build(num_classes=len(info.classes), **{"grid": "legacy", **meta["model"]})
     network.load_state_dict(tensors)

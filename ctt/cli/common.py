@@ -12,7 +12,12 @@ BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a share of it, or a file
 # libraries of one option, and their extras
-OPTIONAL = {"segmentation_models_pytorch": "smp", "submitit": "cluster", "pycocotools": "convert"}
+OPTIONAL = {
+    "pycocotools": "convert",
+    "rasterio": "geo",
+    "segmentation_models_pytorch": "smp",
+    "submitit": "cluster",
+}
 
 
 def run_program(name: str, body: Callable[[], int], extra: str = "train") -> None:

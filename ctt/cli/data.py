@@ -1,4 +1,4 @@
-"""ctt-data: check a data set, convert an export, draw splits, fetch what may be fetched."""
+"""ctt-data: check, convert and describe data, draw splits, fetch what may be fetched."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from ctt.cli.stats import Stats
     from ctt.data.check import Report
     from ctt.data.faults import Fault
     from ctt.data.source import Source
@@ -108,8 +109,10 @@ def main() -> None:
 def _main(arguments: list[str]) -> int:
     import tyro
 
+    from ctt.cli.stats import Stats, stats
+
     command = tyro.extras.subcommand_cli_from_dict(
-        {"check": Check, "convert": Convert, "split": Split, "fetch": Fetch},
+        {"check": Check, "convert": Convert, "stats": Stats, "split": Split, "fetch": Fetch},
         prog="ctt-data",
         args=arguments,
         config=(tyro.conf.PositionalRequiredArgs,),
@@ -118,6 +121,8 @@ def _main(arguments: list[str]) -> int:
         return check(command)
     if isinstance(command, Convert):
         return convert(command)
+    if isinstance(command, Stats):
+        return stats(command)
     return split(command) if isinstance(command, Split) else fetch(command)
 
 
@@ -194,7 +199,7 @@ def check_masks(
     return faults, f"{len(names):,} images have masks of another model in {masks.folder}."
 
 
-def open_source(command: Check | Split) -> Source:
+def open_source(command: Check | Split | Stats) -> Source:
     """Return the data set, after a look at the options."""
     from ctt import data
 

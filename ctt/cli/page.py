@@ -19,7 +19,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
-from ctt.data.pictures import read_image
+from ctt.data.rasters import read_as
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
 from ctt.inference.load import Trained
@@ -69,8 +69,8 @@ class Viewer:
         self.predict = lru_cache(KEPT)(self._predict)
 
     def _predict(self, file: str, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Image (3, H, W) uint8, labels (H, W) uint8 and confidence (H, W) on the CPU."""
-        image = read_image(Path(file), self.info.white)
+        """Image (C, H, W), labels (H, W) uint8 and confidence (H, W) on the CPU."""
+        image = read_as(Path(file), self.info)
         predict = self.trained.choose([name]).predictor(self.device, self.settings)
         with torch.no_grad():
             confidence, label = predict(image[None])[0].max(dim=0)
@@ -100,6 +100,8 @@ class Viewer:
             source = self.trained.settings.open_source()
             ids = source.eval_ids()[:EXAMPLES]
             files = []
+            if source.info.bands:  # of which a picture would hold three
+                return [str(file) for name in ids for file in source.files(name, labeled=False)]
             for number, name in enumerate(ids):
                 picture = Image.fromarray(source.image(name).permute(1, 2, 0).numpy())
                 files.append(str(folder / f"{number}.png"))

@@ -247,7 +247,7 @@ def segment(jobs: list[Job], predict: Predict, info: DatasetInfo, parsed: Argume
     _make_folder(parsed.out)
     with Progress(transient=True) as bar, torch.no_grad(), in_threads(parsed.workers) as call:
         task = bar.add_task("segmenting", total=len(jobs))
-        pictures = read_all(jobs, info.white, parsed.workers, failures)
+        pictures = read_all(jobs, info, parsed.workers, failures)
         for group in stacks(pictures, lambda pair: pair[1].shape[1:], parsed.eval.batch_pixels):
             try:
                 with memory_is_told(parsed.eval):
@@ -269,13 +269,13 @@ def _make_folder(folder: Path) -> None:
 
 
 def read_all(
-    jobs: list[Job], white: float | None, workers: int, failures: list[str]
+    jobs: list[Job], info: DatasetInfo, workers: int, failures: list[str]
 ) -> Iterator[tuple[Job, Tensor]]:
-    """Each image (3, H, W) uint8, in order; of those that cannot be read, why, into `failures`."""
+    """Yield each image as networks take it, in order; `failures` gets why others cannot be read."""
     from ctt.data.loader import in_order
-    from ctt.data.pictures import read_image
+    from ctt.data.rasters import read_as
 
-    found = in_order(partial(read_image, white=white), [job.file for job in jobs], workers)
+    found = in_order(partial(read_as, info=info), [job.file for job in jobs], workers)
     for job, image in zip(jobs, found, strict=True):
         if isinstance(image, LoaderError):
             raise image

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ctt.data.files import IMAGENET_MEAN, IMAGENET_STD
+from ctt.data import channels
+from ctt.data.channels import channels_of
 from ctt.data.labels import VALUES
 from ctt.data.pictures import Colour
 from ctt.data.source import IGNORE, DatasetInfo
@@ -26,9 +26,7 @@ KEYS = (
     "mask_suffix",
     "image_suffix",
     "pairs",
-    "mean",
-    "std",
-    "white",
+    *channels.KEYS,
 )
 IGNORED = "ignore"  # as a target in the id map
 MOST_CLASSES = IGNORE
@@ -52,6 +50,7 @@ class Description:
         threshold: the grey from which on a pixel is of the second of two classes, or None.
         mask_suffix, image_suffix: what stands after the name that image and mask have in common.
         pairs: a list of images and their masks; empty: none.
+        says_statistics: it gives the mean and std of the channels.
     """
 
     info: DatasetInfo
@@ -62,6 +61,7 @@ class Description:
     mask_suffix: str
     image_suffix: str
     pairs: str
+    says_statistics: bool
 
 
 def read_description(path: Path) -> Description:
@@ -112,17 +112,8 @@ def read_description(path: Path) -> Description:
             f"which no pixel could have then. Take {classes[ignore]} out of the classes and write "
             f"`id_map: {{{kept}}}`, or give another ignore_index."
         )
-    mean = _statistics(values.get("mean"), IMAGENET_MEAN, "mean", path)
-    std = _statistics(values.get("std"), IMAGENET_STD, "std", path)
-    white = values.get("white")
-    number = isinstance(white, int | float) and not isinstance(white, bool)
-    if white is not None and not (number and 0 < white < math.inf):
-        raise UserError(
-            f"{path}: white must be the value of white in images of more than 8 bits, such as "
-            f"4095, got {brief(white)}."
-        )
     return Description(
-        DatasetInfo("folder", classes, palette, mean, std, white),
+        DatasetInfo("folder", classes, palette, **channels_of(values, path)._asdict()),
         mapping,
         colours,
         bool({"ignore_index", "id_map", "threshold"} & set(values)),
@@ -130,6 +121,7 @@ def read_description(path: Path) -> Description:
         _part_of_a_name(values, "mask_suffix", path),
         _part_of_a_name(values, "image_suffix", path),
         _part_of_a_name(values, "pairs", path),
+        {"mean", "std"} <= set(values),
     )
 
 
@@ -256,14 +248,3 @@ def _mapping(value: Any, ignore: int, classes: tuple[str, ...], path: Path) -> d
             )
         mapping[number] = label
     return mapping
-
-
-def _statistics(
-    value: Any, default: tuple[float, float, float], key: str, path: Path
-) -> tuple[float, float, float]:
-    if value is None:
-        return default
-    numbers = value if isinstance(value, list) else []
-    if len(numbers) == 3 and all(isinstance(v, int | float) and 0 < v <= 1 for v in numbers):
-        return (float(numbers[0]), float(numbers[1]), float(numbers[2]))
-    raise UserError(f"{path}: {key} must be three numbers in 0..1, got {brief(value)}.")

@@ -12,15 +12,14 @@ from torch import Tensor
 
 from ctt.data.labels import LabelMap
 from ctt.data.options import SourceOptions
-from ctt.data.pictures import read_image, read_mask
+from ctt.data.pictures import read_mask
+from ctt.data.rasters import read_as
 from ctt.data.remarks import of_channels, of_darkness, of_pages, of_turning, traits
 from ctt.data.source import IGNORE, DatasetInfo, Source
 from ctt.data.split import NO_MASK, draw_split, with_all_classes
 from ctt.errors import UserError
 from ctt.files import expanded
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 FEW = 300  # images with masks that are read through at the start
 NO_SUCH_MASK = "The image that it belongs to can only be an unlabelled one."
 
@@ -127,7 +126,7 @@ class FileSource(Source):
         return list(self._eval)
 
     def image(self, name: str) -> Tensor:
-        return read_image(self.image_path(name), self.info.white, turned=self.turned)
+        return read_as(self.image_path(name), self.info, turned=self.turned)
 
     def remarks(self, names: Iterable[str], threads: int = 1) -> list[str]:
         """Return a sentence for each thing in these images that is allowed and maybe not meant.
@@ -136,8 +135,11 @@ class FileSource(Source):
             threads: files read at a time; 0: one for each core.
         """
         images = traits((self.image_path(name) for name in names), threads)
+        turning = of_turning(images) if self.turned else []
+        if self.info.bands:  # which say what is read
+            return turning
         return [
-            *(of_turning(images) if self.turned else []),
+            *turning,
             *of_pages(images),
             *of_channels(images),
             *(of_darkness(images) if self.info.white is None else []),

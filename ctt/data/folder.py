@@ -9,10 +9,12 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from ctt.data import IMAGE_SUFFIXES
+from ctt.data.channels import UNKNOWN_MEAN, UNKNOWN_STD
 from ctt.data.description import DESCRIPTION, read_description
 from ctt.data.files import FileSource, list_names, require_root, same_name
 from ctt.data.labels import LabelMap
 from ctt.data.options import SourceOptions
+from ctt.data.pictures import STATS
 from ctt.data.source import IGNORE
 from ctt.data.split import NO_MASK, read_lines, readings
 from ctt.errors import UserError
@@ -80,6 +82,11 @@ class Folder(FileSource):
         for names, folder in ((train, ""), (evaluation, "val/")):
             self._match(names, folder)
         super().__init__(description.info, self.root, (train, unlabeled, evaluation), options)
+        if description.info.bands and not description.says_statistics:
+            self.notes += (
+                f"{DESCRIPTION} says neither mean nor std of the bands, which are taken for "
+                f"{UNKNOWN_MEAN} and {UNKNOWN_STD}. `{STATS}` finds them.",
+            )
         self.notes += tuple(f"Warning:{text}" for text in self._misnamed())
         if self._strays:
             stray = self._strays[0].relative_to(self.root)

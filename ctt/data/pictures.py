@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ctt.data.pixels import is_deep, to_rgb
@@ -20,6 +20,7 @@ from ctt.errors import UserError
 MOST_PIXELS = 500_000_000  # of an image, unless CTT_MAX_PIXELS says so; read with some 5 GB
 MOST_PIXELS_VARIABLE = "CTT_MAX_PIXELS"
 NUMBERS = ("1", "L", "P", "I", "F")  # modes with one number a pixel, beside I;16 and its kin
+TIFF = (".tif", ".tiff")
 WITH_ALPHA = {"LA": "L", "PA": "P", "RGBA": "RGB"}
 LOSSY = ("JPEG", "MPO")  # formats that change the values of a mask
 # Pillow spreads the values of grey PNGs of 2 and 4 bits over 0..255
@@ -27,6 +28,7 @@ SPREAD = {"L;2": 85, "L;4": 17}
 REDUCED = 1  # bit of a TIFF page that is a small copy of another one
 SUBFILE_TYPE = 254  # its tag
 ORIENTATION = 0x0112
+STATS = "ctt-data stats --data-root FOLDER --write"
 Array = np.ndarray[tuple[int, ...], np.dtype[np.integer]]
 Colour = tuple[int, int, int]
 
@@ -97,12 +99,17 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
     with opened as file:
         width, height = file.size
         if width * height > most_pixels():
-            raise UserError(
-                f"{path}: the image has {width}x{height} pixels, and {most_pixels():,} are read at "
-                f"most, so that a small file cannot fill the memory. If it is as large as that, "
-                f"set the environment variable {MOST_PIXELS_VARIABLE}={width * height}."
-            )
+            raise too_large(path, width, height)
         yield file
+
+
+def too_large(path: Path, width: int, height: int) -> UserError:
+    """Return what is to be said of an image of more pixels than `most_pixels`."""
+    return UserError(
+        f"{path}: the image has {width}x{height} pixels, and {most_pixels():,} are read at most, "
+        f"so that a small file cannot fill the memory. If it is as large as that, set the "
+        f"environment variable {MOST_PIXELS_VARIABLE}={width * height}."
+    )
 
 
 def read_image(path: Path, white: float | None = None, *, turned: bool = True) -> Tensor:
@@ -127,6 +134,13 @@ def read_image(path: Path, white: float | None = None, *, turned: bool = True) -
             pixels = to_rgb(picture, white)
     except UserError:
         raise
+    except UnidentifiedImageError:
+        hint = (
+            f" If it is a TIFF of other channels than red, green and blue, or of more than 8 bits, "
+            f"describe them in dataset.yaml: `{STATS}`."
+        )
+        error = broken(path, "an image", ValueError("its format is unknown"))
+        raise UserError(f"{error}{hint if path.suffix.lower() in TIFF else ''}") from None
     except Exception as error:  # bytes that are no image can raise anything
         raise broken(path, "an image", error) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)

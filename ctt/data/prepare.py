@@ -21,7 +21,7 @@ from ctt.files import expanded
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return (3, H, W) uint8 -> (3, h, w), with a filter where it shrinks."""
+    """Return (C, H, W) uint8 or float32 -> (C, h, w), with a filter where it shrinks."""
     return F.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
@@ -36,8 +36,8 @@ class Prepared(Source):
     The cache is a folder of arrays, one file for an image and one for a label, written when they
     are first read. They are mapped into memory: all loader processes, ranks and runs on a machine
     share one copy, of which a crop reads its own rows only, and which the system drops when it
-    needs the memory. Three bytes a pixel of an image and one of a label, after the resize. A file
-    that has changed since is read anew.
+    needs the memory. Three bytes a pixel of an image (of bands, four for each) and one of a label,
+    after the resize. A file that has changed since is read anew.
 
     Args:
         size: height and width, or None to keep those of each image.
@@ -101,7 +101,7 @@ class Prepared(Source):
         except OSError:
             raise UserError(f"{path}: there is no such file.") from None
         parts = [kind, os.fspath(path.resolve()), state.st_mtime_ns, state.st_size, self.size]
-        parts += [self.info.white, self.source.turned]
+        parts += [self.info.white, self.source.turned, self.info.bands, self.info.ranges]
         digest = hashlib.blake2b(repr(parts).encode(), digest_size=16)
         if kind == "label":
             digest.update(self.source.label_map(path).key())

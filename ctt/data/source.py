@@ -26,14 +26,26 @@ class DatasetInfo:
         std: standard deviation of the channels in 0..1, likewise.
         white: the value that stands for white in images of more than 8 bits; None: what their files
             can hold at most.
+        bands: which channels of a file, from 1, are those of the images; none: images are RGB.
+        ranges: of bands, the two values of each that become 0 and 1; none: those of the file's
+            type of numbers.
+        shown: of bands, which of them, from 0, pictures show as red, green and blue.
     """
 
     name: str
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     white: float | None = None
+    bands: tuple[int, ...] = ()
+    ranges: tuple[tuple[float, float], ...] = ()
+    shown: tuple[int, int, int] = (0, 1, 2)
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return len(self.mean)
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ class Source(ABC):
 
     @abstractmethod
     def image(self, name: str) -> Tensor:
-        """Return (3, H, W) uint8."""
+        """Return (3, H, W) uint8; of bands (C, H, W) float32 in 0..1, NaN where no data is."""
 
     @abstractmethod
     def label(self, name: str) -> Tensor:
@@ -94,7 +106,7 @@ class Source(ABC):
         return []
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """Image (3, H, W) and label (H, W).
+        """Image (C, H, W) and label (H, W), which is 255 where the image has no data.
 
         Raises:
             UserError: they are not of one size.
@@ -108,6 +120,8 @@ class Source(ABC):
                 f"image{f' {files[0]}' if files else ''} has {width}x{height}. Both must be of one "
                 f"size.{self.why_sizes_differ(name, image, label)}"
             )
+        if image.is_floating_point():
+            label = label.masked_fill(image.isnan().any(dim=0), IGNORE)
         return image, label
 
     def why_sizes_differ(self, name: str, image: Tensor, label: Tensor) -> str:

@@ -29,21 +29,26 @@ def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """Return images (B, 3, H, W) uint8 as float32 in 0..1."""
-    return images.float() / 255
+    """Return images (B, C, H, W), uint8 or already in 0..1, as float32 in 0..1."""
+    return images if images.is_floating_point() else images.float() / 255
 
 
 def normalize(images: Tensor, info: DatasetInfo) -> Tensor:
-    """Return images in 0..1 with mean 0 and deviation 1 by the dataset's statistics."""
+    """Return images in 0..1 with mean 0 and deviation 1 by the dataset's statistics; without data
+    they have the mean."""
     mean, std = (constant(v, images.device)[:, None, None] for v in (info.mean, info.std))
-    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+    normal = (images - mean) / std
+    if info.bands:
+        normal = normal.nan_to_num(0)
+    return normal.contiguous(memory_format=torch.channels_last)
 
 
 class GeometricView:
     """Random resize, flip, rotation, shift and crop in one resampling.
 
-    Outside of the image the mean colour and label 255 are found. One resampling onto the crop is
-    sharper than a chain of resize, rotation and crop, and costs by the crop, not by the image.
+    Outside of the image, and where it has no data, the mean colour and label 255 are found. One
+    resampling onto the crop is sharper than a chain of resize, rotation and crop, and costs by the
+    crop, not by the image.
     Where the image is reduced to less than `REDUCED` of its size, the part that the crop shows is
     first reduced by a filter, because the resampling reads four pixels and would skip others.
 
@@ -62,36 +67,44 @@ class GeometricView:
         flip: bool,
         rotation: float,
         translation: float,
-        mean: tuple[float, float, float],
+        mean: tuple[float, ...],
     ) -> None:
         self.crop, self.scale, self.flip = crop, scale, flip
         self.rotation, self.translation = rotation, translation
-        self.mean = 255 * torch.tensor(mean)[:, None, None]
+        self.mean = torch.tensor(mean)[:, None, None]
 
     def __call__(
         self, image: Tensor, label: Tensor, seed: int, point: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return an image (3, H, W) uint8 and a label (H, W) of integers at the crop's size.
+        """Return an image (C, H, W) and a label (H, W) of integers at the crop's size.
 
         Args:
+            image: uint8, or float32 in 0..1 with NaN where there is no data.
             point: row and column of a pixel that the crop is placed around, at no fixed place.
         """
         rng = random.Random(seed)
         factor = rng.uniform(*self.scale)
-        whole = self.matrix((label.shape[0], label.shape[1]), factor, rng, point)
-        theta, rows, columns = window(whole, (label.shape[0], label.shape[1]), 2 + 2 / factor)
+        matrix = self.matrix((label.shape[0], label.shape[1]), factor, rng, point)
+        theta, rows, columns = window(matrix, (label.shape[0], label.shape[1]), 2 + 2 / factor)
         grid = sampling_grid(theta.float(), self.crop)
-        picture = image[:, rows, columns].contiguous()  # (3, h, w)
+        picture = image[:, rows, columns].contiguous()  # (C, h, w)
+        classes = label[rows, columns].float().add_(1)  # 0 stands for 255
+        whole = not image.is_floating_point()
+        mean = 255 * self.mean if whole else self.mean
+        if not whole:
+            missing = picture.isnan().any(dim=0)
+            picture = torch.where(missing, mean, picture)
+            classes.masked_fill_(missing, 0)
         if factor < REDUCED:
             size = [max(1, round(side * factor)) for side in picture.shape[1:]]
             picture = F.interpolate(
                 picture[None], size, mode="bilinear", antialias=True, align_corners=False
             )[0]
         # what lies outside is sampled as 0: shift so that 0 stands for the mean and for 255
-        shifted = picture.float().sub_(self.mean)
+        shifted = picture.float() - mean
         picture = F.grid_sample(shifted[None], grid, align_corners=False)[0]
-        picture = picture.add_(self.mean).round_().clamp_(0, 255).to(torch.uint8)
-        classes = label[rows, columns].float().add_(1)
+        picture = picture.add_(mean)
+        picture = picture.round_().clamp_(0, 255).to(torch.uint8) if whole else picture.clamp_(0, 1)
         mask = F.grid_sample(classes[None, None], grid, "nearest", align_corners=False)
         return picture, (mask[0, 0].to(torch.int32) - 1).to(label.dtype)
 
@@ -161,12 +174,18 @@ def window(theta: Tensor, size: tuple[int, int], margin: float) -> tuple[Tensor,
 class PhotometricView:
     """Colour jitter and blur of a batch, drawn for each image.
 
+    Channels that are no colours have neither saturation nor hue, and one has not the scale of
+    another: each keeps its own mean when the contrast changes, and a wave over the channels, of a
+    random phase and height, makes some brighter and others darker.
+
     Args:
-        strength: brightness, contrast and saturation change by a factor in 1 - s .. 1 + s.
+        strength: brightness, contrast and saturation change by a factor in 1 - s .. 1 + s; the
+            wave is at most s high.
         hue: largest change of the hue, as a share of the colour circle; None: s / 4.
         jitter_probability, blur_probability, grey_probability: share of the images that each is
             applied to.
         blur_sigma: range of the blur, in pixels.
+        colours: the channels are red, green and blue; else none of the images becomes grey.
     """
 
     DRAWS = 8  # random numbers that an image takes; 7 do without grey images
@@ -179,14 +198,15 @@ class PhotometricView:
         blur_sigma: tuple[float, float],
         grey_probability: float = 0.0,
         hue: float | None = None,
+        colours: bool = True,
     ) -> None:
-        self.grey_probability = grey_probability
+        self.grey_probability, self.colours = grey_probability if colours else 0.0, colours
         self.hue = strength / 4 if hue is None else hue
         self.strength, self.jitter_probability = strength, jitter_probability
         self.blur_probability, self.blur_sigma = blur_probability, blur_sigma
 
     def __call__(self, images: Tensor, draw: Tensor) -> Tensor:
-        """Return images (B, 3, H, W) in 0..1 as uniform random numbers (DRAWS, B) change them."""
+        """Return images (B, C, H, W) in 0..1 as uniform random numbers (DRAWS, B) change them."""
         if (self.strength or self.hue) and self.jitter_probability:
             images = self._jitter(images, draw[:5, :, None, None, None])
         if self.grey_probability:
@@ -201,6 +221,9 @@ class PhotometricView:
         change = torch.where(chosen, 2 * draw[:4] - 1, 0)  # (4, B, 1, 1, 1) in -1..1
         brightness, contrast, saturation = 1 + self.strength * change[:3]
         images = (images * brightness).clamp(0, 1)
+        if not self.colours:
+            images = blend(images, images.mean(dim=(2, 3), keepdim=True), contrast)
+            return (images * (1 + self.strength * wave(change[2:], images.shape[1]))).clamp(0, 1)
         images = blend(images, grey(images).mean(dim=(2, 3), keepdim=True), contrast)
         images = blend(images, grey(images), saturation)
         return rotate_hue(images, change[3] * self.hue * 2 * math.pi)
@@ -212,6 +235,18 @@ class PhotometricView:
         blurred = gaussian_blur(images, sigma, radius)
         chosen = (draw[1] < self.blur_probability)[:, None, None, None]
         return torch.where(chosen, blurred, images)
+
+
+def wave(draw: Tensor, channels: int) -> Tensor:
+    """Return a wave over the channels, at most 1 high, with the mean 0: (B, C, 1, 1).
+
+    Args:
+        draw: (2, B, 1, 1, 1) in -1..1, its cosine and sine parts. Of one channel it is 0.
+    """
+    place = 2 * math.pi * torch.arange(channels, device=draw.device) / channels
+    cosine, sine = place.cos()[:, None, None], place.sin()[:, None, None]
+    height: Tensor = (draw[0] * cosine + draw[1] * sine) / math.sqrt(2)
+    return height if channels > 1 else torch.zeros_like(height)
 
 
 def grey(images: Tensor) -> Tensor:

@@ -6,15 +6,8 @@ from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 
-from ctt.data.files import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    FileSource,
-    first_with,
-    list_names,
-    require_root,
-    same_name,
-)
+from ctt.data.channels import IMAGENET_MEAN, IMAGENET_STD
+from ctt.data.files import FileSource, first_with, list_names, require_root, same_name
 from ctt.data.labels import LabelMap, plain_map
 from ctt.data.options import SourceOptions
 from ctt.data.source import IGNORE, DatasetInfo, Submission

@@ -24,8 +24,8 @@ from ctt.models.segmenter import Segmenter
 
 OPSET = 18  # of ONNX: the first whose resizing knows all that PyTorch's does
 TOLERANCE = 1e-4  # of the outputs of the file, against those of the network
-EXAMPLE = (2, 3, 161, 190)  # what open sizes are traced with
-TRIED = ((1, 3, 129, 160), (3, 3, 144, 205))  # what they are checked with
+EXAMPLE = (2, 161, 190)  # batch, height and width that open sizes are traced with
+TRIED = ((1, 129, 160), (3, 144, 205))  # and that they are checked with
 
 PADDED_BY_SIZE = (Conv2dSame, MaxPool2dSame)  # the tracer's expressions of sizes grow with each one
 
@@ -39,7 +39,7 @@ SUFFIXES: dict[Format, str] = {
 
 
 class Graph(nn.Module):
-    """What a file computes: images (B, 3, H, W) -> (B, C, H, W)."""
+    """What a file computes: images (B, channels, H, W) -> (B, C, H, W)."""
 
     def __init__(self, segmenter: Segmenter, result: Result, normalized: bool) -> None:
         super().__init__()
@@ -81,7 +81,9 @@ def export(
         save_network(out, network, trained.info, trained.origin)
         return 0.0
     graph = Graph(Segmenter(network, trained.info), result, normalized)
-    shape = EXAMPLE if size is None else (*EXAMPLE[:2], *size)
+    batch, height, width = EXAMPLE
+    channels = trained.info.channels
+    shape = (batch, channels, *((height, width) if size is None else size))
     program = trace(graph, torch.rand(shape), size is None)
     meta = {
         **description(network, trained.info, trained.origin),
@@ -96,8 +98,10 @@ def export(
             raise
         except Exception as error:  # operations that a format does not know: of many kinds
             raise _not_exportable(error, size is None) from None
-        tried = TRIED if size is None else ((1, 3, *size), (3, 3, *size))
-        difference = max(largest_difference(graph, run, torch.rand(s)) for s in tried)
+        tried = TRIED if size is None else ((1, *size), (3, *size))
+        difference = max(
+            largest_difference(graph, run, torch.rand(n, channels, *sides)) for n, *sides in tried
+        )
         if not difference <= TOLERANCE:
             how = f"the outputs differ by {difference:.2g}"
             raise UserError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from ctt.data.source import DatasetInfo, Source
 from ctt.files import written
 from ctt.inference.predict import predictor
-from ctt.inference.render import colorize
+from ctt.inference.render import colorize, visible
 from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings
 
@@ -43,7 +43,7 @@ def draw_samples(
         probability = predict(image[None].to(device))[0]
         confidence, predicted = probability.cpu().max(dim=0)
         shown = (
-            image.permute(1, 2, 0),
+            visible(image, source.info).permute(1, 2, 0),
             colorize(label, source.info),
             colorize(predicted, source.info),
         )

@@ -112,7 +112,9 @@ def _of_run(folder: Path) -> Trained:
     try:
         for name in checkpoint.networks_in(saved):
             k = int(name.partition("_")[2]) - 1
-            network = models.build(num_classes=len(info.classes), **settings.network(k))
+            network = models.build(
+                num_classes=len(info.classes), channels=info.channels, **settings.network(k)
+            )
             network.load_state_dict(checkpoint.weights_of(saved, name))
             networks[name] = network.eval()
         origin = f"{folder} after {saved['iteration']} iterations"

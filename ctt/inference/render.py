@@ -60,11 +60,19 @@ def in_threads(threads: int) -> Iterator[Callable[..., None]]:
             future.result()
 
 
+def visible(image: Tensor, info: DatasetInfo) -> Tensor:
+    """Return an image (C, H, W) of the data set as (3, H, W) uint8; where it has no data, black."""
+    image = image.cpu()
+    if not info.bands:
+        return image
+    return (255 * image[list(info.shown)].nan_to_num(0)).round().to(torch.uint8)
+
+
 def overlay(
     image: Tensor, label: Tensor, info: DatasetInfo, opacity: float = OVERLAY
 ) -> Image.Image:
-    """Return the image (3, H, W) uint8 under the colours of its labels (H, W)."""
-    picture = image.cpu().permute(1, 2, 0).float()  # (H, W, 3)
+    """Return the image (C, H, W) under the colours of its labels (H, W)."""
+    picture = visible(image, info).permute(1, 2, 0).float()  # (H, W, 3)
     coloured = torch.lerp(picture, colorize(label, info).float(), opacity)
     # class 0 is the background of every data set with one: it stays as it is
     plain = (label.cpu() == 0)[:, :, None] & (info.classes[0] == "background")

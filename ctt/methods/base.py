@@ -99,7 +99,9 @@ class Setup:
         """
         model = self.settings.model
         with self.seeded(f"weights {attempt}" if attempt else "weights", k):
-            student = models.build(num_classes=self.classes, **self.settings.network(k))
+            student = models.build(
+                num_classes=self.classes, channels=self.info.channels, **self.settings.network(k)
+            )
         weights = model.weights[k % len(model.weights)]
         if self.initialize and weights != "none":
             self.origins.append(start_from(student, weights))

@@ -60,7 +60,7 @@ class Ecs(Judged):
         old = network.classifier
         network.classifier = nn.Conv2d(old.in_channels, setup.classes + 1, 1).to(old.weight)
         convolutions = (m for m in network.modules() if isinstance(m, nn.Conv2d))
-        first = next(m for m in convolutions if m.in_channels == 3)
+        first = next(m for m in convolutions if m.in_channels == setup.info.channels)
         read = first.weight.new_empty(first.out_channels, setup.classes, *first.kernel_size)
         nn.init.kaiming_normal_(read)
         whole = torch.cat([first.weight.detach(), read], dim=1)

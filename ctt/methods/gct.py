@@ -70,7 +70,9 @@ class Gct(Method):
                 f"--pairs {setup.pairs}: GCT compares two networks with each other. Leave it out."
             )
         with setup.seeded("critic"):
-            self.detector = setup.finish(FlawDetector(setup.classes + 3, self.options.critic_width))
+            self.detector = setup.finish(
+                FlawDetector(setup.classes + setup.info.channels, self.options.critic_width)
+            )
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         adam = make_adam(self.detector, self.options.critic_lr, self.settings)

@@ -52,7 +52,9 @@ class S4Gan(Adversarial):
     options: S4GanOptions
 
     def new_critic(self, setup: Setup, k: int) -> ImageCritic:
-        return setup.finish(ImageCritic(setup.classes + 3, self.options.critic_width))
+        return setup.finish(
+            ImageCritic(setup.classes + setup.info.channels, self.options.critic_width)
+        )
 
     def schedules(self) -> dict[str, Schedule]:
         return {"begun": lambda iteration: float(iteration > 0)}

@@ -43,6 +43,7 @@ def build(
     grid: str = "aligned",
     drop_path: float = 0.0,
     image: Sequence[int] | None = None,
+    channels: int = 3,
 ) -> SegmentationModel:
     """A network with fresh random weights from torch's global generator; nothing is downloaded.
 
@@ -56,6 +57,7 @@ def build(
         drop_path: rate of stochastic depth in the backbone.
         image: height and width of the images that position embeddings are for (dpt); None: as
             published.
+        channels: of the images.
 
     Raises:
         UserError: no such architecture or backbone, or options that do not fit each other.
@@ -80,6 +82,7 @@ def build(
         "grid": grid,
         "drop_path": drop_path,
         "image": None if image is None or name != "dpt" else (image[0], image[1]),
+        "channels": channels,
     }
     network = _build(num_classes, **options)
     network.legacy_grid = grid == "legacy"
@@ -96,6 +99,7 @@ def _build(
     output_stride: int,
     drop_path: float,
     image: tuple[int, int] | None,
+    channels: int,
     **unread: Any,
 ) -> SegmentationModel:
     if name == "small":
@@ -106,22 +110,22 @@ def _build(
             )
         from ctt.models.small import Small
 
-        return Small(num_classes, features, width)
+        return Small(num_classes, features, width, channels)
     if name in OUTPUT_STRIDES:
         from ctt.models import deeplab
 
         kind = deeplab.DeepLabV2 if name == "deeplabv2" else deeplab.DeepLabV3Plus
-        return kind(num_classes, features, backbone, output_stride, drop_path)
+        return kind(num_classes, features, backbone, output_stride, drop_path, channels)
     if name == "vit":
         from ctt.models.vit import Vit
 
-        return Vit(num_classes, features, backbone, drop_path)
+        return Vit(num_classes, features, backbone, drop_path, channels)
     if name == "dpt":
         from ctt.models.dpt import Dpt
 
-        return Dpt(num_classes, features, backbone, image, drop_path)
+        return Dpt(num_classes, features, backbone, image, drop_path, channels)
     if name.startswith(SMP):
         from ctt.models.smp import Smp
 
-        return Smp(name.removeprefix(SMP), num_classes, features, backbone)
+        return Smp(name.removeprefix(SMP), num_classes, features, backbone, channels)
     raise UserError(f"--model.name {name}: no such architecture. Known: {', '.join(names())}.")

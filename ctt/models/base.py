@@ -100,6 +100,7 @@ class SegmentationModel(nn.Module, ABC):
         legacy_grid: it was trained when logits were taken for those of patches in any network, and
             labels were read at every stride-th pixel.
         stage_channels: of each tensor that `encode` gives.
+        first_map: which of them is the first that is no image.
         options: what `ctt.models.build` makes this network from, but the number of classes.
     """
 
@@ -109,6 +110,7 @@ class SegmentationModel(nn.Module, ABC):
     patches = False
     legacy_grid = False
     stage_channels: tuple[int, ...]
+    first_map = 0
     options: dict[str, Any]
 
     @property
@@ -145,11 +147,6 @@ class SegmentationModel(nn.Module, ABC):
     @abstractmethod
     def decode(self, stages: list[Tensor]) -> Tensor:
         """Return features (B, D, h, w) of stages, which may be perturbed but keep their shapes."""
-
-    @property
-    def first_map(self) -> int:
-        """Which of the stages is the first that is no image."""
-        return int(self.stage_channels[0] == 3)
 
     def extract(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised -> features (B, D, h, w)."""

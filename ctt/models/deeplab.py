@@ -29,6 +29,7 @@ class DeepLabV2(BackboneModel):
         backbone: name of a timm model.
         output_stride: 8 as published.
         drop_path: rate of stochastic depth in the last block of the backbone.
+        in_channels: of the images.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class DeepLabV2(BackboneModel):
         backbone: str,
         output_stride: int,
         drop_path: float = 0.0,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         self.backbone_name, self.stride = backbone, output_stride
-        self.backbone = Stages(backbone, output_stride, drop_path)
+        self.backbone = Stages(backbone, output_stride, drop_path, in_channels)
         self.patches = self.backbone.patches
         channels = self.backbone.channels[-1]
         self.stage_channels = (channels,)
@@ -75,6 +77,7 @@ class DeepLabV3Plus(BackboneModel):
         backbone: name of a timm model.
         output_stride: 16 or 8, of the backbone; the dilation rates double at 8.
         drop_path: rate of stochastic depth in the last block of the backbone.
+        in_channels: of the images.
     """
 
     def __init__(
@@ -84,10 +87,11 @@ class DeepLabV3Plus(BackboneModel):
         backbone: str,
         output_stride: int,
         drop_path: float = 0.0,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         self.backbone_name, self.stride = backbone, LOW_LEVEL_STRIDE
-        self.backbone = Stages(backbone, output_stride, drop_path)
+        self.backbone = Stages(backbone, output_stride, drop_path, in_channels)
         self.patches = self.backbone.patches
         channels, strides = self.backbone.channels, self.backbone.strides
         self.low_level = strides.index(LOW_LEVEL_STRIDE)

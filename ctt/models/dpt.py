@@ -37,7 +37,10 @@ class Dpt(BackboneModel):
         image: height and width of the images that the position embeddings are for; those of other
             images are interpolated; None: as published.
         drop_path: rate of stochastic depth in the last block, falling to 0 in the first.
+        in_channels: of the images.
     """
+
+    first_map = 1
 
     def __init__(
         self,
@@ -46,14 +49,15 @@ class Dpt(BackboneModel):
         backbone: str,
         image: tuple[int, int] | None = None,
         drop_path: float = 0.0,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         self.backbone_name, self.patches = backbone, True
-        self.backbone = vit = transformer(backbone, image, drop_path)
+        self.backbone = vit = transformer(backbone, image, drop_path, in_channels)
         self.multiple = vit.patch_embed.patch_size[0]
         self.stride = math.ceil(self.multiple / CELLS)
         self.taken = blocks_of(len(vit.blocks))
-        self.stage_channels = (3, *[vit.embed_dim] * TAKEN)
+        self.stage_channels = (in_channels, *[vit.embed_dim] * TAKEN)
         published, channels = widths(vit.embed_dim)
         width = features or published
         self.project = nn.ModuleList(nn.Conv2d(vit.embed_dim, c, 1) for c in channels)

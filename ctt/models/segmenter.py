@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,10 @@ from ctt.models.base import SegmentationModel, upsample
 
 if TYPE_CHECKING:
     from ctt.data.source import DatasetInfo
+
+IGNORE = 255  # of pixels without data
+BATCH_PIXELS = 2**18  # of images of one size that go through the network together
+OVERLAP = 2 / 3  # step from tile to tile, as a share of a tile
 
 
 class Segmenter(nn.Module):
@@ -36,65 +42,142 @@ class Segmenter(nn.Module):
         super().__init__()
         self.network = network
         self.classes, self.palette, self.note = info.classes, info.palette, note
-        self.white = info.white  # of images of more than 8 bits
+        self.info = info
         for name, values in (("mean", info.mean), ("std", info.std)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """RGB images (B, 3, H, W) in 0..1 -> class probabilities (B, C, H, W)."""
+        """Images (B, channels, H, W) in 0..1 -> class probabilities (B, C, H, W)."""
         return self.logits(self.normalize(images)).softmax(dim=1)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in 0..1 -> mean 0 and deviation 1, as the network was trained on."""
+        """Images (B, channels, H, W) in 0..1 -> mean 0, deviation 1, as in training."""
         return (images - self.mean) / self.std
 
     def logits(self, normalized: Tensor) -> Tensor:
-        """Images (B, 3, H, W), normalised -> logits (B, C, H, W)."""
+        """Images (B, channels, H, W), normalised -> logits (B, C, H, W)."""
         logits = self.network(normalized).logits  # (B, C, h, w)
         size = (normalized.shape[-2], normalized.shape[-1])
         return upsample(logits, size, self.network.grid)
 
     @torch.no_grad()
-    def predict(self, image: Any) -> Tensor:
-        """Return the class of every pixel of one RGB image.
+    def predict(
+        self,
+        images: Any,
+        *,
+        tile: int | tuple[int, int] | None = None,
+        probabilities: bool = False,
+        batch_pixels: int = BATCH_PIXELS,
+    ) -> Any:
+        """Return the class of every pixel of an image, or of each of several images.
+
+        An image is an array (H, W, C) or grey (H, W), a tensor (C, H, W), a PIL image of any mode
+        (as it lies in memory), or the path of a file (turned as its EXIF says, as ctt-predict
+        does). Several are an array or tensor with one axis more in front, or a list or other
+        iterable of images of any sizes, of which those of one size that follow each other go
+        through the network together.
+
+        Where the network was trained on RGB images, arrays and tensors are uint8; where it was
+        trained on bands, they hold the C bands in the numbers of the files.
 
         Args:
-            image: an array (H, W, 3) uint8, a tensor (3, H, W) uint8, a PIL image of any mode (as
-                it lies in memory), or the path of a file (turned as its EXIF says, as ctt-predict
-                does).
+            tile: side, or height and width, of overlapping windows in which the network sees large
+                images, as ctt-predict --eval.protocol sliding does; None: whole images.
+            probabilities: return those of the classes, and not the most probable class.
+            batch_pixels: how many pixels go through the network together at most.
 
         Returns:
-            (H, W) uint8, on the CPU.
+            (H, W) uint8 on the CPU, 255 where an image of bands has no data, or probabilities
+            (C, H, W) float32; of several images a list of those.
 
         Raises:
             ValueError: another shape or type of numbers.
             ctt.errors.UserError: a file that cannot be read.
         """
-        pixels = image if isinstance(image, Tensor) else from_picture(image, self.white)
-        if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8:
-            raise ValueError(
-                f"predict takes an RGB image of uint8, an array (H, W, 3) or a tensor (3, H, W); "
-                f"got {tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__} "
-                f"of {pixels.dtype}."
-            )
-        unit = pixels.to(self.mean.device)[None].float() / 255
-        probability: Tensor = self(unit)  # (1, C, H, W)
-        return probability[0].argmax(dim=0).to(torch.uint8).cpu()
+        from ctt.data.source import IGNORE
+        from ctt.inference.predict import Predict, sliding, stacks
+
+        several = getattr(images, "ndim", 0) == 4 or (
+            isinstance(images, Iterable) and not hasattr(images, "ndim") and not _is_one(images)
+        )
+        predict: Predict = self._normalized_probability
+        if tile is not None:
+            window = (tile, tile) if isinstance(tile, int) else tile
+            predict = partial(sliding, predict, window, OVERLAP, batch_pixels)
+        pixels = (self.pixels_of(image) for image in (images if several else [images]))
+        found = list[Tensor]()
+        for group in stacks(pixels, lambda image: image.shape[1:], batch_pixels):
+            batch = torch.stack(group).to(self.mean.device)
+            unit = batch if batch.is_floating_point() else batch.float() / 255
+            result = predict(self.normalize(unit).nan_to_num(0))  # without data it is the mean
+            if not probabilities:
+                missing = unit.isnan().any(dim=1)
+                result = result.argmax(dim=1).masked_fill(missing, IGNORE).to(torch.uint8)
+            found += result.cpu()
+        return found if several else found[0]
+
+    def _normalized_probability(self, normalized: Tensor) -> Tensor:
+        return self.logits(normalized).softmax(dim=1)
+
+    def pixels_of(self, image: Any) -> Tensor:
+        """Return an image, see `predict`, as the data set has its images.
+
+        Returns:
+            (3, H, W) uint8, or of bands (C, H, W) float32 in 0..1, NaN where there is no data.
+        """
+        from ctt.data.rasters import read_as
+
+        if isinstance(image, str | Path):
+            return read_as(Path(image), self.info)
+        return _bands_of(image, self.info) if self.info.bands else _rgb_of(image, self.info)
 
 
-def from_picture(image: Any, white: float | None = None) -> Tensor:
-    """Return an array (H, W, 3), a PIL image or the image in a file as a tensor (3, H, W)."""
+def _is_one(images: Any) -> bool:
+    from PIL import Image
+
+    return isinstance(images, str | Path | Image.Image)
+
+
+def _rgb_of(image: Any, info: DatasetInfo) -> Tensor:
     import numpy as np
     from PIL import Image
 
-    from ctt.data.pictures import read_image
     from ctt.data.pixels import to_rgb
 
-    if isinstance(image, str | Path):
-        return read_image(Path(image), white)
-    if isinstance(image, Image.Image):
-        image = to_rgb(image, white)
+    if isinstance(image, Tensor):
+        pixels = image
+    else:
+        if not isinstance(image, Image.Image):
+            image = np.asarray(image)
+            if image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] in ((1,), (4,))):
+                image = Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image)
+        array = to_rgb(image, info.white) if isinstance(image, Image.Image) else image
+        # a copy: pictures share memory not to be written
+        pixels = torch.from_numpy(np.array(array))
+        pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels
+    if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8:
+        raise ValueError(
+            f"predict takes RGB images of uint8, an array (H, W, 3) or a tensor (3, H, W); "
+            f"got {tuple(pixels.shape)} of {pixels.dtype}."
+        )
+    return pixels
 
-    pixels = torch.from_numpy(np.array(image))  # a copy: pictures share memory not to be written
-    return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels
+
+def _bands_of(image: Any, info: DatasetInfo) -> Tensor:
+    import numpy as np
+
+    from ctt.data.rasters import scaled
+
+    values = image.cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    if values.ndim == 2:
+        values = values[None]
+    elif values.ndim == 3 and not isinstance(image, Tensor):
+        values = np.moveaxis(values, 2, 0)
+    if values.ndim != 3 or len(values) != info.channels or values.dtype.kind not in "uif":
+        raise ValueError(
+            f"predict takes images of {info.channels} bands, an array (H, W, {info.channels}) or a "
+            f"tensor ({info.channels}, H, W); got {np.shape(image)} of {values.dtype}."
+        )
+    missing = ~np.isfinite(values).all(axis=0)
+    return scaled(values, missing, info, "the image")

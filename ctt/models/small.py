@@ -14,14 +14,17 @@ class Small(SegmentationModel):
         num_classes: C.
         features: D.
         width: channels of the first stage; 2 and 4 times that follow.
+        channels: of the images.
     """
 
     stride = 2
 
-    def __init__(self, num_classes: int, features: int = 64, width: int = 24) -> None:
+    def __init__(
+        self, num_classes: int, features: int = 64, width: int = 24, channels: int = 3
+    ) -> None:
         super().__init__()
         self.stage_channels = (width, 2 * width, 4 * width)
-        self.stem = conv_bn(3, width, stride=2)
+        self.stem = conv_bn(channels, width, stride=2)
         self.stage1 = nn.Sequential(Residual(width, width), Residual(width, width))
         self.stage2 = nn.Sequential(
             Residual(width, 2 * width, stride=2), Residual(2 * width, 2 * width)

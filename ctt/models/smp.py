@@ -47,15 +47,25 @@ class Smp(BackboneModel):
         num_classes: C.
         features: D.
         backbone: name of a timm model, else of an encoder that the library has itself.
+        channels: of the images.
 
     Raises:
         UserError: no such architecture or backbone, or they do not fit each other.
     """
 
-    def __init__(self, architecture: str, num_classes: int, features: int, backbone: str) -> None:
+    first_map = 1
+
+    def __init__(
+        self,
+        architecture: str,
+        num_classes: int,
+        features: int,
+        backbone: str,
+        channels: int = 3,
+    ) -> None:
         super().__init__()
         self.backbone_name = backbone
-        net = _create(architecture, backbone)
+        net = _create(architecture, backbone, channels)
         self.backbone, self.decoder = net.encoder, allow_single_values(net.decoder)
         self.patches = are_patches(net.encoder)
         # the coarsest stage of a DPT is at twice the stride of its encoder
@@ -65,13 +75,15 @@ class Smp(BackboneModel):
         encoder_channels = tuple(net.encoder.out_channels)
         self.is_vit = isinstance(net.encoder, TimmViTEncoder)
         self.has_token = self.is_vit and bool(net.encoder.has_prefix_tokens)
-        self.lists_image = encoder_channels[0] == 3
+        self.lists_image = encoder_channels[0] == channels
         if self.has_token:
             encoder_channels = tuple(2 * channels for channels in encoder_channels)
-        self.stage_channels = encoder_channels if self.lists_image else (3, *encoder_channels)
-        channels, self.stride = self._probe(f"smp:{architecture}")
+        self.stage_channels = (
+            encoder_channels if self.lists_image else (channels, *encoder_channels)
+        )
+        decoded, self.stride = self._probe(f"smp:{architecture}")
         # where nothing is to be converted the classifier reads the decoder itself
-        self.project = nn.Identity() if channels == features else conv_bn(channels, features)
+        self.project = nn.Identity() if decoded == features else conv_bn(decoded, features)
         self.classifier = nn.Conv2d(features, num_classes, 1)
 
     def encode(self, images: Tensor) -> list[Tensor]:
@@ -112,7 +124,7 @@ class Smp(BackboneModel):
         """
         empty = copy.deepcopy(self).eval().to("meta")
         try:
-            images = torch.empty(1, 3, PROBE, PROBE, device="meta")
+            images = torch.empty(1, self.stage_channels[0], PROBE, PROBE, device="meta")
             decoded = empty._decode(empty.encode(images))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise _not_fitting(name, self.backbone_name, error) from None
@@ -122,7 +134,7 @@ class Smp(BackboneModel):
         return decoded.shape[1], PROBE // decoded.shape[2]
 
 
-def _create(architecture: str, backbone: str) -> Any:
+def _create(architecture: str, backbone: str, channels: int) -> Any:
     name = f"smp:{architecture}"
     if architecture not in architectures():
         known = ", ".join(f"smp:{known}" for known in architectures())
@@ -135,7 +147,7 @@ def _create(architecture: str, backbone: str) -> Any:
     try:
         with warnings.catch_warnings(action="ignore"):  # about other ways to ask for an encoder
             return segmentation_models_pytorch.create_model(
-                architecture, encoder, encoder_weights=None, **options
+                architecture, encoder, encoder_weights=None, in_channels=channels, **options
             )
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise _not_fitting(name, backbone, error) from None

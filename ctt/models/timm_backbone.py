@@ -30,6 +30,7 @@ class Stages(nn.Module):
         name: of a timm model, with or without the tag of its weights (`resnet101.tv_in1k`).
         output_stride: of the coarsest stage; where the network would go on to stride, it dilates.
         drop_path: rate of stochastic depth in the last block, falling to 0 in the first.
+        in_channels: of the images.
 
     Attributes:
         channels, strides: of each stage.
@@ -41,9 +42,13 @@ class Stages(nn.Module):
         UserError: timm has no such model, or it cannot be dilated, or takes no images of any size.
     """
 
-    def __init__(self, name: str, output_stride: int, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, name: str, output_stride: int, drop_path: float = 0.0, in_channels: int = 3
+    ) -> None:
         super().__init__()
-        net: Any = create(name, drop_path, features_only=True, output_stride=output_stride)
+        net: Any = create(
+            name, drop_path, features_only=True, output_stride=output_stride, in_chans=in_channels
+        )
         self.net = net
         self.patches = are_patches(net)
         self.channels: list[int] = net.feature_info.channels()
@@ -57,7 +62,7 @@ class Stages(nn.Module):
         empty = copy.deepcopy(net).eval().to("meta")
         try:
             with torch.no_grad():
-                probe = empty(torch.empty(1, 3, side, side, device="meta"))
+                probe = empty(torch.empty(1, in_channels, side, side, device="meta"))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise _not_serving(name, f"it takes no images of {side} x {side}", error) from None
         self.short = probe[-1].shape[-1] != -(-side // output_stride)

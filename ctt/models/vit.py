@@ -24,18 +24,26 @@ class Vit(BackboneModel):
         features: D.
         backbone: name of a ViT of timm.
         drop_path: rate of stochastic depth in the last block, falling to 0 in the first.
+        channels: of the images.
     """
 
+    first_map = 1
+
     def __init__(
-        self, num_classes: int, features: int, backbone: str, drop_path: float = 0.0
+        self,
+        num_classes: int,
+        features: int,
+        backbone: str,
+        drop_path: float = 0.0,
+        channels: int = 3,
     ) -> None:
         super().__init__()
         self.backbone_name, self.patches = backbone, True
-        self.backbone = vit = transformer(backbone, None, drop_path)
+        self.backbone = vit = transformer(backbone, None, drop_path, channels)
         self.multiple = vit.patch_embed.patch_size[0]
         self.stride = self.multiple // 2
         depth, dim = len(vit.blocks), vit.embed_dim
-        self.stage_channels = (3, *[dim] * TAKEN)
+        self.stage_channels = (channels, *[dim] * TAKEN)
         self.taken = [depth * (i + 1) // TAKEN - 1 for i in range(TAKEN)]
         self.reduce = nn.ModuleList(nn.Conv2d(dim, features, 1) for _ in self.taken)
         self.decoder = nn.Sequential(
@@ -55,12 +63,15 @@ class Vit(BackboneModel):
         return crop_to_stride(self.decoder(merged), images, self.stride)
 
 
-def transformer(name: str, image: tuple[int, int] | None, drop_path: float) -> Any:
+def transformer(
+    name: str, image: tuple[int, int] | None, drop_path: float, channels: int = 3
+) -> Any:
     """Return a plain vision transformer of timm that takes images of any size.
 
     Args:
         image: height and width for which its position embeddings are; None: as published.
         drop_path: rate of stochastic depth in the last block.
+        channels: of the images.
 
     Raises:
         UserError: timm has no such model, or it is none.
@@ -73,6 +84,7 @@ def transformer(name: str, image: tuple[int, int] | None, drop_path: float) -> A
         global_pool="",
         dynamic_img_size=True,
         dynamic_img_pad=True,
+        in_chans=channels,
         **sized,
     )
 

@@ -18,6 +18,7 @@ from ctt.models.base import BackboneModel, SegmentationModel
 
 IMAGENET = "imagenet"
 HUB_FILE = "model.safetensors"
+RGB = 3  # channels of the images that published weights have seen
 # what trainers put before the names of a network's or backbone's tensors
 PREFIXES = ("model.", "network.", "net.", "backbone.", "encoder.", "Scale.")
 # what torch.compile and data parallelism put anywhere in a name, around the part they wrap
@@ -63,8 +64,10 @@ def start_from(network: SegmentationModel, source: str) -> str:
         tensors = read(Path(source))
     own = network.state_dict()
     keys = named(own, tensors)
-    places = positions(network)
-    values = {name: fitted(name, tensors[key], own[name], places) for name, key in keys.items()}
+    places, channels = positions(network), int(network.options["channels"])
+    values = {
+        name: fitted(name, tensors[key], own[name], places, channels) for name, key in keys.items()
+    }
     found = {name: value for name, value in values.items() if value is not None}
     if not found:
         raise UserError(
@@ -91,11 +94,11 @@ def start_from(network: SegmentationModel, source: str) -> str:
         f"; left over: {_some(left)}."
     )
     for name, value in found.items():
-        if value.shape != tensors[keys[name]].shape:
-            text += (
-                f" {name} is interpolated from {tensors[keys[name]].shape[1]} positions to "
-                f"{value.shape[1]}."
-            )
+        before, now = tensors[keys[name]].shape, value.shape
+        if before != now and value.ndim == 4:
+            text += f" {name} is adapted from {before[1]} channels to {now[1]}, as timm does."
+        elif before != now:
+            text += f" {name} is interpolated from {before[1]} positions to {now[1]}."
     if missing := [n for n in body if n not in found and not n.endswith("num_batches_tracked")]:
         text += (
             f" Warning: {len(missing)} tensors of the backbone are not in the file, such as "
@@ -125,17 +128,30 @@ def positions(network: SegmentationModel) -> tuple[int, int] | None:
 
 
 def fitted(
-    name: str, value: Tensor, like: Tensor, places: tuple[int, int] | None = None
+    name: str,
+    value: Tensor,
+    like: Tensor,
+    places: tuple[int, int] | None = None,
+    channels: int = RGB,
 ) -> Tensor | None:
     """Return the tensor in the shape of `like`, or None if it has another one.
 
-    A table of position embeddings is interpolated, as that of a transformer for larger images.
+    A table of position embeddings is interpolated, as that of a transformer for larger images. The
+    first convolution of RGB images is adapted to images of other channels by timm's rule: one
+    channel has the sum of its weights, more repeat them, scaled so that their sum stays.
 
     Args:
         places: rows and columns that `like` is for, if it is such a table; None: as many.
+        channels: of the network's images.
     """
     if value.shape == like.shape:
         return value
+    first = value.ndim == like.ndim == 4 and (value.shape[1], like.shape[1]) == (RGB, channels)
+    if first and value.shape[0] == like.shape[0] and value.shape[2:] == like.shape[2:]:
+        from timm.models import adapt_input_conv
+
+        adapted: Tensor = adapt_input_conv(channels, value)
+        return adapted
     tables = name.endswith("pos_embed") and value.ndim == like.ndim == 3
     if not tables or value.shape[::2] != like.shape[::2]:
         return None

@@ -63,6 +63,7 @@ class StepContext:
             v.blur_sigma,
             v.grey_probability,
             v.hue,
+            colours=not info.bands,
         )
 
     def forget(self) -> None:

@@ -108,7 +108,9 @@ def kept_by_step(
     step.begin(settings.train.iterations - 1)  # by then all that a method does has begun
     try:
         with mode:
-            labeled = [torch.zeros(images, *shape).byte() for shape in ((3, *size), size)]
+            kind_of = torch.float32 if info.bands else torch.uint8
+            pixels = torch.zeros(images, info.channels, *size, dtype=kind_of)
+            labeled = [pixels, torch.zeros(images, *size).byte()]
             more = [labeled[0], labeled[1].int()] if about.unlabeled else []
             outside = settings.masks.folder is not None
             given = [*labeled, *more] if kind.images != "none" else labeled

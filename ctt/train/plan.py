@@ -260,7 +260,8 @@ def check_batch_norm(student: SegmentationModel, settings: Settings, unlabeled: 
     device = student.classifier.weight.device
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            probe(torch.zeros(1, 3, *settings.data.crop, device=device))
+            channels = int(student.options["channels"])
+            probe(torch.zeros(1, channels, *settings.data.crop, device=device))
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

@@ -10,6 +10,7 @@ from ctt import models
 from ctt.checkpoint import save_network
 from ctt.data.digits import INFO
 from ctt.data.pixels import to_rgb
+from ctt.data.source import DatasetInfo
 from ctt.data.views import normalize, to_unit
 from ctt.errors import UserError
 from ctt.inference.predict import whole
@@ -59,13 +60,63 @@ def test_pictures_of_any_mode_and_paths(weights: Path, tmp_path: Path, mode: str
 def test_what_is_no_image(weights: Path) -> None:
     segmenter = ctt.load(str(weights))
     for bad in (
-        np.zeros((5, 5), np.uint8),
-        np.zeros((5, 5, 4), np.uint8),
+        np.zeros((5, 5, 2), np.uint8),
+        np.zeros((5, 5, 3)),
         torch.zeros(3, 5, 5),
-        torch.zeros(1, 3, 5, 5, dtype=torch.uint8),
+        torch.zeros(1, 4, 5, 5, dtype=torch.uint8),
+        [torch.zeros(5, 5, dtype=torch.uint8)],
     ):
-        with pytest.raises(ValueError, match="takes an RGB image of uint8"):
+        with pytest.raises(ValueError, match="takes RGB images of uint8"):
             segmenter.predict(bad)
+
+
+def test_several_images_and_tiles(weights: Path, tmp_path: Path) -> None:
+    segmenter = ctt.load(weights)
+    images = [torch.randint(0, 256, (3, h, 30), dtype=torch.uint8) for h in (20, 20, 25)]
+    alone = [segmenter.predict(image) for image in images]
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    pictures[2].save(tmp_path / "third.png")
+    mixed = (x for x in [images[0], pictures[1], tmp_path / "third.png"])
+    assert all(map(torch.equal, segmenter.predict(mixed, batch_pixels=1200), alone))
+    batch = torch.stack(images[:2])
+    assert all(map(torch.equal, segmenter.predict(batch), alone[:2]))
+    assert all(map(torch.equal, segmenter.predict(batch.permute(0, 2, 3, 1).numpy()), alone[:2]))
+    assert segmenter.predict([]) == []
+    probability = segmenter.predict(images[0], probabilities=True)
+    assert probability.shape == (11, 20, 30)
+    assert torch.equal(probability.argmax(dim=0), alone[0].long())
+    assert torch.equal(segmenter.predict(images[0], tile=64), alone[0])
+    tiled = segmenter.predict(images[0], tile=(16, 16))
+    assert tiled.shape == alone[0].shape
+    assert 0 < (tiled != alone[0]).sum() < tiled.numel() / 2  # windows see less around them
+
+
+def test_grey_and_transparent_arrays_are_read_as_files_are(weights: Path, tmp_path: Path) -> None:
+    segmenter = ctt.load(weights)
+    rng = np.random.default_rng(0)
+    for shape in ((20, 30), (20, 30, 4)):
+        array = rng.integers(0, 256, shape, np.uint8)
+        Image.fromarray(array).save(tmp_path / "a.png")
+        assert torch.equal(segmenter.predict(array), segmenter.predict(tmp_path / "a.png"))
+
+
+def test_images_of_bands(tmp_path: Path) -> None:
+    info = DatasetInfo(
+        "x", ("a", "b"), ((0, 0, 0), (9, 9, 9)), (0.5,) * 4, (0.2,) * 4, bands=(1, 2, 3, 4)
+    )
+    path = tmp_path / "net.safetensors"
+    save_network(path, models.build("small", 2, 8, 4, channels=4), info, "")
+    segmenter = ctt.load(path)
+    assert segmenter.info == info
+    values = np.random.default_rng(0).integers(0, 2**16, (20, 30, 4)).astype(np.uint16)
+    label = segmenter.predict(values)
+    unit = torch.from_numpy(values.astype(np.float32) / 65535).permute(2, 0, 1)
+    assert torch.equal(label.long(), segmenter(unit[None])[0].argmax(dim=0))
+    assert torch.equal(segmenter.predict(torch.from_numpy(values).permute(2, 0, 1)), label)
+    with pytest.raises(ValueError, match="images of 4 bands"):
+        segmenter.predict(values[:, :, :3])
+    with pytest.raises(UserError, match="without a range of their own"):
+        segmenter.predict(values.astype(np.float32))
 
 
 def test_what_is_no_network(weights: Path) -> None:

@@ -1,0 +1,91 @@
+"""ctt-data stats: range, mean and deviation of the channels of a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ctt.data.options import SourceOptions
+from ctt.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ctt.data.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Find range, mean and deviation of the channels of a data set's training images.
+
+    Prints them, and the lines of dataset.yaml by which images of any number of channels, of 8 or 16
+    bits or of fractions are read.
+    """
+
+    dataset: str = "folder"
+    """One of `ctt.data.names()`."""
+    data_root: Path | None = None
+    """Folder of the images, for data sets that have one."""
+    write: bool = False
+    """folder: add the lines to its dataset.yaml; keys that it has stay as they are."""
+    cut: tuple[float, float] = (0.1, 99.9)
+    """Percentiles of each channel that become 0 and 1, where dataset.yaml names no range and the
+    images have more than 8 bits; 0 100 cuts nothing off."""
+    data: SourceOptions = field(default_factory=SourceOptions)
+
+
+def stats(command: Stats) -> int:
+    """Print a table, and print or write the lines."""
+    from rich.progress import Progress
+
+    from ctt.cli.data import open_source
+    from ctt.console import plain_console
+    from ctt.data.description import DESCRIPTION
+    from ctt.data.folder import Folder
+    from ctt.data.statistics import append, lines, statistics
+    from ctt.text import from_yaml
+
+    low, high = command.cut
+    if not 0 <= low < high <= 100:
+        raise UserError(f"--cut {low} {high}: these must be two percentages, the lower first.")
+    source = open_source(command)
+    if command.write and not isinstance(source, Folder):
+        raise UserError(
+            f"--write: the data set {source.info.name} has no dataset.yaml. Leave it out."
+        )
+    console = plain_console()
+    with Progress(console=console, transient=True) as progress:
+        total = len(source.train_ids()) + len(source.unlabeled_ids())
+        bar = progress.add_task("reading", total=total)
+        found = statistics(source, command.cut, lambda: progress.advance(bar))
+    console.print(channel_table(found))
+    console.print(f"{found.pixels:,} pixels of {found.images:,} images were looked at.")
+    if not isinstance(source, Folder):
+        return 0
+    path = source.root / DESCRIPTION
+    known = list(from_yaml(path.read_text("utf-8-sig"), str(path)))
+    text = lines(found, known)
+    if not text:
+        console.print(f"{path} says all of it already.", soft_wrap=True)
+    elif command.write:
+        append(path, text)
+        console.print(f"{path} has these lines now:", *text, sep="\n", soft_wrap=True)
+    else:
+        console.print(f"Lines for {path}, which --write adds:", *text, sep="\n", soft_wrap=True)
+    return 0
+
+
+def channel_table(found: Statistics) -> Table:
+    """Return a row for each channel, in the numbers of the files."""
+    from rich.table import Table
+
+    from ctt.data.statistics import PERCENTILES
+
+    table = Table(title="channels; mean and std after range becomes 0..1")
+    for column in ("band", "lowest", *(f"{p:g} %" for p in PERCENTILES), "highest", "mean", "std"):
+        table.add_column(column, justify="right")
+    for c, band in enumerate(found.bands):
+        values = (found.low[c], *found.percentiles[c], found.high[c], found.mean[c], found.std[c])
+        table.add_row(str(band), *(f"{value:.4g}" for value in values))
+    return table

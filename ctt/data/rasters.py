@@ -1,0 +1,224 @@
+"""Images of any number of channels, of 8 or 16 bits or of fractions, whole or in windows."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ctt.data.pictures import (
+    STATS,
+    TIFF,
+    broken,
+    most_pixels,
+    open_picture,
+    raw_mode,
+    read_image,
+    too_large,
+)
+from ctt.data.pixels import is_deep
+from ctt.data.source import DatasetInfo
+from ctt.errors import UserError
+
+if TYPE_CHECKING:
+    from rasterio.io import DatasetReader
+    from rasterio.windows import Window
+
+CACHE = 64  # megabytes of blocks that GDAL keeps; its own choice is a share of the memory
+Values = np.ndarray[tuple[int, int, int], np.dtype[Any]]
+
+
+def read_as(path: Path, info: DatasetInfo, *, turned: bool = True) -> Tensor:
+    """Return the image in a file as networks for the data set `info` take it.
+
+    Args:
+        turned: as the camera's note in the file (EXIF) says.
+
+    Returns:
+        (3, H, W) uint8; where `info` names bands (C, H, W) float32 in 0..1, the `info.ranges`, and
+        NaN where the image has no data.
+
+    Raises:
+        UserError: a file that cannot be read, or without these channels.
+    """
+    if not info.bands:
+        return read_image(path, info.white, turned=turned)
+    return scaled(*read_bands(path, info.bands, turned=turned), info, path)
+
+
+def scaled(
+    values: Values, missing: np.ndarray[Any, Any], info: DatasetInfo, path: object
+) -> Tensor:
+    """Return channels (C, H, W) of any type as float32 in 0..1 by the data set's ranges.
+
+    Args:
+        missing: (H, W) where there is no data.
+        path: of the file or its name, for the message.
+
+    Raises:
+        UserError: the data set has no ranges and the type of numbers none of its own.
+    """
+    ranges = info.ranges
+    if not ranges:
+        if values.dtype.kind != "u":
+            raise UserError(
+                f"{path}: the image holds {values.dtype}, numbers without a range of their own. "
+                f"Say in dataset.yaml which `range` they have; `{STATS}` finds it."
+            )
+        ranges = ((0.0, float(np.iinfo(values.dtype).max)),) * len(values)
+    low, high = (np.array(ends, np.float32)[:, None, None] for ends in zip(*ranges, strict=True))
+    unit = ((values.astype(np.float32) - low) / (high - low)).clip(0, 1)
+    unit[:, missing] = np.nan
+    return torch.from_numpy(unit)
+
+
+def read_bands(
+    path: Path, bands: Sequence[int] = (), *, turned: bool = True
+) -> tuple[Values, np.ndarray[Any, Any]]:
+    """Return channels (C, H, W) of an image as they are in its file, and where (H, W) no data is.
+
+    Args:
+        bands: numbers of the channels from 1; without any all of the file.
+
+    Raises:
+        UserError: a file that cannot be read, or without these channels.
+    """
+    if path.suffix.lower() not in TIFF:
+        with _told(path), open_picture(path) as file:
+            # Pillow keeps only the upper 8 bits of colours of 16
+            if "16" not in raw_mode(file) or is_deep(file.mode):
+                values = _channels(ImageOps.exif_transpose(file) if turned else file)
+                chosen = values[[band - 1 for band in _existing(bands, len(values), path)]]
+                return chosen, np.zeros(chosen.shape[1:], bool)
+    with Raster(path) as raster:
+        if raster.height * raster.width > most_pixels():
+            raise too_large(path, raster.width, raster.height)
+        return raster.read(bands)
+
+
+def _channels(picture: Image.Image) -> Values:
+    if picture.mode in ("P", "PA", "1"):
+        picture = picture.convert("L" if picture.mode == "1" else "RGB")
+    values = np.array(picture)
+    return values[None] if values.ndim == 2 else np.moveaxis(values, 2, 0)
+
+
+def _existing(bands: Sequence[int], count: int, path: Path) -> Sequence[int]:
+    if bands and max(bands) > count:
+        raise UserError(
+            f"{path}: the image has {count} channel{'s' * (count > 1)}, and dataset.yaml asks for "
+            f"channel {max(bands)} (bands)."
+        )
+    return bands or range(1, count + 1)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Whatever a library says of a broken file becomes a UserError."""
+    try:
+        yield
+    except (UserError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # bytes that are no image can raise anything
+        raise broken(path, "an image", error) from None
+
+
+class Raster:
+    """A file that is open, and read in windows; needs the extra `geo`.
+
+    Args:
+        path: a TIFF or PNG file. The pages of a TIFF of one channel each are its channels.
+
+    Attributes:
+        first: of rasterio, with coordinates, types and blocks.
+        height, width, count: of pixels and of channels.
+
+    Raises:
+        UserError: no such file, a broken one, or several pages that are no channels.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import rasterio
+
+        self.path, self._stack = path, contextlib.ExitStack()
+        with _told(path), self._stack, warnings.catch_warnings():
+            if not path.is_file():
+                raise FileNotFoundError(path)
+            # of files without coordinates, which are images too
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            self._stack.enter_context(rasterio.Env(GDAL_CACHEMAX=CACHE))
+            first = self._open(path)
+            pages = first.subdatasets
+            self.files: list[DatasetReader] = [self._open(p) for p in pages] or [first]
+            self.first = self.files[0]
+            self._stack = self._stack.pop_all()
+        self.height, self.width = self.first.height, self.first.width
+        self.count = self.first.count if len(self.files) == 1 else len(self.files)
+        if len(self.files) > 1 and {(1, *self.first.shape)} != {
+            (file.count, *file.shape) for file in self.files
+        }:
+            self.close()
+            raise UserError(
+                f"{path}: the file holds {len(pages)} pages, which are not one channel of one "
+                f"image each. Save each page as a file of its own."
+            )
+
+    def _open(self, path: Path | str) -> DatasetReader:
+        import rasterio
+
+        # GDAL knows other formats, in which a small file may name any other one
+        driver = "GTiff" if self.path.suffix.lower() in TIFF else "PNG"
+        reader: DatasetReader = rasterio.open(path, driver=driver)
+        return self._stack.enter_context(reader)
+
+    def __enter__(self) -> Raster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stack.close()
+
+    @property
+    def has_coordinates(self) -> bool:
+        """Whether the file says where on Earth it lies."""
+        first = self.first
+        return first.crs is not None or not first.transform.is_identity or bool(first.gcps[0])
+
+    def read(
+        self, bands: Sequence[int] = (), window: Window | None = None
+    ) -> tuple[Values, np.ndarray[Any, Any]]:
+        """Return channels (C, h, w) and where (h, w) there is no data, as `read_bands` does.
+
+        There is none where a value is no number, all channels hold the file's nodata value, or
+        the file's own mask says so. (A channel that is marked as transparency is data here: near
+        infrared often is.)
+        """
+        bands = _existing(bands, self.count, self.path)
+        with _told(self.path):
+            if len(self.files) == 1:
+                values = self.first.read(list(bands), window=window)
+            else:
+                values = np.stack([self.files[b - 1].read(1, window=window) for b in bands])
+            return values, self._missing(values, window)
+
+    def _missing(self, values: Values, window: Window | None) -> np.ndarray[Any, Any]:
+        from rasterio.enums import MaskFlags
+
+        missing: np.ndarray[Any, Any] = np.zeros(values.shape[1:], bool)
+        if values.dtype.kind == "f":
+            missing |= ~np.isfinite(values).all(axis=0)
+        if (nodata := self.first.nodata) is not None:
+            missing |= (values == nodata).all(axis=0)
+        if self.first.mask_flag_enums[0] == [MaskFlags.per_dataset]:
+            missing |= self.first.read_masks(1, window=window) == 0
+        return missing

@@ -1,0 +1,182 @@
+"""Range, mean and deviation of the channels of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from ctt.data.files import FileSource
+from ctt.data.pictures import TIFF
+from ctt.data.rasters import Raster, read_bands
+from ctt.data.seeding import derive_seed
+from ctt.data.source import Source
+from ctt.errors import UserError
+from ctt.files import written
+
+SAMPLE = 8_000_000  # numbers looked at, of all images together; all of them where there are fewer
+PERCENTILES = (0.1, 1.0, 50.0, 99.0, 99.9)
+SIDE = 512  # of the windows in which rasters are read
+Ranges = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the channels of a data set, in the numbers of its files.
+
+    Attributes:
+        percentiles: (channels, `PERCENTILES`). low, high: smallest and largest value.
+        ranges: what becomes 0 and 1. mean, std: after that, in 0..1.
+        pixels: looked at.
+        images: they are of.
+    """
+
+    bands: tuple[int, ...]
+    percentiles: np.ndarray[Any, Any]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    ranges: tuple[tuple[float, float], ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pixels: int
+    images: int
+
+
+def statistics(
+    source: Source, cut: tuple[float, float], advance: Callable[[], object] = lambda: None
+) -> Statistics:
+    """Return the statistics of the images that a data set trains on, labelled or not.
+
+    Pixels without data are left out. Of large sets pixels are drawn at random, the same ones
+    every time; rasters are read in windows.
+
+    Args:
+        cut: percentiles that become 0 and 1, where the data set does not say its ranges and its
+            numbers have more than 8 bits.
+        advance: called after each image.
+
+    Raises:
+        UserError: a file that cannot be read, or files of different channels.
+    """
+    names = [*source.train_ids(), *source.unlabeled_ids()]
+    found: list[np.ndarray[Any, Any]] = []
+    low, high = np.inf, -np.inf
+    for name in names:
+        rng = np.random.default_rng(derive_seed("statistics", name))
+        for values, pixels in _parts(source, name):
+            if found and len(values) != len(found[0]):
+                raise UserError(
+                    f"{_path(source, name)}: the image has {len(values)} channels, and "
+                    f"{_path(source, names[0])} has {len(found[0])}. Say in dataset.yaml which "
+                    f"`bands` of the files are read, or take one of the two out."
+                )
+            if values.shape[1]:
+                low = np.minimum(low, values.min(axis=1))
+                high = np.maximum(high, values.max(axis=1))
+            share = max(1, SAMPLE // (len(names) * len(values)))  # pixels of an image
+            wanted = min(values.shape[1], -(-share * values.shape[1] // pixels))
+            if wanted < values.shape[1]:
+                values = values[:, rng.choice(values.shape[1], wanted, replace=False)]
+            found.append(values)
+        advance()
+    sample = np.concatenate(found, axis=1)
+    if not sample.shape[1]:
+        raise UserError("The images have no pixel with data.")
+    return _of_sample(source, sample, np.broadcast_to([low, high], (2, len(sample))), cut, names)
+
+
+def _of_sample(
+    source: Source,
+    sample: np.ndarray[Any, Any],
+    ends: np.ndarray[Any, Any],
+    cut: tuple[float, float],
+    names: list[str],
+) -> Statistics:
+    info, kind = source.info, sample.dtype
+    ranges: Ranges = info.ranges
+    if not ranges and kind == np.uint8:
+        ranges = [(0.0, 255.0)] * len(sample)
+    elif not ranges and not info.bands and info.white is not None:
+        ranges = [(0.0, info.white)] * len(sample)
+    elif not ranges:
+        lows, highs = np.percentile(sample, cut, axis=1)
+        ranges = [*zip(lows, np.where(highs > lows, highs, lows + 1), strict=True)]
+    low, high = (np.array(side)[:, None] for side in zip(*ranges, strict=True))
+    unit = ((sample - low) / (high - low)).clip(0, 1)
+    return Statistics(
+        info.bands or tuple(range(1, len(sample) + 1)),
+        np.percentile(sample, PERCENTILES, axis=1).T,
+        tuple(ends[0].tolist()),
+        tuple(ends[1].tolist()),
+        tuple((float(a), float(b)) for a, b in ranges),
+        tuple(unit.mean(axis=1).tolist()),
+        tuple(s or 1.0 for s in unit.std(axis=1).tolist()),  # 1 where a channel is constant
+        sample.shape[1],
+        len(names),
+    )
+
+
+def _path(source: Source, name: str) -> Path | str:
+    files = source.files(name, labeled=False)
+    return files[0] if files else name
+
+
+def _parts(source: Source, name: str) -> Iterator[tuple[np.ndarray[Any, Any], int]]:
+    """Yield pixels with data (C, n) of an image, a part at a time, and how many pixels it has."""
+    if not isinstance(source, FileSource):
+        image = source.image(name).numpy()
+        yield image.reshape(len(image), -1), image[0].size
+        return
+    path = source.image_path(name)
+    if path.suffix.lower() not in TIFF:
+        values, _ = read_bands(path, source.info.bands, turned=source.turned)
+        yield values.reshape(len(values), -1), values[0].size
+        return
+    from rasterio.windows import Window
+
+    with Raster(path) as raster:
+        for row in range(0, raster.height, SIDE):
+            for column in range(0, raster.width, SIDE):
+                size = (min(SIDE, raster.width - column), min(SIDE, raster.height - row))
+                values, missing = raster.read(source.info.bands, Window(column, row, *size))
+                yield values[:, ~missing], raster.height * raster.width
+
+
+def lines(found: Statistics, known: Sequence[str] = ()) -> list[str]:
+    """Return what belongs into dataset.yaml, but for the keys that are `known` there.
+
+    Images of three channels of 8 bits are RGB, and need mean and std alone.
+    """
+    plain = len(found.bands) == 3 and all(pair == (0.0, 255.0) for pair in found.ranges)
+    values: dict[str, Any] = {}
+    if not (plain and "bands" not in known):
+        values["bands"] = list(found.bands)
+        values["range"] = [[_short(low), _short(high)] for low, high in found.ranges]
+    values |= {"mean": [*map(_short, found.mean)], "std": [*map(_short, found.std)]}
+    text = {key: value for key, value in values.items() if key not in known}
+    return [_line(key, value) for key, value in text.items()]
+
+
+def _short(value: float) -> float | int:
+    short = float(f"{value:.7g}")
+    return int(short) if short == int(short) and abs(short) > 1 else short
+
+
+def _line(key: str, value: list[Any]) -> str:
+    return yaml.safe_dump({key: value}, default_flow_style=None, width=10**6).strip()
+
+
+def append(path: Path, text: Sequence[str]) -> None:
+    """Add lines at the end of a dataset.yaml.
+
+    Raises:
+        UnwritableError: there is no room for them.
+    """
+    before = path.read_text("utf-8-sig")
+    end = "" if before.endswith("\n") or not before else "\n"
+    with written(path) as part:
+        part.write_text(before + end + "".join(f"{line}\n" for line in text), "utf-8")
