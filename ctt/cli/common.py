@@ -1,15 +1,20 @@
 """What the programs share: one paragraph for a mistake, exit code 2, no traceback."""
 
+import contextlib
 import errno
+import os
+import select
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
 from ctt.errors import AlreadyReportedError, UserError
 from ctt.text import printable, replace_what_cannot_be_shown
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+CLOSED_PIPE = 141  # 128 + SIGPIPE
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a share of it, or a file
 # libraries of one option, and their extras
 OPTIONAL = {
@@ -27,6 +32,35 @@ def run_program(name: str, body: Callable[[], int], extra: str = "train") -> Non
         extra: of the package, that holds what the program needs.
     """
     replace_what_cannot_be_shown()
+    try:
+        try:
+            _run(name, body, extra)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _drop_closed_streams():
+            raise
+        sys.exit(CLOSED_PIPE)
+
+
+def _drop_closed_streams() -> bool:
+    """Return whether nobody reads stdout or stderr any more, as of `ctt-data check | head -1`;
+    what is left for them goes nowhere."""
+    if not hasattr(select, "poll"):  # Windows, which has another error for it
+        return False
+    closed = []
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # one that is no file
+            state = select.poll()
+            state.register(stream.fileno(), 0)
+            closed += [stream.fileno()] if state.poll(0) else []
+    with Path(os.devnull).open("w") as nowhere:
+        for number in closed:
+            os.dup2(nowhere.fileno(), number)
+    return bool(closed)
+
+
+def _run(name: str, body: Callable[[], int], extra: str) -> None:
     try:
         code = body()
     except AlreadyReportedError:

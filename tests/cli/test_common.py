@@ -1,9 +1,11 @@
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
-from ctt.cli.common import BAD_INPUT, run_program
+from ctt.cli.common import BAD_INPUT, CLOSED_PIPE, run_program
 
 
 def test_a_full_disk_is_one_line_wherever_it_is_met(capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,3 +18,28 @@ def test_a_full_disk_is_one_line_wherever_it_is_met(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "ctt-x: No space left on device.\n"
     with pytest.raises(OSError, match="Bad file descriptor"):  # a fault of the program
         run_program("ctt-x", lambda: body(errno.EBADF))
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("body", ["print('x' * 10**6)", "sys.exit(print('x'))"])
+def test_a_pipe_that_nobody_reads_ends_the_program_quietly(body: str, unbuffered: str) -> None:
+    """While it prints, and at its end."""
+    code = f"import sys; from ctt.cli.common import run_program; run_program('a', lambda: {body})"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (CLOSED_PIPE, b"")
+
+
+def test_other_pipes_are_no_closed_ones() -> None:
+    def body() -> int:
+        raise BrokenPipeError(errno.EPIPE, "of another process")
+
+    with pytest.raises(BrokenPipeError, match="of another process"):
+        run_program("ctt-x", body)
