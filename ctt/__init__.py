@@ -10,22 +10,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ctt.models.segmenter import Segmenter
 
+    from .train.api import train as train
+
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Import `ctt.ops` on its first use, so that `import ctt` alone stays quick."""
-    if name != "ops":
+    """Import `ctt.ops`, or what trains, on its first use: `import ctt` alone stays quick."""
+    if name not in ("ops", "train"):
         raise AttributeError(f"module 'ctt' has no attribute {name!r}")
-    return importlib.import_module("ctt.ops")
+    return importlib.import_module(f"ctt.{name}")
 
 
 def load(path: str | Path, network: str = "best") -> Segmenter:
     """Return a trained network, ready for inference on the CPU, without gradients (needs the extra
     `train`).
 
-    It is a module that maps RGB images (B, 3, H, W) in 0..1 to class probabilities (B, C, H, W),
-    with a method `predict` for one image of uint8, and with `classes`, `palette`, `mean`, `std`.
+    It is a module that maps images (B, channels, H, W) in 0..1 to class probabilities (B, C, H, W),
+    with a method `predict` for arrays, pictures and files, one or many, whole or in tiles, and with
+    `classes`, `palette`, `mean`, `std`.
 
     Args:
         path: the folder of a run, or the best.safetensors of one.

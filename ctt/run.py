@@ -49,9 +49,7 @@ def create(out: Path | None, settings: Settings) -> Path:
     folder = out or Path("runs")
     with _told_of_out(folder):
         if out is None:
-            folder = _new_numbered(
-                folder, f"{settings.dataset}-{settings.method.rpartition(':')[2]}"
-            )
+            folder = new_numbered(settings)
         folder.mkdir(parents=True, exist_ok=True)
         write_settings(folder, settings)
     return folder
@@ -92,8 +90,9 @@ def _told_of_out(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _new_numbered(parent: Path, stem: str) -> Path:
-    """A folder that no other run, started at the same time, can take too."""
+def new_numbered(settings: Settings) -> Path:
+    """Return a new folder in runs/ that no other run, started at the same time, can take too."""
+    parent, stem = Path("runs"), f"{settings.dataset}-{settings.method.rpartition(':')[2]}"
     parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         folder = parent / f"{stem}-{number}"

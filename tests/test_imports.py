@@ -26,6 +26,7 @@ def test_operations_do_not_load_the_trainer() -> None:
 def test_the_operations_are_an_attribute_of_the_package() -> None:
     assert run("import ctt; print(ctt.ops.info_nce.__name__)") == "info_nce"
     assert run("import ctt; print(hasattr(ctt, 'opts'))") == "False"
+    assert run("import ctt; print(callable(ctt.train))") == "True"
 
 
 def test_package_itself_loads_nothing() -> None:

@@ -12,7 +12,7 @@ from ctt.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ctt.data.statistics import Statistics
+    from ctt.data.channel_statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ def stats(command: Stats) -> int:
 
     from ctt.cli.data import open_source
     from ctt.console import plain_console
+    from ctt.data.channel_statistics import append, lines, statistics
     from ctt.data.description import DESCRIPTION
     from ctt.data.folder import Folder
-    from ctt.data.statistics import append, lines, statistics
     from ctt.text import from_yaml
 
     low, high = command.cut
@@ -80,7 +80,7 @@ def channel_table(found: Statistics) -> Table:
     """Return a row for each channel, in the numbers of the files."""
     from rich.table import Table
 
-    from ctt.data.statistics import PERCENTILES
+    from ctt.data.channel_statistics import PERCENTILES
 
     table = Table(title="channels; mean and std after range becomes 0..1")
     for column in ("band", "lowest", *(f"{p:g} %" for p in PERCENTILES), "highest", "mean", "std"):

@@ -14,8 +14,9 @@ from typing import Annotated, Any, TypeVar
 
 from ctt import methods, recipes
 from ctt.cli.common import INTERRUPTED, run_program
+from ctt.configure import Given, layered, refuse_unused
 from ctt.errors import AlreadyReportedError, UserError
-from ctt.settings import Settings, update, validate
+from ctt.settings import Settings, validate
 from ctt.text import say
 
 METHODS_CAPTION = (
@@ -136,34 +137,6 @@ def given(arguments: list[str], config: Path | None) -> list[str]:
     return names
 
 
-def refuse_unused(settings: Settings, names: list[str]) -> None:
-    """Refuse settings that the user names and that would change nothing.
-
-    Raises:
-        UserError: names the setting and what ignores it.
-    """
-    method = methods.get(settings.method)
-    pairs = settings.pairs or method.pairs
-    what = f"--method {settings.method} with {pairs} pair{'s' * (pairs > 1)}"
-    unused = dict.fromkeys(method.unused(pairs), what)
-    if settings.model.name != "small":
-        unused["model.width"] = f"--model.name {settings.model.name}"
-    if settings.labeled.class_weights != "none":
-        unused["labeled.weights"] = f"--labeled.class-weights {settings.labeled.class_weights}"
-    for name in names:
-        by = unused.get(name) or unused.get(name.partition(".")[0])
-        if by is not None:
-            raise UserError(
-                f"--{name.replace('_', '-')} changes nothing with {by}. Leave it out, or choose "
-                f"another {by.split()[0]}."
-            )
-        if name.startswith("masks.") and settings.masks.folder is None:
-            raise UserError(
-                f"--{name.replace('_', '-')} changes nothing without --masks.folder, the folder of "
-                f"the masks."
-            )
-
-
 def parse(arguments: list[str]) -> Arguments:
     """Defaults, then the recipe or the resumed run, then the file, then the command line.
 
@@ -180,35 +153,8 @@ def parse(arguments: list[str]) -> Arguments:
     early.add_argument("--model.name", dest="network")
     early.add_argument("--model.backbone", dest="backbone")
     given, _ = early.parse_known_args(arguments)
-    settings = Settings()
-    if given.resume is not None:
-        from ctt import run
-
-        settings = run.read_settings(run.find(Path(given.resume)))
     values = recipes.load_file(Path(given.config)) if given.config is not None else {}
-    if given.method or "method" in values:
-        settings = settings.with_method(given.method or str(values["method"]))
-    recipe = values.pop("recipe", [])
-    if not isinstance(recipe, str | list):
-        raise UserError(f"{given.config}: recipe must be a name or a list of names, got {recipe}.")
-    recipe = given.recipe or recipe
-    dataset = given.dataset or str(values.get("dataset", settings.dataset))
-    if not recipe and given.resume is None:
-        in_file = values.get("data")
-        voc_set = in_file.get("voc_set") if isinstance(in_file, dict) else None
-        recipe = recipes.default(dataset, given.voc_set or voc_set or settings.data.voc_set)
-    if recipe:
-        settings = update(settings, recipes.load_all(recipe), f"recipe {recipe}")
-        in_file = values.get("model")
-        model = in_file if isinstance(in_file, dict) else {}
-        network = given.network or model.get("name", settings.model.name)
-        if network != settings.model.name and not (given.backbone or "backbone" in model):
-            # the recipe's backbone belongs to the recipe's network
-            own = {"model": {"backbone": [], "output_stride": 0}}
-            settings = update(settings, own, f"recipe {recipe}")
-    settings = update(settings, values, str(given.config))
-    if given.method:
-        settings = settings.with_method(given.method)
+    settings = layered(values, str(given.config), Given(**vars(given)))
     shown = shown_class(settings, help_asked=bool({"-h", "--help"} & set(arguments)))
     parsed = tyro.cli(
         shown,

@@ -1,1 +1,18 @@
-"""The training loop: settings, state, step, checkpoint, evaluation, logging."""
+"""The training loop: settings, state, step, checkpoint, evaluation, logging.
+
+The package can be called: `ctt.train(...)` is `ctt.train.api.train`.
+"""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _Train(ModuleType):
+    def __call__(self, **settings: Any) -> dict[str, Any]:
+        from ctt.train.api import train
+
+        return train(**settings)
+
+
+sys.modules[__name__].__class__ = _Train

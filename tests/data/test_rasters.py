@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from ctt import data
+from ctt.data.channel_statistics import lines, statistics
 from ctt.data.channels import channels_of
 from ctt.data.options import SourceOptions
 from ctt.data.rasters import Raster, read_as, read_bands
 from ctt.data.source import IGNORE, DatasetInfo, Source
-from ctt.data.statistics import lines, statistics
 from ctt.data.views import GeometricView, PhotometricView, normalize
 from ctt.errors import UserError
 from tests.data.rasters import save, write_rasters
@@ -170,8 +170,8 @@ def test_statistics_of_a_folder(tmp_path: Path) -> None:
 def test_a_share_of_the_pixels_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_rasters(tmp_path / "d", labeled=2, unlabeled=1, side=64)
     whole = statistics(folder(root), (1, 99))
-    monkeypatch.setattr("ctt.data.statistics.SAMPLE", 3 * 4 * 1000)
-    monkeypatch.setattr("ctt.data.statistics.SIDE", 24)
+    monkeypatch.setattr("ctt.data.channel_statistics.SAMPLE", 3 * 4 * 1000)
+    monkeypatch.setattr("ctt.data.channel_statistics.SIDE", 24)
     some = statistics(folder(root), (1, 99))
     assert 3000 <= some.pixels < 3100  # of the two that are not held out
     assert some.low == whole.low

@@ -1,0 +1,94 @@
+"""`ctt.train`: what ctt-train does, called from Python."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ctt import recipes, run
+from ctt.configure import Given, layered, refuse_unused
+from ctt.errors import UserError
+from ctt.settings import validate
+
+SOURCE = "ctt.train"  # named in messages about settings
+
+
+def train(
+    *,
+    recipe: str = "",
+    config: str | Path | None = None,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train as `ctt-train` does with the same settings, and return how it went.
+
+    Settings have the names of the command line, in groups or with dots:
+    `ctt.train(dataset="folder", data_root="mine", train={"iterations": 100})`, or
+    `ctt.train(**{"train.iterations": 100})`.
+
+    Args:
+        recipe: settings by name; by default those of the data set.
+        config: YAML file of settings over the recipe.
+        out: new folder for the run; by default a numbered one in runs/.
+        resume: folder of a stopped run to go on with.
+        settings: over all of these.
+
+    Returns:
+        what summary.json holds, and under `folder` the path of the run, for `ctt.load`.
+
+    Raises:
+        ctt.errors.UserError: settings or data that cannot work, too little memory, a full disk.
+    """
+    from ctt.train.loop import Stopped
+    from ctt.train.loop import train as run_training
+
+    given = _nested(settings)
+    values = recipes.load_file(Path(config)) if config is not None else {}
+    for name, value in given.items():
+        both = isinstance(value, dict) and isinstance(values.get(name), dict)
+        values[name] = {**values[name], **value} if both else value
+    if out is not None and resume is not None:
+        raise UserError("out and resume exclude each other: a resumed run stays in its folder.")
+    early = Given(recipe=recipe or None, resume=None if resume is None else str(resume))
+    made = layered(values, SOURCE, early)
+    validate(made)
+    named = [
+        f"{group}.{name}" if isinstance(value, dict) else group
+        for group, value in values.items()
+        for name in (value if isinstance(value, dict) else [""])
+    ]
+    refuse_unused(made, named)
+    folder = None if out is None else Path(out)
+    if resume is not None:
+        folder = run.find(Path(resume))
+        run.check_resumable(run.read_settings(folder), made)
+    elif folder is None and int(os.environ.get("RANK", "0")) == 0:
+        folder = run.new_numbered(made)
+    try:
+        summary = run_training(
+            made,
+            out=folder if resume is None else None,
+            resume=folder if resume is not None else None,
+        )
+    except Stopped as stopped:
+        raise KeyboardInterrupt(
+            f"stopped after iteration {stopped.iteration}; go on with "
+            f"ctt.train(resume={str(stopped.folder)!r})"
+        ) from None
+    return {**summary, "folder": folder}
+
+
+def _nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings whose names have dots in the groups that these mean."""
+    groups: dict[str, Any] = {}
+    for name, value in settings.items():
+        group, dot, rest = name.partition(".")
+        if dot:
+            groups.setdefault(group, {})[rest] = value
+        elif isinstance(value, dict):
+            groups.setdefault(group, {}).update(value)
+        else:
+            groups[name] = str(value) if isinstance(value, Path) else value
+    return groups

@@ -1,0 +1,61 @@
+"""ctt.train, the program as a function."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import ctt
+from ctt.errors import UserError
+from tests.data.trees import write_folder
+
+TINY: dict[str, Any] = {
+    "recipe": "digits",
+    "ratio": "1/1",
+    "pairs": 1,
+    "data": {"crop": (16, 16), "batch_size": 2},
+    "model.width": 4,
+    "model.features": 8,
+    "train": {"threads": 1, "tensorboard": False, "measured_images": 0},
+}
+
+
+def test_it_trains_as_the_program_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = write_folder(tmp_path / "data", labeled=3, unlabeled=2, size=(20, 24))
+    where = {"dataset": "folder", "data_root": data}
+    done = ctt.train(**TINY, **where, **{"train.iterations": 2})
+    assert done["folder"] == Path("runs/folder-cross-teacher-1")
+    settings = yaml.safe_load((done["folder"] / "config.yaml").read_text())
+    assert settings["train"]["iterations"] == 2
+    assert settings["data"]["crop"] == [16, 16]
+    assert settings["loss"]["hc"] == 0.02  # of the recipe
+    assert done["miou"]["teacher_1"] is not None
+    label = ctt.load(done["folder"]).predict(sorted((data / "val/images").rglob("*.jpg")))
+    assert label[0].shape == (20, 24)
+    more = ctt.train(resume=done["folder"], train={"iterations": 3})
+    assert (more["folder"], more["iterations"]) == (done["folder"], 3)
+    with pytest.raises(UserError, match="the folder is not empty"):
+        ctt.train(**TINY, **where, out=done["folder"])
+
+
+def test_a_file_and_what_is_given_over_it(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("loss: {hc: 0, lc: 3}\nseed: 5\n")
+    with pytest.raises(UserError, match=r"loss\.lc must be at least 0, got -1"):
+        ctt.train(config=tmp_path / "a.yaml", **{"loss.lc": -1})
+    with pytest.raises(UserError, match=r"ctt\.train: there is no setting loss\.lcc"):
+        ctt.train(**{"loss.lcc": -1})
+    with pytest.raises(UserError, match="changes nothing with"):
+        ctt.train(method="supervised", loss={"hc": 1})
+    with pytest.raises(UserError, match="exclude each other"):
+        ctt.train(out="a", resume="b")
+
+
+def test_the_package_and_the_function_have_one_name() -> None:
+    import ctt.train.loop
+
+    assert callable(ctt.train)
+    assert ctt.train.loop.train is not None
+    assert torch.is_grad_enabled()
