@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import types
 import typing
@@ -152,13 +153,26 @@ def recipe_files() -> str:
 
 def examples() -> str:
     """Return the page of the scripts in examples/."""
-    text = ["# Examples\n", "Each script of `examples/` runs in the tests.\n"]
+    text = ["# Examples\n", "Each file of `examples/` runs in the tests.\n"]
     for path in sorted((ROOT / "examples").glob("*.py")):
         code = path.read_text("utf-8")
         first = (ast.get_docstring(ast.parse(code)) or "").splitlines()[0]
         text += [f"## {path.name}\n", f"{first}\n", f'??? example "{path.name}"\n', "    ```python"]
         text += [f"    {line}".rstrip() for line in code.splitlines()] + ["    ```\n"]
+    text += notebook(ROOT / "examples" / "own_folder.ipynb")
     return "\n".join(text)
+
+
+def notebook(path: Path) -> list[str]:
+    """Return the cells of a notebook as Markdown, its headings below one of its name."""
+    text = [f"## {path.name}\n"]
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            text.append(f"```python\n{source}\n```\n")
+        else:
+            text.append(re.sub(r"(?m)^#+", "###", source) + "\n")
+    return text
 
 
 def interfaces() -> dict[str, str]:

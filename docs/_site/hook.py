@@ -46,7 +46,7 @@ def inside(text: str, target: str, files: Files) -> str:
     """Return a link within the site; of a file that is no page of it, the text alone."""
     if re.match(r"[\w+]+:", target) or target.startswith("#"):
         return f"[{text}]({target})"
-    place, separator, anchor = target.removeprefix("../").partition("#")
+    place, separator, anchor = target.removeprefix("../").removeprefix("docs/").partition("#")
     if place in TOP:
         return f"[{text}]({TOP[place]}{separator}{anchor})"
     if place.startswith("examples/"):

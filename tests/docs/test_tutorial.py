@@ -10,7 +10,7 @@ from PIL import Image
 from tests.docs.pages import ROOT, blocks, run
 
 PAGE = ROOT / "docs" / "train-on-your-images.md"
-SHORTER = {"--train.iterations 200": "--train.iterations 4", "--start-after 100": "--start-after 2"}
+SHORTER = {"--train.iterations 200": "--train.iterations 2", "--start-after 100": "--start-after 1"}
 
 
 def test_the_tutorial(
@@ -26,7 +26,7 @@ def test_the_tutorial(
                 text = text.replace(long, short)
             run(text, monkeypatch)
     summary = json.loads(Path("runs/mine/summary.json").read_text("utf-8"))
-    assert summary["iterations"] == 4
+    assert summary["iterations"] == 2
     photos = sorted(path.stem for path in Path("mine/photos").iterdir())
     masks = sorted(Path("masks").glob("*_mask.png"))
     assert [path.name for path in masks] == [f"{name}_mask.png" for name in photos]
