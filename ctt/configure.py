@@ -78,8 +78,8 @@ def refuse_unused(settings: Settings, names: list[str]) -> None:
     pairs = settings.pairs or method.pairs
     what = f"--method {settings.method} with {pairs} pair{'s' * (pairs > 1)}"
     unused = dict.fromkeys(method.unused(pairs), what)
-    if settings.model.name != "small":
-        unused["model.width"] = f"--model.name {settings.model.name}"
+    if "small" not in settings.model.names:
+        unused["model.width"] = f"--model.name {' '.join(settings.model.names)}"
     if settings.labeled.class_weights != "none":
         unused["labeled.weights"] = f"--labeled.class-weights {settings.labeled.class_weights}"
     for name in names:

@@ -118,6 +118,9 @@ class ModelSettings:
     name: str = "small"
     """Architecture: small, deeplabv2, deeplabv3plus, vit, dpt, or smp:NAME, one of
     segmentation_models_pytorch such as smp:unet (extra `smp`)."""
+    pair_name: tuple[str, ...] = ()
+    """Architectures of the pairs instead of --model.name, where they differ: pair k takes the k-th,
+    and after the last one the first again."""
     backbone: tuple[str, ...] = ()
     """Name of a timm model, with or without the tag of its weights, such as resnet101 or
     resnet101.tv_in1k; by default resnet101, vit_small_patch14_dinov2 for vit and dpt, resnet34 for
@@ -127,6 +130,10 @@ class ModelSettings:
     for the backbone, once `ctt-data fetch weights` has brought them; or a file (.safetensors, or
     .pth that holds tensors) of the whole network or of the backbone. Of several, pair k takes the
     k-th, and after the last one the first again."""
+    normalization: Literal["data", "weights"] = "data"
+    """How a backbone takes images. data: by mean and deviation of the data set. weights: by those
+    with which the published weights of the backbone were trained, of each pair its own (CLIP,
+    SigLIP and DINOv2 have different ones)."""
     output_stride: int = 0
     """Of a dilated backbone: 8 or 16; 0: 8 for deeplabv2, 16 for deeplabv3plus."""
     grid: Literal["aligned", "legacy"] = "aligned"
@@ -154,15 +161,25 @@ class ModelSettings:
     width: int = 32
     """small: channels of the first stage."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The architectures that go round the pairs."""
+        return self.pair_name or (self.name,)
+
     def of_pair(self, k: int) -> dict[str, Any]:
         """Arguments of `ctt.models.build` for the networks of pair k, counted from 0."""
+        from ctt.models import OUTPUT_STRIDES
+
+        name = self.names[k % len(self.names)]
+        strides = not self.pair_name or name in OUTPUT_STRIDES
         return {
-            "name": self.name,
+            "name": name,
             "features": self.features,
             "width": self.width,
             "backbone": self.backbone[k % len(self.backbone)] if self.backbone else "",
-            "output_stride": self.output_stride,
+            "output_stride": self.output_stride if strides else 0,
             "grid": self.grid,
+            "normalization": self.normalization,
             "drop_path": self.drop_path[k % len(self.drop_path)],
         }
 
@@ -171,8 +188,13 @@ class ModelSettings:
 class OptimSettings:
     name: Literal["sgd", "adamw"] = "sgd"
     lr: float = 2.5e-4
+    pair_lr: tuple[float, ...] = ()
+    """Learning rates of the pairs instead of --optim.lr, where they differ: pair k takes the k-th,
+    and after the last one the first again."""
     head_lr_factor: float = 1.0
     """Learning rate of the classifier head relative to the rest (DeepLabV2: 10)."""
+    pair_head_lr_factor: tuple[float, ...] = ()
+    """The same of each pair, as --optim.pair-lr is."""
     layer_decay: float = 1.0
     """Learning rate of a layer of the backbone relative to the next one; 1: all learn alike."""
     momentum: float = 0.9
@@ -209,6 +231,10 @@ class LossSettings:
     """Weight of the supervised cross-entropy, equations (1)(2)."""
     ct: float = 1.0
     """Weight of the cross-entropy against the teachers' labels, equations (3)-(5)."""
+    labels_from: Literal["others", "all"] = "others"
+    """Who labels the unlabelled images for a student of cross-teacher. others: the teachers of the
+    other pairs. all: every teacher, each pixel's probabilities weighted by how sure each is of it.
+    """
     ct_ramp: int = 0
     """Iterations over which the weight of that term rises from 0."""
     hc: float = 0.1
@@ -594,6 +620,13 @@ def validate(settings: Settings) -> None:
             "must be 8 or 16, or 0 for the architecture's own",
         ),
         ("--optim.lr", s.optim.lr, s.optim.lr > 0, positive),
+        ("--optim.pair-lr", s.optim.pair_lr, all(x > 0 for x in s.optim.pair_lr), positive),
+        (
+            "--optim.pair-head-lr-factor",
+            s.optim.pair_head_lr_factor,
+            all(x > 0 for x in s.optim.pair_head_lr_factor),
+            positive,
+        ),
         ("--optim.head-lr-factor", s.optim.head_lr_factor, s.optim.head_lr_factor > 0, positive),
         (
             "--optim.layer-decay",

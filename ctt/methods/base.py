@@ -19,7 +19,7 @@ from ctt.methods.labeled import LabeledLoss
 from ctt.methods.optim import make_optimizer
 from ctt.methods.options import Options
 from ctt.models.base import BackboneModel, Output, SegmentationModel
-from ctt.models.weights import start_from
+from ctt.models.weights import published_input, start_from
 
 if TYPE_CHECKING:
     from ctt.settings import EvalSettings, Settings
@@ -105,18 +105,22 @@ class Setup:
         weights = model.weights[k % len(model.weights)]
         if self.initialize and weights != "none":
             self.origins.append(start_from(student, weights))
+        if isinstance(student, BackboneModel) and student.own_input:
+            own = published_input(student.backbone_name)
+            student.set_own_input((self.info.mean, self.info.std), own)
         if model.freeze_batch_norm:
             if not isinstance(student, BackboneModel):
                 raise UserError(
-                    f"--model.freeze-batch-norm: the network {model.name} has no backbone whose "
-                    f"batch norms could be kept. Leave it out, or choose another --model.name."
+                    f"--model.freeze-batch-norm: the network {student.options['name']} has no "
+                    f"backbone whose batch norms could be kept. Leave it out, or choose another "
+                    f"--model.name."
                 )
             student.freeze_batch_norm()
         if model.freeze_backbone:
             if not isinstance(student, BackboneModel):
                 raise UserError(
-                    f"--model.freeze-backbone: the network {model.name} has no backbone. Leave it "
-                    f"out, or choose another --model.name."
+                    f"--model.freeze-backbone: the network {student.options['name']} has no "
+                    f"backbone. Leave it out, or choose another --model.name."
                 )
             student.freeze_backbone()
         return self.finish(student)

@@ -38,7 +38,7 @@ CONTRAST = (
     "loss.contrast_reduction",
 )
 TAUGHT = ("ema", "loss.sup", "labeled", "masks", "views", "views.mix", *LABELING)
-SHARED = (*TAUGHT, *CONTRAST, *LOW_LEVEL)
+SHARED = (*TAUGHT, "loss.labels_from", *CONTRAST, *LOW_LEVEL)
 KEPT = (
     "ema",
     "views",
@@ -83,7 +83,8 @@ class About:
 
     def unused(self, pairs: int) -> tuple[str, ...]:
         """Return the settings, or groups of settings, that change nothing under this method."""
-        lonely = LOW_LEVEL if pairs == 1 else ()  # one student has no peer
+        # one student has no peer
+        lonely = (*LOW_LEVEL, "loss.labels_from") if pairs == 1 else ()
         return tuple(name for name in SHARED if name not in self.uses or name in lonely)
 
     def option_class(self) -> type[Options]:
@@ -108,7 +109,7 @@ METHODS = {
         "Xiao et al., Neurocomputing 508, 2022",
         "ctt.methods.cross_teacher:CrossTeacher",
         pairs=2,
-        uses=(*TAUGHT, *CONTRAST, *LOW_LEVEL),
+        uses=(*TAUGHT, "loss.labels_from", *CONTRAST, *LOW_LEVEL),
         contrast=True,
         extra="banks of features",
         cost=2.6,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctt.data.source import IGNORE
-from ctt.methods import losses
+from ctt.methods import followers, losses
 from ctt.methods.base import Batch, Modules, Setup, Step, Terms
 from ctt.methods.losses import to_grid
+from ctt.methods.optim import make_optimizer
 from ctt.methods.pseudo_labels import PseudoLabels
 from ctt.models.base import Output
 from ctt.ops import MemoryBank
@@ -22,6 +23,9 @@ class CrossTeacher(PseudoLabels):
     Features of students are contrasted with queues of pixels that the teachers classify well, a
     bank of queues for each pair: the high-level contrast for pixels that a student is sure of, the
     low-level contrast, against a peer that is surer, for the others.
+
+    Where students have features of different widths, a 1x1 convolution of each takes them to the
+    smallest before they are contrasted, and teachers have running averages of these.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -29,10 +33,14 @@ class CrossTeacher(PseudoLabels):
         loss, bank = self.settings.loss, self.settings.bank
         self.contrasts = loss.hc > 0 or loss.lc > 0
         self.per_class = bank.per_class or max(1, bank.capacity // setup.labeled)
+        widths = [student.feature_channels for student in self.students]
         self.banks = Modules[MemoryBank](
-            MemoryBank(setup.classes, bank.capacity, student.feature_channels)
-            for student in self.students
+            MemoryBank(setup.classes, bank.capacity, min(widths)) for _ in self.students
         )
+        self.projects = self.contrasts and len(set(widths)) > 1
+        if self.projects:
+            self.add_projections(setup, widths)
+            self.find_unused = True  # before the contrast begins
         if self.contrasts:
             self.terms, self.logged = (
                 ("sup", "ct", "hc", "lc", *self.terms[2:]),
@@ -44,8 +52,43 @@ class CrossTeacher(PseudoLabels):
                 ),
             )
 
+    def add_projections(self, setup: Setup, widths: Sequence[int]) -> None:
+        with setup.seeded("projections"):
+            self.projections = Modules[nn.Module](
+                setup.finish(nn.Conv2d(width, min(widths), 1)) for width in widths
+            )
+        self.slow_projections = followers.copies(self.projections)
+        self.following = ("teachers", "slow_projections")
+        self.ema = followers.EmaUpdate(
+            [*self.teachers, *self.slow_projections],
+            [*self.students, *self.projections],
+            self.settings.ema,
+        )
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        extra = self.projections if self.projects else ()
+        return {"students": make_optimizer(self.students, self.settings, extra)}
+
+    def projected(self, projections: str, k: int, features: Tensor, step: Step) -> Tensor:
+        """Return features (B, D, h, w) of pair k at the width that is contrasted.
+
+        Args:
+            projections: name of those of the students or of the teachers.
+        """
+        if not self.projects:
+            return features
+        with step.autocast():
+            projected: Tensor = getattr(self, projections)[k](features)
+        return projected
+
     def taught_by(self, k: int) -> list[int]:
         return [j for j in range(len(self.students)) if j != k] or [k]
+
+    def teachings(self, probability: Sequence[Tensor]) -> Iterator[Tensor]:
+        if self.settings.loss.labels_from == "others":
+            yield from super().teachings(probability)
+        else:
+            yield from [losses.surest_of(probability)] * len(self.students)
 
     def stage(self, iteration: int) -> int:
         return int(self.contrasts and iteration >= self.settings.bank.start_after)
@@ -74,6 +117,10 @@ class CrossTeacher(PseudoLabels):
         out = [
             Output(*(losses.coarsen(x, student.grid, grid, truth.shape[1:]) for x in maps))
             for maps, student in zip(out, self.students, strict=True)
+        ]
+        out = [
+            o._replace(features=self.projected("projections", k, o.features, step))
+            for k, o in enumerate(out)
         ]
         counts = losses.usable_counts(list(self.banks), bank.start)
         # confidence and class that each student's own classifier gives on the grid
@@ -120,11 +167,12 @@ class CrossTeacher(PseudoLabels):
             out = step.forward(teacher, b["images"])
             with step.phase("banks"):
                 truth = to_grid(b["label"], teacher.grid)
+                features = self.projected("slow_projections", k, out.features, step)
                 confidence, predicted = out.logits.float().softmax(dim=1).max(dim=1)
                 valid = (predicted == truth) & (confidence >= bank.min_confidence)
                 for i, part in enumerate(pushes):
                     queues.push(
-                        losses.as_pixels(out.features[part]),
+                        losses.as_pixels(features[part]),
                         truth[part].flatten(),
                         confidence[part].flatten(),
                         valid=valid[part].flatten(),

@@ -229,6 +229,22 @@ def mean_of(probability: Sequence[Tensor]) -> Tensor:
     return probability[0] if len(probability) == 1 else torch.stack(list(probability)).mean(dim=0)
 
 
+def surest_of(probability: Sequence[Tensor]) -> Tensor:
+    """Return the mean over networks, in each pixel weighted by their largest probability there.
+
+    A network that gives no number somewhere has no say there.
+
+    Args:
+        probability: (B, C, H, W) of each network.
+    """
+    total, weights = torch.zeros_like(probability[0]), torch.zeros_like(probability[0][:, :1])
+    for p in probability:
+        known = p.nan_to_num(nan=0.0)
+        weight = known.amax(dim=1, keepdim=True)
+        total, weights = total + weight * known, weights + weight
+    return total / weights.clamp(min=torch.finfo(weights.dtype).tiny)
+
+
 def sum_of(values: Sequence[Tensor]) -> Tensor:
     """Return the sum of tensors of shape ()."""
     return torch.stack(list(values)).sum()

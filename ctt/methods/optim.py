@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,9 +28,12 @@ def make_optimizer(
     """
     optim = settings.optim
     groups: list[Group] = []
-    for student in students:
+    for k, student in enumerate(students):
         assert isinstance(student, SegmentationModel)
-        groups += _of_student(student, optim)
+        factor = _of_pair(k, optim.pair_lr, optim.lr) / optim.lr
+        head = _of_pair(k, optim.pair_head_lr_factor, optim.head_lr_factor)
+        for group in _of_student(student, optim, head):
+            groups.append(group | {"lr_factor": factor * group["lr_factor"]})
     for module in extra:
         groups.append({"params": list(module.parameters()), "lr_factor": optim.head_lr_factor})
     if not optim.decay_vectors:
@@ -40,7 +43,13 @@ def make_optimizer(
     return _sgd(groups, optim)
 
 
-def _of_student(student: SegmentationModel, optim: OptimSettings) -> Iterator[Group]:
+def _of_pair(k: int, values: Sequence[float], default: float) -> float:
+    return values[k % len(values)] if values else default
+
+
+def _of_student(
+    student: SegmentationModel, optim: OptimSettings, head_factor: float
+) -> Iterator[Group]:
     head = list(student.head_parameters())
     in_head = {id(p) for p in head}
     body = [p for p in student.parameters() if id(p) not in in_head and p.requires_grad]
@@ -48,7 +57,7 @@ def _of_student(student: SegmentationModel, optim: OptimSettings) -> Iterator[Gr
         yield from _by_layer(student.backbone, body, optim.layer_decay)
     else:
         yield {"params": body, "lr_factor": 1.0}
-    yield {"params": head, "lr_factor": optim.head_lr_factor}
+    yield {"params": head, "lr_factor": head_factor}
 
 
 def _by_layer(backbone: nn.Module, body: list[nn.Parameter], decay: float) -> Iterator[Group]:
@@ -68,7 +77,7 @@ def _by_layer(backbone: nn.Module, body: list[nn.Parameter], decay: float) -> It
     if len(merged) < 2:
         raise UserError(
             f"--optim.layer-decay {decay}: the layers of this backbone are not known; they are of "
-            f"the ViTs of --model.name vit. Leave it out."
+            f"the ViTs of --model.name vit and dpt. Leave it out."
         )
     for factor, params in merged.items():
         yield {"params": params, "lr_factor": factor}

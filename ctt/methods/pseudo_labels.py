@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -57,6 +57,15 @@ class PseudoLabels(Method):
         """Return the labelers whose mean probability labels unlabelled images for student k."""
         raise NotImplementedError
 
+    def teachings(self, probability: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Return the probabilities (B, C, H, W) that label unlabelled images for each student.
+
+        Args:
+            probability: of each labeler.
+        """
+        for k in range(len(self.students)):
+            yield losses.mean_of([probability[j] for j in self.taught_by(k)])
+
     @property
     def labelers(self) -> Networks:
         """The networks that label; students do so in training mode, without gradient."""
@@ -86,9 +95,8 @@ class PseudoLabels(Method):
             if self.masks is not None:
                 b |= self.masks.mixed(b, mix, step)
             all_lost = []
-            for k in range(len(self.students)):
-                chosen = [probability[j] for j in self.taught_by(k)]
-                confidence, label = losses.mean_of(chosen).max(dim=1)
+            for k, taught in enumerate(self.teachings(probability)):
+                confidence, label = taught.max(dim=1)
                 # the largest of numbers that are none would be class 0, at index 0
                 lost = ~(confidence > 0)
                 all_lost.append(lost)

@@ -44,6 +44,7 @@ def build(
     drop_path: float = 0.0,
     image: Sequence[int] | None = None,
     channels: int = 3,
+    normalization: str = "data",
 ) -> SegmentationModel:
     """A network with fresh random weights from torch's global generator; nothing is downloaded.
 
@@ -58,6 +59,7 @@ def build(
         image: height and width of the images that position embeddings are for (dpt); None: as
             published.
         channels: of the images.
+        normalization: "data" or "weights", see `ModelSettings.normalization`.
 
     Raises:
         UserError: no such architecture or backbone, or options that do not fit each other.
@@ -83,11 +85,35 @@ def build(
         "drop_path": drop_path,
         "image": None if image is None or name != "dpt" else (image[0], image[1]),
         "channels": channels,
+        "normalization": normalization,
     }
     network = _build(num_classes, **options)
     network.legacy_grid = grid == "legacy"
     network.options = options
+    if normalization == "weights":
+        own_input_of(network)
     return network
+
+
+def own_input_of(network: SegmentationModel) -> None:
+    """Let a network's backbone have images normalised as its published weights want them.
+
+    Raises:
+        UserError: it has no backbone, or images are not of three channels.
+    """
+    from ctt.models.base import BackboneModel
+
+    if network.options["channels"] != 3:
+        raise UserError(
+            f"--model.normalization weights: published weights are of images of 3 channels, and "
+            f"these have {network.options['channels']}. Give data there."
+        )
+    if not isinstance(network, BackboneModel):
+        raise UserError(
+            f"--model.normalization weights: the network {network.options['name']} has no backbone "
+            f"with published weights. Give data there, or choose another --model.name."
+        )
+    network.have_own_input()
 
 
 def _build(

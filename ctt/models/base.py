@@ -179,12 +179,17 @@ class BackboneModel(SegmentationModel):
 
     Attributes:
         backbone: named as in `backbone_name`.
+        own_input: it takes images normalised in its own way, by `input_scale` and `input_shift`
+            (3, 1, 1) of the normalised images that the network gets.
         batch_norm_frozen: the backbone's batch norms stay as they are, see `freeze_batch_norm`.
         backbone_frozen: the whole of it does, see `freeze_backbone`.
     """
 
     backbone: nn.Module
     backbone_name: str
+    input_scale: Tensor
+    input_shift: Tensor
+    own_input = False
     batch_norm_frozen = False
     backbone_frozen = False
 
@@ -192,6 +197,31 @@ class BackboneModel(SegmentationModel):
         for name, parameter in self.named_parameters():
             if not name.startswith("backbone."):
                 yield parameter
+
+    def have_own_input(self) -> None:
+        """Let the backbone have a normalisation of its own, which starts as that of the network."""
+        self.own_input = True
+        self.register_buffer("input_scale", torch.ones(3, 1, 1))
+        self.register_buffer("input_shift", torch.zeros(3, 1, 1))
+
+    def set_own_input(
+        self, data: tuple[Sequence[float], Sequence[float]], own: tuple[Sequence[float], ...]
+    ) -> None:
+        """Set the normalisation of the backbone.
+
+        Args:
+            data: mean and deviation of the channels in 0..1, by which images come normalised.
+            own: those by which the backbone takes them.
+        """
+        (mean, std), (own_mean, own_std) = (
+            (torch.tensor(x)[:, None, None] for x in pair) for pair in (data, own)
+        )
+        self.input_scale.copy_(std / own_std)
+        self.input_shift.copy_((mean - own_mean) / own_std)
+
+    def adapted(self, images: Tensor) -> Tensor:
+        """Return images (B, 3, H, W), normalised as the network gets them, for the backbone."""
+        return images * self.input_scale + self.input_shift if self.own_input else images
 
     def freeze_batch_norm(self) -> None:
         """Fix statistics, scale and shift of the backbone's batch norms for good.

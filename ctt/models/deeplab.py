@@ -56,7 +56,7 @@ class DeepLabV2(BackboneModel):
             nn.init.zeros_(layer.bias)
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        return [self.backbone(images)[-1]]  # (B, channels, h, w)
+        return [self.backbone(self.adapted(images))[-1]]  # (B, channels, h, w)
 
     def decode(self, stages: list[Tensor]) -> Tensor:
         (x,) = stages
@@ -106,7 +106,7 @@ class DeepLabV3Plus(BackboneModel):
         self.classifier = nn.Conv2d(features, num_classes, 1)
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        stages = self.backbone(images)
+        stages = self.backbone(self.adapted(images))
         return [stages[self.low_level], stages[-1]]
 
     def decode(self, stages: list[Tensor]) -> Tensor:

@@ -83,7 +83,7 @@ class Dpt(BackboneModel):
         return self.multiple
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        return [images, *spread_out(self.backbone, images, self.taken)]
+        return [images, *spread_out(self.backbone, self.adapted(images), self.taken)]
 
     def decode(self, stages: list[Tensor]) -> Tensor:
         maps = [

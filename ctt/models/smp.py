@@ -87,7 +87,7 @@ class Smp(BackboneModel):
         self.classifier = nn.Conv2d(features, num_classes, 1)
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        found: Any = self.backbone(self._pad(images))
+        found: Any = self.backbone(self._pad(self.adapted(images)))
         if self.is_vit:
             maps, tokens = found  # (B, dim, h, w) and (B, tokens, dim) of each stage
             if self.has_token:

@@ -55,7 +55,7 @@ class Vit(BackboneModel):
         self.classifier = nn.Conv2d(features, num_classes, 1)
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        return [images, *spread_out(self.backbone, images, self.taken)]
+        return [images, *spread_out(self.backbone, self.adapted(images), self.taken)]
 
     def decode(self, stages: list[Tensor]) -> Tensor:
         images, *blocks = stages

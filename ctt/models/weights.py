@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,23 @@ def published(backbone: str) -> dict[str, Tensor]:
         f"{HUB_FILE} of {repository} from the Hugging Face hub and give the file as "
         f"--model.weights PATH, or start from fresh weights with --model.weights none."
     )
+
+
+def published_input(backbone: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Return mean and deviation of the channels by which a backbone's weights take images.
+
+    Raises:
+        UserError: none are published.
+    """
+    import timm
+
+    facts = timm.models.get_pretrained_cfg(backbone)
+    if facts is None:
+        raise UserError(
+            f"--model.normalization weights: timm publishes no weights for {backbone}, whose mean "
+            f"and deviation could be taken. Give data there."
+        )
+    return facts.mean, facts.std
 
 
 def fetch_published(backbone: str) -> Path:
