@@ -9,12 +9,8 @@ packages setuptools, ninja and pybind11). Environment variables:
 
 CTT_CPU, CTT_CUDA   0: do not build; 1: a build that cannot be done or fails ends the installation
 CTT_CUDA_ARCHS      "80;90": the cards to compile for; PTX of the last one serves later cards
-CTT_SANITIZE        "address": ctt._cpu with that sanitizer, for developers:
-                        CTT_SANITIZE=address python setup.py build_ext --inplace --force
-                        ASAN_OPTIONS=detect_leaks=0 \
-                        LD_PRELOAD="$(gcc -print-file-name=libasan.so) \
-                            $(gcc -print-file-name=libstdc++.so)" \
-                            python -m pytest tests/ops/test_cpu_backend.py
+CTT_SANITIZE        "address,undefined": ctt._cpu with these sanitizers, for developers; see
+                    tests/slow/test_sanitizers.py, which builds it and runs the tests on it
 """
 
 import os
@@ -86,11 +82,9 @@ class Build(build_ext):
     def build_cpu(self, ext: Extension) -> None:
         import pybind11
 
+        if self.compiler.compiler_type == "msvc":
+            raise NotImplementedError("it needs gcc or clang, whose vector types it uses")
         ext.include_dirs.append(pybind11.get_include())
-        if self.compiler.compiler_type == "msvc":  # flags of another kind, one source at a time
-            ext.extra_compile_args = ["/std:c++17", "/O2", "/openmp:experimental"]
-            super().build_extension(ext)
-            return
         sanitize = os.environ.get("CTT_SANITIZE")
         openmp = ["-fopenmp"] if self.compiles("-fopenmp") else []
         checked = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else []

@@ -33,6 +33,8 @@ def test_a_cache_gives_what_the_files_hold(tmp_path: Path, size: tuple[int, int]
                 assert torch.equal(one, other)
     files = sorted((tmp_path / "new" / "cache").iterdir())
     assert len(files) == 2 * len(source.train_ids())
+    (tmp_path / "own").touch()
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "own").stat().st_mode}
     height, width = size or (40, 50)
     pixels = len(source.train_ids()) * height * width
     assert 4 * pixels <= sum(file.stat().st_size for file in files) <= 4 * pixels + 128 * len(files)

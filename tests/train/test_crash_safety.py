@@ -221,6 +221,7 @@ def test_rows_of_a_resumed_run_are_those_of_one_that_went_through(
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(settings: Settings, tmp_path: Path) -> None:
+    settings = update(settings, {"train": {"tensorboard": True}}, "test")
     summary = train(settings, out=tmp_path / "run")
     before = contents(tmp_path / "run")
     again = train(settings, resume=tmp_path / "run")

@@ -1,3 +1,4 @@
+import os
 from typing import Any
 
 import pytest
@@ -23,8 +24,8 @@ def test_networks_banks_and_optimiser_are_those_of_a_run(tiny: Settings) -> None
     held = engine.optimizers["students"].state.values()
     momenta = [x for state in held for x in state.values()]
     assert parts["momenta"] == parts["gradients"] == sum(map(size_of, momenta))
-    banks = [x for bank in method.banks for x in bank.buffers()]
-    assert parts["banks and other modules"] == sum(map(size_of, banks))
+    others = [x for module in (*method.banks, method.labeled) for x in module.buffers()]
+    assert parts["banks and other modules"] == sum(map(size_of, others))
 
 
 def test_critics_and_what_their_optimiser_remembers(tiny: Settings) -> None:
@@ -106,6 +107,15 @@ def test_a_method_that_looks_at_its_numbers_has_no_estimate(
     assert ACTIVATIONS not in parts
     table = memory_table(parts, tiny, CPU)
     assert "unknown" in list(table.columns[1].cells)
+
+
+def test_a_system_that_does_not_say_how_much_there_is(
+    tiny: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sysconf")
+    table = memory_table({ACTIVATIONS: 2**20}, tiny, CPU)
+    assert [*table.columns[0].cells][-1] == "cpu has"
+    assert [*table.columns[1].cells] == ["1", "1", "unknown"]
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_its_parts(tiny: Settings) -> None:

@@ -1,0 +1,43 @@
+"""What a run's folder says of the places it was started with."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from ctt import run
+from ctt.errors import UserError
+from ctt.settings import DataSettings, Settings
+from ctt.train.dry_run import dry_run
+from ctt.train.loop import train
+from tests.data import trees
+
+
+def test_paths_of_a_run_hold_in_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cached = DataSettings(cache=Path("~/cache"))
+    settings = Settings(data_root=Path("set"), split_labeled=Path("list.txt"), data=cached)
+    folder = run.create(tmp_path / "run", settings)
+    kept = run.read_settings(folder)
+    assert (kept.data_root, kept.split_labeled) == (tmp_path / "set", tmp_path / "list.txt")
+    assert kept.data.cache == Path("~/cache")  # of whoever resumes it
+    run.check_resumable(kept, settings)
+    run.check_resumable(settings, kept)  # a run of a version that kept them as they were given
+    with pytest.raises(UserError, match="--split-labeled"):
+        run.check_resumable(kept, dataclasses.replace(settings, split_labeled=Path("other.txt")))
+
+
+def test_a_run_goes_on_from_another_folder(
+    tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trees.write_folder(tmp_path / "set")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    short = dataclasses.replace(tiny.train, iterations=1, tensorboard=False)
+    place = {"dataset": "folder", "data_root": Path("set"), "ratio": "2"}
+    train(dataclasses.replace(tiny, **place, train=short), out=Path("run"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    resume = tmp_path / "run"
+    dry_run(run.read_settings(resume), resume=resume)
