@@ -22,6 +22,15 @@ FORMULA = re.compile(r'<(div|span) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>',
 ENTITIES = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
 
 
+def on_config(config: Any) -> Any:
+    """List pages that the navigation does not name under "More", so that none is lost."""
+    named = str(config.nav)
+    pages = (path.name for path in sorted((ROOT / "docs").glob("*.md")))
+    if more := [name for name in pages if f"'{name}'" not in named]:
+        config.nav.append({"More": more})
+    return config
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that lie outside docs/ or are made of the code."""
     for source, page in TOP.items():
