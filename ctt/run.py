@@ -120,7 +120,13 @@ def with_whole_paths(settings: Settings) -> Settings:
         data_root=whole(settings.data_root),
         split_labeled=whole(settings.split_labeled),
         split_unlabeled=whole(settings.split_unlabeled),
+        teacher=whole(settings.teacher),
         data=dataclasses.replace(settings.data, cache=whole(settings.data.cache)),
+        masks=dataclasses.replace(
+            settings.masks,
+            folder=whole(settings.masks.folder),
+            confidence=whole(settings.masks.confidence),
+        ),
     )
 
 

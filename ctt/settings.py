@@ -373,6 +373,9 @@ class Settings:
     """List of unlabelled images; without it all training images that are not labelled."""
     method: str = "cross-teacher"
     """Training method: a name of --list-methods, or a class in a file, my_method.py:MyMethod."""
+    teacher: Path | None = None
+    """distill: the finished run that teaches, by its ensemble, or a file of weights such as its
+    best.safetensors."""
     pairs: int = 0
     """K, pairs of student and teacher; 0: what the method uses by default."""
     seed: int = 0
@@ -428,6 +431,7 @@ class Settings:
             values["pairs"] = self.pairs or methods.get(self.method).pairs
         for option in ("split_labeled", "split_unlabeled"):
             values[option] = values[option] and _content(values[option])
+        values["teacher"] = values["teacher"] and Path(values["teacher"]).name
         for option in ("folder", "confidence"):
             values["masks"][option] = values["masks"][option] and Path(values["masks"][option]).name
         values["model"]["weights"] = [_content(weights) for weights in self.model.weights]

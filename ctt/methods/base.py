@@ -73,6 +73,7 @@ class Setup:
             loaded.
         finish: puts a new student, or other network to be trained, on its device, in the layout
             in which it trains.
+        taught: networks of a finished run that teach, and the data set that they know; None: none.
         origins: filled with a sentence for each student that starts from published weights.
     """
 
@@ -82,6 +83,7 @@ class Setup:
     labeled: int
     initialize: bool = True
     finish: Finish = unchanged
+    taught: tuple[Sequence[SegmentationModel], DatasetInfo] | None = None
     origins: list[str] = field(default_factory=list)
 
     @property

@@ -38,7 +38,7 @@ CONTRAST = (
     "loss.contrast_reduction",
 )
 TAUGHT = ("ema", "loss.sup", "labeled", "masks", "views", "views.mix", *LABELING)
-SHARED = (*TAUGHT, "loss.labels_from", *CONTRAST, *LOW_LEVEL)
+SHARED = (*TAUGHT, "loss.labels_from", "teacher", *CONTRAST, *LOW_LEVEL)
 KEPT = (
     "ema",
     "views",
@@ -202,6 +202,13 @@ METHODS = {
         options="ctt.methods.dmt:DmtOptions",
         extra="rounds",
         cost=0.9,
+    ),
+    "distill": About(
+        "Hinton et al., 2015: a finished run teaches",
+        "ctt.methods.distill:Distill",
+        uses=("ema", "loss.sup", "labeled", "views", "views.mix", "teacher"),
+        options="ctt.methods.distill:DistillOptions",
+        extra="the networks of the run that teaches",
     ),
     "cps": About(
         "Chen et al., CVPR 2021",

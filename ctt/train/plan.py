@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,13 @@ from ctt.data.balance import class_pixels
 from ctt.data.check import check_quickly, handful, not_evaluated
 from ctt.data.files import FEW
 from ctt.data.outside import OutsideMasks
-from ctt.data.source import IGNORE, Source
+from ctt.data.source import IGNORE, DatasetInfo, Source
 from ctt.data.split import make_split, read_list
 from ctt.device import pick_device
 from ctt.errors import UserError
+from ctt.files import expanded
+from ctt.inference.evaluate import ENSEMBLE
+from ctt.inference.load import load_trained
 from ctt.methods.base import M, Method, Setup, unchanged
 from ctt.methods.labeled import class_weights
 from ctt.models.base import SegmentationModel
@@ -119,6 +122,7 @@ class Plan:
             len(self.labeled),
             self.fresh,
             finish=ready if finish else unchanged,
+            taught=taught_by(settings, self.source.info),
             origins=self.origins,
         )
         made = self.about.load()
@@ -192,6 +196,30 @@ def new_split(
             f"training images are labelled. Lower --ratio, or use --method supervised."
         )
     return labeled, unlabeled
+
+
+def taught_by(
+    settings: Settings, info: DatasetInfo
+) -> tuple[Sequence[SegmentationModel], DatasetInfo] | None:
+    """Return the networks that `--teacher` names, and the data set that they know.
+
+    Of a run these are its teachers, or else its students.
+
+    Raises:
+        UserError: there are none, or they know other classes.
+    """
+    if settings.teacher is None:
+        return None
+    trained = load_trained(expanded(settings.teacher, "--teacher"))
+    if ENSEMBLE in trained.names():
+        trained = trained.choose([ENSEMBLE])
+    if trained.info.classes != info.classes:
+        raise UserError(
+            f"--teacher {settings.teacher}: its networks know the {len(trained.info.classes)} "
+            f"classes of {trained.info.name}, and {settings.dataset} has {len(info.classes)} of "
+            f"its own. Give a run with the same classes in the same order."
+        )
+    return list(trained.networks.values()), trained.info
 
 
 def outside_masks(settings: Settings, source: Source, unlabeled: list[str]) -> OutsideMasks | None:

@@ -21,7 +21,17 @@ from ctt.train.distributed import join
 from ctt.train.engine import Engine
 from ctt.train.plan import Plan
 from tests.train.processes import finish, shown, start
-from tests.train.steps import CPU, batch, double, exactly, make, run, unlabelled, with_small_critics
+from tests.train.steps import (
+    CPU,
+    batch,
+    double,
+    exactly,
+    make,
+    run,
+    unlabelled,
+    with_small_critics,
+    with_teacher,
+)
 
 EVERY = pytest.mark.parametrize("name", methods.names())
 STEPS = 5
@@ -178,7 +188,10 @@ def test_from_training_to_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         "--data.batch-size 2 --model.width 4 --model.features 8 --train.threads 1 "
         f"--train.iterations {iterations} --train.no-tensorboard --out"
     )
-    assert program._main([*quick.split(), out]) == 0
+    shaped = update(Settings().with_method(name), {"model": {"width": 4, "features": 8}}, "test")
+    teacher = with_teacher(shaped, tmp_path).teacher
+    given = ["--teacher", str(teacher)] if teacher else []
+    assert program._main([*quick.split(), out, *given]) == 0
     assert evaluate._main([out, "--out", str(tmp_path / "scores"), "--workers", "0"]) == 0
     picture = tmp_path / "picture.png"
     Image.fromarray(batch(1)[0][0].permute(1, 2, 0).numpy()).save(picture)

@@ -3,13 +3,14 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from ctt import methods
+from ctt import checkpoint, methods
 from ctt.data import views
 from ctt.data.digits import INFO
 from ctt.data.source import IGNORE
@@ -60,7 +61,10 @@ def make(
     def finish(network: SegmentationModel) -> SegmentationModel:
         return finished(network, settings, device)
 
-    setup = Setup(settings, INFO, pairs or about.pairs, 6, finish=finish)
+    taught = None
+    if "teacher" in about.uses:
+        taught = [student(update(settings, {"seed": 99}, "test"))], INFO
+    setup = Setup(settings, INFO, pairs or about.pairs, 6, finish=finish, taught=taught)
     return Engine(about.load()(setup), settings, INFO, device, world)
 
 
@@ -69,6 +73,15 @@ def with_small_critics(settings: Settings) -> Settings:
     if not hasattr(settings.options, "critic_width"):
         return settings
     return update(settings, {"options": {"critic_width": 4}}, "test")
+
+
+def with_teacher(settings: Settings, folder: Path) -> Settings:
+    """Return settings with the weights of a network to learn from, if the method wants one."""
+    if "teacher" not in methods.get(settings.method).uses:
+        return settings
+    path = folder / "teacher.safetensors"
+    checkpoint.save_network(path, student(settings), INFO, "for the tests")
+    return update(settings, {"teacher": path}, "test")
 
 
 def student(settings: Settings, k: int = 0) -> SegmentationModel:

@@ -23,7 +23,7 @@ from ctt.train.engine import Engine
 from ctt.train.loop import Stopped, train
 from ctt.train.plan import check_batch_norm
 from ctt.train.signals import interrupt_flag
-from tests.train.steps import student
+from tests.train.steps import student, with_teacher
 
 
 def stop_after(
@@ -65,7 +65,7 @@ IN_ROUNDS = [name for name in methods.names() if "rounds" in methods.get(name).e
 def test_a_resumed_run_ends_bit_equal(
     tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    settings = dataclasses.replace(tiny, method=method)
+    settings = with_teacher(dataclasses.replace(tiny, method=method), tmp_path)
     whole = train(settings, out=tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
