@@ -25,10 +25,21 @@
 # the parts from training on also what the extra `train` of pyproject.toml lists, without tyro.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+all=(build tests bank high low views training voc cityscapes compiled profile targets)
+if [[ ${1:-} == -* ]]; then # --help, or an option: there is none
+  sed -n '2,/^set /s/^# \{0,1\}//p' benchmarks/on_gpu.sh
+  exit 2
+fi
 folder=${1:-gpu-results}
 shift || true
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(build tests bank high low views training voc cityscapes compiled profile targets)
+[ ${#parts[@]} -gt 0 ] || parts=("${all[@]}")
+for part in "${parts[@]}"; do
+  [[ " ${all[*]} " == *" $part "* ]] || {
+    echo "on_gpu.sh: there is no part $part; the parts are ${all[*]}." >&2
+    exit 2
+  }
+done
 mkdir -p "$folder"
 export PYTHONUNBUFFERED=1
 limit=580 # seconds of a part

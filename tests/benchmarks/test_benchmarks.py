@@ -161,3 +161,13 @@ def test_every_way_of_the_benchmarks_is_right() -> None:
         "plain rendering",
     ):
         assert f"\n{way}  " in done.stdout  # a row of its own: some names begin alike
+
+
+@pytest.mark.parametrize("arguments", [["--dry-run"], ["results", "nothing"]])
+def test_the_run_on_a_gpu_takes_no_other_words(arguments: list[str]) -> None:
+    """Nothing is built or written."""
+    script = ROOT / "benchmarks" / "on_gpu.sh"
+    done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "targets" in done.stdout + done.stderr  # the parts are named
+    assert not any((ROOT / name).exists() for name in arguments)
