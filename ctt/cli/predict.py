@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import os
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ctt.cli.common import BAD_INPUT, run_program
 from ctt.data import IMAGE_SUFFIXES
-from ctt.errors import LoaderError, UserError
+from ctt.errors import LoaderError, UnwritableError, UserError
 from ctt.settings import EvalSettings, validate_eval
 from ctt.text import say
 
@@ -41,6 +42,13 @@ class Arguments:
     """Write overlays beside the masks."""
     confidence: bool = False
     """Write NAME_confidence.png: the probability of the predicted class, 255 for 1."""
+    geotiff: bool = False
+    """Write NAME_mask.tif (and NAME_confidence.tif) with the coordinates of the image, in memory
+    that does not grow with it, and no overlays (extra `geo`)."""
+    tile: int = 512
+    """geotiff: side of the tiles that are read, seen by the network and written one by one."""
+    margin: int = 64
+    """geotiff: what the network sees around a tile, in pixels."""
     overwrite: bool = False
     """Replace results that are there already."""
     skip_existing: bool = False
@@ -55,20 +63,23 @@ class Arguments:
 
 
 KINDS = ("mask", "overlay", "confidence")  # of results
+ENDINGS = (".png", ".tif")  # of their files
 
 
 class Job(NamedTuple):
-    """An image, and the path of its results up to _mask.png."""
+    """An image, and the path of its results up to _mask.png, or another ending."""
 
     file: Path
     stem: Path
+    ending: str = ENDINGS[0]
 
-    def targets(self, parsed: Arguments) -> list[Path]:
-        kinds = ["mask", *["overlay"] * parsed.overlay, *["confidence"] * parsed.confidence]
-        return [self.target(kind) for kind in kinds]
+    def targets(self, parsed: Arguments) -> dict[str, Path]:
+        overlay = parsed.overlay and not parsed.geotiff
+        kinds = ["mask", *["overlay"] * overlay, *["confidence"] * parsed.confidence]
+        return {kind: self.target(kind) for kind in kinds}
 
     def target(self, kind: str) -> Path:
-        return self.stem.with_name(f"{self.stem.name}_{kind}.png")
+        return self.stem.with_name(f"{self.stem.name}_{kind}{self.ending}")
 
 
 def main() -> None:
@@ -85,6 +96,9 @@ def _main(arguments: list[str]) -> int:
         raise UserError(
             f"No image found in {', '.join(parsed.images)} ({', '.join(IMAGE_SUFFIXES)})."
         )
+    if parsed.geotiff:
+        check_tiles(parsed)
+        jobs = [job._replace(ending=ENDINGS[1]) for job in jobs]
     jobs = check_targets(jobs, parsed)
     if parsed.workers < 0:
         raise UserError(f"--workers {parsed.workers} must be at least 0.")
@@ -103,11 +117,14 @@ def _main(arguments: list[str]) -> int:
     if parsed.eval.protocol == "center-crop":
         raise UserError("--eval.protocol center-crop: a mask is made of the whole image.")
     predict = trained.predictor(device, for_images(parsed.eval))
-    failures = segment(jobs, predict, trained.info, parsed)
+    run = segment_rasters if parsed.geotiff else segment
+    failures = run(jobs, predict, trained.info, parsed)
     done = len(jobs) - len(failures)
     say(f"{done} of {len(jobs)} images are segmented in {parsed.out}")
     for remark in of_pages(traits(job.file for job in jobs if job.file.suffix.lower() in PAGED)):
         say(remark)
+    if not parsed.geotiff and (path := first_with_coordinates(jobs)):
+        say(f"{path} has coordinates, which PNG files do not keep: --geotiff keeps them.")
     for failure in failures:
         say(f"ctt-predict: {failure}", sys.stderr)
     return BAD_INPUT if failures else 0
@@ -157,7 +174,12 @@ def _find(text: str, out: Path, recursive: bool) -> list[Job]:
         ]
         if not jobs:
             raise UserError(f"{text}: there is no such image or folder.")
-    results = {_place(job.target(kind)) for job in jobs for kind in KINDS}
+    results = {
+        _place(job._replace(ending=ending).target(kind))
+        for job in jobs
+        for kind in KINDS
+        for ending in ENDINGS
+    }
     return [job for job in jobs if _place(job.file) not in results]  # of an earlier call
 
 
@@ -216,11 +238,12 @@ def check_targets(jobs: list[Job], parsed: Arguments) -> list[Job]:
     inputs = {job.file.resolve() for job in jobs}
     left = []
     for job in jobs:
-        there = [target.exists() for target in job.targets(parsed)]
+        targets = job.targets(parsed).values()
+        there = [target.exists() for target in targets]
         if parsed.skip_existing and all(there):
             continue
         left.append(job)
-        for target, exists in zip(job.targets(parsed), there, strict=True):
+        for target, exists in zip(targets, there, strict=True):
             if target.resolve() in inputs:
                 raise UserError(f"{target} is one of the images. Give another --out.")
             if exists and not (parsed.overwrite or parsed.skip_existing):
@@ -258,6 +281,65 @@ def segment(jobs: list[Job], predict: Predict, info: DatasetInfo, parsed: Argume
             for (job, image), confidence, label in zip(group, *results, strict=True):
                 call(write, job, image, label.cpu(), confidence.cpu(), info, parsed)
             bar.advance(task, len(group))
+    return failures
+
+
+def check_tiles(parsed: Arguments) -> None:
+    """Refuse tiles that a GeoTIFF cannot have."""
+    from ctt.inference.rasters import MULTIPLE
+
+    if parsed.tile < MULTIPLE or parsed.tile % MULTIPLE:
+        raise UserError(f"--tile {parsed.tile} must be a multiple of {MULTIPLE}, such as 512.")
+    if parsed.margin < 0:
+        raise UserError(f"--margin {parsed.margin} must be at least 0.")
+
+
+def first_with_coordinates(jobs: list[Job]) -> Path | None:
+    """Return the first TIFF if it says where it lies, where rasterio is at hand to look."""
+    from ctt.data.pictures import TIFF
+    from ctt.data.rasters import Raster
+
+    first = next((job.file for job in jobs if job.file.suffix.lower() in TIFF), None)
+    with contextlib.suppress(ModuleNotFoundError, UserError):
+        if first is not None:
+            with Raster(first) as raster:
+                return first if raster.has_coordinates else None
+    return None
+
+
+def segment_rasters(
+    jobs: list[Job], predict: Predict, info: DatasetInfo, parsed: Arguments
+) -> list[str]:
+    """Write the results of every raster that can be read, tile by tile.
+
+    Returns:
+        what is to be said of the others.
+    """
+    from rich.progress import Progress
+
+    from ctt.inference.predict import memory_is_told
+    from ctt.inference.rasters import predict_raster
+
+    failures: list[str] = []
+    _make_folder(parsed.out)
+    with Progress(transient=True) as bar:
+        task = bar.add_task("segmenting", total=len(jobs))
+
+        def advance(share: float) -> None:
+            bar.advance(task, share)
+
+        for job in jobs:
+            job.stem.parent.mkdir(parents=True, exist_ok=True)
+            tiles = (parsed.tile, parsed.margin)
+            try:
+                with memory_is_told(parsed.eval):
+                    targets = job.targets(parsed)
+                    predict_raster(job.file, targets, predict, info, *tiles, advance)
+            except UnwritableError:
+                raise
+            except UserError as error:
+                text = str(error)
+                failures.append(text if str(job.file) in text else f"{job.file}: {text}")
     return failures
 
 

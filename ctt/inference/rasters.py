@@ -1,0 +1,170 @@
+"""Predictions of rasters of any size, read and written in windows, with their coordinates."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctt.data.pixels import WORD
+from ctt.data.rasters import Raster, Values, scaled
+from ctt.data.source import IGNORE, DatasetInfo
+from ctt.errors import UserError
+from ctt.files import written
+from ctt.inference.predict import Predict
+
+MULTIPLE = 16  # of the sides of a GeoTIFF's blocks
+TILE, MARGIN = 512, 64
+
+
+def windows(
+    height: int, width: int, tile: int, margin: int
+) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+    """Yield the rows and columns of each tile of an image, and of it with what is around it.
+
+    Args:
+        tile: side of a tile; the last ones end at the border.
+        margin: pixels around it, as far as the image goes.
+    """
+    for y in range(0, height, tile):
+        for x in range(0, width, tile):
+            own = slice(y, min(y + tile, height)), slice(x, min(x + tile, width))
+            rows, columns = (
+                slice(max(0, side.start - margin), min(end, side.stop + margin))
+                for side, end in zip(own, (height, width), strict=True)
+            )
+            yield own, (rows, columns)
+
+
+@torch.no_grad()
+def predict_raster(
+    file: Path,
+    targets: Mapping[str, Path],
+    predict: Predict,
+    info: DatasetInfo,
+    tile: int = TILE,
+    margin: int = MARGIN,
+    advance: Callable[[float], object] = lambda share: None,
+) -> None:
+    """Write the classes of a raster, and how sure they are, as GeoTIFFs that lie where it lies.
+
+    The network sees a tile with a margin around it at a time, so memory does not grow with the
+    raster. Values are the classes, shown in the data set's colours, and 255 where the raster has no
+    data; names of the classes are in the file's tags.
+
+    Args:
+        file: a TIFF, or another file that rasterio reads.
+        targets: files to write: `mask`, and `confidence` if wanted (255 for probability 1).
+        tile: side of a tile and of the files' blocks, a multiple of `MULTIPLE`.
+        margin: what the network sees around a tile, in pixels.
+        advance: called with the share of the raster that is done since the last call.
+
+    Raises:
+        UserError: a raster that cannot be read, or that has other channels than the network.
+        UnwritableError: there is no room for a result.
+    """
+    from rasterio.windows import Window
+
+    with Raster(file) as raster, ExitStack() as stack:
+        outputs = {
+            kind: stack.enter_context(_created(stack.enter_context(written(path)), raster, tile))
+            for kind, path in targets.items()
+        }
+        _describe(outputs["mask"], info)
+        size = raster.height * raster.width
+        for own, around in windows(raster.height, raster.width, tile, margin):
+            image = for_network(raster, Window.from_slices(*around), info)
+            probability = predict(image[None])[0]  # (C, h, w)
+            inner = tuple(
+                slice(o.start - a.start, o.stop - a.start) for o, a in zip(own, around, strict=True)
+            )
+            confidence, label = probability[:, *inner].max(dim=0)
+            missing = image[:, *inner].isnan().any(dim=0).to(label.device)
+            results = {
+                "mask": label.masked_fill(missing, IGNORE),
+                "confidence": (255 * confidence).round().masked_fill(missing, 0),
+            }
+            for kind, output in outputs.items():
+                values = results[kind].to(torch.uint8).cpu().numpy()
+                output.write(values, 1, window=Window.from_slices(*own))
+            advance(values.size / size)
+
+
+def _created(path: Path, raster: Raster, tile: int) -> Any:
+    """Return a new GeoTIFF of one channel, open to be written, with a raster's size and place."""
+    import rasterio
+
+    first = raster.first
+    points, system = first.gcps
+    place = {"transform": first.transform, "crs": first.crs} if not points else {}
+    with warnings.catch_warnings():  # of rasters without coordinates
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        output = rasterio.open(
+            path,
+            "w",
+            driver="GTiff",
+            height=raster.height,
+            width=raster.width,
+            count=1,
+            dtype="uint8",
+            compress="deflate",
+            tiled=True,
+            blockxsize=tile,
+            blockysize=tile,
+            bigtiff="if_safer",
+            **place,
+        )
+    if points:
+        output.gcps = (points, system)
+    return output
+
+
+def _describe(mask: Any, info: DatasetInfo) -> None:
+    """Say in a GeoTIFF of classes what its values mean."""
+    mask.nodata = IGNORE
+    mask.write_colormap(1, dict(enumerate(info.palette)))
+    mask.update_tags(classes=json.dumps(info.classes, ensure_ascii=False))
+
+
+def for_network(raster: Raster, window: Any, info: DatasetInfo) -> Tensor:
+    """Return a part of a raster as `ctt.data.rasters.read_as` returns the whole, but RGB as float32
+    in 0..1 with NaN where there is no data.
+
+    Raises:
+        UserError: the raster has other channels than the network's images.
+    """
+    if info.bands:
+        return scaled(*raster.read(info.bands, window), info, raster.path)
+    wanted = (1, 2, 3) if raster.count >= 3 else (1,)
+    values, missing = raster.read(wanted, window)
+    pixels = torch.from_numpy(_bytes(values, raster, info)).float() / 255
+    return pixels.masked_fill(torch.from_numpy(missing), torch.nan)
+
+
+def _bytes(values: Values, raster: Raster, info: DatasetInfo) -> Values:
+    """Return RGB (3, h, w) uint8 of one or three channels, as reading the whole file gives it."""
+    from rasterio.enums import ColorInterp
+
+    if values.dtype not in (np.uint8, np.uint16):
+        raise UserError(
+            f"{raster.path}: the raster holds {values.dtype}, and the network was trained on 8-bit "
+            f"RGB images. Train one on such rasters: `ctt-data stats` describes their channels."
+        )
+    if raster.first.colorinterp[0] == ColorInterp.palette:
+        table = np.zeros((256, 3), np.uint8)
+        for value, colour in raster.first.colormap(1).items():
+            table[value] = colour[:3]
+        return np.moveaxis(table[values[0]], 2, 0)
+    if values.dtype == np.uint16 and len(values) == 3:
+        values = (values >> 8).astype(np.uint8)
+    elif values.dtype == np.uint16:
+        white = info.white or WORD
+        values = (values.astype(np.float64).clip(0, white) * (255 / white)).round()
+    return values.astype(np.uint8).repeat(3 // len(values), axis=0)

@@ -1,0 +1,56 @@
+"""A folder of 4-band 16-bit GeoTIFFs, from its files to masks with coordinates."""
+
+from pathlib import Path
+
+import pytest
+
+from ctt.cli import data, predict, train
+from ctt.errors import UserError
+from tests.data.rasters import write_rasters
+
+rasterio = pytest.importorskip("rasterio")
+
+
+def test_from_rasters_to_masks_with_coordinates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_rasters(tmp_path / "d", unlabeled=2)
+    check = ["check", "--dataset", "folder", "--data-root", str(root), "--threads", "1"]
+    with pytest.raises(UserError):
+        data._main(check)
+    assert "ctt-data stats" in " ".join(capsys.readouterr().out.split())
+    assert data._main(["stats", "--data-root", str(root)]) == 0
+    assert "bands" not in (root / "dataset.yaml").read_text()
+    assert data._main(["stats", "--data-root", str(root), "--write"]) == 0
+    assert "bands: [1, 2, 3, 4]\n" in (root / "dataset.yaml").read_text()
+    assert data._main(["stats", "--data-root", str(root), "--write"]) == 0
+    assert "says all of it already" in capsys.readouterr().out
+    assert data._main(check) == 0
+    run = tmp_path / "run"
+    values = (
+        "--dataset folder --recipe digits --ratio 1/1 --pairs 1 --model.width 4 --model.features 8 "
+        "--data.crop 16 16 --data.batch-size 2 --train.iterations 2 --train.threads 1 "
+        "--train.no-tensorboard --train.measured-images 1"
+    )
+    assert train._main([*values.split(), "--data-root", str(root), "--out", str(run)]) == 0
+    out = tmp_path / "out"
+    common = [str(run), str(root / "unlabeled"), "--out", str(out), "--workers", "0"]
+    assert predict._main(common) == 0
+    assert "--geotiff keeps them" in capsys.readouterr().out
+    assert (out / "tile 4_overlay.png").is_file()
+    tiled = [*common, "--geotiff", "--confidence", "--tile", "32", "--margin", "16"]
+    assert predict._main(tiled) == 0
+    for file in sorted((root / "unlabeled").glob("*.tif")):
+        for kind in ("mask", "confidence"):
+            given = rasterio.open(file)
+            found = rasterio.open(out / f"{file.stem}_{kind}.tif")
+            assert found.transform == given.transform
+            assert (found.crs, found.shape, found.count) == (given.crs, given.shape, 1)
+    with pytest.raises(UserError, match="is there already"):
+        predict._main(tiled)
+    with pytest.raises(UserError, match="must be a multiple of 16"):
+        predict._main([*tiled[:-4], "--tile", "100"])
+    (root / "unlabeled" / "broken.tif").write_text("no image")
+    assert predict._main([*tiled, "--skip-existing"]) == 2
+    assert "broken.tif" in capsys.readouterr().err
+    assert not list(out.glob("*.part"))

@@ -1,0 +1,135 @@
+"""Predictions of rasters, tile by tile."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ctt import models
+from ctt.data.pictures import read_image
+from ctt.data.rasters import Raster, read_as
+from ctt.data.source import DatasetInfo
+from ctt.errors import UserError
+from ctt.inference.predict import predictor
+from ctt.inference.rasters import for_network, predict_raster, windows
+from ctt.settings import EvalSettings
+from tests.data.rasters import save, scene
+
+rasterio = pytest.importorskip("rasterio")
+
+RANGE = (0.0, 3000.0)
+COLOURS = ((10, 20, 30), (255, 0, 0))
+BANDS = DatasetInfo(
+    "x",
+    ("soil", "Grün"),
+    COLOURS,
+    (0.3,) * 4,
+    (0.2,) * 4,
+    bands=(4, 1, 2, 3),
+    ranges=((0, 3e3),) * 4,
+)
+RGB = DatasetInfo("x", ("soil", "Grün"), COLOURS, (0.5,) * 3, (0.2,) * 3)
+
+
+def test_windows_cover_every_pixel_once() -> None:
+    seen = np.zeros((70, 53), int)
+    for own, around in windows(70, 53, 16, 5):
+        seen[own] += 1
+        for side, wide, end in zip(own, around, seen.shape, strict=True):
+            assert wide.start == max(0, side.start - 5)
+            assert wide.stop == min(end, side.stop + 5)
+    assert (seen == 1).all()
+
+
+def test_tiles_give_what_the_whole_image_gives(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    image, _ = scene((100, 141), 0)
+    image[:, 3:9, 20:40] = 0
+    save(tmp_path / "a.tif", image, (50, 60), nodata=0)
+    predict = predictor(models.build("small", 2, 4, 4, channels=4).eval(), BANDS, EvalSettings())
+    targets = {"mask": tmp_path / "m.tif", "confidence": tmp_path / "c.tif"}
+    done: list[float] = []
+    # the margin is more than the network sees around a pixel
+    predict_raster(tmp_path / "a.tif", targets, predict, BANDS, 32, 96, done.append)
+    assert sum(done) == pytest.approx(1)
+    with torch.no_grad():
+        whole = read_as(tmp_path / "a.tif", BANDS)
+        confidence, label = predict(whole[None])[0].max(dim=0)
+    label[3:9, 20:40], confidence[3:9, 20:40] = 255, 0
+    with rasterio.open(tmp_path / "a.tif") as given, rasterio.open(tmp_path / "m.tif") as mask:
+        assert mask.transform == given.transform
+        assert mask.crs == given.crs
+        assert mask.nodata == 255
+        assert mask.colormap(1)[1] == (255, 0, 0, 255)
+        assert json.loads(mask.tags()["classes"]) == ["soil", "Grün"]
+        assert np.array_equal(mask.read(1), label.numpy())
+    with rasterio.open(tmp_path / "c.tif") as sure:
+        assert np.abs(sure.read(1) - 255 * confidence.numpy()).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["rgb", "rgb and infrared", "grey", "grey 16", "palette"])
+def test_rgb_networks_read_rasters_as_they_read_files(tmp_path: Path, kind: str) -> None:
+    count = {"rgb": 3, "rgb and infrared": 4}.get(kind, 1)
+    values = np.random.default_rng(0).integers(0, 250, (count, 20, 30)).astype(np.uint8)
+    if kind == "palette":
+        picture = Image.fromarray(values[0] % 7).convert("P")
+        picture.putpalette(list(range(21)))
+        picture.save(tmp_path / "a.tif")
+    else:
+        values = values.astype(np.uint16) * 200 if kind == "grey 16" else values
+        save(tmp_path / "a.tif", values)
+    window = rasterio.windows.Window(4, 2, 20, 10)
+    with Raster(tmp_path / "a.tif") as raster:
+        part = for_network(raster, window, RGB)
+    whole = read_image(tmp_path / "a.tif").float() / 255
+    assert torch.allclose(part, whole[:, 2:12, 4:24])
+
+
+def test_rasters_of_other_numbers_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "a.tif", np.zeros((3, 8, 8), np.float32))
+    with Raster(tmp_path / "a.tif") as raster, pytest.raises(UserError, match="holds float32"):
+        for_network(raster, None, RGB)
+
+
+def bright(images: Tensor) -> Tensor:
+    """Class 1 where the first channel is bright: a network that takes no time."""
+    first = images[:, :1]
+    return torch.cat([1 - first, first], dim=1)
+
+
+def peak(side: int, folder: Path) -> int:
+    """MiB that a process takes at most to predict a raster of that side."""
+    file = folder / f"{side}.tif"
+    options = {"tiled": True, "blockxsize": 256, "blockysize": 256, "SPARSE_OK": True}
+    with rasterio.open(
+        file, "w", driver="GTiff", height=side, width=side, count=4, dtype="uint16", **options
+    ) as raster:
+        raster.write(np.full((1, 64, 64), 2900, np.uint16)[0], 1, window=((0, 64), (0, 64)))
+    code = (
+        "import sys; from pathlib import Path; from tests.inference.test_rasters import *;"
+        "predict_raster(Path(sys.argv[1]), {'mask': Path(sys.argv[1] + '.mask')}, bright, BANDS);"
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(file)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=root,
+    )
+    return int(done.stdout) // 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads what Linux tells")
+@pytest.mark.filterwarnings("ignore")
+def test_memory_does_not_grow_with_the_raster(tmp_path: Path) -> None:
+    """The second one has 16 times the pixels of the first, 151 MB as the network takes them."""
+    small, large = peak(768, tmp_path), peak(3072, tmp_path)
+    assert large - small < 90  # GDAL's blocks, at most `CACHE`
