@@ -23,6 +23,7 @@ class Given:
     method: str | None = None
     network: str | None = None
     backbone: str | None = None
+    device: str | None = None
 
 
 def layered(values: dict[str, Any], source: str, given: Given) -> Settings:
@@ -41,31 +42,54 @@ def layered(values: dict[str, Any], source: str, given: Given) -> Settings:
         from ctt import run
 
         settings = run.read_settings(run.find(Path(given.resume)))
-    values = dict(values)
     if given.method or "method" in values:
         settings = settings.with_method(given.method or str(values["method"]))
-    recipe = values.pop("recipe", [])
-    if not isinstance(recipe, str | list):
-        raise UserError(f"{source}: recipe must be a name or a list of names, got {recipe}.")
-    recipe = given.recipe or recipe
-    dataset = given.dataset or str(values.get("dataset", settings.dataset))
-    if not recipe and given.resume is None:
-        in_file = values.get("data")
-        voc_set = in_file.get("voc_set") if isinstance(in_file, dict) else None
-        recipe = recipes.default(dataset, given.voc_set or voc_set or settings.data.voc_set)
-    if recipe:
-        settings = update(settings, recipes.load_all(recipe), f"recipe {recipe}")
-        in_file = values.get("model")
-        model = in_file if isinstance(in_file, dict) else {}
+    if recipe := recipes_of(values, source, given):
+        settings = update(settings, recipes.load_all(recipe), f"recipe {' '.join(recipe)}")
+        model = _group(values, "model")
         network = given.network or model.get("name", settings.model.name)
         if network != settings.model.name and not (given.backbone or "backbone" in model):
             # the recipe's backbone belongs to the recipe's network
             own = {"model": {"backbone": [], "output_stride": 0}}
-            settings = update(settings, own, f"recipe {recipe}")
+            settings = update(settings, own, f"recipe {' '.join(recipe)}")
+    values = {name: value for name, value in values.items() if name != "recipe"}
     settings = update(settings, values, source)
     if given.method:
         settings = settings.with_method(given.method)
     return settings
+
+
+def recipes_of(values: dict[str, Any], source: str, given: Given) -> list[str]:
+    """Return the names of the recipes: those that are given, or that of the data set.
+
+    Args:
+        values: settings, nested as in a file, and `recipe`, a name or a list of names.
+        source: where they come from, for the message.
+        given: what wins over them; with a resumed run there is no recipe but a given one.
+
+    Raises:
+        UserError: `recipe` holds no names.
+    """
+    named = values.get("recipe", [])
+    if not isinstance(named, str | list):
+        raise UserError(f"{source}: recipe must be a name or a list of names, got {named}.")
+    names = [named] if isinstance(named, str) else list(map(str, named))
+    names = [given.recipe] if given.recipe else list(filter(None, names))
+    if names or given.resume is not None:
+        return names
+    defaults = Settings()
+    name = recipes.default(
+        given.dataset or str(values.get("dataset", defaults.dataset)),
+        given.voc_set or _group(values, "data").get("voc_set", defaults.data.voc_set),
+        given.device or _group(values, "train").get("device", defaults.train.device),
+    )
+    return [name] if name else []
+
+
+def _group(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the settings of a group in a file; none if it holds something else, which is told."""
+    group = values.get(name)
+    return group if isinstance(group, dict) else {}
 
 
 def refuse_unused(settings: Settings, names: list[str]) -> None:

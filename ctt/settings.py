@@ -51,7 +51,8 @@ PROFILE_WARM_UP = 10  # steps of a run before those that are looked at
 @dataclass(frozen=True)
 class DataSettings(SourceOptions):
     crop: tuple[int, int] = (321, 321)
-    """Height and width of the training crop, in pixels."""
+    """Height and width of the training crop, in pixels; 0 0: what fits the images, their median
+    height and width, at most 96 each."""
     batch_size: int = 10
     """Labelled images a step and process; as many unlabelled ones come with them. With N processes
     a step sees N times as many, and the learning rate is used as it is given."""
@@ -551,7 +552,12 @@ def validate(settings: Settings) -> None:
     checks: list[Check] = [
         ("--pairs", s.pairs, 0 <= s.pairs <= 8, "must be in 1..8"),
         ("--seed", s.seed, 0 <= s.seed < 2**31, f"must be in 0..{2**31 - 1}"),
-        ("--data.crop", s.data.crop, min(s.data.crop) >= 8, "must be at least 8 8"),
+        (
+            "--data.crop",
+            s.data.crop,
+            min(s.data.crop) >= 8 or s.data.crop == (0, 0),
+            "must be at least 8 8, or 0 0 for one that fits the images",
+        ),
         (
             "--data.resize",
             s.data.resize or (8,),

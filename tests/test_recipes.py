@@ -22,7 +22,9 @@ def resolved(name: str) -> Settings:
         ("--data.voc-set=classic --dataset=voc", "deeplabv3plus", (321, 321), 10),
         ("--dataset cityscapes", "deeplabv2", (256, 512), 2),
         ("--recipe digits --dataset cityscapes", "small", (40, 40), 12),
-        ("--dataset folder", "deeplabv3plus", (321, 321), 10),
+        ("--dataset folder --train.device cpu", "small", (0, 0), 4),
+        ("--dataset folder --train.device cuda", "deeplabv3plus", (321, 321), 10),
+        ("--dataset folder --recipe folder", "deeplabv3plus", (321, 321), 10),
         ("", "small", (40, 40), 12),
     ],
 )

@@ -44,7 +44,7 @@ class Check:
     """Read every image and every mask of a data set, and name all that is wrong."""
 
     dataset: str = "digits"
-    """One of `ctt.data.names()`."""
+    """Name of the data set; `ctt-train --help` lists them."""
     data_root: Path | None = None
     """Folder of the images, for data sets that have one."""
     split_labeled: Path | None = None
@@ -71,7 +71,7 @@ class Split:
     """
 
     dataset: str = "digits"
-    """One of `ctt.data.names()`."""
+    """Name of the data set; `ctt-train --help` lists them."""
     data_root: Path | None = None
     """Folder of the images, for data sets that have one."""
     ratio: str = "1/20"

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from ctt import methods, recipes
+from ctt import data, methods, recipes
 from ctt.cli.common import INTERRUPTED, run_program
-from ctt.configure import Given, layered, refuse_unused
+from ctt.configure import Given, layered, recipes_of, refuse_unused
 from ctt.errors import AlreadyReportedError, UserError
 from ctt.settings import Settings, validate
 from ctt.text import say
@@ -23,6 +23,7 @@ METHODS_CAPTION = (
     "cost: time of a step as a multiple of mean-teacher's. `ctt-train --method NAME --help` shows "
     "the settings of a method."
 )
+SMALL = "folder-small"
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ def _main(arguments: list[str]) -> int:
         if first_process():
             raise
         raise AlreadyReportedError from None
+    named = parsed.config or any(text.startswith("--recipe") for text in arguments)
+    if parsed.recipe == SMALL and not named and first_process():
+        say(f"There is no GPU here, so the recipe is {SMALL}; --recipe folder takes a larger one.")
     from ctt.train.dry_run import dry_run
     from ctt.train.loop import Stopped, train
 
@@ -149,21 +153,41 @@ def parse(arguments: list[str]) -> Arguments:
     for option in ("--recipe", "--config", "--dataset", "--resume"):
         early.add_argument(option)
     early.add_argument("--data.voc-set", "--data.voc_set", dest="voc_set")
+    early.add_argument("--train.device", dest="device")
     early.add_argument("--method")
     early.add_argument("--model.name", dest="network")
     early.add_argument("--model.backbone", dest="backbone")
     given, _ = early.parse_known_args(arguments)
     values = recipes.load_file(Path(given.config)) if given.config is not None else {}
-    settings = layered(values, str(given.config), Given(**vars(given)))
+    chosen = Given(**vars(given))
+    settings = layered(values, str(given.config), chosen)
     shown = shown_class(settings, help_asked=bool({"-h", "--help"} & set(arguments)))
+    recipe = " ".join(recipes_of(values, str(given.config), chosen))
     parsed = tyro.cli(
         shown,
         prog="ctt-train",
         args=arguments,
-        default=remade(shown, settings),
+        default=dataclasses.replace(remade(shown, settings), recipe=recipe),
         console_outputs=first_process(),
     )
     return remade(Arguments, parsed)
+
+
+def lists_of_names() -> list[tuple[str, str]]:
+    """Return the options that take a name, and for each a help text with all the names."""
+    texts = {
+        "dataset": ("One of", data.names()),
+        "method": (
+            "How to train; `--method NAME --help` shows its settings, --list-methods the sources. "
+            "Or a class in a file, my_method.py:MyMethod. One of",
+            [*methods.names(), *methods.installed()],
+        ),
+        "recipe": (
+            "Settings by name, those of ctt/recipes; by default that of the data set. One of",
+            recipes.names(),
+        ),
+    }
+    return [(name, f"{text} {', '.join(names)}.") for name, (text, names) in texts.items()]
 
 
 def shown_class(settings: Settings, help_asked: bool) -> type[Arguments]:
@@ -172,7 +196,7 @@ def shown_class(settings: Settings, help_asked: bool) -> type[Arguments]:
     The help leaves out what the method does not read. Otherwise such settings can be given, so that
     the message says what ignores them.
     """
-    from tyro.conf import Suppress
+    from tyro.conf import Suppress, arg
 
     try:
         about = methods.get(settings.method)
@@ -182,6 +206,11 @@ def shown_class(settings: Settings, help_asked: bool) -> type[Arguments]:
     fields: list[Any] = [
         ("options", about.option_class(), dataclasses.field(default=settings.options))
     ]
+    if help_asked:
+        fields += [
+            (name, Annotated[str, arg(help=text)], dataclasses.field(default=""))
+            for name, text in lists_of_names()
+        ]
     for group in dict.fromkeys(name.partition(".")[0] for name in unused):
         kind = type(getattr(settings, group))
         if group in unused:

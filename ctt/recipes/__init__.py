@@ -14,13 +14,28 @@ def names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
 
 
-def default(dataset: str, voc_set: str) -> str:
-    """Return the recipe that belongs to a data set, empty where there is none."""
+def default(dataset: str, voc_set: str, device: str = "auto") -> str:
+    """Return the recipe that belongs to a data set, empty where there is none.
+
+    Args:
+        device: the setting `train.device`; own images have a recipe for machines without a GPU.
+    """
+    if dataset == "folder" and not has_gpu(device):
+        return "folder-small"
     if dataset == "voc":
         return "voc-classic-deeplabv3plus" if voc_set == "classic" else "voc-aug-deeplabv2"
     own = {"cityscapes": "cityscapes-deeplabv2"}
     named = own | {name: name for name in ("digits", "earth", "folder")}
     return named.get(dataset, "")
+
+
+def has_gpu(device: str) -> bool:
+    """Return whether a run with this setting `train.device` uses a GPU."""
+    if device != "auto":
+        return not device.startswith("cpu")
+    import torch  # takes a second, so only where it counts
+
+    return torch.cuda.is_available()
 
 
 def load(name: str) -> dict[str, Any]:

@@ -36,16 +36,18 @@ from ctt.train.distributed import World, join
 from ctt.train.divergence import Losses
 from ctt.train.engine import Engine
 from ctt.train.feed import Feed
+from ctt.train.pace import duration
 from ctt.train.plan import Plan, check_iterations, check_rounds
 from ctt.train.profiling import Profile
 from ctt.train.record import Recorder, draw_curves
-from ctt.train.report import announcement, draw_predictions, progress_bar, summary_of
+from ctt.train.report import announcement, draw_predictions, ending, progress_bar, summary_of
 from ctt.train.rounds import Labeling, folder_of
 from ctt.train.setup import images_of_any_size
 from ctt.train.signals import interrupt_flag
 from ctt.train.streams import Streams
 
 LOST = "lost_pixels"  # share of unlabelled pixels without a finite probability of a teacher
+WORTH_TELLING = 30.0  # seconds that are left
 NO_CHECKPOINT = "The run ended before its first checkpoint, so it begins from the start."
 
 
@@ -125,6 +127,7 @@ class Trainer:
         self.classes: dict[str, list[ClassRow]] = {}  # of the last evaluation, by network
         self.measured = measures.sample(plan.unlabeled, settings.train.measured_images)
         self.recorder: Recorder | None = None
+        self.paced = False  # the time that is left has been told
         self.warned = False  # of pixels for which the teachers gave no finite probability
         self.broken = ""  # what is wrong with the last checkpoint
         if begun is None:
@@ -249,6 +252,7 @@ class Trainer:
                 self.waited += waited
                 speed = (self._images() - images) / spent
                 self._log(show, means, speed, waited / spent)
+                self._tell_pace(speed)
                 images, start = self._images(), now
             show(completed=engine.iteration)
             table = profile and profile.after_step()
@@ -278,6 +282,19 @@ class Trainer:
 
     def _images(self) -> int:
         return self.engine.drawn + self.engine.drawn_unlabeled
+
+    def _tell_pace(self, speed: float) -> None:
+        """Print once, after the first row, how long the run will take.
+
+        Args:
+            speed: images a second.
+        """
+        engine = self.engine
+        steps = self.settings.train.iterations - engine.iteration
+        left = steps * self._images() / engine.iteration / speed
+        if not self.paced and left > WORTH_TELLING:
+            self.console.print(f"About {duration(left)} to go, without evaluation.")
+        self.paced = True
 
     def _log(
         self, show: Callable[..., None], means: dict[str, float], speed: float, waiting: float
@@ -408,9 +425,7 @@ class Trainer:
         best = self.best["network"] if self.best else next(iter(scores))
         chosen = ENSEMBLE if ENSEMBLE in scores else best
         self.console.print(class_table(self.classes[chosen], chosen))
-        self.console.print(
-            f"{engine.iteration} iterations in {self.seconds:.0f} s of training. "
-            f"Everything is in {self.folder}",
-            soft_wrap=True,
-        )
+        assert self.best is not None  # the last evaluation has chosen one
+        told = ending(self.folder, self.best, scores, plan, self.seconds)
+        self.console.print(told, soft_wrap=True)
         return summary

@@ -17,6 +17,7 @@ from ctt import methods, run
 from ctt.data.balance import class_pixels
 from ctt.data.check import check_quickly, handful, not_evaluated
 from ctt.data.files import FEW
+from ctt.data.fit import FITTING, fitting_crop
 from ctt.data.outside import OutsideMasks
 from ctt.data.source import IGNORE, DatasetInfo, Source
 from ctt.data.split import make_split, read_list
@@ -77,6 +78,9 @@ class Plan:
             labeled, unlabeled = new_split(settings, source, about.unlabeled)
         else:
             labeled, unlabeled = split_of_run(run.find(resume), source)
+        if settings.data.crop == FITTING:
+            crop = fitting_crop(source, labeled, settings.data.resize)
+            settings = replace(settings, data=replace(settings.data, crop=crop))
         pairs = settings.pairs or about.pairs
         masks = outside_masks(settings, source, unlabeled)
         parts = (about, pairs, device, source, labeled, unlabeled)
@@ -147,12 +151,32 @@ class Plan:
         told = [f"Warning: {broken}"] if broken else []
         return [*told, *self.source.notes, *self.warnings(), *dict.fromkeys(self.origins)]
 
+    def sketch(self, method: Method) -> str:
+        """Return the network, the crop and the batch of the run, and when its contrast begins."""
+        s, model = self.settings, self.settings.model
+        weights = sum(p.numel() for p in method.students[0].parameters()) / 1e6
+        backbone = f" with {', '.join(model.backbone)}" if model.backbone else ""
+        networks = " and ".join(dict.fromkeys(model.names))
+        beside = " and as many unlabelled" if self.about.unlabeled else ""
+        text = (
+            f"Network {networks}{backbone} ({weights:.1f} million weights), crops of "
+            f"{s.data.crop[0]}x{s.data.crop[1]} pixels, {s.data.batch_size} labelled{beside} "
+            f"images a step."
+        )
+        if self._contrasts() and s.bank.start_after < s.train.iterations:
+            after = f"after iteration {s.bank.start_after}" if s.bank.start_after else "at once"
+            text += f" The contrast begins {after}, once its queues are full."
+        return text
+
+    def _contrasts(self) -> bool:
+        loss = self.settings.loss
+        return self.about.contrast and (loss.hc > 0 or (loss.lc > 0 and self.pairs > 1))
+
     def warnings(self) -> list[str]:
         """Return a sentence for each thing that is allowed and probably not what the user wants."""
         found = []
         loss, total = self.settings.loss, self.settings.train.iterations
-        terms = loss.hc > 0 or (loss.lc > 0 and self.pairs > 1)
-        if self.about.contrast and terms and self.settings.bank.start_after >= total:
+        if self._contrasts() and self.settings.bank.start_after >= total:
             found.append(
                 f"Warning: the contrast never begins, because --bank.start-after "
                 f"{self.settings.bank.start_after} is not below --train.iterations {total}."
@@ -161,6 +185,13 @@ class Plan:
             found.append(
                 f"Warning: the weight of the pseudo-labels never reaches its full value, because "
                 f"--loss.ct-ramp {loss.ct_ramp} is above --train.iterations {total}."
+            )
+        networks = self.settings.model.names
+        own = self.settings.dataset == "folder" and self.device.type == "cpu"
+        if own and "small" not in networks:
+            found.append(
+                f"Warning: there is no GPU for {networks[0]}. --recipe folder-small trains a small "
+                f"network in minutes."
             )
         if missing := classes_without_label(self.source, self.labeled):
             found.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ctt.inference.figures import draw_samples
 from ctt.train.engine import Engine
 from ctt.train.plan import Plan
 
+NAMED = 8  # classes that are named in a line
 SAMPLES = 8  # images on the picture sheet
 
 
@@ -49,7 +51,30 @@ def announcement(plan: Plan, engine: Engine, folder: Path, broken: str) -> str:
         f"{len(plan.labeled)} labelled and {unlabeled} unlabelled images, "
         f"{s.train.iterations} iterations on {where}{start}. Run folder: {folder}"
     )
-    return "\n".join([first, *plan.notes(broken)])
+    return "\n".join([first, plan.sketch(engine.method), *plan.notes(broken)])
+
+
+def ending(
+    folder: Path, best: dict[str, Any], scores: dict[str, Score], plan: Plan, seconds: float
+) -> str:
+    """Return what a finished run is worth and what to do with it.
+
+    Args:
+        best: the best network. seconds: of training.
+    """
+    info, evaluated = plan.source.info, len(plan.source.eval_ids())
+    unseen = scores[best["network"]].without_label
+    shown = [name for c, name in enumerate(info.classes) if c not in unseen]
+    classes = ", ".join(shown) if len(shown) <= NAMED else f"{len(shown)} classes"
+    miou = best.get("miou_of_labeled", best["miou"])
+    quoted = shlex.quote(str(folder))
+    return (
+        f"{plan.settings.train.iterations} iterations in {seconds:.0f} s of training. Everything "
+        f"is in {folder}\n"
+        f"Best network: {best['network']} after iteration {best['iteration']}, mIoU "
+        f"{miou:.1f} over {classes} on {evaluated} images.\n"
+        f"Next: ctt-predict {quoted} IMAGES --out masks"
+    )
 
 
 def progress_bar(console: Console) -> Progress:

@@ -200,4 +200,59 @@ def masks(root: Path) -> Path:
     return root
 
 
+def berries(
+    root: Path, labeled: int = 30, unlabeled: int = 200, size: tuple[int, int] = (120, 160)
+) -> None:
+    """A COCO export in export/, and photos/: round berries and long leaves on photographs."""
+    from sklearn.datasets import load_sample_images
+
+    photographs = load_sample_images().images
+    images, annotations = [], []
+    for i in range(labeled + unlabeled):
+        rng = np.random.default_rng(i)
+        photograph = photographs[i % len(photographs)]
+        y, x = (rng.integers(0, s - n) for s, n in zip(photograph.shape, size, strict=False))
+        pixels = photograph[y : y + size[0], x : x + size[1]] // 2
+        rows, columns = np.mgrid[: size[0], : size[1]]
+        for category, tint in ((1, (220, 40, 70)), (2, (60, 200, 60))):
+            for _ in range(rng.integers(1, 3)):
+                centre = np.array([rng.uniform(15, size[1] - 15), rng.uniform(15, size[0] - 15)])
+                turn = np.arange(24) * np.pi / 12
+                axes = rng.uniform(8, 14) * np.array([1, 1] if category == 1 else [1.8, 0.6])
+                angle = rng.uniform(0, np.pi)
+                turning = np.array(
+                    [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
+                )
+                ring = np.stack([np.cos(turn), np.sin(turn)], 1) * axes @ turning + centre
+                there = (np.stack([columns, rows], -1) + 0.5 - centre) @ turning.T / axes
+                inside = (there**2).sum(-1) < 1
+                shade = rng.uniform(0.6, 1.0) * np.array(tint)
+                pixels[inside] = (0.25 * pixels[inside] + 0.75 * shade).astype(np.uint8)
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": i + 1,
+                        "category_id": category,
+                        "segmentation": [ring.clip(0).ravel().round(2).tolist()],
+                        "iscrowd": 0,
+                    }
+                )
+        noise = rng.integers(0, 12, (*size, 3), np.uint8)
+        name = f"img_{i:04}.jpg"
+        folder = root / "export" / "images" if i < labeled else root / "photos"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels + noise).save(folder / name, quality=92)
+        images.append({"id": i + 1, "file_name": name, "width": size[1], "height": size[0]})
+    values = {
+        "images": images[:labeled],
+        "annotations": [a for a in annotations if a["image_id"] <= labeled],
+        "categories": [{"id": 1, "name": "berry"}, {"id": 2, "name": "leaf"}],
+    }
+    (root / "export" / "annotations").mkdir()
+    (root / "export" / "annotations" / "instances_default.json").write_text(json.dumps(values))
+    # of the photos too, to compare with
+    values |= {"images": images, "annotations": annotations}
+    (root / "truth.json").write_text(json.dumps(values))
+
+
 FORMS = {"coco": coco, "yolo": yolo, "labelme": labelme, "cvat": cvat, "masks": masks}

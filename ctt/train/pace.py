@@ -1,0 +1,74 @@
+"""How long a run takes, from the time of a few steps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ctt.inference.predict import is_out_of_memory
+from ctt.train.engine import Engine
+from ctt.train.plan import Plan
+from ctt.train.streams import Streams
+
+FEW = 2  # labelled images of a step that is timed where a whole one takes long
+STEPS = 3  # timed, of which the first warms up
+LONG = 2.0  # seconds of a step of few images from which on no whole one is timed
+UNITS = ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
+
+
+def seconds_of_step(plan: Plan) -> float | None:
+    """Return the seconds of a training step with its images, without evaluation.
+
+    Trains networks of its own. Where a step of a few images takes long, that of the whole batch is
+    worked out from it.
+
+    Returns:
+        None if the device has too little memory.
+    """
+    images = plan.settings.data.batch_size
+    few = min(images, FEW)
+    try:
+        spent = _timed(plan, few) * images / few
+        return _timed(plan, images) if few < images and spent < LONG else spent
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
+def _timed(plan: Plan, images: int) -> float:
+    s = plan.settings
+    settings = replace(
+        s,
+        data=replace(s.data, batch_size=images, workers=0),
+        train=replace(s.train, accumulate=1, compile="off", cuda_graph=False, profile=0),
+    )
+    plan = replace(plan, settings=settings, origins=[])
+    engine = Engine(plan.build(), settings, plan.source.info, plan.device)
+    streams = Streams(plan, engine, Path())
+    times = []
+    try:
+        feed = streams.feed()
+        for _ in range(min(STEPS, settings.train.iterations)):
+            start = time.perf_counter()
+            engine(*feed())
+            if plan.device.type == "cuda":
+                torch.cuda.synchronize(plan.device)
+            times.append(time.perf_counter() - start)
+            if times[-1] > LONG:
+                break
+    finally:
+        streams.close()
+    return min(times)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as `40 seconds`, `12 minutes`, `3.5 hours` or `2.1 days`."""
+    for size, unit in UNITS:
+        value = seconds / size
+        if value >= 1.5:
+            return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
+    return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
