@@ -35,7 +35,7 @@ ROTATION, TRANSLATION = 10.0, 0.1
 
 @dataclass(frozen=True)
 class Case:
-    """Files of a data set, and what training makes of them."""
+    """Files of a dataset, and the batches that training makes of them."""
 
     dataset: str
     image: tuple[int, int]

@@ -1,7 +1,7 @@
 """`class_topk` and `queue_push_`: the bank's update of one step.
 
 Fewest bytes: N confidences and labels read (12 N), C k features read and keys written (8 C k D in
-float32). On a GPU that is far less than a launch costs, so microseconds are told and no percentage.
+float32). On a GPU that is far less than a launch costs, so there are times and no percentages.
 """
 
 from collections.abc import Callable

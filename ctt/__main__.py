@@ -17,7 +17,7 @@ def main() -> None:
 
 
 def versions() -> list[str]:
-    """One line for each program, and for each device."""
+    """Return one line for each program, and for each device."""
     return [
         f"ctt       {ctt.__version__}",
         f"python    {platform.python_version()}",

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, and one word for those that cannot be written."""
+"""Atomic file writes, and one error type for failed ones."""
 
 import contextlib
 import hashlib
@@ -11,9 +11,9 @@ from ctt.errors import UnwritableError, UserError
 
 @contextlib.contextmanager
 def told(path: Path) -> Iterator[None]:
-    """What keeps a file from being written, such as a full disk, becomes an `UnwritableError`.
+    """Turn what keeps a file from being written, such as a full disk, into an `UnwritableError`.
 
-    Libraries that write through a file of ours tell it by errors of their own, after ours.
+    Libraries may wrap our OSError in an exception of their own; its context is searched, too.
     """
     try:
         yield
@@ -49,7 +49,7 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """The path of a part, which becomes `path` when the block ends and is dropped when it fails.
+    """Yield a temporary path, which becomes `path` when the block ends and is removed if it fails.
 
     Whoever reads `path` sees the old file or the new one, also after the machine has lost power.
 

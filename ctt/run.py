@@ -56,7 +56,7 @@ def create(out: Path | None, settings: Settings) -> Path:
 
 
 def check_new(out: Path | None) -> None:
-    """Whether a new run can have its folder there, or in `runs`; writes nothing.
+    """Check that a new run can have its folder there, or in `runs`; nothing is written.
 
     Raises:
         UserError: there is something already, or the folder cannot be written.
@@ -103,7 +103,7 @@ def new_numbered(settings: Settings) -> Path:
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
-    """config.yaml, which the next --resume reads, from whatever folder it is given in."""
+    """Write config.yaml, which --resume reads from whatever folder it is given in."""
     values = to_dict(with_whole_paths(settings))
     with written(folder / CONFIG) as part:
         part.write_text(yaml.safe_dump(values, sort_keys=False), "utf-8")

@@ -59,7 +59,7 @@ class DataSettings(SourceOptions):
     workers: int = 2
     """Processes that load images; 0 loads in the main process."""
     resize: tuple[int, int] | None = None
-    """Height and width that training images and labels are brought to before all else (Cityscapes
+    """Height and width to which training images and labels are resized first (Cityscapes
     in the paper: 512 1024). Evaluation is not changed by it: see --eval.protocol half."""
     cache: Path | None = None
     """Folder in which decoded (and resized) training images are kept: 3 bytes a pixel of an image
@@ -146,7 +146,7 @@ class ModelSettings:
     """Train the head alone: the backbone stays as --model.weights has it, and nothing is kept of it
     for the backward pass."""
     freeze_batch_norm: bool = False
-    """Keep statistics, scale and shift of the backbone's batch norms as --model.weights has them;
+    """Keep statistics, scale and shift of the backbone's batch norms from --model.weights;
     for batches too small to estimate statistics from. Those of the head are trained."""
     sync_batch_norm: bool = False
     """Batch-norm statistics of the batches of all processes together; without effect in one.
@@ -164,11 +164,11 @@ class ModelSettings:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The architectures that go round the pairs."""
+        """Return the architectures, one for each pair (cycling)."""
         return self.pair_name or (self.name,)
 
     def of_pair(self, k: int) -> dict[str, Any]:
-        """Arguments of `ctt.models.build` for the networks of pair k, counted from 0."""
+        """Return arguments of `ctt.models.build` for the networks of pair k, counted from 0."""
         from ctt.models import OUTPUT_STRIDES
 
         name = self.names[k % len(self.names)]
@@ -311,8 +311,8 @@ class TrainSettings:
     the backward pass: much less memory for about a third more time. Gradients are the same."""
     cuda_graph: bool = False
     """Record a step as a CUDA graph and replay it, which frees the host from starting every kernel;
-    one process and GPU. Takes the memory of a step for good, and records anew when the contrast
-    begins."""
+    one process and GPU. The memory of a step stays allocated, and the graph is recorded again when
+    the contrast begins."""
     profile: int = 0
     """Steps to look at after the first ten: prints the time of each phase of a step, and writes as
     many more to trace.json in the run folder, with an evaluation or checkpoint that falls among
@@ -457,7 +457,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """Plain numbers, strings and lists, as YAML and JSON take them."""
+    """Return plain numbers, strings and lists, as YAML and JSON take them."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -471,7 +471,7 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 
 def update(settings: S, values: dict[str, Any], source: str) -> S:
-    """`settings` with the nested `values` of a YAML file put over them.
+    """Return `settings` with the nested `values` of a YAML file put over them.
 
     Args:
         source: where the values come from, for the message.
@@ -740,7 +740,7 @@ def validate(settings: Settings) -> None:
 
 
 def validate_eval(settings: EvalSettings) -> None:
-    """`validate` for the settings of evaluation alone."""
+    """Validate the settings of evaluation alone, as `validate` does."""
     _refuse(_eval_checks(settings))
 
 

@@ -2,7 +2,7 @@
 
     ctt-train --method examples/entropy_minimization.py:EntropyMinimization --options.weight 0.1
 
-The student is asked to be sure of unlabelled images, whatever it says there.
+The student learns to be confident on unlabelled images, whatever class it predicts.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ PASSWORD_VARIABLE = "CTT_APP_PASSWORD"
 class Arguments:
     """Show masks, overlays and confidence of images in a browser, two networks side by side.
 
-    The page is served to this machine alone and asks for nothing from elsewhere.
+    The page is served to this machine alone and loads nothing from elsewhere.
     """
 
     path: Path
@@ -28,7 +28,7 @@ class Arguments:
     port: int = 7860
     host: str = "127.0.0.1"
     """Address to serve at; 0.0.0.0 shows the page to everyone who reaches this machine. The
-    environment variable CTT_APP_PASSWORD, if set, is asked for, from the user ctt."""
+    environment variable CTT_APP_PASSWORD, if set, is the password of the user ctt."""
     largest_upload: int = 200
     """Most megabytes of an image that is dropped on the page."""
     open: bool = False

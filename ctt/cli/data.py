@@ -127,7 +127,7 @@ def _main(arguments: list[str]) -> int:
 
 
 def check(command: Check) -> int:
-    """Raises UserError where anything is wrong."""
+    """Check a dataset, and raise UserError where anything is wrong."""
     from rich.progress import Progress
 
     from ctt.console import plain_console
@@ -224,7 +224,7 @@ def class_table(source: Source, report: Report) -> Table:
 
 
 def split(command: Split) -> int:
-    """Writes both lists, or none."""
+    """Write both lists, or none."""
     from ctt.data.split import make_split, write_list
 
     source = open_source(command)
@@ -247,7 +247,7 @@ def split(command: Split) -> int:
 
 
 def fetch(command: Fetch) -> int:
-    """Raises UserError for what cannot be fetched."""
+    """Fetch what the command names; raise UserError for what cannot be fetched."""
     if command.what in FETCH_BY_HAND:
         raise UserError(FETCH_BY_HAND[command.what])
     if command.what == "weights":

@@ -41,7 +41,7 @@ class Arguments:
     """New folder for summary.json and, for each network, its confusion matrix as CSV and PNG."""
     submission: Path | None = None
     """Instead of an evaluation: new folder for predictions of the benchmark's test images, whose
-    labels nobody has, as its server wants them (Cityscapes: labelIds; VOC: palette PNGs)."""
+    labels nobody has, in the form of its server (Cityscapes: labelIds; VOC: palette PNGs)."""
     workers: int = 2
     """Processes that load images; 0 loads in the main process."""
     device: str = "auto"

@@ -77,7 +77,7 @@ class Viewer:
         return image, label.to(torch.uint8).cpu(), confidence.cpu()
 
     def show(self, file: str | None, opacity: float, *names: str) -> list[Any]:
-        """Overlay, mask and confidence for each of the networks, and the legend."""
+        """Return overlay, mask and confidence of each network, and the legend."""
         if file is None:
             return [None] * (3 * len(names)) + [legend([], [], self.info)]
         try:
@@ -95,7 +95,7 @@ class Viewer:
         return [*pictures, legend(names, [label for _, label, _ in found], self.info)]
 
     def examples(self, folder: Path) -> list[str]:
-        """Files of some evaluation images of the data set, where it is at hand."""
+        """Return files of some evaluation images, if the dataset is at hand."""
         try:
             source = self.trained.settings.open_source()
             ids = source.eval_ids()[:EXAMPLES]
@@ -133,13 +133,13 @@ def upload() -> gr.Image:
 
 
 def heat(confidence: Tensor) -> Image.Image:
-    """Probabilities (H, W) in the colours of matplotlib's viridis, as in the run's samples.png."""
+    """Return probabilities (H, W) in matplotlib's viridis colours, as in samples.png."""
     colours = matplotlib.colormaps["viridis"](confidence.numpy(), bytes=True)
     return Image.fromarray(colours[..., :3].copy())
 
 
 def enlarged(picture: Image.Image) -> Image.Image:
-    """Small pictures with every pixel to be seen, large ones no larger than a screen shows."""
+    """Return small pictures enlarged to whole pixels, and large ones reduced to a screen."""
     smallest, largest = SHOWN
     side = max(picture.size)
     if side < smallest:
@@ -151,7 +151,7 @@ def enlarged(picture: Image.Image) -> Image.Image:
 
 
 def legend(names: tuple[str, ...] | list[str], labels: list[Tensor], info: DatasetInfo) -> str:
-    """HTML: colour and name of each class, and its share of the pixels by network."""
+    """Return HTML: colour and name of each class, and its share of the pixels by network."""
     counts = [torch.bincount(label.flatten(), minlength=len(info.classes)) for label in labels]
     head = "".join(f"<th>{html.escape(words(name))}</th>" for name in names)
     rows = []
@@ -172,7 +172,7 @@ def legend(names: tuple[str, ...] | list[str], labels: list[Tensor], info: Datas
 
 
 def scale() -> str:
-    """HTML: which colour stands for which confidence."""
+    """Return HTML: which colour stands for which confidence."""
     steps = [matplotlib.colors.to_hex(matplotlib.colormaps["viridis"](i / 8)) for i in range(9)]
     return (
         f'<div class="scale" style="background: linear-gradient(90deg, {", ".join(steps)})"></div>'
@@ -181,7 +181,7 @@ def scale() -> str:
 
 
 def words(name: str) -> str:
-    """`student_1` -> `student 1`."""
+    """Return `student_1` as `student 1`."""
     return name.replace("_", " ")
 
 
@@ -229,7 +229,7 @@ def build(viewer: Viewer, examples: list[str]) -> gr.Blocks:
 
 
 def heading(viewer: Viewer) -> str:
-    """HTML: which networks these are."""
+    """Return HTML: which networks these are."""
     facts = (
         viewer.trained.origin,
         f"{viewer.info.name}, {len(viewer.info.classes)} classes",
@@ -272,7 +272,7 @@ class Limits:
     """Who may see the page, and what it takes.
 
     Attributes:
-        password: of the user `ctt`; empty: nobody is asked.
+        password: of the user `ctt`; empty: none is needed.
         largest_upload: megabytes of an image.
     """
 

@@ -375,7 +375,7 @@ def write(
     info: DatasetInfo,
     parsed: Arguments,
 ) -> None:
-    """The results of one image; the mask last, so that where it is the others are too."""
+    """Write the results of one image; the mask last, so that if it exists the others do."""
     from ctt.inference.render import confidence_image, overlay, palette_image, save_png
 
     job.stem.parent.mkdir(parents=True, exist_ok=True)

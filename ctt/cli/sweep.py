@@ -228,7 +228,7 @@ def print_command(r: Run) -> None:
 def submit(
     runs: Sequence[Run], parameters: Sequence[str], given: Sequence[str], out: Path, jobs: int
 ) -> None:
-    """Hand the runs over to a cluster.
+    """Submit the runs to a cluster.
 
     Args:
         parameters: `name=value` of submitit's executor.

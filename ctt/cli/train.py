@@ -142,7 +142,7 @@ def given(arguments: list[str], config: Path | None) -> list[str]:
 
 
 def parse(arguments: list[str]) -> Arguments:
-    """Defaults, then the recipe or the resumed run, then the file, then the command line.
+    """Return defaults, recipe or resumed run, file and command line, put over each other.
 
     Raises:
         UserError: a recipe or file that cannot be read. SystemExit: usage, with exit code 2.

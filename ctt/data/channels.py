@@ -1,4 +1,4 @@
-"""What dataset.yaml says of the channels of the images."""
+"""Settings of dataset.yaml for the channels of the images."""
 
 from __future__ import annotations
 

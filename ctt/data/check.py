@@ -23,7 +23,7 @@ HANDFUL = 5  # pairs read by the quick check, of the labelled and of the evaluat
 
 
 def check_quickly(source: Source, labeled: list[str], unlabeled: list[str]) -> None:
-    """All files are there, and a handful of images and masks can be read.
+    """Check that all files exist, and that a handful of images and masks can be read.
 
     What is allowed and probably not meant becomes one of the notes of `source`.
 
@@ -108,7 +108,7 @@ def not_evaluated(images: int, classes: list[str]) -> str:
     """Return the warning that no image to evaluate on shows some classes."""
     return (
         f"Warning: none of the {images} images to evaluate on shows {', '.join(classes)}, so the "
-        f"scores say nothing of it. Evaluate on more images (--data.holdout, or a val/ of its own)."
+        f"scores say nothing about it. Evaluate on more images (--data.holdout, or a val/ folder)."
     )
 
 
@@ -192,7 +192,7 @@ class Report:
 def examine_split(
     source: Source, labeled_list: Path | None, unlabeled_list: Path | None
 ) -> tuple[list[str], list[str], list[Fault]]:
-    """Names by the lists, without any all names of the data set; and what is wrong with the lists.
+    """Read the split lists (or, without lists, take all images) and collect every fault in them.
 
     Returns:
         labelled names, unlabelled names, faults.
@@ -224,7 +224,7 @@ def check_all(
     threads: int,
     advance: Callable[[], None],
 ) -> Report:
-    """Reads every image, and every mask of the labelled and the evaluation images.
+    """Read every image, and every mask of the labelled and the evaluation images.
 
     Args:
         threads: files read at a time; 0: one for each core.

@@ -117,7 +117,7 @@ class Cityscapes(FileSource):
         return self.images / self._places[name] / f"{name}{ENDING}"
 
     def mask_path(self, name: str) -> Path:
-        """labelTrainIds, which a script of Cityscapes makes, where it is; else labelIds."""
+        """Return the labelTrainIds file, if it has been made, else the labelIds file."""
         stem = self.masks / self._places[name] / f"{name}_gtFine"
         made = stem.with_name(f"{stem.name}_labelTrainIds.png")
         return made if made.is_file() else stem.with_name(f"{stem.name}_labelIds.png")
@@ -126,6 +126,6 @@ class Cityscapes(FileSource):
         return self._train_ids if mask.name.endswith("_labelTrainIds.png") else self._ids
 
     def find(self, entry: str) -> str | None:
-        """Bare names and paths of images, in Cityscapes' own folders or any other."""
+        """Find an image by its bare name or a path, in Cityscapes' own folders or any other."""
         file = PurePosixPath(entry).name
         return self._known.get(same_name(file.removesuffix(ENDING)))

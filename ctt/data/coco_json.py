@@ -20,7 +20,7 @@ Key = int | str
 
 @dataclass(frozen=True)
 class CocoImage:
-    """What the file says of an image; `height` and `width` are 0 where it does not."""
+    """An image's entry in the file; `height` and `width` are 0 if it gives none."""
 
     name: str
     height: int

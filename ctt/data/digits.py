@@ -92,7 +92,7 @@ class Digits(Source):
 
 
 def make_canvases(images: int, scans: tuple[int, int], purpose: str) -> tuple[Tensor, Tensor]:
-    """Canvases (n, 3, 40, 40) uint8 and labels (n, 40, 40) uint8 from the digits in `scans`."""
+    """Return canvases (n, 3, 40, 40) and labels (n, 40, 40), uint8, of the digits in `scans`."""
     from sklearn.datasets import load_digits, load_sample_images
 
     rng = generator("digits", purpose)

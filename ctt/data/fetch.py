@@ -54,7 +54,7 @@ SBD = Archive(
 
 
 def fetch_voc(root: Path, progress: Progress, archive: Archive = VOC) -> Path:
-    """VOC 2012 below `root`; an archive that lies there already is used.
+    """Download VOC 2012 to `root`; an archive that is already there is used.
 
     Returns:
         the folder VOC2012.
@@ -76,7 +76,7 @@ def fetch_voc(root: Path, progress: Progress, archive: Archive = VOC) -> Path:
 
 
 def fetch_augmented(root: Path, progress: Progress, archive: Archive = SBD) -> tuple[Path, int]:
-    """The augmented masks of a VOC 2012 below `root`, from the Semantic Boundaries Dataset (SBD).
+    """Make the augmented masks of a VOC 2012 in `root` from the Semantic Boundaries Dataset (SBD).
 
     SBD labels the classes of VOC in more of its images (Hariharan et al., ICCV 2011). Where VOC
     has a mask itself, that is taken: it is finer, and marks borders to be ignored.
@@ -113,7 +113,7 @@ def fetch_augmented(root: Path, progress: Progress, archive: Archive = SBD) -> t
 
 
 def fetch_command(what: str, root: Path) -> str:
-    """As it can be pasted into a shell; so is that of `check_command`."""
+    """Return the command that fetches a dataset, ready to be pasted into a shell."""
     return shlex.join(["ctt-data", "fetch", what, "--data-root", str(root)])
 
 
@@ -169,7 +169,7 @@ def _writable(root: Path) -> Iterator[None]:
 
 
 def download(archive: Archive, folder: Path, progress: Progress) -> Path:
-    """Return the archive in `folder`; what an earlier call left unfinished is gone on with.
+    """Return the archive in `folder`; an unfinished download is resumed.
 
     Raises:
         UserError: it cannot be reached, the connection broke, or the checksum is another.
@@ -246,7 +246,7 @@ def _check_room(folder: Path, total: int | None) -> None:
 
 
 def unpack(tar: Path, root: Path) -> None:
-    """VOCdevkit/VOC2012 in `root`, all of it or nothing; and nothing outside of it.
+    """Unpack VOCdevkit/VOC2012 into `root`, all of it or nothing, and nothing outside of it.
 
     Raises:
         UserError: the archive is broken, holds something else, or would write elsewhere.

@@ -21,7 +21,7 @@ from ctt.errors import UserError
 from ctt.files import expanded
 
 FEW = 300  # images with masks that are read through at the start
-NO_SUCH_MASK = "The image that it belongs to can only be an unlabelled one."
+NO_SUCH_MASK = "An image without a mask can only be used as unlabelled."
 
 
 class FileSource(Source):
@@ -176,12 +176,12 @@ class FileSource(Source):
 
 
 def same_name(text: str) -> str:
-    """One spelling for names that look alike: file systems store `ü` as one sign or as two."""
+    """Return one spelling of names that look alike: file systems store `ü` as one sign or two."""
     return unicodedata.normalize("NFC", text)
 
 
 def list_names(folder: Path) -> list[str]:
-    """File names in a folder, none where there is no such folder; hidden ones left out."""
+    """Return the names of the files in a folder without hidden ones; none if there is no folder."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:

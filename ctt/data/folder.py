@@ -194,7 +194,7 @@ class Folder(FileSource):
         return self.labels
 
     def find(self, entry: str) -> str | None:
-        """Paths below the root or below images/, with or without the ending.
+        """Find an image by a path below the root or below images/, with or without its ending.
 
         Before them may stand what leads to the root: its own name, or a whole path on any machine.
         """
@@ -228,7 +228,7 @@ def _stem(name: str) -> str:
 
 
 def find_images(root: Path, folder: str) -> list[str]:
-    """Paths below `root` of the images in `folder` and its subfolders.
+    """Return the paths below `root` of the images in `folder` and its subfolders.
 
     Raises:
         UserError: two images would share a mask.
@@ -246,7 +246,7 @@ def find_images(root: Path, folder: str) -> list[str]:
 
 
 def find_masks(root: Path, folder: str, suffix: str = "") -> dict[str, Path]:
-    """Masks in `folder` and its subfolders, by their paths in it without suffix and ending.
+    """Return the masks in `folder` by their paths in it, without suffix and ending.
 
     Raises:
         UserError: two masks would belong to one image.

@@ -147,7 +147,7 @@ def _pack(colour: Colour) -> int:
 
 
 def ranges(numbers: list[int]) -> str:
-    """Sorted numbers as text: `0..20 and 255`."""
+    """Return sorted numbers as text: `0..20 and 255`."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][1] + 1:
@@ -163,6 +163,6 @@ def plain_map(
     ignore: int = IGNORE,
     colours: Mapping[Colour, int] | None = None,
 ) -> LabelMap:
-    """Masks hold the class itself, or `ignore`, or the class's colour."""
+    """Return the map of masks that hold the class itself, or `ignore`, or the class's colour."""
     names = tuple(classes)
     return LabelMap({**{c: c for c in range(len(names))}, ignore: IGNORE}, names, colours)

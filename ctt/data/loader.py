@@ -123,7 +123,7 @@ class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
         return self.view(image, label, seed, point)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]] | UserError:
-        """A batch at once, as DataLoader asks for it; a mistake of the user is a result.
+        """Read a batch; a UserError is returned, not raised.
 
         Raised in a worker it would reach the user as the text of a traceback.
         """
@@ -136,7 +136,7 @@ class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
 def load(
     dataset: ViewDataset, sampler: DrawSampler, workers: int, pin_memory: bool
 ) -> Generator[tuple[Tensor, Tensor]]:
-    """Batches of images (B, 3, h, w) and labels (B, h, w), uint8.
+    """Yield batches of images (B, 3, h, w) and labels (B, h, w), uint8.
 
     Raises:
         UserError: a file is missing or broken; whichever process met it.
@@ -158,7 +158,7 @@ def load(
 
 
 class InOrder(Dataset[T | UserError], Generic[K, T]):
-    """`read` of each key; a mistake of the user is a result, as above."""
+    """Return `read` of a key, or its UserError, as `Batches` does."""
 
     def __init__(self, read: Callable[[K], T], keys: Sequence[K]) -> None:
         self.read, self.keys = read, keys
@@ -177,7 +177,7 @@ class InOrder(Dataset[T | UserError], Generic[K, T]):
 
 
 def in_order(read: Callable[[K], T], keys: Sequence[K], workers: int) -> Iterable[T | UserError]:
-    """`read` of each key, one by one, done ahead of time by `workers` processes; 0: by this one."""
+    """Return `read` of each key in order, computed ahead by `workers` processes; 0: by this one."""
     loader: DataLoader[T | UserError] = DataLoader(
         InOrder(read, keys),
         batch_size=None,
@@ -220,7 +220,7 @@ def _share(value: object) -> None:
 
 @contextlib.contextmanager
 def shared_memory_is_told() -> Iterator[None]:
-    """Too little memory that processes share becomes a `LoaderError`."""
+    """Turn a lack of memory shared by processes into a `LoaderError`."""
     try:
         yield
     except (RuntimeError, OSError) as error:
@@ -311,6 +311,7 @@ def _listen_no_more() -> None:
 
 
 def leave_signals_to_the_parent(_worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach all; the one that trains has a checkpoint to write."""
+    """Ignore Ctrl-C and SIGTERM, which reach all processes: the training one has a checkpoint to
+    write."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -168,5 +168,5 @@ BOXES: dict[str, tuple[Callable[[tuple[int, int], Tensor], Tensor], int]] = {
 
 
 def mix(values: Tensor, other: Tensor, keep: Tensor) -> Tensor:
-    """`values` (B, H, W) or (B, C, H, W) where `keep` (B, H, W), else those of `other`."""
+    """Return `values` (B, H, W) or (B, C, H, W) where `keep` (B, H, W), else those of `other`."""
     return torch.where(keep if values.dim() == 3 else keep[:, None], values, other)

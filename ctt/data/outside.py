@@ -145,7 +145,7 @@ class OutsideMasks:
 
 
 class WithMasks(Prepared):
-    """Unlabelled images with the masks that another model made, as training wants them."""
+    """Unlabelled images with the masks that another model made, resized for training."""
 
     def __init__(
         self,

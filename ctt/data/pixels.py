@@ -14,7 +14,7 @@ def is_deep(mode: str) -> bool:
 def to_rgb(
     picture: Image.Image, white: float | None = None
 ) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
-    """(H, W, 3). Grey is repeated, 16 bits are scaled to 8, and what is transparent is white.
+    """Return (H, W, 3): grey is repeated, 16 bits are scaled to 8, transparent pixels are white.
 
     Args:
         white: the value of white in grey pictures of more than 8 bits, and of all above it; by

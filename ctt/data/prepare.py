@@ -1,4 +1,4 @@
-"""Images and labels as training wants them: of another size, and kept decoded in files."""
+"""Images and labels resized for training, and cached decoded in files."""
 
 from __future__ import annotations
 

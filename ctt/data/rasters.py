@@ -121,7 +121,7 @@ def _existing(bands: Sequence[int], count: int, path: Path) -> Sequence[int]:
 
 @contextlib.contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """Whatever a library says of a broken file becomes a UserError."""
+    """Turn any error of a library that reads a broken file into a UserError."""
     try:
         yield
     except (UserError, ModuleNotFoundError):
@@ -190,7 +190,7 @@ class Raster:
 
     @property
     def has_coordinates(self) -> bool:
-        """Whether the file says where on Earth it lies."""
+        """Return whether the file says where on Earth it is."""
         first = self.first
         return first.crs is not None or not first.transform.is_identity or bool(first.gcps[0])
 

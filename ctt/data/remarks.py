@@ -20,7 +20,7 @@ PAGED = (".tif", ".tiff", ".webp")  # endings of formats that often have several
 
 @dataclass(frozen=True)
 class Traits:
-    """What a file says of an image.
+    """Remarks on an image that its file gives rise to.
 
     Attributes:
         turned: viewers turn or mirror it.

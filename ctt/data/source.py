@@ -44,13 +44,13 @@ class DatasetInfo:
 
     @property
     def channels(self) -> int:
-        """Of the images."""
+        """Return the number of channels of the images."""
         return len(self.mean)
 
 
 @dataclass(frozen=True)
 class Submission:
-    """How the server of a benchmark wants predictions of its test images.
+    """The form in which a benchmark's server expects predictions of its test images.
 
     Attributes:
         values: the number in the file for each class.
@@ -106,7 +106,7 @@ class Source(ABC):
         return []
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """Image (C, H, W) and label (H, W), which is 255 where the image has no data.
+        """Return image (C, H, W) and label (H, W), which is 255 where the image has no data.
 
         Raises:
             UserError: they are not of one size.
@@ -129,11 +129,13 @@ class Source(ABC):
         return ""
 
     def find(self, entry: str) -> str | None:
-        """The name of the image that `entry` in a split list means; None where there is none."""
+        """Return the name of the image that `entry` in a split list means; None if there is
+        none."""
         return entry if entry in self._names else None
 
     def is_mask(self, name: str, path: str) -> bool | None:
-        """Whether the file that a list means by `path` is the image's mask; None: there is none."""
+        """Return whether the file at `path` in a list is the image's mask; None: there is no
+        mask."""
         return None
 
     def evaluate_on(self, names: Iterable[str]) -> None:  # noqa: B027 (most data sets fix it)
@@ -148,5 +150,6 @@ class Source(ABC):
         return frozenset([*self.train_ids(), *self.unlabeled_ids(), *self.eval_ids()])
 
     def files(self, name: str, labeled: bool) -> list[Path]:
-        """The image's file and, if `labeled`, that of its mask; none for images in memory."""
+        """Return the image's file and, if `labeled`, that of its mask; none for images in
+        memory."""
         return []

@@ -54,7 +54,7 @@ def parse_ratio(text: str, total: int, counts: Mapping[Fraction, int] | None = N
 
 
 def draw_split(ids: list[str], labeled: int, seed: int | str) -> tuple[list[str], list[str]]:
-    """`labeled` names drawn from the sorted `ids`, and the rest; both sorted."""
+    """Return `labeled` names drawn from the sorted `ids`, and the rest; both sorted."""
     ids = sorted(ids)
     order = torch.randperm(len(ids), generator=generator("split", seed)).tolist()
     chosen = set(order[:labeled])
@@ -92,7 +92,7 @@ def with_all_classes(
 
 
 def read_lines(path: Path) -> dict[int, str]:
-    """The lines of a list that are not empty, without their ends, by their numbers from 1 on.
+    """Return the lines of a list that are not empty, by their numbers from 1 on.
 
     Raises:
         UserError: the file cannot be read, is empty or is no text.
@@ -152,7 +152,7 @@ def resolve(
         strangers.append((image, mask))
     if strangers:
         image, mask = strangers[0]
-        raise UserError(f"{image} stands beside {mask}, which is not its mask.{PAIRING}")
+        raise UserError(f"{image} is listed with {mask}, which is not its mask.{PAIRING}")
     if "\\" in line:  # a list that was written on Windows
         return resolve(line.replace("\\", "/"), find, is_mask)
     return None

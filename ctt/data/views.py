@@ -24,7 +24,7 @@ REDUCED = 0.75  # resize factor; four pixels are a fair mean of what one shows d
 
 @cache
 def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
-    """Nested numbers in float32 on the device, copied there once: each copy would wait for it."""
+    """Return nested numbers as float32 on the device; they are copied once, as each copy waits."""
     return torch.tensor(values, device=device)
 
 
@@ -115,7 +115,8 @@ class GeometricView:
         rng: random.Random,
         point: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Affine map (2, 3) float64 from the crop to an image of that size, both in -1..1."""
+        """Return the affine map (2, 3) float64 from the crop to an image of that size, both in
+        -1..1."""
         angle = math.radians(rng.uniform(-self.rotation, self.rotation))
         mirror = -1 if self.flip and rng.random() < 0.5 else 1
         centre, extent = [], []  # y and x, as shares of the resized image
@@ -149,7 +150,7 @@ def sampling_grid(theta: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def window(theta: Tensor, size: tuple[int, int], margin: float) -> tuple[Tensor, slice, slice]:
-    """The part of an image (H, W) that an affine map (2, 3) reads, with `margin` pixels around it.
+    """Return the part of an image (H, W) that an affine map (2, 3) reads, with a margin.
 
     Returns:
         the map onto that part, its rows and its columns. At least one pixel, even of a map that
@@ -188,7 +189,7 @@ class PhotometricView:
         colours: the channels are red, green and blue; else none of the images becomes grey.
     """
 
-    DRAWS = 8  # random numbers that an image takes; 7 do without grey images
+    DRAWS = 8  # random numbers that an image takes; 7 suffice without grey images
 
     def __init__(
         self,
@@ -250,13 +251,13 @@ def wave(draw: Tensor, channels: int) -> Tensor:
 
 
 def grey(images: Tensor) -> Tensor:
-    """Luma (B, 1, H, W) of images (B, 3, H, W), with the weights of ITU-R BT.601."""
+    """Return luma (B, 1, H, W) of images (B, 3, H, W), with the weights of ITU-R BT.601."""
     weight = constant(YIQ[0], images.device)[:, None, None]
     return (images * weight).sum(dim=1, keepdim=True)
 
 
 def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """`factor` parts of the images and 1 - factor of the other, kept in 0..1."""
+    """Return `factor` parts of the images and 1 - factor of the other, kept in 0..1."""
     return (other + factor * (images - other)).clamp(0, 1)
 
 

@@ -25,7 +25,7 @@ AUG_TRAIN, CLASSIC_TRAIN, EVALUATION = 10_582, 1464, 1449
 
 
 def bit_palette(colours: int) -> tuple[tuple[int, int, int], ...]:
-    """VOC's colours: the bits of a class go to r, g and b in turns, from the highest bit down."""
+    """Return VOC's colours: the bits of a class go to r, g and b in turn, from the highest down."""
     palette = []
     for number in range(colours):
         channels = [0, 0, 0]
@@ -106,8 +106,11 @@ class Voc(FileSource):
         super().__init__(INFO, folder, (train, unlabeled, evaluation), options, published)
 
     def train_ids(self) -> list[str]:
-        """Raises UserError where they should be the augmented ones and those have no masks here,
-        which an evaluation does not need."""
+        """Return the sorted names.
+
+        Raises:
+            UserError: the augmented masks are wanted and are not here. Evaluation needs none.
+        """
         if self._incomplete:
             raise UserError(
                 f"--data.voc-set aug: {self.folder} holds the masks of the classic set only. Put "
@@ -165,6 +168,6 @@ class Voc(FileSource):
         return self.labels
 
     def find(self, entry: str) -> str | None:
-        """Bare names and paths of JPEG files."""
+        """Find an image by its bare name or the path of a JPEG file."""
         file = PurePosixPath(entry).name
         return self._known.get(same_name(file.removesuffix(".jpg")))

@@ -1,1 +1,1 @@
-"""Named experiments: which runs they are made of, how these are run, and what is told of them."""
+"""Named experiments: their runs, how these are executed, and reports of them."""

@@ -1,4 +1,4 @@
-"""What is told of experiments: tables and charts of their rows, as HTML and as Markdown."""
+"""Reports of experiments: tables and charts of their rows, as HTML and as Markdown."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def is_table(file: Path) -> bool:
 
 
 def section(file: Path) -> Section:
-    """Return what is told of one table.
+    """Return the report of one table.
 
     Raises:
         UserError: it cannot be read.

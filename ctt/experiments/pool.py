@@ -1,4 +1,4 @@
-"""Trains several runs at a time on this machine; whatever stops it, they can be gone on with."""
+"""Trains several runs at a time on this machine; they can be resumed whatever stops them."""
 
 from __future__ import annotations
 

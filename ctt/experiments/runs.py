@@ -41,17 +41,17 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """The file of what the run prints."""
+        """Return the file of what the run prints."""
         return self.folder.with_suffix(".log")
 
     @property
     def error(self) -> Path:
-        """The file of what a run that failed said last."""
+        """Return the file with the last words of a run that failed."""
         return self.folder.with_suffix(".failed")
 
     @property
     def name(self) -> str:
-        """Its place in the table, for messages."""
+        """Return the run's place in the table, for messages."""
         parts = (self.variant, self.share, self.budget, f"seed {self.settings.seed}")
         return ", ".join(part for part in parts if part)
 

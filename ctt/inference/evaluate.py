@@ -39,13 +39,13 @@ class Score:
 
     @property
     def miou(self) -> float:
-        """Mean over the classes that are labelled or predicted anywhere."""
+        """Return the mean over the classes that are labelled or predicted anywhere."""
         present = [value for value in self.class_iou if value == value]
         return sum(present) / len(present) if present else float("nan")
 
     @property
     def miou_of_labeled(self) -> float:
-        """Mean over the classes that are labelled, by which the best network is chosen.
+        """Return the mean over the labelled classes, by which the best network is chosen.
 
         `miou` would prefer one that never predicts the others.
         """
@@ -59,7 +59,7 @@ class Score:
 
 
 def score(confusion: Tensor) -> Score:
-    """From a confusion matrix (C, C) of pixel counts, labels in rows."""
+    """Return the score of a confusion matrix (C, C) of pixel counts, labels in rows."""
     matrix = confusion.double()
     hits = matrix.diag()
     union = matrix.sum(dim=0) + matrix.sum(dim=1) - hits
@@ -81,7 +81,7 @@ def confusions(
     progress: Callable[[int], object] = lambda images: None,
     shown: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Pixel counts (C, C) int64 on `device`, labels in rows, for each network and `ensemble`.
+    """Return pixel counts (C, C) int64, labels in rows, for each network and `ensemble`.
 
     Matrices of disjoint parts of a set add up to that of the set. Pixels with label 255 are not
     counted. The ensemble, the mean of the teachers' probabilities, is there if a name begins with
@@ -91,7 +91,7 @@ def confusions(
         networks: on `device`; their mode is left as it was.
         settings: the protocol; by default whole images at their own size.
         workers: processes that load images; 0 loads in this one.
-        trained_on: whose normalisation the networks want; by default that of `source`.
+        trained_on: the dataset whose normalisation the networks expect; by default `source`'s.
         progress: called with the number of images after each batch.
         shown: (C,) int64 on `device`, to which is added how many images show each class.
 
@@ -154,7 +154,7 @@ def count(matrix: Tensor, predicted: Tensor, label: Tensor) -> None:
 
 
 def read_pair(source: Source, settings: EvalSettings, name: str) -> tuple[Tensor, Tensor]:
-    """Image (3, H, W) uint8 and label (H, W) uint8 as the protocol wants them.
+    """Return image (3, H, W) uint8 and label (H, W) uint8 as the protocol needs them.
 
     Raises:
         UserError: they cannot be read, or hold what is no class.
@@ -181,7 +181,7 @@ def check_label(label: Tensor, name: str, info: DatasetInfo) -> None:
 def batches(
     source: Source, ids: Iterable[str], settings: EvalSettings, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (B, 3, H, W) and labels (B, H, W), neighbours of one size together."""
+    """Yield images (B, 3, H, W) and labels (B, H, W), neighbours of one size together."""
     pairs = raised(in_order(partial(read_pair, source, settings), list(ids), workers))
     for group in stacks(pairs, lambda pair: pair[1].shape, settings.batch_pixels):
         images, labels = zip(*group, strict=True)
@@ -189,7 +189,7 @@ def batches(
 
 
 def as_json(scores: dict[str, Score], info: DatasetInfo, settings: EvalSettings) -> dict[str, Any]:
-    """`miou`, `class_iou` (null: absent), `absent` and `pixel_accuracy` by network; `protocol`.
+    """Return `miou`, `class_iou` (null: absent), `absent`, `pixel_accuracy` by network; `protocol`.
 
     Percent, rounded to 0.01.
     """
@@ -237,7 +237,7 @@ def score_table(scores: dict[str, Score], info: DatasetInfo) -> Table:
 
 
 def hash_of_list(ids: Iterable[str]) -> str:
-    """SHA-256 of the names, one a line, in their order: that of the same list as a text file."""
+    """Return the SHA-256 of the names, one a line, in order: that of the list as a text file."""
     text = "".join(f"{name}\n" for name in ids)
     return hashlib.sha256(text.encode("utf-8", BYTES_AS_THEY_ARE)).hexdigest()
 

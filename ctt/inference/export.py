@@ -130,7 +130,7 @@ def trace(graph: Graph, images: Tensor, open_sizes: bool) -> torch.export.Export
 def write_onnx(
     program: torch.export.ExportedProgram, path: Path, meta: str
 ) -> Callable[[Tensor], Tensor]:
-    """Returns what runs the file with onnxruntime."""
+    """Write an ONNX file, and return a function that runs it with onnxruntime."""
     import onnxruntime
 
     with warnings.catch_warnings(action="ignore"):  # about the exporter's own insides
@@ -158,7 +158,7 @@ def write_onnx(
 def write_torch_export(
     program: torch.export.ExportedProgram, path: Path, meta: str
 ) -> Callable[[Tensor], Tensor]:
-    """Returns what runs the file with torch."""
+    """Write a `torch.export` program, and return a function that runs it."""
     file = io.BytesIO()  # of its own, torch's writer does not say that a disk is full
     torch.export.save(program, file, extra_files={"ctt.json": meta})
     path.write_bytes(file.getbuffer())
@@ -168,7 +168,8 @@ def write_torch_export(
 
 @torch.no_grad()
 def largest_difference(graph: Graph, run: Callable[[Tensor], Tensor], images: Tensor) -> float:
-    """Of the outputs for `images`; infinite where the file refuses them."""
+    """Return the largest difference of the outputs for `images`; infinite if the file refuses
+    them."""
     expected = graph(images)
     try:
         found = run(images)

@@ -25,7 +25,7 @@ def draw_samples(
     settings: EvalSettings,
     title: str,
 ) -> None:
-    """A sheet of image, label, prediction and confidence of some evaluation images."""
+    """Draw a sheet of image, label, prediction and confidence of some evaluation images."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,7 +61,7 @@ def draw_samples(
 
 
 def write_confusion(path: Path, confusion: Tensor, info: DatasetInfo) -> None:
-    """A confusion matrix (C, C) of pixel counts as CSV: labels in rows, predictions in columns."""
+    """Write a confusion matrix (C, C) of pixel counts as CSV, labels in rows."""
     with written(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["label", *info.classes])
@@ -70,7 +70,7 @@ def write_confusion(path: Path, confusion: Tensor, info: DatasetInfo) -> None:
 
 
 def draw_confusion(path: Path, confusion: Tensor, info: DatasetInfo, title: str) -> None:
-    """A confusion matrix (C, C) of pixel counts; every row in percent of its label's pixels."""
+    """Draw a confusion matrix (C, C), every row in percent of its label's pixels."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -98,7 +98,7 @@ def draw_confusion(path: Path, confusion: Tensor, info: DatasetInfo, title: str)
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """A figure of matplotlib as a PNG; it is closed."""
+    """Save a figure of matplotlib as a PNG, and close it."""
     from matplotlib import pyplot as plt
 
     with written(path) as part:

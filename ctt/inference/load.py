@@ -26,7 +26,7 @@ class Trained:
         networks: student_1.. and teacher_1.. of a run, or `network` alone out of a file.
         info: of the data set they were trained on.
         settings: of the run; the defaults where there is only a file.
-        origin: in words.
+        origin: a phrase that says where the networks come from.
         sha256: of the file that was read.
     """
 
@@ -37,7 +37,8 @@ class Trained:
     sha256: str
 
     def names(self) -> list[str]:
-        """Of the networks; `ensemble`, the mean of the teachers' probabilities, is one more."""
+        """Return the names of the networks, and `ensemble`, the mean of the teachers'
+        probabilities."""
         teachers = any(name.startswith("teacher") for name in self.networks)
         return [*self.networks, *([ENSEMBLE] if teachers else [])]
 
@@ -73,14 +74,14 @@ class Trained:
         return next(iter(self.networks.values()))
 
     def predictor(self, device: torch.device, settings: EvalSettings) -> Predict:
-        """Mean of the probabilities of the networks, which are moved to `device`."""
+        """Return the mean of the networks' probabilities as a function; they move to `device`."""
         networks = [network.to(device) for network in self.networks.values()]
         predict = mean_of([predictor(network, self.info, settings) for network in networks])
         return lambda images: predict(images.to(device))
 
 
 def load_trained(path: Path, network: str = "") -> Trained:
-    """All networks of the run in the folder `path`, or the one in the file `path`.
+    """Load all networks of the run in the folder `path`, or the one in the file `path`.
 
     Args:
         network: only this one, `ensemble` for all teachers, or `best` for the one network that the

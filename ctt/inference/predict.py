@@ -28,11 +28,11 @@ T = TypeVar("T")
 
 
 def predictor(network: SegmentationModel, info: DatasetInfo, settings: EvalSettings) -> Predict:
-    """Images (B, 3, H, W) uint8, on the network's device -> probabilities (B, C, H, W) float32.
+    """Return a function of images (B, 3, H, W) uint8 to probabilities (B, C, H, W) float32.
 
     Args:
         info: of the data set that the network was trained on, for the normalisation.
-        settings: `center-crop` and `half` are what `prepare` makes of an image and its label; here
+        settings: `prepare` has already applied `center-crop` or `half`; here
             they mean the whole of what is given.
     """
     predict: Predict = partial(whole, network, settings.amp)
@@ -48,12 +48,13 @@ def predictor(network: SegmentationModel, info: DatasetInfo, settings: EvalSetti
 
 
 def whole(network: SegmentationModel, amp: str, images: Tensor) -> Tensor:
-    """Softmax of the logits, which are upsampled to the images' resolution first."""
+    """Return the softmax of the logits, upsampled to the images' resolution first."""
     return logits_of(network, amp, images).softmax(dim=1)
 
 
 def resized(network: SegmentationModel, amp: str, images: Tensor) -> Tensor:
-    """`whole` of images brought to the nearest multiples of what the network takes unpadded."""
+    """Return `whole` of images resized to the nearest size that the network takes without
+    padding."""
     size = (images.shape[-2], images.shape[-1])
     fitting = [max(1, math.floor(n / network.multiple + 0.5)) * network.multiple for n in size]
     images = F.interpolate(images, size=fitting, mode="bilinear", align_corners=True)
@@ -77,7 +78,7 @@ def sliding(
     batch_pixels: int,
     images: Tensor,
 ) -> Tensor:
-    """Mean over the windows that cover a pixel; the last window of a row ends at the border.
+    """Return the mean over the windows that cover a pixel; the last window ends at the border.
 
     Args:
         window: height and width, cut to the image's.
@@ -110,13 +111,13 @@ def starts(length: int, window: int, stride: float) -> list[int]:
 
 
 def flipped(predict: Predict, images: Tensor) -> Tensor:
-    """Mean over the images and their mirror images."""
+    """Return the mean over the images and their mirror images."""
     probability = predict(images)
     return probability.add_(predict(images.flip(-1)).flip(-1)).div_(2)
 
 
 def multi_scale(predict: Predict, scales: Sequence[float], images: Tensor) -> Tensor:
-    """Mean over the images resized by each factor, every result resized back."""
+    """Return the mean over the images resized by each factor, every result resized back."""
     size = (images.shape[-2], images.shape[-1])
     total: Tensor | None = None
     for scale in scales:
@@ -141,7 +142,7 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def mean_of(predicts: Sequence[Predict]) -> Predict:
-    """Mean of the probabilities of several networks."""
+    """Return the mean of the probabilities of several networks."""
     first, *others = predicts
 
     def predict(images: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 @contextmanager
 def memory_is_told(settings: EvalSettings) -> Iterator[None]:
-    """Too little memory becomes a UserError that says what needs less of it."""
+    """Turn a lack of memory into a UserError that says what needs less of it."""
     try:
         yield
     except RuntimeError as error:
@@ -203,7 +204,7 @@ def prepare(image: Tensor, label: Tensor, settings: EvalSettings) -> tuple[Tenso
 def stacks(
     items: Iterable[T], size: Callable[[T], tuple[int, ...]], batch_pixels: int
 ) -> Iterator[list[T]]:
-    """Neighbours of one size (height, width), as many together as have at most `batch_pixels`."""
+    """Yield neighbours of one size, as many together as have at most `batch_pixels`."""
     for (height, width), group in groupby(items, key=size):
         limit = max(1, batch_pixels // (height * width))
         while together := list(islice(group, limit)):
@@ -211,7 +212,7 @@ def stacks(
 
 
 def stated(settings: EvalSettings) -> dict[str, Any]:
-    """All that a score depends on: what to write beside it."""
+    """Return everything that a score depends on, to be written beside it."""
     protocol: dict[str, Any] = {"name": settings.protocol}
     if settings.protocol in ("sliding", "center-crop"):
         protocol["window"] = list(settings.window)
@@ -223,7 +224,8 @@ def stated(settings: EvalSettings) -> dict[str, Any]:
 
 
 def in_words(settings: EvalSettings) -> str:
-    """One phrase, such as "sliding, window 801x801, stride 0.67 of it, scales 0.75 1, flip"."""
+    """Return one phrase, such as "sliding, window 801x801, stride 0.67 of it, scales 0.75 1,
+    flip"."""
     parts: list[str] = [settings.protocol]
     if settings.protocol in ("sliding", "center-crop"):
         parts.append("window {}x{}".format(*settings.window))

@@ -16,14 +16,14 @@ OVERLAY = 0.55  # opacity of the mask's colours over the image
 
 
 def colorize(label: Tensor, info: DatasetInfo) -> Tensor:
-    """Labels (..., H, W) -> colours (..., H, W, 3) uint8; 255 is white."""
+    """Return labels (..., H, W) as colours (..., H, W, 3) uint8; 255 is white."""
     table = torch.full((256, 3), 255, dtype=torch.uint8)
     table[: len(info.palette)] = torch.tensor(info.palette, dtype=torch.uint8)
     return table[label.long().cpu()]
 
 
 def palette_image(label: Tensor, info: DatasetInfo) -> Image.Image:
-    """Labels (H, W) as a picture whose values are the classes, shown in the palette's colours."""
+    """Return labels (H, W) as a picture whose values are the classes, in the palette's colours."""
     mask = Image.fromarray(label.to(torch.uint8).cpu().numpy(), mode="P")
     colours = [channel for colour in info.palette for channel in colour]
     # of a palette that is shorter, Pillow writes as few bits as it needs, and cuts 255 to them
@@ -32,7 +32,7 @@ def palette_image(label: Tensor, info: DatasetInfo) -> Image.Image:
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
-    """A file that is there as a whole or not at all."""
+    """Save a PNG as a whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     try:
         picture.save(part, format="PNG")
@@ -43,7 +43,7 @@ def save_png(picture: Image.Image, path: Path) -> None:
 
 @contextmanager
 def in_threads(threads: int) -> Iterator[Callable[..., None]]:
-    """A function that calls another in a thread, for files to be written while networks run.
+    """Return a function that calls another in a thread, to write files while networks run.
 
     Waits when more than a few calls are open, and for all of them at the end; raises what they do.
     """
@@ -80,5 +80,5 @@ def overlay(
 
 
 def confidence_image(confidence: Tensor) -> Image.Image:
-    """Probabilities (H, W) as grey, white for 1."""
+    """Return probabilities (H, W) as a grey image, white for 1."""
     return Image.fromarray((255 * confidence.cpu()).round().to(torch.uint8).numpy(), mode="L")

@@ -1,4 +1,4 @@
-"""Predictions of a benchmark's test images, as its server wants them."""
+"""Predictions of a benchmark's test images, in the form that its server expects."""
 
 from collections.abc import Callable
 from functools import partial
@@ -45,7 +45,7 @@ def write_submission(
     workers: int,
     progress: Callable[[int], object],
 ) -> None:
-    """One PNG for each test image, in `folder`.
+    """Write one PNG for each test image into `folder`.
 
     Args:
         progress: called with the number of images after each batch.
@@ -71,6 +71,6 @@ def _read(source: Source, name: str) -> tuple[str, Tensor]:
 
 
 def picture(label: Tensor, wanted: Submission, info: DatasetInfo) -> Image.Image:
-    """Labels (H, W) int64 as the server's numbers."""
+    """Return labels (H, W) int64 as a picture of the server's numbers."""
     values = torch.tensor(wanted.values, dtype=torch.uint8)[label]
     return palette_image(values, info) if wanted.palette else Image.fromarray(values.numpy())

@@ -89,7 +89,7 @@ class AdvSemiSeg(Adversarial):
         return counted(b, step)
 
     def of_student(self, k: int, b: Batch, step: Step) -> dict[str, Tensor]:
-        """Equations (1) to (5) for student k and its discriminator."""
+        """Return equations (1) to (5) for student k and its discriminator."""
         label, n, student, critic = b["label"], len(b["label"]), self.students[k], self.critics[k]
         valid = torch.cat([label != IGNORE, ~b["padding"]])  # (2B, H, W)
         logits = step.forward(student, torch.cat([b["images"], b["unlabeled"]])).logits

@@ -59,7 +59,7 @@ class About:
     Attributes:
         paper: its source, in one line.
         target: where it is, `module:Class` or `file.py:Class`.
-        pairs: K where the user asks for none.
+        pairs: K if the user gives none.
         unlabeled: whether it takes unlabelled images.
         uses: settings of the run, or groups of them, that it reads among those that only some
             methods read.

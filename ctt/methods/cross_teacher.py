@@ -104,7 +104,7 @@ class CrossTeacher(PseudoLabels):
         return terms
 
     def contrast(self, out: Sequence[Output], b: Batch, step: Step) -> tuple[Tensor, Tensor]:
-        """Equations (6)-(9), summed over the students."""
+        """Return equations (6)-(9), summed over the students."""
         w, bank = self.settings.loss, self.settings.bank
         zero = out[0].features.new_zeros((), dtype=torch.float32)
         if not self.stage(step.iteration):

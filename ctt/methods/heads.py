@@ -30,7 +30,7 @@ def normed_embedding(dim: int, kernel: int) -> nn.Sequential:
 
 
 def embed(head: nn.Module, features: Tensor, step: Step) -> Tensor:
-    """Return what a head makes of features (B, D, h, w), each pixel normalised, in float32."""
+    """Return a head's output for features (B, D, h, w), each pixel normalised, in float32."""
     with step.autocast():
         embedded = head(features)
     return F.normalize(wide(embedded), dim=1)

@@ -34,7 +34,7 @@ class LabeledSettings:
 
     @property
     def plain(self) -> bool:
-        """Whether the term is the mean cross-entropy over the labelled pixels."""
+        """Return whether the term is the mean cross-entropy over the labelled pixels."""
         return not (self.weights or self.ohem or self.focal or self.dice)
 
     def checks(self) -> list[Check]:

@@ -55,14 +55,14 @@ def alone(count: Tensor) -> Tensor:
 
 
 def valid_pixels(label: Tensor, total: Total = alone) -> Tensor:
-    """How many pixels of all processes are not 255; at least 1, so that none gives 0, not 0/0."""
+    """Count the pixels of all processes that are not 255; at least 1, so that none gives 0."""
     return total((label != IGNORE).sum()).clamp(min=1)
 
 
 def pixel_cross_entropy(
     logits: Tensor, grid: Grid, label: Tensor, pixels: Tensor, weight: Tensor | None = None
 ) -> Tensor:
-    """Mean cross-entropy over the pixels whose label is not 255; 0 where there is none.
+    """Return the mean cross-entropy over the pixels whose label is not 255; 0 if there is none.
 
     Args:
         logits: (B, C, h, w), on this grid.
@@ -129,14 +129,14 @@ def usable_counts(banks: Sequence[MemoryBank], start: str) -> list[Tensor]:
 
 
 def high_level_mask(confidence: Tensor, gamma: float) -> Tensor:
-    """Equation (7): m(v) = 1 where the confidence is at least gamma."""
+    """Return equation (7): m(v) = 1 where the confidence is at least gamma."""
     return confidence >= gamma
 
 
 def low_level_mask(
     high: Tensor, confidence: Tensor, peer_confidence: Tensor, directional: bool
 ) -> Tensor:
-    """Equation (9): pixels outside m where, if directional, the peer is the more confident one."""
+    """Return equation (9): pixels outside m where, if directional, the peer is more confident."""
     return ~high & (confidence < peer_confidence) if directional else ~high
 
 
@@ -150,7 +150,7 @@ def high_level_contrast(
     reduction: str,
     total: Total | None = None,
 ) -> Tensor:
-    """Equation (6) for features (B, D, h, w), label and mask (B, h, w).
+    """Return equation (6) for features (B, D, h, w), label and mask (B, h, w).
 
     Args:
         total: sum over the processes; the means are then those of the joined batch, and the result
@@ -182,7 +182,7 @@ def low_level_contrast(
     reduction: str,
     total: Total | None = None,
 ) -> Tensor:
-    """Equation (8) for features of both (B, D, h, w), label and mask (B, h, w).
+    """Return equation (8) for features of both (B, D, h, w), label and mask (B, h, w).
 
     Args:
         banks: keys and counts.
@@ -207,7 +207,7 @@ def low_level_contrast(
 def part_of_mean(
     values: Tensor, label: Tensor, mask: Tensor, joins: Tensor, reduction: str, total: Total
 ) -> Tensor:
-    """This process's part of the mean that `reduction` of `info_nce` takes over all processes.
+    """Return this process's part of the mean over all processes that `info_nce` would take.
 
     Args:
         values: (N,) losses, 0 where a pixel does not count.

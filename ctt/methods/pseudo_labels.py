@@ -68,12 +68,12 @@ class PseudoLabels(Method):
 
     @property
     def labelers(self) -> Networks:
-        """The networks that label; students do so in training mode, without gradient."""
+        """Return the networks that label; students do so in training mode, without gradient."""
         return self.teachers
 
     @property
     def learning(self) -> Sequence[int]:
-        """The students that learn in this round."""
+        """Return the students that learn in this round."""
         return range(len(self.students))
 
     def schedules(self) -> dict[str, Schedule]:
@@ -85,7 +85,7 @@ class PseudoLabels(Method):
         }
 
     def prepare(self, b: Batch, step: Step) -> Batch:
-        """Equations (3)-(5): labels of the unlabelled images, mixed as the images are."""
+        """Add equations (3)-(5): labels of the unlabelled images, mixed as the images are."""
         padding = b["padding"]
         probability = [step.probability(net, b["unlabeled"]) for net in self.labelers]
         with step.phase("views"):
@@ -168,7 +168,7 @@ class PseudoLabels(Method):
         return self.cross_entropies(self.ask_students(b, step), b, step)
 
     def cross_entropies(self, out: Sequence[Output], b: Batch, step: Step) -> Terms:
-        """Equations (1)-(5), summed over the students."""
+        """Return equations (1)-(5), summed over the students."""
         n, sup, ct, outside = len(b["images"]), [], [], []
         with step.phase("cross-entropy"):
             for k, o in zip(self.learning, out, strict=True):

@@ -2,7 +2,7 @@
 
 A classifier of whole images says which classes there are, and its class activation maps say where.
 Attention over the encoder's features refines these maps to a second prediction. The mean of it and
-of the decoder's prediction for the weak view, both brought to one scale and sharpened, teaches the
+of the decoder's prediction for the weak view, both scaled alike and sharpened, teaches the
 strong view: softly, and at every pixel but those of an erased box.
 
 Departures: features are the last two stages that the decoder reads, averaged to the grid of the

@@ -2,7 +2,7 @@
 French et al. (BMVC 2020, arXiv 1906.01916).
 
 The student sees an unlabelled image plus the small change that misleads its teacher most, and is
-drawn to what the teacher says of the unchanged image: Kullback-Leibler divergence, its mean over
+drawn to the teacher's prediction for the unchanged one: Kullback-Leibler divergence, its mean over
 pixels and classes, times the share of pixels of which the teacher is sure. One power iteration
 finds the direction of the change: the gradient of that divergence near the image. Its length is
 that of the differences between neighbouring pixels, so that images with little texture change less.

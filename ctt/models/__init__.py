@@ -24,7 +24,7 @@ FEATURES = 256  # D where nothing else is asked for; dpt has the published one o
 
 
 def names() -> list[str]:
-    """The architectures that `build` knows; smp:NAME where segmentation_models_pytorch is there."""
+    """Return the architectures that `build` knows, with smp:NAME if that package is installed."""
     own = ["small", *BACKBONES]
     if importlib.util.find_spec("segmentation_models_pytorch") is None:
         return own
@@ -46,7 +46,7 @@ def build(
     channels: int = 3,
     normalization: str = "data",
 ) -> SegmentationModel:
-    """A network with fresh random weights from torch's global generator; nothing is downloaded.
+    """Build a network with random weights from torch's global generator; nothing is downloaded.
 
     Args:
         num_classes: C.
@@ -96,7 +96,7 @@ def build(
 
 
 def own_input_of(network: SegmentationModel) -> None:
-    """Let a network's backbone have images normalised as its published weights want them.
+    """Normalise images for a network's backbone as its published weights expect.
 
     Raises:
         UserError: it has no backbone, or images are not of three channels.

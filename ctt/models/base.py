@@ -46,7 +46,7 @@ class Grid(NamedTuple):
 
     @property
     def distance(self) -> float:
-        """Pixels from cell to cell, no whole number where cells are spread over patches."""
+        """Return the pixels between cells; not whole where cells are spread over patches."""
         return self.stride / max(1, self.cells)
 
     def every(self, n: int) -> "Grid":
@@ -115,7 +115,7 @@ class SegmentationModel(nn.Module, ABC):
 
     @property
     def grid(self) -> Grid:
-        """Where the cells of logits and features lie in the images."""
+        """Return where the cells of logits and features lie in the images."""
         return self.grid_of(self.stride)
 
     def grid_of(self, stride: int) -> Grid:
@@ -126,7 +126,7 @@ class SegmentationModel(nn.Module, ABC):
 
     @property
     def feature_channels(self) -> int:
-        """D, which the features have."""
+        """Return D, the number of channels of the features."""
         return self.classifier.in_channels
 
     def stage_stride(self, stage: Tensor, size: tuple[int, int]) -> int:
@@ -149,7 +149,7 @@ class SegmentationModel(nn.Module, ABC):
         """Return features (B, D, h, w) of stages, which may be perturbed but keep their shapes."""
 
     def extract(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), normalised -> features (B, D, h, w)."""
+        """Return features (B, D, h, w) of images (B, 3, H, W), normalised."""
         return self.decode(self.encode(images))
 
     def forward(self, images: Tensor) -> Output:
@@ -170,7 +170,7 @@ class SegmentationModel(nn.Module, ABC):
         return [*stages[:first], *scaled[first:]]
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters that the recipe may train with a larger learning rate."""
+        """Return the parameters that a recipe may train with a larger learning rate."""
         return self.classifier.parameters()
 
 
@@ -224,7 +224,7 @@ class BackboneModel(SegmentationModel):
         return images * self.input_scale + self.input_shift if self.own_input else images
 
     def freeze_batch_norm(self) -> None:
-        """Fix statistics, scale and shift of the backbone's batch norms for good.
+        """Fix statistics, scale and shift of the backbone's batch norms for the whole run.
 
         The head's are left alone: theirs are fresh and have everything to learn.
         """
@@ -234,7 +234,7 @@ class BackboneModel(SegmentationModel):
         self.train(self.training)
 
     def freeze_backbone(self) -> None:
-        """Fix the backbone for good, in evaluation mode; the head is trained."""
+        """Fix the backbone for the whole run, in evaluation mode; the head is trained."""
         self.backbone_frozen = True
         self.backbone.requires_grad_(False)
         self.train(self.training)
@@ -276,7 +276,7 @@ def conv_bn(
     dilation: int = 1,
     activate: bool = True,
 ) -> nn.Sequential:
-    """Convolution that keeps the size (over the stride), batch norm, ReLU."""
+    """Build a convolution that keeps the size (over the stride), batch norm and ReLU."""
     padding = dilation * (kernel // 2)
     layers: list[nn.Module] = [
         nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False),
@@ -363,7 +363,7 @@ def are_patches(module: nn.Module) -> bool:
 
 
 def pad_to_multiple(images: Tensor, multiple: int, smallest: int = 0) -> Tensor:
-    """Images with zeros below and on the right, the mean colour, up to multiples of `multiple`.
+    """Pad images with zeros, the mean colour, below and on the right, to multiples of `multiple`.
 
     They become `smallest` high and wide at least, which is such a multiple.
     """
@@ -374,13 +374,13 @@ def pad_to_multiple(images: Tensor, multiple: int, smallest: int = 0) -> Tensor:
 
 
 def crop_to_stride(features: Tensor, images: Tensor, stride: int) -> Tensor:
-    """Features of padded images without those that show the padding alone."""
+    """Cut off the features of padded images that show the padding alone."""
     height, width = grid_of(images, stride)
     return features[:, :, :height, :width]
 
 
 def grid_of(images: Tensor, stride: int) -> tuple[int, int]:
-    """ceil(H / stride) and ceil(W / stride).
+    """Return ceil(H / stride) and ceil(W / stride).
 
     Without negative numbers, which the division of ONNX rounds the other way.
     """

@@ -48,15 +48,15 @@ class Segmenter(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, channels, H, W) in 0..1 -> class probabilities (B, C, H, W)."""
+        """Return class probabilities (B, C, H, W) of images (B, channels, H, W) in 0..1."""
         return self.logits(self.normalize(images)).softmax(dim=1)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Images (B, channels, H, W) in 0..1 -> mean 0, deviation 1, as in training."""
+        """Return images (B, channels, H, W) in 0..1 with mean 0 and deviation 1, as in training."""
         return (images - self.mean) / self.std
 
     def logits(self, normalized: Tensor) -> Tensor:
-        """Images (B, channels, H, W), normalised -> logits (B, C, H, W)."""
+        """Return logits (B, C, H, W) of normalised images (B, channels, H, W)."""
         logits = self.network(normalized).logits  # (B, C, h, w)
         size = (normalized.shape[-2], normalized.shape[-1])
         return upsample(logits, size, self.network.grid)

@@ -166,7 +166,7 @@ def spread(vectors: Tensor, maps: Tensor) -> Tensor:
 
 
 def allow_single_values(module: nn.Module) -> nn.Module:
-    """The module with `PooledNorm` for its batch norms: some pool an image to a single pixel."""
+    """Replace a module's batch norms by `PooledNorm`: some pool an image to a single pixel."""
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d:
             norm = PooledNorm(child.num_features, child.eps, child.momentum)

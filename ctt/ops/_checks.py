@@ -17,7 +17,7 @@ def tensor(
     dtype: torch.dtype | None,
     device: torch.device | None = None,
 ) -> None:
-    """`shape` holds sizes, or a letter for a free size; `dtype` None asks for floating point.
+    """Check a tensor: `shape` holds sizes or letters (free sizes); `dtype` None: any float.
 
     Raises:
         TypeError: not a tensor, or of another dtype.

@@ -52,12 +52,12 @@ def mark_written(tensors: Sequence[Tensor]) -> None:
 
 
 def loss_dtype(query: Tensor) -> torch.dtype:
-    """float64 for float64 queries, else float32."""
+    """Return float64 for float64 queries, else float32."""
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def gradient_dtype(query: Tensor) -> torch.dtype:
-    """In which the gradient is kept until backward: that of the query, but float32 for float16.
+    """Return the dtype of the stored gradient: that of the query, but float32 for float16.
 
     A mean over many pixels makes gradients too small for float16. They are stored before the
     scale of a GradScaler reaches them, so the scale could not bring them back.
@@ -98,7 +98,7 @@ def contrast(
     need_slope: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, its gradient by the query, and its slope by the temperature; empty where not needed."""
+    """Return the loss, its gradient by the query, and its slope by the temperature, if needed."""
     name = "info_nce" if positive is None else "pair_info_nce"
     tau: float | Tensor = temperature if learned is None else _value(name, learned)
     module = select(name, backend, query.device)

@@ -22,7 +22,8 @@ def _module(backend: str) -> ModuleType:
 
 @cache
 def why_not(operation: str, backend: str, device: torch.device) -> str | None:
-    """None where `backend` can run `operation` on `device`, else the reason and what would work."""
+    """Return None if `backend` can run `operation` on `device`, else why not and what would
+    work."""
     module = _module(backend)
     if not hasattr(module, operation):
         return f"the {backend} backend does not implement {operation}"

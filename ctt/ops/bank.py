@@ -176,7 +176,7 @@ class MemoryBank(nn.Module):
 
     @property
     def full(self) -> Tensor:
-        """(C,) bool: the queues that hold V keys."""
+        """Return which queues hold V keys: (C,) bool."""
         return self.count >= self.capacity
 
     def queue(self, c: int) -> Tensor:

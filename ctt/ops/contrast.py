@@ -21,7 +21,7 @@ def info_nce(
     reduction: str = "class",
     backend: str = "auto",
 ) -> Tensor:
-    """High-level contrast, equation (6): pull a pixel to all keys of its class, push from the rest.
+    """Pull a pixel to all keys of its class and push it from the rest: equation (6).
 
     For a pixel v of class c, with Q_c the queue of c and cos the cosine similarity:
 
@@ -74,7 +74,7 @@ def pair_info_nce(
     reduction: str = "class",
     backend: str = "auto",
 ) -> Tensor:
-    """Low-level contrast, equation (8): pull a pixel to its peer, push from other classes' keys.
+    """Pull a pixel to its peer and push it from other classes' keys: equation (8).
 
     For a pixel v of class c with v2 the feature of the same pixel in the peer network:
 

@@ -21,7 +21,7 @@ _warned: set[torch.dtype] = set()
 def ema_update_(
     teacher: Averaged, student: Averaged, decay: float | Tensor, *, backend: str = "auto"
 ) -> None:
-    """teacher <- decay * teacher + (1 - decay) * student, in place, for all tensors at once.
+    """Update teacher <- decay * teacher + (1 - decay) * student, in place, for all tensors at once.
 
     Integer and boolean tensors, such as the counter of batches of a batch normalisation, are
     copied from the student.

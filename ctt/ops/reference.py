@@ -21,7 +21,7 @@ NORM_EPS = 1e-12  # a vector shorter than this has no direction: cosine 0, gradi
 def ema_update_(
     teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | Tensor
 ) -> None:
-    """theta' <- a theta' + (1 - a) theta, in place."""
+    """Update theta' <- a theta' + (1 - a) theta, in place."""
     for t, s in zip(teacher, student, strict=True):
         wide = torch.float64 if t.dtype == torch.float64 else torch.float32
         t.copy_(decay * t.to(wide) + (1 - decay) * s.to(wide))
@@ -30,7 +30,7 @@ def ema_update_(
 def class_topk(
     confidence: Tensor, label: Tensor, k: int, num_classes: int, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Indices (C, k) of the k most confident pixels of each class, and how many there are (C,)."""
+    """Return indices (C, k) of the k most confident pixels of each class, and their number (C,)."""
     index = label.new_full((num_classes, k), -1)
     count = label.new_zeros(num_classes)
     candidate = ~confidence.isnan()
@@ -69,7 +69,8 @@ def info_nce(
     mask: Tensor | None = None,
     reduction: str = "class",
 ) -> Tensor:
-    """Equation (6): the keys of the own queue are positives, those of the others negatives."""
+    """Return equation (6): the keys of the own queue are positives, those of the others
+    negatives."""
     num_classes, capacity, _ = keys.shape
     filled = _filled(keys, count)  # (C, V)
     holds = filled.any(dim=1)  # (C,)
@@ -101,7 +102,8 @@ def pair_info_nce(
     mask: Tensor | None = None,
     reduction: str = "class",
 ) -> Tensor:
-    """Equation (8): one positive per pixel, negatives are the other classes' keys of every bank."""
+    """Return equation (8): one positive per pixel, negatives are other classes' keys of every
+    bank."""
     num_classes = banks[0][0].shape[0]
     own = _one_hot(label, num_classes)  # (N, C)
     filled = torch.cat([_filled(keys, count) for keys, count in banks], dim=1)  # (C, V1 + V2 + ..)
@@ -121,7 +123,7 @@ def pair_info_nce(
 
 
 def normalize(x: Tensor) -> Tensor:
-    """x / |x| along the last dimension; a vector without direction gives 0, gradient 0."""
+    """Return x / |x| along the last dimension; a vector of length 0 gives 0, gradient 0."""
     squared = x.square().sum(dim=-1, keepdim=True)
     has_direction = squared > NORM_EPS**2
     norm = torch.where(has_direction, squared, 1).sqrt()

@@ -39,7 +39,7 @@ def has_gpu(device: str) -> bool:
 
 
 def load(name: str) -> dict[str, Any]:
-    """The settings of a recipe; one that names others under `recipe` is put over those in turn.
+    """Return the settings of a recipe; the recipes that it names under `recipe` come first.
 
     Raises:
         UserError: there is no recipe of that name.
@@ -65,7 +65,7 @@ def load_all(names: str | list[str]) -> dict[str, Any]:
 
 
 def merge(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings with others put over them."""
+    """Return nested settings with others put over them."""
     merged = dict(values)
     for name, value in over.items():
         below = merged.get(name)

@@ -21,7 +21,7 @@ FORMS = 256
 
 
 def compile_networks(networks: list[nn.Module], how: str) -> None:
-    """In place, for inputs of one size each.
+    """Compile networks in place, for inputs of one size each.
 
     Args:
         how: `network`, or `blocks` for the repeated blocks alone; networks that repeat none are
@@ -45,7 +45,7 @@ def of_networks(function: Callable[P, T], how: str) -> Callable[P, T]:
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """The innermost modules that follow one another in a list of nothing but their own class.
+    """Return the innermost modules that follow one another in a list of their own class alone.
 
     Layers of PyTorch itself, such as a row of convolutions, are no blocks.
     """
@@ -64,11 +64,10 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def uncompiled(how: str) -> Iterator[None]:
-    """Networks run as they were written: for images of many sizes, each of which would be compiled
-    anew.
+    """Run networks uncompiled inside, for images of many sizes: each would be compiled again.
 
     Args:
-        how: they were compiled; nothing is done where that is `off`.
+        how: `--train.compile`; nothing is done if it is `off`.
     """
     if how == "off":
         yield

@@ -46,7 +46,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and speaks to the user."""
+        """Return whether this process writes files and speaks to the user."""
         return self.rank == 0
 
     def total(self, values: Tensor) -> Tensor:
@@ -58,7 +58,8 @@ class World:
         return values
 
     def roll(self, values: Tensor) -> Tensor:
-        """`values.roll(1, dims=0)` of the joined batch: the first comes from the rank before."""
+        """Return `values.roll(1, dims=0)` of the joined batch: the first comes from the rank
+        before."""
         if self.size == 1:
             return values.roll(1, dims=0)
         last, before = values[-1].contiguous(), torch.empty_like(values[0])
@@ -81,7 +82,9 @@ class World:
         return held[0]
 
     def agree(self, flag: bool) -> bool:
-        """Return whether any process raised its flag; with several, in the call before this one.
+        """Return whether any process had raised its flag at the previous call.
+
+        It is one step late, so that nothing blocks.
 
         Asking and reading are one step apart, so that nothing waits for the answer.
         """
@@ -98,7 +101,7 @@ class World:
         return bool(before[0])
 
     def leave(self) -> None:
-        """The orderly end; the processes need not come here at the same time."""
+        """Leave in an orderly way; the processes need not come here at the same time."""
         if self.size == 1:
             return
         if self._asked is not None:
@@ -121,7 +124,7 @@ class World:
 
 @contextlib.contextmanager
 def join() -> Iterator[World]:
-    """The processes that torchrun started; alone where it did not.
+    """Join the processes that torchrun started; without torchrun, this one is alone.
 
     An error of one process ends all: it is raised here, and `AlreadyReportedError` in the others.
 

@@ -47,7 +47,7 @@ class Losses:
         sums = dict(zip(self.sums, values, strict=True))
         if not math.isfinite(sums["total"]):
             bad = ", ".join(f"{name} {value}" for name, value in sums.items())
-            raise self._diverged(f"the objective is no number any more ({bad})", self.steps)
+            raise self._diverged(f"the loss is NaN or infinite ({bad})", self.steps)
         return sums
 
     def means(self) -> dict[str, float]:

@@ -50,7 +50,7 @@ class Feed:
         return images, label
 
     def waited(self) -> float:
-        """Seconds without work for want of a batch since the last call; waits for the device.
+        """Return the seconds spent waiting for a batch since the last call; waits for the device.
 
         On a GPU from the end of one step's work to the arrival of the next batch, on the GPU's own
         clock: a loader that is slow, but not slower than the GPU, costs nothing.

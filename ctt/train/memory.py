@@ -175,13 +175,13 @@ def bytes_of(module: nn.Module) -> int:
 
 
 def storage_of(x: Tensor) -> int:
-    """Return the address by which views of one tensor are told."""
+    """Return the address that identifies views of one tensor."""
     address: int = x.untyped_storage()._cdata
     return address
 
 
 def size_of(x: Tensor) -> int:
-    """Bytes."""
+    """Return the size in bytes."""
     return x.numel() * x.element_size()
 
 

@@ -52,19 +52,19 @@ class Phases:
         return event
 
     def between(self, start: Any, end: Any) -> float:
-        """Seconds; on a GPU both moments must be over."""
+        """Return the seconds between two moments; on a GPU both must be over."""
         seconds: float = (
             start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
         )
         return seconds
 
     def wait(self) -> None:
-        """Until the device has done all that it was given."""
+        """Wait until the device has done all its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def seconds(self) -> dict[str, float]:
-        """Of each phase, since the last call; waits for the device."""
+        """Return the seconds of each phase since the last call; waits for the device."""
         self.wait()
         spent: defaultdict[str, float] = defaultdict(float)
         for name, start, end in self._spans:

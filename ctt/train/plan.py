@@ -44,7 +44,7 @@ class Plan:
             whether or not the method takes them.
         origins: a sentence for each student that starts from published weights, once it is made.
         masks: of the unlabelled images, that another model made, if there are any.
-        class_pixels: (N, C) of each class in each labelled image, where something asks for it.
+        class_pixels: (N, C) of each class in each labelled image, if something needs it.
     """
 
     settings: Settings
@@ -64,7 +64,7 @@ class Plan:
         """Look at settings, data and lists, and set up PyTorch; nothing is written.
 
         Args:
-            resume: the run folder that is gone on with; None: a new run.
+            resume: the run folder to resume; None: a new run.
 
         Raises:
             UserError: settings, lists or files that cannot be used, or nothing to learn from.
@@ -173,7 +173,7 @@ class Plan:
         return self.about.contrast and (loss.hc > 0 or (loss.lc > 0 and self.pairs > 1))
 
     def warnings(self) -> list[str]:
-        """Return a sentence for each thing that is allowed and probably not what the user wants."""
+        """Return a sentence for each thing that is allowed and probably not what the user meant."""
         found = []
         loss, total = self.settings.loss, self.settings.train.iterations
         if self._contrasts() and self.settings.bank.start_after >= total:

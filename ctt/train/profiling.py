@@ -46,7 +46,7 @@ class Profile:
         return table
 
     def leave_out(self, seconds: float) -> None:
-        """Time between steps that the table is not to count, such as an evaluation."""
+        """Leave out time between steps, such as that of an evaluation."""
         self._start += seconds
 
     def close(self) -> None:
@@ -58,10 +58,10 @@ class Profile:
 
 
 def phase_table(spent: dict[str, float], seconds: float, steps: int) -> Table:
-    """Milliseconds and share of each phase.
+    """Return a table of the milliseconds and the share of each phase.
 
     Args:
-        spent: seconds of each phase.
+        spent: seconds of each phase, summed over the steps.
         seconds: of all `steps` together.
     """
     table = Table(title=f"a step, mean of {steps}")

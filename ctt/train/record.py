@@ -52,7 +52,7 @@ class Recorder:
             self.writer = SummaryWriter(str(folder), purge_step=iteration + 1)
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
-        """One row; columns that `values` does not name stay empty."""
+        """Write one row; columns that `values` does not name stay empty."""
         with told(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             row = {name: f"{value:.6g}" for name, value in values.items()}
             csv.DictWriter(file, self.columns).writerow({"iteration": iteration, **row})
@@ -70,7 +70,7 @@ class Recorder:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a metrics.csv; none where there is no such file."""
+    """Return the rows of a metrics.csv; none if there is no such file."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -78,7 +78,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def draw_curves(folder: Path) -> None:
-    """curves.png: the terms of the objective and the mIoU of every network over the iterations."""
+    """Draw curves.png: the terms of the objective and the mIoU of every network."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -9,7 +9,7 @@ Body = Callable[[Sequence[Tensor]], dict[str, Tensor]]
 
 
 class Replay:
-    """Runs a function of tensors, from the fourth time on as a recorded graph.
+    """Calls `body` three times as usual, then captures it as a CUDA graph and replays that.
 
     The function must do the same work whatever its tensors hold, and must not wait for the device.
     It is recorded anew, after three ordinary calls that warm up, when the key changes. The memory

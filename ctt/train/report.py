@@ -138,7 +138,7 @@ def summary_of(
 
 
 def draw_predictions(plan: Plan, engine: Engine, path: Path) -> None:
-    """Draw what the first teacher, or else the first student, says of some evaluation images."""
+    """Draw predictions of the first teacher, or student, for some evaluation images."""
     networks = engine.method.networks()
     shown = next((name for name in networks if name.startswith("teacher")), next(iter(networks)))
     draw_samples(

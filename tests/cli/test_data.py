@@ -331,7 +331,9 @@ def test_the_held_out_part_shows_every_class_or_it_is_told(tmp_path: Path, call:
     assert len(set(rare) & set(source.eval_ids())) == len(set(rare) & set(source.train_ids())) == 1
     draw(rare[:1])
     code, out, _ = call("check", "--dataset", "folder", "--data-root", root)
-    text = "none of the 2 images to evaluate on shows blue thing, so the scores say nothing of it"
+    text = (
+        "none of the 2 images to evaluate on shows blue thing, so the scores say nothing about it"
+    )
     assert (code, f"Warning: {text}" in out) == (0, True)
     settings = Settings(dataset="folder", data_root=root, ratio="5", method="supervised")
     plan = Plan.of(settings, None)

@@ -149,7 +149,7 @@ def test_lists_of_every_form_are_read_as_they_are(
 def test_the_mask_of_another_image_is_no_mask() -> None:
     known = {"a.jpg": "a", "a b.jpg": "a b"}
     assert resolve("a b.jpg a b.png", known.get) == ("a b", "a b.png")
-    with pytest.raises(UserError, match=r"a\.jpg stands beside b\.png, which is not its mask"):
+    with pytest.raises(UserError, match=r"a\.jpg is listed with b\.png, which is not its mask"):
         resolve("a.jpg b.png", known.get)
 
 

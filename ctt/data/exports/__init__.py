@@ -24,7 +24,7 @@ def read_export(request: Request, form: str = "auto") -> Export:
         form: one of `FORMS`, or `auto`.
 
     Raises:
-        UserError: it is of no known form, or not what its form asks for.
+        UserError: it is of no known form, or does not follow its form.
     """
     source = request.source
     if not source.exists():

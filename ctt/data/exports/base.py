@@ -32,7 +32,7 @@ class Request:
     Attributes:
         source: a file, or a folder.
         target: below it nothing is read.
-        images: the folder of the images; None: where the export has them.
+        images: the folder of the images; None: the place that the export names.
         masks, table: the folder of coloured masks, and the file that names their colours.
         classes: names in the order of their numbers;
         empty: those of the export.
@@ -53,7 +53,7 @@ class Request:
 
     @property
     def folder(self) -> Path:
-        """The folder of the source."""
+        """Return the folder of the source."""
         return self.source if self.source.is_dir() else self.source.parent
 
 
@@ -170,7 +170,7 @@ class Export:
             self.items.append(dataclasses.replace(item, evaluation=part == "val"))
 
     def add_the_rest(self) -> None:
-        """Add the images without annotation that stand beside annotated ones."""
+        """Add the images without annotation in the folders of annotated ones."""
         used = {item.name for item in self.items}
         beside, elsewhere = self.images.others(used, self.tests)
         self.items += [Item(name, None) for name in beside]
@@ -183,7 +183,7 @@ class Export:
 
     @cached_property
     def numbers(self) -> dict[str, int]:
-        """Class of each name."""
+        """Return the class number of each name."""
         return {name: number for number, name in enumerate(self.classes)}
 
 
