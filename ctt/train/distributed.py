@@ -84,9 +84,8 @@ class World:
     def agree(self, flag: bool) -> bool:
         """Return whether any process had raised its flag at the previous call.
 
-        It is one step late, so that nothing blocks.
-
-        Asking and reading are one step apart, so that nothing waits for the answer.
+        With one process it is this call's. Asking and reading are one step apart, so that nothing
+        blocks.
         """
         if self.size == 1:
             return flag
