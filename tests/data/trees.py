@@ -3,6 +3,7 @@
 Shapes of a class have that class's hue, so that something can be learnt from a handful of images.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -152,4 +153,97 @@ def write_folder(
     text = description if description is not None else f"classes: [{', '.join(CLASSES)}]\n"
     root.mkdir(parents=True, exist_ok=True)
     (root / "dataset.yaml").write_text(text, "utf-8")
+    return root
+
+
+def write_ade20k(
+    root: Path, *, train: int = 5, evaluation: int = 2, shifted: bool = False, other: bool = True
+) -> Path:
+    """ADEChallengeData2016 below `root`, which is returned; the second image is grey.
+
+    Args:
+        shifted: masks hold class c as c and 255 for other, instead of c + 1 and 0.
+        other: whether some pixels are of no class.
+    """
+    folder = root / "ADEChallengeData2016"
+    for part, short, count in (("training", "train", train), ("validation", "val", evaluation)):
+        for i in range(count):
+            name = f"ADE_{short}_{i + 1:08}"
+            image, label = picture((40, 48), (3 + i, 100 + 7 * i), i + len(part))
+            if not other:
+                label[label == 255] = 0
+            path = folder / "images" / part / f"{name}.jpg"
+            save_image(path, image)
+            if i == 1:
+                Image.open(path).convert("L").save(path)
+            stored = label if shifted else np.where(label == 255, 0, label + 1).astype(np.uint8)
+            save_mask(folder / "annotations" / part / f"{name}.png", stored, "L")
+    for file in ("objectInfo150.txt", "sceneCategories.txt"):
+        (folder / file).write_text("not read\n")
+    return root
+
+
+def write_coco(root: Path) -> Path:
+    """train2017, val2017 and annotations of COCO 2017 in `root`, which is returned.
+
+    Image 1 has a box in a larger one, both polygons; image 2 is grey, and has a crowd (uncompressed
+    run lengths) with a person in it (compressed ones); image 3 has no annotation; image 4 a polygon
+    of two parts.
+    """
+    from pycocotools import mask as codes
+
+    from ctt.data import coco
+
+    ids = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+    categories = [
+        {"id": i, "name": name, "supercategory": "thing"}
+        for i, name in zip(ids, coco.CLASSES[1:], strict=True)
+    ]
+    height, width = 40, 48
+    crowd = np.zeros((height, width), np.uint8)
+    crowd[10:30, 5:40] = 1
+    runs, last = [0], 0
+    for value in crowd.T.ravel().tolist():
+        if value != last:
+            runs.append(0)
+            last = value
+        runs[-1] += 1
+    inner = np.zeros((height, width), np.uint8, order="F")
+    inner[15:20, 10:16] = 1
+    compressed = codes.encode(inner)
+    compressed["counts"] = compressed["counts"].decode()
+
+    def box(left: int, top: int, right: int, bottom: int) -> list[int]:
+        return [left, top, right, top, right, bottom, left, bottom]
+
+    drawn = [
+        (1, 18, [box(20, 10, 26, 16)], 0),  # the smaller comes first in the file
+        (1, 90, [box(10, 5, 40, 30)], 0),
+        (2, 62, {"size": [height, width], "counts": runs}, 1),
+        (2, 1, dict(compressed), 0),
+        (4, 13, [box(2, 2, 8, 8), box(30, 20, 36, 30)], 0),
+    ]
+    for part, first in (("train2017", 0), ("val2017", 100)):
+        images = []
+        for i in (1, 2, 3, 4):
+            name = f"{first + i:012}.jpg"
+            image, _ = picture((height, width), (i,), first + i)
+            save_image(root / part / name, image)
+            if i == 2:
+                Image.open(root / part / name).convert("L").save(root / part / name)
+            images.append({"id": first + i, "file_name": name, "height": height, "width": width})
+        annotations = [
+            {
+                "id": k,
+                "image_id": first + i,
+                "category_id": c,
+                "segmentation": s,
+                "iscrowd": crowded,
+            }
+            for k, (i, c, s, crowded) in enumerate(drawn)
+        ]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        path = root / "annotations" / f"instances_{part}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
     return root
