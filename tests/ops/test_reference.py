@@ -95,6 +95,15 @@ def test_low_level_by_hand(keys: Tensor, count: Tensor) -> None:
     )
 
 
+def test_no_gradient_reaches_the_positive(keys: Tensor, count: Tensor) -> None:
+    query = torch.tensor([[3.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    positive = torch.tensor([[1.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    label = torch.tensor([0])
+    reference.pair_info_nce(query, positive, label, [(keys, count)], temperature=TAU).backward()
+    assert query.grad is not None
+    assert positive.grad is None
+
+
 def test_a_query_of_norm_zero_by_hand(keys: Tensor, count: Tensor) -> None:
     query = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
     loss = reference.info_nce(query, torch.tensor([1]), keys, count, temperature=TAU)
