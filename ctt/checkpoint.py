@@ -16,7 +16,7 @@ from torch import Tensor
 from ctt import models
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
-from ctt.files import written
+from ctt.files import atomic_write
 from ctt.models.base import SegmentationModel
 
 FORMAT = "ctt-checkpoint-2"
@@ -34,12 +34,12 @@ def save(path: Path, state: dict[str, Any], keep: bool = True) -> None:
         UnwritableError: there is no room for it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written(path) as part:
+    with atomic_write(path) as part:
         # through a file of Python, which names what torch's own writer hides
         with part.open("wb") as file:
             torch.save({"format": FORMAT, **state}, file)
         if keep and path.is_file():
-            with written(previous(path)) as kept:
+            with atomic_write(previous(path)) as kept:
                 kept.unlink()
                 try:
                     os.link(path, kept)  # takes no room
@@ -177,7 +177,7 @@ def save_network(path: Path, network: SegmentationModel, info: DatasetInfo, note
         name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written(path) as part:
+    with atomic_write(path) as part:
         try:
             save_file(tensors, part, metadata={"ctt": json.dumps(meta)})
         except SafetensorError as error:

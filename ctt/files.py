@@ -10,7 +10,7 @@ from ctt.errors import UnwritableError, UserError
 
 
 @contextlib.contextmanager
-def told(path: Path) -> Iterator[None]:
+def as_write_error(path: Path) -> Iterator[None]:
     """Turn what keeps a file from being written, such as a full disk, into an `UnwritableError`.
 
     Libraries may wrap our OSError in an exception of their own; its context is searched, too.
@@ -48,7 +48,7 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path, which becomes `path` when the block ends and is removed if it fails.
 
     Whoever reads `path` sees the old file or the new one, also after the machine has lost power.
@@ -58,7 +58,7 @@ def written(path: Path) -> Iterator[Path]:
     """
     part = path.with_name(f"{path.name}.part")
     try:
-        with told(path):
+        with as_write_error(path):
             part.touch()
             mode = part.stat().st_mode  # what this user gives to new files
             yield part

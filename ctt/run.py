@@ -17,7 +17,7 @@ from ctt import checkpoint, methods, recipes
 from ctt.data.source import Source
 from ctt.data.split import read_lines
 from ctt.errors import UnwritableError, UserError
-from ctt.files import written
+from ctt.files import atomic_write
 from ctt.settings import Settings, to_dict, update
 
 CONFIG = "config.yaml"
@@ -105,7 +105,7 @@ def new_numbered(settings: Settings) -> Path:
 def write_settings(folder: Path, settings: Settings) -> None:
     """Write config.yaml, which --resume reads from whatever folder it is given in."""
     values = to_dict(with_whole_paths(settings))
-    with written(folder / CONFIG) as part:
+    with atomic_write(folder / CONFIG) as part:
         part.write_text(yaml.safe_dump(values, sort_keys=False), "utf-8")
 
 

@@ -148,7 +148,7 @@ def _submit(
 ) -> None:
     from rich.progress import Progress
 
-    from ctt.inference.predict import for_images, in_words
+    from ctt.inference.predict import for_images, protocol_text
     from ctt.inference.submission import images_to_submit, write_submission
 
     if parsed.split or parsed.out is not None:
@@ -172,7 +172,7 @@ def _submit(
         )
     say(
         f"{trained.origin}: {total} test images of {source.info.name} as {name} sees them, "
-        f"protocol {in_words(protocol)}, are in {folder}"
+        f"protocol {protocol_text(protocol)}, are in {folder}"
     )
 
 
@@ -225,7 +225,7 @@ def _report(
     from ctt.inference.class_report import class_rows, class_table, classes_as_json, write_classes
     from ctt.inference.evaluate import as_json, hash_of_list, score, score_table, write_json
     from ctt.inference.figures import draw_confusion, write_confusion
-    from ctt.inference.predict import in_words
+    from ctt.inference.predict import protocol_text
 
     scores = {name: score(matrix) for name, matrix in matrices.items()}
     console = plain_console()
@@ -235,7 +235,7 @@ def _report(
     console.print(class_table(classes[last], last))
     split = settings.data.eval_split
     console.print(
-        f"{trained.origin}; protocol {in_words(parsed.eval)}; {len(ids)} images of "
+        f"{trained.origin}; protocol {protocol_text(parsed.eval)}; {len(ids)} images of "
         f"{settings.dataset}/{split}",
         soft_wrap=True,
     )

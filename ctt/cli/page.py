@@ -23,7 +23,7 @@ from ctt.data.rasters import read_as
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
 from ctt.inference.load import Trained
-from ctt.inference.predict import in_words
+from ctt.inference.predict import protocol_text
 from ctt.inference.render import OVERLAY, colorize, overlay
 from ctt.settings import EvalSettings
 
@@ -90,7 +90,7 @@ class Viewer:
             pictures += [
                 enlarged(overlay(image, label, self.info, opacity)),
                 enlarged(Image.fromarray(colorize(label, self.info).numpy())),
-                enlarged(heat(confidence)),
+                enlarged(confidence_colours(confidence)),
             ]
         return [*pictures, legend(names, [label for _, label, _ in found], self.info)]
 
@@ -123,16 +123,16 @@ def upload() -> gr.Image:
     )
     decode = image.preprocess
 
-    def hand_on(payload: ImageData | None) -> Any:
+    def read_upload(payload: ImageData | None) -> Any:
         return payload.path if payload is not None and payload.path else decode(payload)
 
     # gradio opens the file itself, and of a broken one the user would read no word; a subclass
     # makes it write a .pyi beside this file
-    image.preprocess = hand_on  # type: ignore[method-assign]
+    image.preprocess = read_upload  # type: ignore[method-assign]
     return image
 
 
-def heat(confidence: Tensor) -> Image.Image:
+def confidence_colours(confidence: Tensor) -> Image.Image:
     """Return probabilities (H, W) in matplotlib's viridis colours, as in samples.png."""
     colours = matplotlib.colormaps["viridis"](confidence.numpy(), bytes=True)
     return Image.fromarray(colours[..., :3].copy())
@@ -153,7 +153,7 @@ def enlarged(picture: Image.Image) -> Image.Image:
 def legend(names: tuple[str, ...] | list[str], labels: list[Tensor], info: DatasetInfo) -> str:
     """Return HTML: colour and name of each class, and its share of the pixels by network."""
     counts = [torch.bincount(label.flatten(), minlength=len(info.classes)) for label in labels]
-    head = "".join(f"<th>{html.escape(words(name))}</th>" for name in names)
+    head = "".join(f"<th>{html.escape(readable(name))}</th>" for name in names)
     rows = []
     for c, name in enumerate(info.classes):
         shares = [float(count[c]) / float(count.sum()) for count in counts]
@@ -180,7 +180,7 @@ def scale() -> str:
     )
 
 
-def words(name: str) -> str:
+def readable(name: str) -> str:
     """Return `student_1` as `student 1`."""
     return name.replace("_", " ")
 
@@ -202,7 +202,7 @@ def build(viewer: Viewer, examples: list[str]) -> gr.Blocks:
             with gr.Column(scale=1, min_width=280):
                 opacity = gr.Slider(0, 1, OVERLAY, label="opacity of the overlay")
                 table = gr.HTML(legend([], [], viewer.info), elem_id="legend")
-        choices = [(words(name), name) for name in viewer.names]
+        choices = [(readable(name), name) for name in viewer.names]
         pictures: list[list[gr.Image]] = [[] for _ in chosen]
         with gr.Row():
             networks = [
@@ -218,7 +218,7 @@ def build(viewer: Viewer, examples: list[str]) -> gr.Blocks:
         for kind in ("overlay", "mask", "confidence"):
             with gr.Row():
                 for number, column in enumerate(pictures):
-                    column.append(picture(kind, f"{kind}-{number}"))
+                    column.append(image_box(kind, f"{kind}-{number}"))
         gr.HTML(scale())
         inputs = [image, opacity, *networks]
         outputs = [*chain(*pictures), table]
@@ -233,13 +233,13 @@ def heading(viewer: Viewer) -> str:
     facts = (
         viewer.trained.origin,
         f"{viewer.info.name}, {len(viewer.info.classes)} classes",
-        f"protocol {in_words(viewer.settings)}",
+        f"protocol {protocol_text(viewer.settings)}",
     )
     lines = " &middot; ".join(map(html.escape, facts))
     return f'<div class="head"><h1>What the network sees</h1><p>{lines}</p></div>'
 
 
-def picture(kind: str, elem_id: str) -> gr.Image:
+def image_box(kind: str, elem_id: str) -> gr.Image:
     return gr.Image(
         label=kind,
         interactive=False,

@@ -263,7 +263,7 @@ def segment(jobs: list[Job], predict: Predict, info: DatasetInfo, parsed: Argume
     import torch
     from rich.progress import Progress
 
-    from ctt.inference.predict import memory_is_told, stacks
+    from ctt.inference.predict import reraise_out_of_memory, stacks
     from ctt.inference.render import in_threads
 
     failures: list[str] = []
@@ -273,7 +273,7 @@ def segment(jobs: list[Job], predict: Predict, info: DatasetInfo, parsed: Argume
         pictures = read_all(jobs, info, parsed.workers, failures)
         for group in stacks(pictures, lambda pair: pair[1].shape[1:], parsed.eval.batch_pixels):
             try:
-                with memory_is_told(parsed.eval):
+                with reraise_out_of_memory(parsed.eval):
                     results = predict(torch.stack([image for _, image in group])).max(dim=1)
             except UserError as error:
                 failures += [f"{job.file}: {error}" for job, _ in group]
@@ -317,7 +317,7 @@ def segment_rasters(
     """
     from rich.progress import Progress
 
-    from ctt.inference.predict import memory_is_told
+    from ctt.inference.predict import reraise_out_of_memory
     from ctt.inference.rasters import predict_raster
 
     failures: list[str] = []
@@ -332,7 +332,7 @@ def segment_rasters(
             job.stem.parent.mkdir(parents=True, exist_ok=True)
             tiles = (parsed.tile, parsed.margin)
             try:
-                with memory_is_told(parsed.eval):
+                with reraise_out_of_memory(parsed.eval):
                     targets = job.targets(parsed)
                     predict_raster(job.file, targets, predict, info, *tiles, advance)
             except UnwritableError:
@@ -354,10 +354,10 @@ def read_all(
     jobs: list[Job], info: DatasetInfo, workers: int, failures: list[str]
 ) -> Iterator[tuple[Job, Tensor]]:
     """Yield each image as networks take it, in order; `failures` gets why others cannot be read."""
-    from ctt.data.loader import in_order
+    from ctt.data.loader import read_in_order
     from ctt.data.rasters import read_as
 
-    found = in_order(partial(read_as, info=info), [job.file for job in jobs], workers)
+    found = read_in_order(partial(read_as, info=info), [job.file for job in jobs], workers)
     for job, image in zip(jobs, found, strict=True):
         if isinstance(image, LoaderError):
             raise image

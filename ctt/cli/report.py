@@ -46,12 +46,12 @@ def _main(arguments: list[str]) -> int:
     if out.suffix not in PAGE:
         raise UserError(f"--out {out}: give a name that ends in {PAGE[0]}.")
     from ctt.experiments.pages import as_html, as_markdown, sections
-    from ctt.files import written
+    from ctt.files import atomic_write
 
     found = sections(parsed.path)
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, text in ((out, as_html(found)), (out.with_suffix(TEXT), as_markdown(found))):
-        with written(path) as part:
+        with atomic_write(path) as part:
             part.write_text(text, "utf-8")
     say(f"The page is {out}, its tables as text {out.with_suffix(TEXT)}")
     return 0

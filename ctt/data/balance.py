@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ctt.data.check import histogram
-from ctt.data.loader import in_order, raised
+from ctt.data.loader import read_in_order, reraise_user_errors
 from ctt.data.source import Source
 
 
@@ -24,7 +24,9 @@ def class_pixels(source: Source, names: Sequence[str], workers: int) -> Tensor:
     """
     classes = len(source.info.classes)
     read = partial(_histogram_of, source)
-    found = [pixels[:classes] for pixels in raised(in_order(read, names, workers))]
+    found = [
+        pixels[:classes] for pixels in reraise_user_errors(read_in_order(read, names, workers))
+    ]
     return torch.stack(found) if found else torch.zeros(0, classes, dtype=torch.int64)
 
 

@@ -16,7 +16,7 @@ from ctt.data.rasters import Raster, read_bands
 from ctt.data.seeding import derive_seed
 from ctt.data.source import Source
 from ctt.errors import UserError
-from ctt.files import written
+from ctt.files import atomic_write
 
 SAMPLE = 8_000_000  # numbers looked at, of all images together; all of them where there are fewer
 PERCENTILES = (0.1, 1.0, 50.0, 99.0, 99.9)
@@ -178,5 +178,5 @@ def append(path: Path, text: Sequence[str]) -> None:
     """
     before = path.read_text("utf-8-sig")
     end = "" if before.endswith("\n") or not before else "\n"
-    with written(path) as part:
+    with atomic_write(path) as part:
         part.write_text(before + end + "".join(f"{line}\n" for line in text), "utf-8")

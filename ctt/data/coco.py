@@ -24,7 +24,7 @@ from ctt.data.shapes import paint
 from ctt.data.source import IGNORE, DatasetInfo
 from ctt.data.voc import bit_palette
 from ctt.errors import UserError
-from ctt.files import written
+from ctt.files import atomic_write
 
 LAYOUT = "holds train2017, val2017 and annotations of COCO 2017"
 PLACES = ("", "coco", "COCO", "images")
@@ -186,7 +186,7 @@ def _paint_all(file: CocoFile, folder: Path, threads: int) -> Iterator[bool]:
         colours = [*INFO.palette, *[(0, 0, 0)] * (IGNORE - len(CLASSES)), (255, 255, 255)]
         picture.putpalette([channel for colour in colours for channel in colour])
         folder.mkdir(parents=True, exist_ok=True)
-        with written(path) as temporary:
+        with atomic_write(path) as temporary:
             picture.save(temporary, "PNG")
         return True
 

@@ -26,7 +26,7 @@ from ctt.data.shapes import Label, Painted
 from ctt.data.source import IGNORE
 from ctt.data.voc import bit_palette
 from ctt.errors import UserError
-from ctt.files import written
+from ctt.files import atomic_write
 
 HEAD = "# The numbers in masks/ and what they mean; written by ctt-data convert.\n"
 
@@ -161,7 +161,7 @@ def prepare(target: Path, text: str) -> None:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"--to {target} holds something already. Give a new folder.")
         target.mkdir(parents=True, exist_ok=True)
-        with written(path) as part:
+        with atomic_write(path) as part:
             part.write_text(text, "utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--to {target} cannot be used ({error}).") from None
@@ -226,7 +226,7 @@ def _write(job: Job, target: Path, export: Export, link: bool) -> _Done:
     painted, turned = _label(item, source)
     if not mask.exists():
         mask.parent.mkdir(parents=True, exist_ok=True)
-        with written(mask) as part:
+        with atomic_write(mask) as part:
             _picture(painted.label, export).save(part, "PNG")
     if not image.exists():  # after its mask, without which it would be a fault
         _bring(source, image, link)
@@ -238,7 +238,7 @@ def _bring(source: Path, image: Path, link: bool) -> None:
     if link:
         image.symlink_to(source.resolve())
         return
-    with written(image) as part:
+    with atomic_write(image) as part:
         shutil.copyfile(source, part)
 
 

@@ -154,7 +154,7 @@ def load(
         generator=generator("loader", dataset.purpose),
         collate_fn=_collate,
     )
-    yield from raised(_counted(loader))
+    yield from reraise_user_errors(_counted(loader))
 
 
 class InOrder(Dataset[T | UserError], Generic[K, T]):
@@ -168,7 +168,7 @@ class InOrder(Dataset[T | UserError], Generic[K, T]):
 
     def __getitem__(self, index: int) -> T | UserError:
         try:
-            with shared_memory_is_told():
+            with reraise_full_shared_memory():
                 value = self.read(self.keys[index])
                 _share(value)
                 return value
@@ -176,7 +176,9 @@ class InOrder(Dataset[T | UserError], Generic[K, T]):
             return error
 
 
-def in_order(read: Callable[[K], T], keys: Sequence[K], workers: int) -> Iterable[T | UserError]:
+def read_in_order(
+    read: Callable[[K], T], keys: Sequence[K], workers: int
+) -> Iterable[T | UserError]:
     """Return `read` of each key in order, computed ahead by `workers` processes; 0: by this one."""
     loader: DataLoader[T | UserError] = DataLoader(
         InOrder(read, keys),
@@ -189,7 +191,7 @@ def in_order(read: Callable[[K], T], keys: Sequence[K], workers: int) -> Iterabl
     return _counted(loader)
 
 
-def raised(items: Iterable[T | UserError]) -> Iterator[T]:
+def reraise_user_errors(items: Iterable[T | UserError]) -> Iterator[T]:
     """Return the items, but mistakes of the user, which loader processes return, are raised."""
     for item in items:
         if isinstance(item, UserError):
@@ -201,7 +203,7 @@ def _collate(batch: list[tuple[Tensor, Tensor]] | UserError) -> Any:
     if isinstance(batch, UserError):
         return batch
     try:
-        with shared_memory_is_told():
+        with reraise_full_shared_memory():
             return default_collate(batch)
     except UserError as error:
         return error
@@ -219,7 +221,7 @@ def _share(value: object) -> None:
 
 
 @contextlib.contextmanager
-def shared_memory_is_told() -> Iterator[None]:
+def reraise_full_shared_memory() -> Iterator[None]:
     """Turn a lack of memory shared by processes into a `LoaderError`."""
     try:
         yield

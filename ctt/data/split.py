@@ -12,7 +12,7 @@ from ctt.data.faults import Fault
 from ctt.data.seeding import generator
 from ctt.data.source import Source
 from ctt.errors import UserError
-from ctt.files import written
+from ctt.files import atomic_write
 from ctt.text import BYTE_OF_A_NAME, BYTES_AS_THEY_ARE
 
 NO_MASK = "None"  # as the mask of an unlabelled image is written in some lists
@@ -234,7 +234,7 @@ def read_list(path: Path, source: Source, *, labeled: bool) -> list[str]:
 
 
 def write_list(path: Path, lines: Iterable[str]) -> None:
-    with written(path) as part:
+    with atomic_write(path) as part:
         text = "".join(f"{line}\n" for line in lines)
         part.write_text(text, "utf-8", BYTES_AS_THEY_ARE, "\n")
 

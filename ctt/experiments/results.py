@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ctt.errors import UserError
-from ctt.files import written
+from ctt.files import atomic_write
 
 CURVES = "-curves.csv"  # how the file of the scores during the runs ends
 IOU = "iou "  # how the columns of classes begin
@@ -133,7 +133,7 @@ def write(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
         UnwritableError: the file cannot be written.
     """
     others = [name for row in rows for name in row if name not in columns]
-    with written(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*columns, *dict.fromkeys(others)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -14,7 +14,7 @@ from ctt import __version__, run
 from ctt.errors import UserError
 from ctt.experiments import results
 from ctt.experiments.results import CURVES, DONE, FAILED, MISSING, Row
-from ctt.files import written
+from ctt.files import atomic_write
 from ctt.settings import WITHOUT_EFFECT, Settings, to_dict
 
 SAID = 300  # letters of an error that the table keeps
@@ -158,7 +158,7 @@ def write_results(path: Path, runs: Sequence[Run], command: Sequence[str]) -> li
     points = ("share", "budget", "variant", "seed", "iteration", "last")
     results.write(path.with_name(f"{path.stem}{CURVES}"), curves, points)
     told = {"command": list(command), "ctt": __version__, "settings": shared}
-    with written(path.with_suffix(".yaml")) as part:
+    with atomic_write(path.with_suffix(".yaml")) as part:
         part.write_text(yaml.safe_dump(told, sort_keys=False), "utf-8")
     return rows
 

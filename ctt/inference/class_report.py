@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ctt.data.source import DatasetInfo
-from ctt.files import written
+from ctt.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def class_table(rows: list[ClassRow], network: str) -> Table:
 
 def write_classes(path: Path, networks: Mapping[str, list[ClassRow]]) -> None:
     """Write the rows of every network as CSV; what is NaN stays empty."""
-    with written(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         names = ["class", *(f.name for f in fields(ClassRow)[1:])]
         writer.writerow(["network", *names])

@@ -12,11 +12,11 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ctt.data.loader import in_order, raised
+from ctt.data.loader import read_in_order, reraise_user_errors
 from ctt.data.source import IGNORE, DatasetInfo, Source
 from ctt.errors import UserError
-from ctt.files import written
-from ctt.inference.predict import memory_is_told, predictor, prepare, stacks, stated
+from ctt.files import atomic_write
+from ctt.inference.predict import predictor, prepare, protocol_dict, reraise_out_of_memory, stacks
 from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings
 from ctt.text import BYTES_AS_THEY_ARE
@@ -116,7 +116,7 @@ def confusions(
                 shown += torch.stack([_shows(label, c) for c in range(classes)])
             total: Tensor | None = None  # of the teachers; as good as the mean for argmax
             for name, predict in predictors.items():
-                with memory_is_told(settings):
+                with reraise_out_of_memory(settings):
                     probability = predict(images)  # (B, C, H, W)
                 count(matrices[name], probability.argmax(dim=1), label)
                 if name in teachers:
@@ -182,7 +182,9 @@ def batches(
     source: Source, ids: Iterable[str], settings: EvalSettings, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images (B, 3, H, W) and labels (B, H, W), neighbours of one size together."""
-    pairs = raised(in_order(partial(read_pair, source, settings), list(ids), workers))
+    pairs = reraise_user_errors(
+        read_in_order(partial(read_pair, source, settings), list(ids), workers)
+    )
     for group in stacks(pairs, lambda pair: pair[1].shape, settings.batch_pixels):
         images, labels = zip(*group, strict=True)
         yield torch.stack(images), torch.stack(labels)
@@ -206,7 +208,7 @@ def as_json(scores: dict[str, Score], info: DatasetInfo, settings: EvalSettings)
         "absent": {name: s.absent(info) for name, s in scores.items()},
         "without_label": [info.classes[c] for c in next(iter(scores.values())).without_label],
         "pixel_accuracy": {name: number(s.pixel_accuracy) for name, s in scores.items()},
-        "protocol": stated(settings),
+        "protocol": protocol_dict(settings),
     }
 
 
@@ -243,5 +245,5 @@ def hash_of_list(ids: Iterable[str]) -> str:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    with written(path) as part:
+    with atomic_write(path) as part:
         part.write_text(json.dumps(values, indent=2) + "\n", "utf-8")

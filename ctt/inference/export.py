@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ctt.checkpoint import description, save_network
 from ctt.errors import UserError
-from ctt.files import written
+from ctt.files import atomic_write
 from ctt.inference.load import Trained
 from ctt.models.segmenter import Segmenter
 
@@ -90,7 +90,7 @@ def export(
         "input": "normalised" if normalized else "0..1",
         "output": result,
     }
-    with written(out) as part:
+    with atomic_write(out) as part:
         write = write_onnx if file_format == "onnx" else write_torch_export
         try:
             run = write(program, part, json.dumps(meta))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ctt.data.source import DatasetInfo, Source
-from ctt.files import written
+from ctt.files import atomic_write
 from ctt.inference.predict import predictor
 from ctt.inference.render import colorize, visible
 from ctt.models.base import SegmentationModel
@@ -62,7 +62,7 @@ def draw_samples(
 
 def write_confusion(path: Path, confusion: Tensor, info: DatasetInfo) -> None:
     """Write a confusion matrix (C, C) of pixel counts as CSV, labels in rows."""
-    with written(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["label", *info.classes])
         for name, row in zip(info.classes, confusion.tolist(), strict=True):
@@ -101,6 +101,6 @@ def save_figure(figure: Any, path: Path) -> None:
     """Save a figure of matplotlib as a PNG, and close it."""
     from matplotlib import pyplot as plt
 
-    with written(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, format="png", dpi=110)
     plt.close(figure)

@@ -170,7 +170,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def memory_is_told(settings: EvalSettings) -> Iterator[None]:
+def reraise_out_of_memory(settings: EvalSettings) -> Iterator[None]:
     """Turn a lack of memory into a UserError that says what needs less of it."""
     try:
         yield
@@ -211,7 +211,7 @@ def stacks(
             yield together
 
 
-def stated(settings: EvalSettings) -> dict[str, Any]:
+def protocol_dict(settings: EvalSettings) -> dict[str, Any]:
     """Return everything that a score depends on, to be written beside it."""
     protocol: dict[str, Any] = {"name": settings.protocol}
     if settings.protocol in ("sliding", "center-crop"):
@@ -223,7 +223,7 @@ def stated(settings: EvalSettings) -> dict[str, Any]:
     return {**protocol, "scales": scales, **more}
 
 
-def in_words(settings: EvalSettings) -> str:
+def protocol_text(settings: EvalSettings) -> str:
     """Return one phrase, such as "sliding, window 801x801, stride 0.67 of it, scales 0.75 1,
     flip"."""
     parts: list[str] = [settings.protocol]

@@ -17,7 +17,7 @@ from ctt.data.pixels import WORD
 from ctt.data.rasters import Raster, Values, scaled
 from ctt.data.source import IGNORE, DatasetInfo
 from ctt.errors import UserError
-from ctt.files import written
+from ctt.files import atomic_write
 from ctt.inference.predict import Predict
 
 MULTIPLE = 16  # of the sides of a GeoTIFF's blocks
@@ -74,7 +74,9 @@ def predict_raster(
 
     with Raster(file) as raster, ExitStack() as stack:
         outputs = {
-            kind: stack.enter_context(_created(stack.enter_context(written(path)), raster, tile))
+            kind: stack.enter_context(
+                _created(stack.enter_context(atomic_write(path)), raster, tile)
+            )
             for kind, path in targets.items()
         }
         _describe(outputs["mask"], info)

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ctt.data.loader import in_order, raised
+from ctt.data.loader import read_in_order, reraise_user_errors
 from ctt.data.source import DatasetInfo, Source, Submission
 from ctt.errors import UserError
-from ctt.inference.predict import Predict, memory_is_told, stacks
+from ctt.inference.predict import Predict, reraise_out_of_memory, stacks
 from ctt.inference.render import in_threads, palette_image, save_png
 from ctt.settings import EvalSettings
 
@@ -55,14 +55,14 @@ def write_submission(
     """
     wanted, ids = images_to_submit(source)
     folder.mkdir(parents=True, exist_ok=True)
-    images = raised(in_order(partial(_read, source), ids, workers))
+    images = reraise_user_errors(read_in_order(partial(_read, source), ids, workers))
     with in_threads(workers) as call:
         for group in stacks(images, lambda pair: pair[1].shape[1:], settings.batch_pixels):
-            with memory_is_told(settings):
+            with reraise_out_of_memory(settings):
                 labels = predict(torch.stack([image for _, image in group])).argmax(dim=1).cpu()
             for (name, _), label in zip(group, labels, strict=True):
                 file = folder / f"{name}{wanted.ending}"
-                call(save_png, picture(label, wanted, source.info), file)
+                call(save_png, server_mask(label, wanted, source.info), file)
             progress(len(group))
 
 
@@ -70,7 +70,7 @@ def _read(source: Source, name: str) -> tuple[str, Tensor]:
     return name, source.image(name)
 
 
-def picture(label: Tensor, wanted: Submission, info: DatasetInfo) -> Image.Image:
+def server_mask(label: Tensor, wanted: Submission, info: DatasetInfo) -> Image.Image:
     """Return labels (H, W) int64 as a picture of the server's numbers."""
     values = torch.tensor(wanted.values, dtype=torch.uint8)[label]
     return palette_image(values, info) if wanted.palette else Image.fromarray(values.numpy())

@@ -292,7 +292,7 @@ def wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def stretch(x: Tensor, size: tuple[int, int], factor: int, *, corners: bool) -> Tensor:
+def scale_up(x: Tensor, size: tuple[int, int], factor: int, *, corners: bool) -> Tensor:
     """Return x (B, D, h, w) at `factor` times its resolution, bilinearly: (B, D, *size).
 
     Were h stretched to H, a pixel's place on the grid would depend on the size of the image, but
@@ -325,9 +325,9 @@ def cut(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.pad(x, (0, size[1] - x.shape[3], 0, size[0] - x.shape[2]))
 
 
-def stretch_like(x: Tensor, other: Tensor, factor: int, *, corners: bool) -> Tensor:
+def scale_up_like(x: Tensor, other: Tensor, factor: int, *, corners: bool) -> Tensor:
     """Return x at the resolution of `other`, which is `factor` times its own."""
-    return stretch(x, (other.shape[-2], other.shape[-1]), factor, corners=corners)
+    return scale_up(x, (other.shape[-2], other.shape[-1]), factor, corners=corners)
 
 
 def subsample(x: Tensor, step: int) -> Tensor:
@@ -350,7 +350,7 @@ def upsample(logits: Tensor, size: tuple[int, int], grid: Grid) -> Tensor:
         whole = [n // grid.cells * grid.stride for n in logits.shape[-2:]]
         x = F.interpolate(wide(logits), size=whole, mode="bilinear", align_corners=True)
         return cut(x, size)
-    return stretch(wide(logits), size, grid.stride, corners=grid.origin == 0)
+    return scale_up(wide(logits), size, grid.stride, corners=grid.origin == 0)
 
 
 def are_patches(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ctt.models.base import BackboneModel, PooledNorm, conv_bn, stretch_like
+from ctt.models.base import BackboneModel, PooledNorm, conv_bn, scale_up_like
 from ctt.models.timm_backbone import Stages
 
 V2_RATES = (6, 12, 18, 24)  # Chen et al., TPAMI 2018 (arXiv 1606.00915), ASPP-L
@@ -114,7 +114,7 @@ class DeepLabV3Plus(BackboneModel):
         low = self.skip(fine)  # (B, 48, H/4, W/4)
         # of convolutions: what align_corners gives images of 16 n + 1 pixels, for all sizes
         corners = self.legacy_grid or not self.patches
-        high = stretch_like(self.aspp(coarse), low, self.ratio, corners=corners)  # (B, D, h, w)
+        high = scale_up_like(self.aspp(coarse), low, self.ratio, corners=corners)  # (B, D, h, w)
         features: Tensor = self.decoder(torch.cat([high, low], dim=1))
         return features
 

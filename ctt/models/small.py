@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ctt.models.base import SegmentationModel, conv_bn, stretch_like, subsample
+from ctt.models.base import SegmentationModel, conv_bn, scale_up_like, subsample
 
 
 class Small(SegmentationModel):
@@ -44,8 +44,8 @@ class Small(SegmentationModel):
     def decode(self, stages: list[Tensor]) -> Tensor:
         x1, x2, x3 = stages
         corners = not self.legacy_grid
-        x2 = self.merge2(torch.cat([x2, stretch_like(x3, x2, 2, corners=corners)], dim=1))
-        x2 = stretch_like(x2, x1, 2, corners=corners)
+        x2 = self.merge2(torch.cat([x2, scale_up_like(x3, x2, 2, corners=corners)], dim=1))
+        x2 = scale_up_like(x2, x1, 2, corners=corners)
         merged: Tensor = self.merge1(torch.cat([x1, x2], dim=1))
         return merged
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ctt.errors import UserError
-from ctt.files import written
+from ctt.files import atomic_write
 from ctt.text import BYTES_AS_THEY_ARE
 from ctt.train.streams import Streams
 
@@ -73,7 +73,7 @@ class Losses:
         steps = min(steps, engine.iteration - engine.rounds.starts[engine.method.round])
         lines, path = "".join(self.streams.drawn(steps)), folder / "diverged.txt"
         if engine.world.is_main:
-            with written(path) as part:
+            with atomic_write(path) as part:
                 part.write_text(lines, "utf-8", BYTES_AS_THEY_ARE)
         return UserError(
             f"Training diverged: by iteration {engine.iteration} {what}. Lower --optim.lr, "

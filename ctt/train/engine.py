@@ -21,9 +21,9 @@ from ctt.settings import Settings
 from ctt.train.compiling import compile_networks
 from ctt.train.context import StepContext
 from ctt.train.distributed import World
-from ctt.train.feed import Batch as Images
+from ctt.train.graph_runner import GraphRunner
+from ctt.train.prefetcher import Batch as Images
 from ctt.train.recomputing import recompute_blocks
-from ctt.train.replay import Replay
 from ctt.train.rounds import Labeling, Rounds
 
 
@@ -73,7 +73,7 @@ class Engine:
         self.iteration = 0
         self.drawn = self.drawn_unlabeled = 0
         self.trained = self.untrained = 0
-        self._replay = Replay()
+        self._replay = GraphRunner()
 
     def __call__(self, labeled: Images, unlabeled: Images | None) -> dict[str, Tensor]:
         """Train on images (B, 3, H, W) uint8 with labels (B, H, W) uint8.
@@ -128,7 +128,7 @@ class Engine:
         step.whole = False
         sums: dict[str, Tensor] = {}
         parts = self.settings.train.accumulate
-        for i, part in enumerate(split(b, parts)):
+        for i, part in enumerate(split_batch(b, parts)):
             with self._unsummed(i < parts - 1):
                 terms = self.module(part, step)
                 total = torch.stack([weight * value for weight, value in terms.values()]).sum()
@@ -253,7 +253,7 @@ def batch_of(inputs: Sequence[Tensor], kind: Round, outside: bool = False) -> Ba
     return b
 
 
-def split(b: Batch, parts: int) -> Iterator[Batch]:
+def split_batch(b: Batch, parts: int) -> Iterator[Batch]:
     """Return parts of a batch, in order; what belongs to the whole goes to each."""
     size = len(b["images"]) // parts
     for first in range(0, size * parts, size):

@@ -35,9 +35,9 @@ from ctt.train import measures
 from ctt.train.distributed import World, join
 from ctt.train.divergence import Losses
 from ctt.train.engine import Engine
-from ctt.train.feed import Feed
 from ctt.train.pace import duration
 from ctt.train.plan import Plan, check_iterations, check_rounds
+from ctt.train.prefetcher import DevicePrefetcher
 from ctt.train.profiling import Profile
 from ctt.train.record import Recorder, draw_curves
 from ctt.train.report import announcement, draw_predictions, ending, progress_bar, summary_of
@@ -87,21 +87,21 @@ def train(
             with trainer.lock:
                 return trainer.train()
         except (UnwritableError, LoaderError) as error:
-            raise UserError(f"{error}{way_on(folder)}") from None
+            raise UserError(f"{error}{resume_hint(folder)}") from None
         except RuntimeError as error:
             if text := lost_worker(error):
-                raise UserError(f"{text}{way_on(folder)}") from None
+                raise UserError(f"{text}{resume_hint(folder)}") from None
             if not is_out_of_memory(error):
                 raise
             raise UserError(
                 f"There is not enough memory for a step of this run. Give a smaller "
                 f"--data.batch-size, --train.accumulate N to take it in N parts, "
                 f"--train.gradient-checkpointing, or --train.amp bf16; --dry-run tells what a run "
-                f"takes.{way_on(folder)}"
+                f"takes.{resume_hint(folder)}"
             ) from None
 
 
-def way_on(folder: Path | None) -> str:
+def resume_hint(folder: Path | None) -> str:
     """Return what is left of a run that failed, as the end of a message."""
     if folder is None or not run.has_checkpoint(folder):
         return ""
@@ -233,7 +233,7 @@ class Trainer:
     def _steps(self, show: Callable[..., None], profile: Profile | None) -> Iterator[None]:
         """Do the steps that are left; yields after each one."""
         settings, engine = self.settings, self.engine
-        feed: Feed | None = None
+        feed: DevicePrefetcher | None = None
         images, start = self._images(), time.perf_counter()  # of a row, or of this process
         clock = start
         while engine.iteration < settings.train.iterations:

@@ -23,7 +23,7 @@ from ctt.settings import Settings
 from ctt.train.compiling import repeated_blocks
 from ctt.train.context import StepContext
 from ctt.train.distributed import World
-from ctt.train.engine import batch_of, split
+from ctt.train.engine import batch_of, split_batch
 
 MEBI = 1 << 20
 FLOAT = 4  # bytes
@@ -118,7 +118,7 @@ def kept_by_step(
             with torch.no_grad():
                 b = method.prepare(b | method.labeled.totals(b["label"], step), step)
             step.whole = False
-            part = next(split(b, settings.train.accumulate))
+            part = next(split_batch(b, settings.train.accumulate))
             with blocks, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
                 method.losses(part, step)
     finally:

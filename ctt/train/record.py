@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ctt.files import told, written
+from ctt.files import as_write_error, atomic_write
 from ctt.inference.evaluate import names_of_scores
 from ctt.inference.figures import save_figure
 from ctt.methods.base import Method
@@ -41,7 +41,7 @@ class Recorder:
         # a line that a crash cut short has no number
         rows = [row for row in read_rows(self.path) if (row["iteration"] or "").isdecimal()]
         kept = [row for row in rows if int(row["iteration"]) <= iteration]
-        with written(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        with atomic_write(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
@@ -53,19 +53,19 @@ class Recorder:
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """Write one row; columns that `values` does not name stay empty."""
-        with told(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
+        with as_write_error(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             row = {name: f"{value:.6g}" for name, value in values.items()}
             csv.DictWriter(file, self.columns).writerow({"iteration": iteration, **row})
         if self.writer is not None:
             for name, value in values.items():
                 group, _, rest = name.partition("_")
                 tag = f"{group}/{rest}" if group in ("loss", "miou") else f"train/{name}"
-                with told(self.path.parent):
+                with as_write_error(self.path.parent):
                     self.writer.add_scalar(tag, value, iteration)
 
     def close(self) -> None:
         if self.writer is not None:
-            with told(self.path.parent):
+            with as_write_error(self.path.parent):
                 self.writer.close()
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ctt.data.loader import in_order, raised
+from ctt.data.loader import read_in_order, reraise_user_errors
 from ctt.data.packed import pack
 from ctt.data.pictures import open_picture, read_mask
 from ctt.data.prepare import Prepared
@@ -122,8 +122,8 @@ class Labeling:
         training = [net.training for net in networks]
         for net in networks:
             net.eval()
-        read = in_order(self.source.image, own, self.settings.data.workers)
-        for name, image in zip(own, raised(read), strict=True):
+        read = read_in_order(self.source.image, own, self.settings.data.workers)
+        for name, image in zip(own, reraise_user_errors(read), strict=True):
             batch = image[None].to(self.device)
             yield name, [predict(batch)[0] for predict in predicts]
         for net, mode in zip(networks, training, strict=True):

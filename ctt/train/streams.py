@@ -12,8 +12,8 @@ from ctt.data.rare import RareClasses
 from ctt.data.views import GeometricView
 from ctt.methods.base import Round
 from ctt.train.engine import Engine
-from ctt.train.feed import Batch, Feed
 from ctt.train.plan import Plan
+from ctt.train.prefetcher import Batch, DevicePrefetcher
 from ctt.train.rounds import KeptLabels, folder_of, images_of
 
 
@@ -28,10 +28,12 @@ class Streams:
         self.plan, self.engine, self.folder = plan, engine, folder
         self._opened: list[Generator[Batch]] = []
 
-    def feed(self) -> Feed:
+    def feed(self) -> DevicePrefetcher:
         """Return the batches of the steps that are left of the round."""
         streams = {purpose: self.open(purpose, ids) for purpose, ids in self.lists().items()}
-        return Feed(streams["labeled"], streams.get("unlabeled"), self.engine.step.phase)
+        return DevicePrefetcher(
+            streams["labeled"], streams.get("unlabeled"), self.engine.step.phase
+        )
 
     def lists(self) -> dict[str, list[str]]:
         """Return the images that the round draws its batches from, by the purpose of the draw."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ctt.data import loader
 from ctt.data.digits import INFO
-from ctt.data.loader import DrawSampler, ViewDataset, in_order, load
+from ctt.data.loader import DrawSampler, ViewDataset, load, read_in_order
 from ctt.data.source import Source
 from ctt.data.views import GeometricView
 from ctt.errors import LoaderError
@@ -89,7 +89,7 @@ def test_processes_that_have_ended_leave_no_file_open() -> None:
         pytest.skip("needs Linux's /proc")
     counts = []
     for _ in range(5):
-        assert len(list(in_order(number, range(4), 2))) == 4
+        assert len(list(read_in_order(number, range(4), 2))) == 4
         counts.append(len(list(handles.iterdir())))
     assert counts[-1] < counts[0] + 4  # two for each process stayed open once
 
@@ -114,11 +114,11 @@ def test_processes_are_told_to_end_without_a_lock(
 KILLED = """
 import multiprocessing
 from ctt.cli.common import run_program
-from ctt.data.loader import in_order
+from ctt.data.loader import read_in_order
 from tests.data.test_loader import number
 
 def body():
-    for i, item in enumerate(in_order(number, range(10**6), 2)):
+    for i, item in enumerate(read_in_order(number, range(10**6), 2)):
         if i == 3:
             multiprocessing.active_children()[0].kill()
     return 0
@@ -143,7 +143,7 @@ def test_too_little_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch, worke
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space")
 
     monkeypatch.setattr(Tensor, "share_memory_", full)
-    found = list(in_order(number, range(3), workers))
+    found = list(read_in_order(number, range(3), workers))
     if not workers:  # nothing is shared then
         assert [int(item[0]) for item in found if isinstance(item, Tensor)] == [0, 1, 2]
         return

@@ -10,10 +10,10 @@ from ctt.data.digits import INFO
 from ctt.inference.predict import (
     Predict,
     for_images,
-    in_words,
     multi_scale,
     predictor,
     prepare,
+    protocol_text,
     sliding,
     stacks,
     starts,
@@ -165,10 +165,10 @@ def test_mixed_precision_gives_float32() -> None:
 
 
 def test_a_protocol_is_stated() -> None:
-    assert in_words(EvalSettings()) == "whole"
+    assert protocol_text(EvalSettings()) == "whole"
     settings = EvalSettings("sliding", (801, 801), 2 / 3, True, (0.75, 1.0), "bf16")
     expected = "sliding, window 801x801, stride 0.667 of it, scales 0.75 1, flip, bf16"
-    assert in_words(settings) == expected
+    assert protocol_text(settings) == expected
     assert math.isclose(settings.stride * 801, 534)
 
 

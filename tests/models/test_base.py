@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ctt.models.base import Grid, pad_to_multiple, stretch, upsample
+from ctt.models.base import Grid, pad_to_multiple, scale_up, upsample
 from ctt.models.timm_backbone import Stages
 from tests.methods.grids import at_pixels
 
@@ -42,10 +42,10 @@ def test_corners_are_those_of_any_size(factor: int) -> None:
     exact = F.interpolate(
         x, size=(6 * factor + 1, 5 * factor + 1), mode="bilinear", align_corners=True
     )
-    found = stretch(x, (7 * factor, 6 * factor), factor, corners=True)
+    found = scale_up(x, (7 * factor, 6 * factor), factor, corners=True)
     assert torch.equal(found[:, :, : 6 * factor + 1, : 5 * factor + 1], exact)
     assert torch.equal(found[:, :, 6 * factor :, 0], x[:, :, 6:, 0].expand(-1, -1, factor))
-    assert torch.equal(stretch(x, (5, 4), factor, corners=True), found[:, :, :5, :4])
+    assert torch.equal(scale_up(x, (5, 4), factor, corners=True), found[:, :, :5, :4])
 
 
 @pytest.mark.parametrize("size", [(49, 41), (56, 48), (50, 42), (7, 3)])

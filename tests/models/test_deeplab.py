@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ctt import models
 from ctt.errors import UserError
-from ctt.models.base import BackboneModel, stretch
+from ctt.models.base import BackboneModel, scale_up
 from ctt.models.deeplab import Aspp, DeepLabV3Plus
 from ctt.models.timm_backbone import Stages
 
@@ -158,7 +158,7 @@ def test_deeplabv3plus_is_that_of_segmentation_models_pytorch() -> None:
 
 class Stretch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return stretch(x, (4 * x.shape[2], 4 * x.shape[3]), 4, corners=True)
+        return scale_up(x, (4 * x.shape[2], 4 * x.shape[3]), 4, corners=True)
 
 
 def set_identity(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:

@@ -20,8 +20,8 @@ from ctt.settings import Settings, update
 from ctt.train.context import StepContext
 from ctt.train.distributed import World
 from ctt.train.engine import Engine
-from ctt.train.feed import Feed
 from ctt.train.phases import NAMES
+from ctt.train.prefetcher import DevicePrefetcher
 from tests.methods.grids import at_pixels
 from tests.train.steps import CPU, batch, make, unlabelled
 
@@ -480,7 +480,7 @@ def test_phases_of_a_step_are_timed(tiny: Settings) -> None:
     engine = make(tiny, 2)
     phases = engine.step.phase
     phases.timing = True
-    feed = Feed(iter([batch()]), iter([unlabelled()]), phases)
+    feed = DevicePrefetcher(iter([batch()]), iter([unlabelled()]), phases)
     engine(*feed())
     spent = phases.seconds()
     assert tuple(spent) == NAMES

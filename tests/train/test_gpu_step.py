@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ctt.settings import Settings, update
-from ctt.train.feed import Feed
 from ctt.train.phases import NAMES
+from ctt.train.prefetcher import DevicePrefetcher
 from tests.train.steps import Images, batch, make, unlabelled
 
 pytestmark = [
@@ -37,7 +37,7 @@ def pinned(first: int) -> Iterator[Images]:
 def run(settings: Settings, steps: int, quiet_from: int | None = None) -> list[dict[str, float]]:
     """Losses of each step; from step `quiet_from` on a wait for the device is an error."""
     engine = make(settings, device=GPU)
-    feed = Feed(pinned(1), pinned(0), engine.step.phase)
+    feed = DevicePrefetcher(pinned(1), pinned(0), engine.step.phase)
     seen: list[dict[str, Tensor]] = []
     try:
         for i in range(steps):
@@ -89,7 +89,7 @@ def test_a_replayed_step_waits_for_nothing(plain: Settings) -> None:
 def test_phases_on_the_clock_of_the_device(plain: Settings) -> None:
     engine = make(plain, device=GPU)
     phases = engine.step.phase
-    feed = Feed(pinned(1), pinned(0), phases)
+    feed = DevicePrefetcher(pinned(1), pinned(0), phases)
     engine(*feed())
     phases.timing = True
     engine(*feed())

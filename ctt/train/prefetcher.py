@@ -11,7 +11,7 @@ from ctt.train.phases import Phases
 Batch = tuple[Tensor, Tensor]
 
 
-class Feed:
+class DevicePrefetcher:
     """Labelled and unlabelled batches, copied to the device beside the work that it has.
 
     Args:

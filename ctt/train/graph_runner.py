@@ -8,7 +8,7 @@ from torch import Tensor
 Body = Callable[[Sequence[Tensor]], dict[str, Tensor]]
 
 
-class Replay:
+class GraphRunner:
     """Calls `body` three times as usual, then captures it as a CUDA graph and replays that.
 
     The function must do the same work whatever its tensors hold, and must not wait for the device.
