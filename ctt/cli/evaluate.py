@@ -42,6 +42,9 @@ class Arguments:
     submission: Path | None = None
     """Instead of an evaluation: new folder for predictions of the benchmark's test images, whose
     labels nobody has, in the form of its server (Cityscapes: labelIds; VOC: palette PNGs)."""
+    embedding: Path | None = None
+    """Instead of an evaluation: new PNG of where pixels of labelled and unlabelled images lie among
+    the features of one network (t-SNE), by default of the first teacher."""
     workers: int = 2
     """Processes that load images; 0 loads in the main process."""
     device: str = "auto"
@@ -58,6 +61,8 @@ def _main(arguments: list[str]) -> int:
     parsed = _parse(arguments, EvalSettings())
     _check_new("--out", parsed.out)
     _check_new("--submission", parsed.submission)
+    if parsed.embedding is not None and parsed.embedding.exists():
+        raise UserError(f"--embedding {parsed.embedding}: this is there already. Give a new name.")
     if parsed.workers < 0:
         raise UserError(f"--workers {parsed.workers} must be at least 0.")
     from ctt.device import pick_device
@@ -70,6 +75,9 @@ def _main(arguments: list[str]) -> int:
     source, settings = _open_source(trained, parsed)
     if parsed.submission is not None:
         _submit(trained, source, device, parsed, parsed.submission)
+        return 0
+    if parsed.embedding is not None:
+        _draw_embedding(trained, source, device, parsed, parsed.embedding)
         return 0
     networks = (trained.choose(parsed.network) if parsed.network else trained).networks
     ids = source.eval_ids()
@@ -174,6 +182,18 @@ def _submit(
         f"{trained.origin}: {total} test images of {source.info.name} as {name} sees them, "
         f"protocol {protocol_text(protocol)}, are in {folder}"
     )
+
+
+def _draw_embedding(
+    trained: Trained, source: Source, device: torch.device, parsed: Arguments, path: Path
+) -> None:
+    from ctt.inference.embedding import draw_run
+
+    if len(parsed.network) > 1:
+        raise UserError("--embedding is of one network: give one name to --network.")
+    name = parsed.network[0] if parsed.network else ""
+    shown = draw_run(path, parsed.path, trained, source, device, parsed.eval, name)
+    say(f"{trained.origin}: the features of {shown} are drawn in {path}")
 
 
 def _confusions(

@@ -20,6 +20,9 @@ class Arguments:
 
     path: Path
     """Folder that ctt-sweep wrote into, or one table in it."""
+    embeddings: bool = False
+    """Also draw, for the first run of each row that lies there, where pixels of labelled and
+    unlabelled images are among its features (t-SNE): seconds to minutes for each."""
     out: Path | None = None
     """The page; by default report.html in the folder. Its tables go into a .md file of the same
     name."""
@@ -48,7 +51,7 @@ def _main(arguments: list[str]) -> int:
     from ctt.experiments.pages import as_html, as_markdown, sections
     from ctt.files import atomic_write
 
-    found = sections(parsed.path)
+    found = sections(parsed.path, parsed.embeddings)
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, text in ((out, as_html(found)), (out.with_suffix(TEXT), as_markdown(found))):
         with atomic_write(path) as part:

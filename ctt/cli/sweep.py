@@ -168,7 +168,7 @@ def plan(parsed: Arguments, given: Sequence[str], out: Path) -> Iterator[Run]:
         UserError: options that cannot work.
     """
     from ctt.data.split import parse_ratio
-    from ctt.experiments.runs import Run, data_name
+    from ctt.experiments.runs import RUNS, Run, data_name
 
     experiment = catalog.get(parsed.experiment)
     base = ["--dataset", parsed.dataset]
@@ -201,7 +201,7 @@ def plan(parsed: Arguments, given: Sequence[str], out: Path) -> Iterator[Run]:
                         variant=variant.name,
                         arguments=(*options, *own),
                         settings=changed,
-                        folder=out / "runs" / changed.hash(),
+                        folder=out / RUNS / changed.hash(),
                     )
 
 

@@ -6,15 +6,18 @@ import base64
 import html
 import io
 import statistics
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctt import run
 from ctt.errors import UserError
 from ctt.experiments import catalog, paper, results
 from ctt.experiments.catalog import EQUAL_ITERATIONS
 from ctt.experiments.results import CURVES, DONE, Row, difference, numbers, spread
+from ctt.experiments.runs import RUNS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +37,8 @@ table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular
 th, td { border-bottom: 1px solid #ccc; padding: .25rem .7rem; text-align: right }
 th:first-child, td:first-child { text-align: left }
 div.wide { overflow-x: auto }
+figure { margin: 1rem 0 }
+figcaption { color: #555 }
 img { max-width: 100%; height: auto }
 pre { overflow-x: auto }
 code { background: #f2f2f2; padding: 0 .2rem }
@@ -54,11 +59,13 @@ class Chart:
     """A picture and what it shows.
 
     Attributes:
-        svg: the file.
+        file: its bytes.
+        kind: of the file, as pages name it.
     """
 
     title: str
-    svg: bytes
+    file: bytes
+    kind: str = "svg+xml"
 
 
 @dataclass
@@ -72,8 +79,11 @@ class Section:
     settings: str = ""
 
 
-def sections(folder: Path) -> list[Section]:
+def sections(folder: Path, embeddings: bool = False) -> list[Section]:
     """Return a section for each table of `ctt-sweep` in a folder, or for the one table given.
+
+    Args:
+        embeddings: also draw the features of the runs that are there.
 
     Raises:
         UserError: there is none, or one that cannot be read.
@@ -88,7 +98,7 @@ def sections(folder: Path) -> list[Section]:
             f"{folder}: there is no table of an experiment. Give the folder that ctt-sweep wrote "
             f"into (its --out), or a table in it."
         )
-    return [section(file) for file in files]
+    return [section(file, embeddings) for file in files]
 
 
 def is_table(file: Path) -> bool:
@@ -97,8 +107,11 @@ def is_table(file: Path) -> bool:
         return opened.readline().startswith("experiment,")
 
 
-def section(file: Path) -> Section:
-    """Return the report of one table.
+def section(file: Path, embeddings: bool = False) -> Section:
+    """Return the report of one table, with pictures of the runs that lie beside it.
+
+    Args:
+        embeddings: also draw the features of these runs.
 
     Raises:
         UserError: it cannot be read.
@@ -132,6 +145,7 @@ def section(file: Path) -> Section:
         found.tables.append(comparison(chosen, share, budget, baseline))
         found.tables += by_class(chosen, found.tables[-1].title)
     found.charts += curves(file.with_name(f"{file.stem}{CURVES}"))
+    found.charts += pictures(done, file.parent / RUNS, embeddings)
     beside = file.with_suffix(".yaml")
     if beside.is_file():
         found.settings = beside.read_text("utf-8")
@@ -317,6 +331,39 @@ def curves(file: Path) -> list[Chart]:
     return found
 
 
+def pictures(rows: Sequence[Row], folder: Path, embeddings: bool) -> list[Chart]:
+    """Return what a run of each variant predicts and, if wanted, where its features lie.
+
+    Args:
+        rows: of finished runs; of each variant the first one is shown.
+        folder: of the runs; those that are not there are left out.
+    """
+    found = []
+    for (variant,), own in results.groups(rows, "variant").items():
+        of = folder / own[0]["settings_hash"]
+        title = f"{variant}, --ratio {own[0]['share']}, seed {own[0]['seed']}"
+        samples = of / "samples.png"
+        if samples.is_file():
+            found.append(Chart(f"Predictions: {title}", samples.read_bytes(), "png"))
+        if embeddings and run.has_checkpoint(of):
+            found.append(Chart(f"Features: {title}", embedding(of), "png"))
+    return found
+
+
+def embedding(folder: Path) -> bytes:
+    """Return the picture of the features of the run in a folder."""
+    from ctt.device import pick_device
+    from ctt.inference.embedding import draw_run
+    from ctt.inference.load import load_trained
+
+    trained = load_trained(folder)
+    source = trained.settings.open_source()
+    with tempfile.TemporaryDirectory() as made:
+        path = Path(made) / "embedding.png"
+        draw_run(path, folder, trained, source, pick_device("auto", ""), trained.settings.eval)
+        return path.read_bytes()
+
+
 def as_markdown(found: Iterable[Section]) -> str:
     """Return the tables as Markdown; charts are in the HTML alone."""
     blocks = ["# Experiments", LEGEND]
@@ -348,8 +395,9 @@ def as_html(found: Iterable[Section]) -> str:
                 f'<div class="wide"><table>\n<tr>{head}</tr>\n{lines}</table></div>',
             ]
         body += [
+            f"<figure><figcaption>{html.escape(chart.title)}</figcaption>"
             f'<img alt="{html.escape(chart.title)}" '
-            f'src="data:image/svg+xml;base64,{base64.b64encode(chart.svg).decode()}">'
+            f'src="data:image/{chart.kind};base64,{base64.b64encode(chart.file).decode()}"></figure>'
             for chart in part.charts
         ]
         if part.settings:

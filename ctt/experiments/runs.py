@@ -17,6 +17,7 @@ from ctt.experiments.results import CURVES, DONE, FAILED, MISSING, Row
 from ctt.files import atomic_write
 from ctt.settings import WITHOUT_EFFECT, Settings, to_dict
 
+RUNS = "runs"  # the folder of the runs, beside the tables
 SAID = 300  # letters of an error that the table keeps
 
 

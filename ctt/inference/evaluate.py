@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -162,6 +162,33 @@ def read_pair(source: Source, settings: EvalSettings, name: str) -> tuple[Tensor
     image, label = source.pair(name)
     check_label(label, name, source.info)
     return prepare(image, label, settings)
+
+
+def sample(ids: Sequence[str], count: int) -> list[str]:
+    """Return at most `count` names from all over the list."""
+    count = min(count, len(ids))
+    return [ids[i * len(ids) // count] for i in range(count)]
+
+
+def read_known(
+    source: Source, settings: EvalSettings, name: str, hidden: bool
+) -> tuple[Tensor, Tensor]:
+    """Return image (3, H, W) uint8 and label (H, W) int64 of a training image.
+
+    Args:
+        hidden: the data set has its label, though training may not see it. Where it has none, or
+            one that cannot be read, the label is 255 everywhere.
+    """
+    if hidden:
+        try:
+            image, label = read_pair(source, settings, name)
+            return image, label.long()
+        except UserError:
+            pass  # a mask that training never reads must not end it
+    image = source.image(name)
+    nothing = torch.full(image.shape[1:], IGNORE, dtype=torch.uint8)
+    image, label = prepare(image, nothing, settings)
+    return image, label.long()
 
 
 def check_label(label: Tensor, name: str, info: DatasetInfo) -> None:

@@ -28,7 +28,15 @@ from ctt.inference.class_report import (
     classes_as_json,
     write_classes,
 )
-from ctt.inference.evaluate import ENSEMBLE, Score, confusions, score, score_table, write_json
+from ctt.inference.evaluate import (
+    ENSEMBLE,
+    Score,
+    confusions,
+    sample,
+    score,
+    score_table,
+    write_json,
+)
 from ctt.inference.predict import is_out_of_memory
 from ctt.settings import Settings, to_dict
 from ctt.train import measures
@@ -125,7 +133,7 @@ class Trainer:
         self.seconds, self.waited = 0.0, 0.0  # of training, and of it without a batch
         self.best: dict[str, Any] | None = None
         self.classes: dict[str, list[ClassRow]] = {}  # of the last evaluation, by network
-        self.measured = measures.sample(plan.unlabeled, settings.train.measured_images)
+        self.measured = sample(plan.unlabeled, settings.train.measured_images)
         self.recorder: Recorder | None = None
         self.paced = False  # the time that is left has been told
         self.warned = False  # of pixels for which the teachers gave no finite probability

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ctt.data.source import IGNORE, Source
-from ctt.errors import UserError
-from ctt.inference.evaluate import read_pair
-from ctt.inference.predict import predictor, prepare
+from ctt.inference.evaluate import read_known
+from ctt.inference.predict import predictor
 from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings
 from ctt.train.distributed import World
@@ -36,12 +35,6 @@ def names(networks: Iterable[str]) -> list[str]:
     if len(students) > 1:
         found += ["students_agree", "weights_apart"]
     return found
-
-
-def sample(ids: Sequence[str], count: int) -> list[str]:
-    """Return at most `count` names from all over the list."""
-    count = min(count, len(ids))
-    return [ids[i * len(ids) // count] for i in range(count)]
 
 
 @torch.no_grad()
@@ -73,7 +66,7 @@ def measure(
         for network in networks.values():
             network.eval()
         for name in ids[world.rank :: world.size]:
-            image, label = _read(source, settings, name, hidden=name in known)
+            image, label = read_known(source, settings, name, hidden=name in known)
             given = {n: p(image[None].to(device))[0] for n, p in predict.items()}  # (C, H, W)
             for key, value in _of_image(given, label.to(device), threshold):
                 pair = torch.stack([value.sum(), torch.full_like(value.sum(), value.numel())])
@@ -114,19 +107,6 @@ def weights_apart(networks: Sequence[SegmentationModel]) -> float | None:
         return None
     apart = [2 * (a - b).norm() / (a.norm() + b.norm()) for a, b in combinations(vectors, 2)]
     return float(torch.stack(apart).mean())
-
-
-def _read(source: Source, settings: EvalSettings, name: str, hidden: bool) -> tuple[Tensor, Tensor]:
-    """Return image (3, H, W) and label (H, W), 255 everywhere if the data set does not know it."""
-    if hidden:
-        try:
-            image, label = read_pair(source, settings, name)
-            return image, label.long()
-        except UserError:
-            pass  # a mask that training never reads must not end it
-    image = source.image(name)
-    image, label = prepare(image, torch.full(image.shape[1:], IGNORE, dtype=torch.uint8), settings)
-    return image, label.long()
 
 
 def _of(networks: Iterable[str], kind: str) -> list[str]:
