@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ctt.cli.common import BAD_INPUT, run_program
 from ctt.data import IMAGE_SUFFIXES
@@ -53,6 +53,15 @@ class Arguments:
     """Replace results that are there already."""
     skip_existing: bool = False
     """Leave out images whose results are there already, to go on after a stop."""
+    rank: bool = False
+    """Write which of the images to label next, and no masks of the others: rank.csv, a sheet of the
+    first ones (rank.png), their files and their masks. Without images, those that the run has
+    without labels. The run's teachers are asked, whatever --network says."""
+    first: int = 20
+    """rank: how many images are copied out with their masks, to be labelled."""
+    annotations: tuple[Literal["coco", "labelme", "cvat"], ...] = ("coco",)
+    """rank: forms of the masks: annotations.json of COCO, LabelMe's files beside the images, or
+    cvat.zip, CVAT's "Segmentation mask 1.1"."""
     network: str = "best"
     """Of a run: the best one, or student_1, teacher_2, ensemble as they are in its checkpoint."""
     workers: int = 2
@@ -89,6 +98,10 @@ def main() -> None:
 
 def _main(arguments: list[str]) -> int:
     parsed = _parse(arguments, EvalSettings())
+    if parsed.rank:
+        from ctt.cli.ranking import rank
+
+        return rank(parsed, lambda protocol: _parse(arguments, protocol).eval)
     jobs = find_jobs(parsed.images, parsed.out, parsed.recursive)
     if not parsed.images:
         raise UserError("Which images? Give files, folders or patterns after the weights.")

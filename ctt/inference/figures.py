@@ -1,6 +1,7 @@
 """Figures of what networks predict: samples.png, the confusion matrix."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from ctt.inference.predict import predictor
 from ctt.inference.render import colorize, visible
 from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings
+
+COLUMNS = 8  # of a sheet
+LETTERS = 24  # of a name on it
 
 
 @torch.no_grad()
@@ -57,6 +61,46 @@ def draw_samples(
         axis.set(xticks=[], yticks=[])
     figure.suptitle(title)
     figure.tight_layout()
+    save_figure(figure, path)
+
+
+def draw_disagreement(
+    path: Path, shown: Sequence[tuple[str, Tensor, Tensor, Tensor]], info: DatasetInfo
+) -> None:
+    """A sheet of images, what networks see in them, and where they disagree.
+
+    Args:
+        shown: name, image (C, H, W), label (H, W) and disagreement (H, W) of each.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = min(len(shown), COLUMNS)
+    blocks = -(-len(shown) // columns)
+    kinds = ("image", "prediction", "disagreement")
+    figure, axes = plt.subplots(
+        len(kinds) * blocks,
+        columns,
+        figsize=(1.6 * columns + 0.8, 1.7 * len(kinds) * blocks + 0.4),
+        squeeze=False,
+        layout="constrained",
+    )
+    largest = max(float(disagreement.max()) for *_, disagreement in shown) or 1.0
+    for number, (name, image, label, disagreement) in enumerate(shown):
+        block, column = divmod(number, columns)
+        cells = axes[len(kinds) * block : len(kinds) * (block + 1), column]
+        cells[0].imshow(visible(image, info).permute(1, 2, 0).numpy(), interpolation="nearest")
+        cells[1].imshow(colorize(label, info).numpy(), interpolation="nearest")
+        cells[2].imshow(disagreement.numpy(), vmin=0, vmax=largest, cmap="magma")
+        title = f"{number + 1}  {name.rpartition('/')[2]}"
+        cells[0].set_title(title[:LETTERS], fontsize=7, parse_math=False)
+    for row, axis in enumerate(axes[:, 0]):
+        axis.set_ylabel(kinds[row % len(kinds)], fontsize=8)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.set_frame_on(axis.has_data())
     save_figure(figure, path)
 
 

@@ -1,0 +1,280 @@
+"""ctt-predict --rank: which images to label next, and their masks for annotation tools."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, TypeVar
+
+from ctt.cli.common import BAD_INPUT
+from ctt.errors import LoaderError, UserError
+from ctt.settings import EvalSettings, validate_eval
+from ctt.text import say
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ctt.cli.predict import Arguments
+    from ctt.data.source import Source
+    from ctt.inference.load import Trained
+    from ctt.inference.rank import Committee, Place, Rating
+
+K = TypeVar("K")
+LABELED = 500  # images with labels, of which the others are told apart
+SHEET = 16  # images on the sheet
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image that may be labelled.
+
+    Attributes:
+        name: as it is written into rank.csv.
+        place: path of its copy below the folder of images.
+        file: None of an image in memory.
+    """
+
+    name: str
+    place: PurePosixPath
+    file: Path | None
+
+
+def rank(parsed: Arguments, protocol_of: Callable[[EvalSettings], EvalSettings]) -> int:
+    """Write the order of the images, and what is needed to label the first ones.
+
+    Args:
+        protocol_of: the protocol as the command line changes one.
+    """
+    from ctt.device import pick_device
+    from ctt.inference.load import load_trained
+    from ctt.inference.rank import Committee, order
+
+    check(parsed)
+    device = pick_device(parsed.device, "--device")
+    trained = load_trained(parsed.weights)
+    if trained.settings.eval.protocol == "center-crop":
+        whole = dataclasses.replace(trained.settings.eval, protocol="whole")
+        protocol = protocol_of(whole)
+    else:
+        protocol = protocol_of(trained.settings.eval)
+    validate_eval(protocol)
+    source, known = of_run(parsed.weights, trained)
+    entries = given(parsed) if parsed.images else unlabeled(parsed.weights, source)
+    committee = Committee(trained, device, protocol)
+    read = partial(read_entry, source, trained)
+    kept, ratings, failures = rated(committee, entries, read, parsed.workers)
+    features = []
+    if source is not None:
+        # an image that cannot be read any more tells nothing apart
+        images = images_of(partial(read_name, source), known, parsed.workers)
+        features = [committee.features(x) for x in images if not isinstance(x, UserError)]
+    places = order(ratings, features)
+    for line in said(committee, kept, features):
+        say(line)
+    write_all(parsed, committee, kept, ratings, places, read)
+    for failure in failures:
+        say(f"ctt-predict: {failure}", sys.stderr)
+    return BAD_INPUT if failures else 0
+
+
+def check(parsed: Arguments) -> None:
+    """Refuse options that do not fit, and to write over an order that is there."""
+    if parsed.first < 1:
+        raise UserError(f"--first {parsed.first} must be at least 1.")
+    if parsed.geotiff:
+        raise UserError("--geotiff writes masks, and --rank an order. Leave one of them out.")
+    if parsed.workers < 0:
+        raise UserError(f"--workers {parsed.workers} must be at least 0.")
+    path = parsed.out / "rank.csv"
+    if path.exists() and not parsed.overwrite:
+        raise UserError(f"{path} is there already. Give another --out, or --overwrite.")
+
+
+def of_run(weights: Path, trained: Trained) -> tuple[Source | None, list[str]]:
+    """Return the data set of a run and up to `LABELED` of its labelled images, where both are at
+    hand."""
+    from ctt import run
+    from ctt.data.split import read_list
+
+    path = weights / run.LABELED_LIST
+    try:
+        source = trained.settings.open_source()
+        if source.info.bands != trained.info.bands or not path.is_file():
+            return None, []
+        names = read_list(path, source, labeled=True)
+    except UserError:
+        return None, []
+    return source, names[:: math.ceil(len(names) / LABELED)]
+
+
+def unlabeled(weights: Path, source: Source | None) -> list[Entry]:
+    """Return the images that a run has without labels.
+
+    Raises:
+        UserError: there are none, or the data set of the run is not at hand.
+    """
+    from ctt import run
+    from ctt.data.split import read_list
+
+    path = weights / run.UNLABELED_LIST
+    if source is None or not path.is_file():
+        raise UserError(
+            f"{weights}: the data set of the run is not at hand. Give images, folders or patterns "
+            f"after the weights."
+        )
+    names = read_list(path, source, labeled=False) if path.stat().st_size else []
+    if not names:
+        raise UserError(f"{weights}: the run has no unlabelled images. Give some after the run.")
+    entries = []
+    for name in names:
+        files = source.files(name, labeled=False)
+        place = PurePosixPath(name.removeprefix("unlabeled/"))
+        if not files:  # made in memory
+            place = PurePosixPath(f"{place}.png")
+        entries.append(Entry(name, place, files[0] if files else None))
+    return entries
+
+
+def given(parsed: Arguments) -> list[Entry]:
+    """Return the images on the command line."""
+    from ctt.cli.predict import find_jobs
+
+    jobs = find_jobs(parsed.images, parsed.out, parsed.recursive)
+    if not jobs:
+        raise UserError(f"No image found in {', '.join(parsed.images)}.")
+    entries: dict[Path, Entry] = {}
+    for job in jobs:
+        place = job.stem.relative_to(parsed.out)
+        place = place.with_name(f"{place.name}{job.file.suffix}")
+        if place in entries:
+            raise UserError(
+                f"{entries[place].file} and {job.file} have one name. Rank them into two folders."
+            )
+        entries[place] = Entry(str(job.file), PurePosixPath(place.as_posix()), job.file)
+    return list(entries.values())
+
+
+def read_entry(source: Source | None, trained: Trained, entry: Entry) -> Tensor:
+    """Return an image as networks take it."""
+    from ctt.data.rasters import read_as
+
+    if entry.file is not None:
+        return read_as(entry.file, trained.info)
+    assert source is not None
+    return source.image(entry.name)
+
+
+def read_name(source: Source, name: str) -> Tensor:
+    return source.image(name)
+
+
+def images_of(
+    read: Callable[[K], Tensor], keys: Sequence[K], workers: int
+) -> Iterator[Tensor | UserError]:
+    """Yield images; of one that cannot be read, why.
+
+    Raises:
+        LoaderError: the processes that read have ended.
+    """
+    from ctt.data.loader import in_order
+
+    for image in in_order(read, keys, workers):
+        if isinstance(image, LoaderError):
+            raise image
+        yield image
+
+
+def rated(
+    committee: Committee, entries: list[Entry], read: Callable[[Entry], Tensor], workers: int
+) -> tuple[list[Entry], list[Rating], list[str]]:
+    """Return the images that can be read, their ratings, and what is to be said of the others."""
+    from rich.progress import Progress
+
+    kept, ratings, failures = [], [], []
+    with Progress(transient=True) as bar:
+        task = bar.add_task("looking", total=len(entries))
+        for entry, image in zip(entries, images_of(read, entries, workers), strict=True):
+            bar.advance(task)
+            if isinstance(image, UserError):
+                failures.append(str(image))
+                continue
+            kept.append(entry)
+            ratings.append(committee.rate(image))
+    return kept, ratings, failures
+
+
+def said(committee: Committee, kept: list[Entry], features: Sequence[Tensor]) -> Iterable[str]:
+    """Yield what the user should know of the order."""
+    yield f"{len(kept)} images are ordered as {', '.join(committee.names)} see them."
+    if len(committee.names) == 1:
+        yield (
+            "One network disagrees with nobody: the order is by its entropy and by how far images "
+            "are from each other. Give the folder of a run, which holds several."
+        )
+    if not features:
+        yield "No labelled image of the run is at hand, so none is told apart from those."
+
+
+def write_all(
+    parsed: Arguments,
+    committee: Committee,
+    kept: list[Entry],
+    ratings: Sequence[Rating],
+    places: list[Place],
+    read: Callable[[Entry], Tensor],
+) -> None:
+    """Write rank.csv, rank.png, and the first images with their masks."""
+    from ctt.files import written
+    from ctt.inference.annotations import write
+    from ctt.inference.figures import draw_disagreement
+
+    folder = parsed.out / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    masks: dict[str, Tensor] = {}
+    shown: list[tuple[str, Tensor, Tensor, Tensor]] = []
+    for place in places[: parsed.first]:
+        entry = kept[place.image]
+        image = read(entry)
+        label, disagreement, _ = committee.look(image)
+        masks[str(entry.place)] = label
+        if len(shown) < SHEET:
+            shown.append((entry.name, image, label, disagreement))
+        copy(entry, image, folder / entry.place)
+    if shown:
+        draw_disagreement(parsed.out / "rank.png", shown, committee.info)
+    for form in parsed.annotations:
+        path = write(form, parsed.out, folder, masks, committee.info)
+        say(f"The masks of the first {len(masks)} images as {form}: {path}")
+    with (
+        written(parsed.out / "rank.csv") as part,
+        part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(["place", "image", "score", "disagreement", "entropy", "distance"])
+        for number, place in enumerate(places, 1):
+            rating = ratings[place.image]
+            numbers = (place.score, rating.disagreement, rating.entropy, place.distance)
+            cells = ("" if not math.isfinite(x) else f"{x:.5g}" for x in numbers)
+            writer.writerow([number, kept[place.image].name, *cells])
+    say(f"The order: {parsed.out / 'rank.csv'}; the first ones: {parsed.out / 'rank.png'}")
+
+
+def copy(entry: Entry, image: torch.Tensor, target: Path) -> None:
+    """Put an image where it is labelled."""
+    from PIL import Image
+
+    from ctt.inference.render import save_png
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if entry.file is not None:
+        shutil.copyfile(entry.file, target)
+    else:
+        save_png(Image.fromarray(image.permute(1, 2, 0).numpy()), target)

@@ -1,0 +1,107 @@
+"""ctt-predict --rank."""
+
+import csv
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ctt.cli import predict, train
+from ctt.errors import UserError
+from tests.data.trees import write_folder
+
+TINY = (
+    "--dataset folder --recipe digits --ratio 1/1 --model.width 4 --model.features 8 "
+    "--data.crop 16 16 --data.batch-size 2 --train.iterations 1 --train.threads 1 "
+    "--train.no-tensorboard --train.measured-images 0"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("rank")
+    data = write_folder(root / "data", labeled=3, unlabeled=4, evaluation=1, size=(20, 24))
+    assert train._main([*TINY.split(), "--data-root", str(data), "--out", str(root / "run")]) == 0
+    return root / "run"
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_unlabelled_images_of_a_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "next"
+    forms = ["--annotations", "coco", "labelme", "cvat"]
+    arguments = [str(run), "--rank", "--out", str(out), "--first", "3", "--workers", "0"]
+    assert predict._main([*arguments, *forms]) == 0
+    said = capsys.readouterr().out
+    assert "4 images are ordered as teacher_1, teacher_2 see them" in said
+    found = rows(out / "rank.csv")
+    assert [row["place"] for row in found] == ["1", "2", "3", "4"]
+    names = [f"unlabeled/{name}" for name in ("größer/photo 1.JPG", "größer/photo 3.JPG")]
+    assert {row["image"] for row in found} > set(names)
+    assert all(0 <= float(row["disagreement"]) <= float(row["entropy"]) <= 1 for row in found)
+    assert all(float(row["distance"]) > 0 for row in found)
+    first = [row["image"].removeprefix("unlabeled/") for row in found[:3]]
+    copies = {str(p.relative_to(out / "images")) for p in (out / "images").rglob("*.JPG")}
+    assert copies == set(first)
+    content = json.loads((out / "annotations.json").read_text("utf-8"))
+    assert [image["file_name"] for image in content["images"]] == first
+    assert len(list((out / "images").rglob("*.json"))) == 3
+    assert (out / "cvat.zip").is_file()
+    assert Image.open(out / "rank.png").width > 300
+    with pytest.raises(UserError, match=r"rank\.csv is there already"):
+        predict._main(arguments)
+
+
+def test_images_that_are_given_and_one_network(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "photos"
+    shutil.copytree(run.parent / "data" / "unlabeled", images)
+    (images / "broken.jpg").write_text("no image")
+    weights = str(run / "best.safetensors")
+    arguments = [weights, str(images), "--recursive", "--rank", "--workers", "0"]
+    assert predict._main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr()
+    assert "One network disagrees with nobody" in shown.out
+    assert "No labelled image of the run is at hand" in shown.out
+    assert "broken.jpg" in shown.err
+    found = rows(tmp_path / "out" / "rank.csv")
+    assert len(found) == 4
+    assert found[0]["distance"] == ""  # nothing stands before it
+
+
+def test_what_cannot_be_ranked(run: Path, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    for more, message in (
+        (["--first", "0"], "--first 0"),
+        (["--geotiff"], "Leave one of them out"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predict._main([str(run), "--rank", *out, *more])
+    with pytest.raises(UserError, match="data set of the run is not at hand"):
+        predict._main([str(run / "best.safetensors"), "--rank", *out])
+
+
+def test_the_loop_of_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(__file__).resolve().parents[2] / "examples" / "active_learning.py"
+    out = tmp_path / "active"
+    arguments = (
+        f"--seeds 5 --rounds 1 --labels 4 --pool 12 --evaluated 3 --iterations 1 --threads 1 "
+        f"--out {out} --set model.width=4 model.features=8 data.batch_size=2"
+    )
+    monkeypatch.setattr("sys.argv", [str(path), *arguments.split()])
+    runpy.run_path(str(path), run_name="__main__")
+    found = [(row["choice"], row["labels"]) for row in rows(out / "scores.csv")]
+    assert found == [("first", "4"), ("rank", "8"), ("random", "8")]
+    first, *later = (
+        {*(out / f"5-{name}.txt").read_text().split()} for name in ("first", "rank-1", "random-1")
+    )
+    assert all(first < names and len(names) == 8 for names in later)
