@@ -13,6 +13,7 @@ from ctt.errors import UserError
 from ctt.experiments import pages, results
 
 TABLE = Path(__file__).parent / "shares.csv"  # of made-up runs
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "training"
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
@@ -132,3 +133,18 @@ def test_the_page_in_a_browser(folder: Path) -> None:
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
         browser.close()
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
+COMMITTED = sorted({f.parent for f in RESULTS.glob("*/*.csv") if pages.is_table(f)})
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_the_page_of_the_results_that_come_with_the_program(folder: Path, tmp_path: Path) -> None:
+    assert report._main([str(folder), "--out", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.md").read_text()
+    assert "| supervised |" in text
+    assert "nan" not in text
+
+
+def test_results_come_with_the_program() -> None:
+    assert [folder.name for folder in COMMITTED] == ["digits-long", "earth-tune", "earth-tune-600"]
