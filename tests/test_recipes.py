@@ -21,6 +21,8 @@ def resolved(name: str) -> Settings:
         ("--dataset voc --data.voc-set classic", "deeplabv3plus", (321, 321), 10),
         ("--data.voc-set=classic --dataset=voc", "deeplabv3plus", (321, 321), 10),
         ("--dataset cityscapes", "deeplabv2", (256, 512), 2),
+        ("--dataset ade20k", "dpt", (518, 518), 2),
+        ("--dataset coco", "dpt", (518, 518), 4),
         ("--recipe digits --dataset cityscapes", "small", (40, 40), 12),
         ("--dataset folder --train.device cpu", "small", (0, 0), 4),
         ("--dataset folder --train.device cuda", "deeplabv3plus", (321, 321), 10),
@@ -99,3 +101,71 @@ def test_nested_settings_are_merged() -> None:
     low = {"optim": {"lr": 1, "power": 1}, "seed": 1}
     high = {"optim": {"lr": 2}}
     assert recipes.merge(low, high) == {"optim": {"lr": 2, "power": 1}, "seed": 1}
+
+
+SETS = {
+    # images of a GPU, iterations, crop
+    "voc-classic": (4, 39_300, 518),
+    "cityscapes": (2, 62_600, 798),
+    "ade20k": (2, 149_000, 518),
+    "coco": (4, 148_000, 518),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("method", ["unimatch-v2", "fixmatch", "cross-teacher"])
+def test_the_constants_of_unimatch_v2(name: str, method: str) -> None:
+    s = resolved(f"{name}-dinov2-{method}")
+    images, iterations, crop = SETS[name]
+    assert (s.data.batch_size, s.train.iterations, s.data.crop) == (images, iterations, (crop,) * 2)
+    assert (s.data.scale, s.data.flip, s.data.rotation, s.data.translation) == (
+        (0.5, 2),
+        True,
+        0,
+        0,
+    )
+    assert s.data.voc_set == "classic"
+    assert (s.model.name, s.model.backbone) == ("dpt", ("vit_base_patch14_dinov2.lvd142m",))
+    assert (s.model.weights, s.model.features, s.model.freeze_backbone) == (("imagenet",), 0, False)
+    assert (s.optim.name, s.optim.lr, s.optim.lr * s.optim.head_lr_factor) == ("adamw", 5e-6, 2e-4)
+    assert (s.optim.betas, s.optim.weight_decay, s.optim.decay_vectors) == (
+        (0.9, 0.999),
+        0.01,
+        True,
+    )
+    assert (s.optim.schedule, s.optim.power, s.optim.warmup) == ("poly", 0.9, 0)
+    assert (s.optim.layer_decay, s.optim.clip_norm, s.model.drop_path) == (1, 0, (0,))
+    assert (s.ema.decay, s.ema.buffers, s.train.amp) == (0.996, "average", "off")
+    v = s.views
+    assert (v.jitter, v.hue, v.jitter_probability, v.grey_probability) == (0.5, 0.25, 0.8, 0.2)
+    assert (v.blur_probability, v.blur_sigma, v.mix) == (0.5, (0.1, 2), "small-box")
+    assert not v.strong_labeled
+    threshold = s.loss.confidence_threshold
+    if method == "unimatch-v2":
+        assert (s.method, s.pairs, s.loss.sup) == ("unimatch-v2", 1, 1)
+        assert (s.options.weight, threshold) == (1, 0.968)  # type: ignore[attr-defined]
+        threshold = s.options.threshold  # type: ignore[attr-defined]
+    else:
+        assert (s.loss.confidence_weight, s.loss.unlabeled_mean) == ("threshold", "valid")
+    if method == "fixmatch":
+        assert (s.method, s.pairs, s.loss.sup, s.loss.ct) == ("mean-teacher", 1, 0.5, 0.5)
+    if method == "cross-teacher":
+        assert (s.method, s.pairs) == ("cross-teacher", 2)
+        assert (s.loss.sup, s.loss.ct, s.loss.hc, s.loss.lc) == (1, 1, 0.1, 0.1)
+    assert threshold == 0.95
+    if name == "cityscapes":
+        assert (s.labeled.ohem, s.labeled.ohem_kept * s.data.batch_size) == (0.7, 200_000)
+        assert (s.eval.protocol, s.eval.window) == ("sliding", (798, 798))
+        assert int(s.eval.stride * 798) == 532
+    else:
+        assert s.labeled.plain
+        assert (s.eval.protocol, s.eval.fit) == ("whole", "resize")
+
+
+@pytest.mark.parametrize("name", ["voc-classic", "ade20k"])
+def test_the_frozen_form_differs_in_nothing_else(name: str) -> None:
+    tuned = to_dict(resolved(f"{name}-dinov2-unimatch-v2"))
+    frozen = to_dict(resolved(f"{name}-dinov2-unimatch-v2-frozen"))
+    assert frozen["model"].pop("freeze_backbone")
+    assert not tuned["model"].pop("freeze_backbone")
+    assert frozen == tuned

@@ -24,7 +24,11 @@ def default(dataset: str, voc_set: str, device: str = "auto") -> str:
         return "folder-small"
     if dataset == "voc":
         return "voc-classic-deeplabv3plus" if voc_set == "classic" else "voc-aug-deeplabv2"
-    own = {"cityscapes": "cityscapes-deeplabv2"}
+    own = {
+        "cityscapes": "cityscapes-deeplabv2",
+        "ade20k": "ade20k-dinov2-cross-teacher",
+        "coco": "coco-dinov2-cross-teacher",
+    }
     named = own | {name: name for name in ("digits", "earth", "folder")}
     return named.get(dataset, "")
 

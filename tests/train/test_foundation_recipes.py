@@ -1,0 +1,52 @@
+"""Every recipe with a foundation encoder trains on a made-up tree, with a small ViT."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ctt import recipes
+from ctt.cli import train as program
+from tests.data import trees
+
+NAMES = [name for name in recipes.names() if "-dinov2-" in name]
+SMALL = (
+    "--model.weights none --model.backbone test_vit --train.iterations 2 --train.log-every 1 "
+    "--train.eval-every 2 --train.no-tensorboard --train.measured-images 0 --train.threads 1 "
+    "--data.workers 0 --data.batch-size 2 --data.crop 48 48 --eval.window 48 48 --bank.capacity 4"
+)
+
+
+def tree(root: Path, name: str) -> Path:
+    if name.startswith("voc"):
+        trees.write_voc(root, classic=4, augmented=4, evaluation=1)
+    elif name.startswith("cityscapes"):
+        trees.write_cityscapes(root, train=6, evaluation=1)
+    elif name.startswith("ade20k"):
+        trees.write_ade20k(root, train=6, evaluation=1)
+    else:
+        pytest.importorskip("pycocotools")
+        from ctt.data.coco import write_masks
+
+        write_masks(trees.write_coco(root), 1, lambda part, images: None, lambda: None)
+    return root
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_steps_of_the_recipe(tmp_path: Path, name: str) -> None:
+    place = ["--data-root", str(tree(tmp_path / "data", name)), "--out", str(tmp_path / "run")]
+    shown = [*SMALL.split(), *place]
+    if "unimatch" in name or "fixmatch" in name:
+        shown = [a for a in shown if a not in ("--bank.capacity", "4")]
+    assert program._main(["--recipe", name, "--ratio", "1/2", *shown]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
+    assert summary["iterations"] == 2
+    assert summary["miou"]["teacher_1"] is not None
+    rows = (tmp_path / "run" / "metrics.csv").read_text("utf-8").splitlines()
+    assert "nan" not in rows[1]
+
+
+def test_the_recipes_are_there_for_every_data_set() -> None:
+    for dataset in ("voc-classic", "cityscapes", "ade20k", "coco"):
+        for method in ("unimatch-v2", "fixmatch", "cross-teacher"):
+            assert f"{dataset}-dinov2-{method}" in NAMES
