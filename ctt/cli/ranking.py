@@ -184,9 +184,9 @@ def images_of(
     Raises:
         LoaderError: the processes that read have ended.
     """
-    from ctt.data.loader import in_order
+    from ctt.data.loader import read_in_order
 
-    for image in in_order(read, keys, workers):
+    for image in read_in_order(read, keys, workers):
         if isinstance(image, LoaderError):
             raise image
         yield image
@@ -232,7 +232,7 @@ def write_all(
     read: Callable[[Entry], Tensor],
 ) -> None:
     """Write rank.csv, rank.png, and the first images with their masks."""
-    from ctt.files import written
+    from ctt.files import atomic_write
     from ctt.inference.annotations import write
     from ctt.inference.figures import draw_disagreement
 
@@ -254,7 +254,7 @@ def write_all(
         path = write(form, parsed.out, folder, masks, committee.info)
         say(f"The masks of the first {len(masks)} images as {form}: {path}")
     with (
-        written(parsed.out / "rank.csv") as part,
+        atomic_write(parsed.out / "rank.csv") as part,
         part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.writer(file)

@@ -17,7 +17,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from ctt.data.source import DatasetInfo
-from ctt.files import written
+from ctt.files import atomic_write
 from ctt.inference.render import colorize
 
 Form = Literal["coco", "labelme", "cvat"]
@@ -138,7 +138,7 @@ def write_coco(path: Path, masks: Mapping[str, Tensor], info: DatasetInfo) -> No
         "categories": [{"id": categories[c], "name": info.classes[c]} for c in classes],
         "annotations": annotations,
     }
-    with written(path) as part:
+    with atomic_write(path) as part:
         part.write_text(json.dumps(content), "utf-8")
 
 
@@ -169,7 +169,7 @@ def write_labelme(folder: Path, masks: Mapping[str, Tensor], info: DatasetInfo) 
             "imageHeight": label.shape[0],
             "imageWidth": label.shape[1],
         }
-        with written((folder / name).with_suffix(".json")) as part:
+        with atomic_write((folder / name).with_suffix(".json")) as part:
             part.write_text(json.dumps(content), "utf-8")
 
 
@@ -182,7 +182,7 @@ def write_cvat(path: Path, masks: Mapping[str, Tensor], info: DatasetInfo) -> No
     colours = zip(info.classes, info.palette, strict=True)
     labels = [f"{name}:{','.join(map(str, colour))}::" for name, colour in colours]
     stems = [str(PurePosixPath(name).with_suffix("")) for name in masks]
-    with written(path) as part, zipfile.ZipFile(part, "w") as archive:
+    with atomic_write(path) as part, zipfile.ZipFile(part, "w") as archive:
         head = "# label:color_rgb:parts:actions"
         archive.writestr("labelmap.txt", "".join(f"{line}\n" for line in [head, *labels]))
         archive.writestr(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ctt.data.views import normalize, to_unit
 from ctt.inference.load import Trained
-from ctt.inference.predict import for_images, memory_is_told, predictor
+from ctt.inference.predict import for_images, predictor, reraise_out_of_memory
 from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings
 
@@ -78,7 +78,7 @@ class Committee:
         """
         batch = image[None].to(self.device)
         total, within = torch.zeros(()), torch.zeros(())
-        with memory_is_told(self.settings):
+        with reraise_out_of_memory(self.settings):
             for predict in self.predicts:
                 probability = predict(batch)[0].cpu()  # (C, H, W)
                 total = total + probability / len(self.predicts)
