@@ -15,7 +15,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from ctt import methods
 from ctt.data.options import SourceOptions
@@ -24,6 +24,15 @@ from ctt.files import expanded, sha256
 from ctt.methods.labeled_settings import LabeledSettings
 from ctt.methods.mask_settings import MaskSettings
 from ctt.methods.options import Check, Options
+from ctt.ranges import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    SHARE,
+    SHARE_BELOW_1,
+    Range,
+    outside,
+)
 from ctt.text import brief
 
 if TYPE_CHECKING:
@@ -53,45 +62,45 @@ class DataSettings(SourceOptions):
     crop: tuple[int, int] = (321, 321)
     """Height and width of the training crop, in pixels; 0 0: what fits the images, their median
     height and width, at most 96 each."""
-    batch_size: int = 10
+    batch_size: Annotated[int, AT_LEAST_1] = 10
     """Labelled images a step and process; as many unlabelled ones come with them. With N processes
     a step sees N times as many, and the learning rate is used as it is given."""
-    workers: int = 2
+    workers: Annotated[int, AT_LEAST_0] = 2
     """Processes that load images; 0 loads in the main process."""
-    resize: tuple[int, int] | None = None
+    resize: Annotated[tuple[int, int] | None, Range(8)] = None
     """Height and width to which training images and labels are resized first (Cityscapes
     in the paper: 512 1024). Evaluation is not changed by it: see --eval.protocol half."""
     cache: Path | None = None
     """Folder in which decoded (and resized) training images are kept: 3 bytes a pixel of an image
     and 1 of a label, written when first read, shared by all processes and runs that name it. In
     /dev/shm it is memory."""
-    scale: tuple[float, float] = (0.5, 1.6)
+    scale: Annotated[tuple[float, float], ABOVE_0] = (0.5, 1.6)
     """Range of the random resize before the crop."""
     flip: bool = True
     """Mirror half of the images left to right."""
-    rotation: float = 10.0
+    rotation: Annotated[float, Range(0, 180)] = 10.0
     """Largest random rotation, in degrees."""
-    translation: float = 0.1
+    translation: Annotated[float, SHARE] = 0.1
     """Largest random shift, as a share of the image's sides."""
-    rare_crops: float = 0.0
+    rare_crops: Annotated[float, SHARE] = 0.0
     """Share of the labelled crops that are drawn for a class, the rarer the more often: of an image
     that shows it, around one of its pixels. All labelled masks are read at the start."""
 
 
 @dataclass(frozen=True)
 class ViewSettings:
-    jitter: float = 0.25
+    jitter: Annotated[float, SHARE] = 0.25
     """Strength of the colour jitter of the strong view: brightness, contrast and saturation change
     by up to this share."""
-    hue: float | None = None
+    hue: Annotated[float | None, Range(0, 0.5)] = None
     """Largest change of the hue in the colour jitter, as a share of the colour circle; by default a
     quarter of --views.jitter. UniMatch V2: jitter 0.5 and hue 0.25."""
-    jitter_probability: float = 0.8
-    blur_probability: float = 0.5
+    jitter_probability: Annotated[float, SHARE] = 0.8
+    blur_probability: Annotated[float, SHARE] = 0.5
     """Share of the images blurred in the strong view."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: Annotated[tuple[float, float], Range(0, 100, above=True)] = (0.1, 2.0)
     """Range of the blur, in pixels."""
-    grey_probability: float = 0.0
+    grey_probability: Annotated[float, SHARE] = 0.0
     """Share of the images that lose their colours in the strong view."""
     mix: Literal[
         "none",
@@ -152,14 +161,14 @@ class ModelSettings:
     """Batch-norm statistics of the batches of all processes together; without effect in one.
     Otherwise each process normalises its own batch, and the running statistics, which the teachers
     take over, are the mean over the processes."""
-    features: int = 0
+    features: Annotated[int, AT_LEAST_0] = 0
     """D, channels of the features that the last 1x1 classifier reads and that contrast compares; 0:
     256, and of dpt what is published for the width of its backbone (64 for ViT-S, 128 for B, 256
     for L)."""
-    drop_path: tuple[float, ...] = (0.0,)
+    drop_path: Annotated[tuple[float, ...], SHARE_BELOW_1] = (0.0,)
     """Rate of stochastic depth in the last block of the backbone, falling to 0 in the first; its
     teacher has none. Of several, pair k takes the k-th, and after the last one the first again."""
-    width: int = 32
+    width: Annotated[int, AT_LEAST_1] = 32
     """small: channels of the first stage."""
 
     @property
@@ -188,39 +197,39 @@ class ModelSettings:
 @dataclass(frozen=True)
 class OptimSettings:
     name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 2.5e-4
-    pair_lr: tuple[float, ...] = ()
+    lr: Annotated[float, ABOVE_0] = 2.5e-4
+    pair_lr: Annotated[tuple[float, ...], ABOVE_0] = ()
     """Learning rates of the pairs instead of --optim.lr, where they differ: pair k takes the k-th,
     and after the last one the first again."""
-    head_lr_factor: float = 1.0
+    head_lr_factor: Annotated[float, ABOVE_0] = 1.0
     """Learning rate of the classifier head relative to the rest (DeepLabV2: 10)."""
-    pair_head_lr_factor: tuple[float, ...] = ()
+    pair_head_lr_factor: Annotated[tuple[float, ...], ABOVE_0] = ()
     """The same of each pair, as --optim.pair-lr is."""
-    layer_decay: float = 1.0
+    layer_decay: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Learning rate of a layer of the backbone relative to the next one; 1: all learn alike."""
-    momentum: float = 0.9
+    momentum: Annotated[float, SHARE_BELOW_1] = 0.9
     """sgd: of the mean over past gradients."""
     nesterov: bool = False
     """sgd: Nesterov's momentum."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], SHARE_BELOW_1] = (0.9, 0.999)
     """adamw: decay of the means of past gradients and of their squares."""
-    weight_decay: float = 5e-4
+    weight_decay: Annotated[float, AT_LEAST_0] = 5e-4
     decay_vectors: bool = True
     """Decay also what has one axis: scales and shifts of norms, and biases."""
     schedule: Literal["poly", "cosine"] = "poly"
     """How the learning rate falls over the run: lr * (1 - t / iterations) ** power, or half a
     cosine."""
-    power: float = 0.9
+    power: Annotated[float, AT_LEAST_0] = 0.9
     """poly: the exponent."""
-    warmup: int = 0
+    warmup: Annotated[int, AT_LEAST_0] = 0
     """Iterations of linear warm-up of the learning rate."""
-    clip_norm: float = 0.0
+    clip_norm: Annotated[float, AT_LEAST_0] = 0.0
     """Largest norm of the gradient of a student; 0 does not clip."""
 
 
 @dataclass(frozen=True)
 class EmaSettings:
-    decay: float = 0.99
+    decay: Annotated[float, SHARE] = 0.99
     """a in theta' <- a theta' + (1 - a) theta; the first steps use min(1 - 1/(t+1), a)."""
     buffers: Literal["copy", "average"] = "copy"
     """Batch-norm statistics of the teacher; integer buffers are always copied."""
@@ -228,23 +237,23 @@ class EmaSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    sup: float = 1.0
+    sup: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the supervised cross-entropy, equations (1)(2)."""
-    ct: float = 1.0
+    ct: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the cross-entropy against the teachers' labels, equations (3)-(5)."""
     labels_from: Literal["others", "all"] = "others"
     """Who labels the unlabelled images for a student of cross-teacher. others: the teachers of the
     other pairs. all: every teacher, each pixel's probabilities weighted by how sure each is of it.
     """
-    ct_ramp: int = 0
+    ct_ramp: Annotated[int, AT_LEAST_0] = 0
     """Iterations over which the weight of that term rises from 0."""
-    hc: float = 0.1
+    hc: Annotated[float, AT_LEAST_0] = 0.1
     """Weight of the high-level contrast, equation (6)."""
-    lc: float = 0.1
+    lc: Annotated[float, AT_LEAST_0] = 0.1
     """Weight of the low-level contrast, equation (8)."""
-    tau_hc: float = 0.5
-    tau_lc: float = 0.5
-    gamma: float = 0.75
+    tau_hc: Annotated[float, ABOVE_0] = 0.5
+    tau_lc: Annotated[float, ABOVE_0] = 0.5
+    gamma: Annotated[float, SHARE] = 0.75
     """Confidence from which a pixel belongs to the high-level contrast, equation (7)."""
     hc_confidence: Literal["student", "teacher"] = "student"
     """Whose confidence decides: the student's own (paper), or, as in the authors' program, that of
@@ -254,7 +263,7 @@ class LossSettings:
     lc_pixels: Literal["all", "unlabeled"] = "all"
     """Pixels of the low-level contrast: of all images (paper), or of the unlabelled ones alone
     (authors' program)."""
-    contrast_stride: int = 1
+    contrast_stride: Annotated[int, AT_LEAST_1] = 1
     """Contrast every n-th pixel of the features in both directions: a share of the cost. The banks
     are filled from all pixels."""
     contrast_reduction: Literal["class", "mean"] = "class"
@@ -262,7 +271,7 @@ class LossSettings:
     confidence_weight: Literal["none", "uniform", "threshold"] = "none"
     """How teachers' confidence weighs the cross-teacher term: not at all (paper), all pixels by the
     share of confident ones (authors' program), or only confident pixels."""
-    confidence_threshold: float = 0.968
+    confidence_threshold: Annotated[float, SHARE] = 0.968
     unlabeled_mean: Literal["kept", "valid", "all"] = "kept"
     """What the sum over pixels with a pseudo-label is divided by: their number, that of all pixels
     that show an image, or that of all pixels. The last two lower the weight of the term while few
@@ -271,32 +280,32 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class BankSettings:
-    capacity: int = 128
+    capacity: Annotated[int, AT_LEAST_1] = 128
     """V, keys of each class."""
-    top_k: int = 256
+    top_k: Annotated[int, AT_LEAST_1] = 256
     """Most confident pixels of a class and batch that may be pushed."""
-    per_class: int = 0
+    per_class: Annotated[int, AT_LEAST_0] = 0
     """K_push, pixels of a class pushed a step, drawn from the top k; 0: max(1, V // labelled)."""
     per_image: bool = False
     """Select and push for each labelled image of the batch by itself."""
     random_choice: bool = True
     """Draw the pushed pixels from the top k at random, else take the most confident."""
-    min_confidence: float = 0.0
+    min_confidence: Annotated[float, SHARE] = 0.0
     """Teacher's confidence that a pixel needs to be pushed."""
     start: Literal["class", "all"] = "class"
     """When contrast begins: for each class when its own queue is full, or when every one is."""
-    start_after: int = 0
+    start_after: Annotated[int, AT_LEAST_0] = 0
     """Iterations before any contrast."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    iterations: int = 80_000
+    iterations: Annotated[int, AT_LEAST_1] = 80_000
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
-    threads: int = 0
+    threads: Annotated[int, AT_LEAST_0] = 0
     """CPU threads of a process; 0: one for each core, shared with the other processes."""
-    accumulate: int = 1
+    accumulate: Annotated[int, AT_LEAST_1] = 1
     """Parts in which a process takes the images of a step through the students, for batches that
     memory does not hold at once; --data.batch-size counts all parts together. Cross-entropies are
     exact means over the step, the contrast is the mean over the parts, and batch norm sees a part.
@@ -313,19 +322,19 @@ class TrainSettings:
     """Record a step as a CUDA graph and replay it, which frees the host from starting every kernel;
     one process and GPU. The memory of a step stays allocated, and the graph is recorded again when
     the contrast begins."""
-    profile: int = 0
+    profile: Annotated[int, AT_LEAST_0] = 0
     """Steps to look at after the first ten: prints the time of each phase of a step, and writes as
     many more to trace.json in the run folder, with an evaluation or checkpoint that falls among
     them under its name; 0: none."""
     deterministic: bool = False
     """Only deterministic algorithms; a resumed run then ends bit-equal to one never stopped."""
-    log_every: int = 20
+    log_every: Annotated[int, AT_LEAST_1] = 20
     """Iterations between rows of metrics.csv."""
-    eval_every: int = 0
+    eval_every: Annotated[int, AT_LEAST_0] = 0
     """Iterations between evaluations; 0: ten in a run."""
-    checkpoint_every: int = 0
+    checkpoint_every: Annotated[int, AT_LEAST_0] = 0
     """Iterations between checkpoints; 0: at every evaluation."""
-    measured_images: int = 16
+    measured_images: Annotated[int, AT_LEAST_0] = 16
     """Unlabelled images on which each evaluation also measures how sure the teachers are, how often
     they and the students agree, and, where the data set knows the labels that are hidden from
     training, how often the teachers are right: see "Inside" in the README. Nothing learns from it;
@@ -341,9 +350,9 @@ class EvalSettings:
     """What is scored: whole images at their own size; the same, seen through overlapping windows;
     a crop from the middle; or images and labels at half their height and width (Cityscapes at
     512x1024, the paper's numbers)."""
-    window: tuple[int, int] = (801, 801)
+    window: Annotated[tuple[int, int], Range(8)] = (801, 801)
     """sliding and center-crop: height and width of the window, cut to the image's."""
-    stride: float = 2 / 3
+    stride: Annotated[float, ABOVE_0] = 2 / 3
     """sliding: step from window to window, as a share of the window, or above 1 in pixels."""
     fit: Literal["pad", "resize"] = "pad"
     """How images, windows or scaled images whose sides are no multiples of the patch go through a
@@ -351,11 +360,11 @@ class EvalSettings:
     the logits back to their size (as UniMatch V2 does). Other networks take them as they are."""
     flip: bool = False
     """Mean of the probabilities of an image and its mirror image."""
-    scales: tuple[float, ...] = (1.0,)
+    scales: Annotated[tuple[float, ...], Range(0.1, 10, kind="factors")] = (1.0,)
     """Mean of the probabilities of an image at several sizes, as factors: 0.75 1 1.25."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Mixed precision of the network; probabilities are always float32."""
-    batch_pixels: int = 2**18
+    batch_pixels: Annotated[int, AT_LEAST_1] = 2**18
     """Images or windows of one size go through the network together up to this many pixels."""
 
 
@@ -377,9 +386,9 @@ class Settings:
     teacher: Path | None = None
     """distill: the finished run that teaches, by its ensemble, or a file of weights such as its
     best.safetensors."""
-    pairs: int = 0
+    pairs: Annotated[int, Range(0, 8)] = 0
     """K, pairs of student and teacher; 0: what the method uses by default."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**31 - 1)] = 0
     data: DataSettings = field(default_factory=DataSettings)
     views: ViewSettings = field(default_factory=ViewSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -546,68 +555,33 @@ def validate(settings: Settings) -> None:
     Raises:
         UserError: names the option, the value and the range.
     """
-    s = settings
-    share = "must be in 0..1"
-    positive, at_least_0, at_least_1 = "must be above 0", "must be at least 0", "must be at least 1"
+    s, rising = settings, "must be two numbers above 0, the lower first"
+    iterations, profile = s.train.iterations, s.train.profile
     checks: list[Check] = [
-        ("--pairs", s.pairs, 0 <= s.pairs <= 8, "must be in 1..8"),
-        ("--seed", s.seed, 0 <= s.seed < 2**31, f"must be in 0..{2**31 - 1}"),
         (
             "--data.crop",
             s.data.crop,
             min(s.data.crop) >= 8 or s.data.crop == (0, 0),
             "must be at least 8 8, or 0 0 for one that fits the images",
         ),
-        (
-            "--data.resize",
-            s.data.resize or (8,),
-            min(s.data.resize or (8,)) >= 8,
-            "must be at least 8 8",
-        ),
-        ("--data.batch-size", s.data.batch_size, s.data.batch_size >= 1, at_least_1),
-        ("--data.workers", s.data.workers, s.data.workers >= 0, at_least_0),
-        (
-            "--data.scale",
-            s.data.scale,
-            0 < s.data.scale[0] <= s.data.scale[1],
-            "must be two numbers above 0, the lower first",
-        ),
-        ("--data.rotation", s.data.rotation, 0 <= s.data.rotation <= 180, "must be in 0..180"),
-        ("--data.translation", s.data.translation, 0 <= s.data.translation <= 1, share),
-        ("--data.rare-crops", s.data.rare_crops, 0 <= s.data.rare_crops <= 1, share),
-        ("--data.holdout", s.data.holdout, 0 < s.data.holdout < 1, "must be between 0 and 1"),
-        (
-            "--data.labeled-pool",
-            s.data.labeled_pool,
-            s.data.labeled_pool >= 2,
-            "must be at least 2",
-        ),
-        ("--data.eval-images", s.data.eval_images, s.data.eval_images >= 1, at_least_1),
-        ("--views.jitter", s.views.jitter, 0 <= s.views.jitter <= 1, share),
-        ("--views.hue", s.views.hue or 0.0, 0 <= (s.views.hue or 0.0) <= 0.5, "must be in 0..0.5"),
-        (
-            "--views.jitter-probability",
-            s.views.jitter_probability,
-            0 <= s.views.jitter_probability <= 1,
-            share,
-        ),
-        (
-            "--views.blur-probability",
-            s.views.blur_probability,
-            0 <= s.views.blur_probability <= 1,
-            share,
-        ),
-        (
-            "--views.grey-probability",
-            s.views.grey_probability,
-            0 <= s.views.grey_probability <= 1,
-            share,
-        ),
+        ("--data.scale", s.data.scale, 0 < s.data.scale[0] <= s.data.scale[1], rising),
         (
             "--views.blur-sigma",
             s.views.blur_sigma,
-            0 < s.views.blur_sigma[0] <= s.views.blur_sigma[1] <= 100,
-            "must be two numbers above 0, the lower first",
+            0 < s.views.blur_sigma[0] <= s.views.blur_sigma[1],
+            rising,
+        ),
+        (
+            "--model.drop-path",
+            s.model.drop_path,
+            len(s.model.drop_path) > 0,
+            "must be one number, or several",
+        ),
+        (
+            "--model.output-stride",
+            s.model.output_stride,
+            s.model.output_stride in (0, 8, 16),
+            "must be 8 or 16, or 0 for the architecture's own",
         ),
         (
             "--optim.nesterov",
@@ -615,92 +589,23 @@ def validate(settings: Settings) -> None:
             not s.optim.nesterov or s.optim.momentum > 0,
             "needs --optim.momentum above 0",
         ),
-        ("--model.features", s.model.features, s.model.features >= 0, at_least_0),
-        (
-            "--model.drop-path",
-            s.model.drop_path,
-            len(s.model.drop_path) > 0 and all(0 <= rate < 1 for rate in s.model.drop_path),
-            "must be in 0..1, without 1",
-        ),
-        ("--model.width", s.model.width, s.model.width >= 1, at_least_1),
-        (
-            "--model.output-stride",
-            s.model.output_stride,
-            s.model.output_stride in (0, 8, 16),
-            "must be 8 or 16, or 0 for the architecture's own",
-        ),
-        ("--optim.lr", s.optim.lr, s.optim.lr > 0, positive),
-        ("--optim.pair-lr", s.optim.pair_lr, all(x > 0 for x in s.optim.pair_lr), positive),
-        (
-            "--optim.pair-head-lr-factor",
-            s.optim.pair_head_lr_factor,
-            all(x > 0 for x in s.optim.pair_head_lr_factor),
-            positive,
-        ),
-        ("--optim.head-lr-factor", s.optim.head_lr_factor, s.optim.head_lr_factor > 0, positive),
-        (
-            "--optim.layer-decay",
-            s.optim.layer_decay,
-            0 < s.optim.layer_decay <= 1,
-            "must be above 0 and at most 1",
-        ),
-        (
-            "--optim.betas",
-            s.optim.betas,
-            all(0 <= beta < 1 for beta in s.optim.betas),
-            "must be in 0..1, without 1",
-        ),
-        ("--optim.momentum", s.optim.momentum, 0 <= s.optim.momentum < 1, "must be in 0..1"),
-        ("--optim.weight-decay", s.optim.weight_decay, s.optim.weight_decay >= 0, at_least_0),
-        ("--optim.power", s.optim.power, s.optim.power >= 0, at_least_0),
-        ("--optim.warmup", s.optim.warmup, s.optim.warmup >= 0, at_least_0),
-        ("--optim.clip-norm", s.optim.clip_norm, s.optim.clip_norm >= 0, at_least_0),
-        ("--ema.decay", s.ema.decay, 0 <= s.ema.decay <= 1, share),
-        ("--loss.sup", s.loss.sup, s.loss.sup >= 0, at_least_0),
-        ("--loss.ct", s.loss.ct, s.loss.ct >= 0, at_least_0),
-        ("--loss.ct-ramp", s.loss.ct_ramp, s.loss.ct_ramp >= 0, at_least_0),
-        ("--loss.hc", s.loss.hc, s.loss.hc >= 0, at_least_0),
-        ("--loss.lc", s.loss.lc, s.loss.lc >= 0, at_least_0),
-        ("--loss.tau-hc", s.loss.tau_hc, s.loss.tau_hc > 0, positive),
-        ("--loss.tau-lc", s.loss.tau_lc, s.loss.tau_lc > 0, positive),
-        ("--loss.gamma", s.loss.gamma, 0 <= s.loss.gamma <= 1, share),
-        (
-            "--loss.confidence-threshold",
-            s.loss.confidence_threshold,
-            0 <= s.loss.confidence_threshold <= 1,
-            share,
-        ),
-        (
-            "--loss.contrast-stride",
-            s.loss.contrast_stride,
-            s.loss.contrast_stride >= 1,
-            at_least_1,
-        ),
-        ("--bank.capacity", s.bank.capacity, s.bank.capacity >= 1, at_least_1),
-        ("--bank.top-k", s.bank.top_k, s.bank.top_k >= 1, at_least_1),
-        ("--bank.per-class", s.bank.per_class, s.bank.per_class >= 0, at_least_0),
-        ("--bank.min-confidence", s.bank.min_confidence, 0 <= s.bank.min_confidence <= 1, share),
-        ("--bank.start-after", s.bank.start_after, s.bank.start_after >= 0, at_least_0),
-        ("--train.iterations", s.train.iterations, s.train.iterations >= 1, at_least_1),
-        ("--train.threads", s.train.threads, s.train.threads >= 0, at_least_0),
         (
             "--train.accumulate",
             s.train.accumulate,
-            1 <= s.train.accumulate <= s.data.batch_size
-            and s.data.batch_size % s.train.accumulate == 0,
+            s.train.accumulate > 0 and s.data.batch_size % s.train.accumulate == 0,
             f"must divide --data.batch-size {s.data.batch_size}",
         ),
         (
             "--train.profile",
-            s.train.profile,
-            0 <= 2 * s.train.profile <= max(0, s.train.iterations - PROFILE_WARM_UP),
+            profile,
+            0 <= 2 * profile <= max(0, iterations - PROFILE_WARM_UP),
             f"must be at least 0, and {PROFILE_WARM_UP} and twice as many steps must fit into "
-            f"--train.iterations {s.train.iterations}",
+            f"--train.iterations {iterations}",
         ),
         (
             "--train.cuda-graph",
             s.train.cuda_graph,
-            not (s.train.cuda_graph and s.train.profile),
+            not (s.train.cuda_graph and profile),
             "excludes --train.profile: a replayed step has no phases",
         ),
         (
@@ -711,23 +616,10 @@ def validate(settings: Settings) -> None:
             "excludes --train.cuda-graph and --train.compile, which choose by themselves what is "
             "kept",
         ),
-        (
-            "--train.measured-images",
-            s.train.measured_images,
-            s.train.measured_images >= 0,
-            at_least_0,
-        ),
-        ("--train.log-every", s.train.log_every, s.train.log_every >= 1, at_least_1),
-        ("--train.eval-every", s.train.eval_every, s.train.eval_every >= 0, at_least_0),
-        (
-            "--train.checkpoint-every",
-            s.train.checkpoint_every,
-            s.train.checkpoint_every >= 0,
-            at_least_0,
-        ),
         *_eval_checks(s.eval),
     ]
     _refuse([*checks, *s.labeled.checks(), *s.masks.checks(), *s.options.checks()])
+    _refuse_outside(s)
     if s.data.cache is not None:
         expanded(s.data.cache, "--data.cache")
     if not s.model.weights:
@@ -742,10 +634,10 @@ def validate(settings: Settings) -> None:
 def validate_eval(settings: EvalSettings) -> None:
     """Validate the settings of evaluation alone, as `validate` does."""
     _refuse(_eval_checks(settings))
+    _refuse_outside(settings, "eval.")
 
 
 def _eval_checks(e: EvalSettings) -> list[Check]:
-    scales_in_range = len(e.scales) > 0 and all(0.1 <= scale <= 10 for scale in e.scales)
     stride_fits = 0 < e.stride <= 1 or 1 < e.stride <= min(e.window)
     return [
         ("--eval.window", e.window, min(e.window) >= 8, "must be at least 8 8"),
@@ -755,8 +647,7 @@ def _eval_checks(e: EvalSettings) -> list[Check]:
             stride_fits,
             "must be a share of the window in 0..1, or a number of pixels that its sides reach",
         ),
-        ("--eval.scales", e.scales, scales_in_range, "must be factors in 0.1..10"),
-        ("--eval.batch-pixels", e.batch_pixels, e.batch_pixels >= 1, "must be at least 1"),
+        ("--eval.scales", e.scales, len(e.scales) > 0, "must be factors in 0.1..10"),
     ]
 
 
@@ -765,3 +656,8 @@ def _refuse(checks: list[Check]) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if not good or not all(math.isfinite(number) for number in numbers):
             raise UserError(f"{option} {rule}, got {value}.")
+
+
+def _refuse_outside(settings: Any, prefix: str = "") -> None:
+    for name, rule, value in outside(settings, prefix):
+        raise UserError(f"--{name.replace('_', '-')} {rule}, got {value}.")

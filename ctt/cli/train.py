@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,6 +17,7 @@ from ctt import data, methods, recipes
 from ctt.cli.common import INTERRUPTED, run_program
 from ctt.configure import Given, layered, recipes_of, refuse_unused
 from ctt.errors import AlreadyReportedError, UserError
+from ctt.ranges import ranges_of
 from ctt.settings import Settings, validate
 from ctt.text import say
 
@@ -211,22 +213,37 @@ def shown_class(settings: Settings, help_asked: bool) -> type[Arguments]:
             (name, Annotated[str, arg(help=text)], dataclasses.field(default=""))
             for name, text in lists_of_names()
         ]
-    for group in dict.fromkeys(name.partition(".")[0] for name in unused):
+    for group in (f.name for f in dataclasses.fields(Settings) if help_asked):
         kind = type(getattr(settings, group))
+        if group == "options" or not dataclasses.is_dataclass(kind):
+            continue
         if group in unused:
             fields.append((group, Annotated[kind, Suppress], dataclasses.field(default=kind())))
             continue
-        hints = typing.get_type_hints(kind)
-        hidden = [
-            (f.name, Annotated[hints[f.name], Suppress], dataclasses.field(default=f.default))
-            for f in dataclasses.fields(kind)
-            if f"{group}.{f.name}" in unused
-        ]
-        part = dataclasses.make_dataclass(kind.__name__, hidden, bases=(kind,), frozen=True)
+        hidden = [name.partition(".")[2] for name in unused if name.startswith(f"{group}.")]
+        part = in_help(kind, hidden)
         fields.append((group, part, dataclasses.field(default=part())))
     made = dataclasses.make_dataclass("Arguments", fields, bases=(Arguments,), frozen=True)
     made.__doc__ = Arguments.__doc__
     return made
+
+
+def in_help(kind: type[Any], hidden: Sequence[str]) -> type[Any]:
+    """Return a group of settings as the help shows it: with ranges, and without hidden fields."""
+    from tyro.conf import Suppress, arg
+
+    hints, ranges = typing.get_type_hints(kind), ranges_of(kind)
+    fields: list[Any] = []
+    for field in dataclasses.fields(kind):
+        note: Any = None
+        if field.name in hidden:
+            note = Suppress
+        elif field.name in ranges:
+            note = arg(help_behavior_hint=f"(default: {{}}; {ranges[field.name].text})".format)
+        if note is not None:
+            default = dataclasses.field(default=field.default)
+            fields.append((field.name, Annotated[hints[field.name], note], default))
+    return dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), frozen=True)
 
 
 A = TypeVar("A")

@@ -18,6 +18,7 @@ import yaml
 
 from ctt import recipes
 from ctt.methods import catalog
+from ctt.ranges import ranges_of
 from ctt.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -45,14 +46,16 @@ def settings() -> str:
 
 
 def table(owner: type, prefix: str, names: list[str] | None = None) -> str:
-    """Return a table of the fields of a dataclass: option, default, what it is."""
-    docs, hints = docs_of(owner), typing.get_type_hints(owner)
-    rows = ["| option | default | what it is |", "|---|---|---|"]
+    """Return a table of the fields of a dataclass: option, default, range, what it is."""
+    docs, hints, ranges = docs_of(owner), typing.get_type_hints(owner), ranges_of(owner)
+    rows = ["| option | default | range | what it is |", "|---|---|---|---|"]
     for field in dataclasses.fields(owner):
         if names is not None and field.name not in names:
             continue
         option = f"{prefix}{field.name}".replace("_", "-")
-        cells = (f"`{option}`{choices(hints[field.name])}", shown(field), docs.get(field.name, ""))
+        limits = ranges[field.name].text if field.name in ranges else ""
+        first = f"`{option}`{choices(hints[field.name])}"
+        cells = (first, shown(field), limits, docs.get(field.name, ""))
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(rows) + "\n"
 
