@@ -53,7 +53,8 @@ def queue_push_kernel(
         source = features_ptr + index[:, None] * features_stride_n + d[None, :] * features_stride_d
         feature = tl.load(source, mask=shown, other=0.0).to(tl.float64 if WIDE else tl.float32)
         squared = tl.sum(feature * feature, axis=1)[:, None]
-        has_direction = squared > NORM_EPS_SQUARED  # NaN has none, as in the plain formula
+        # NaN and infinity have none, as in the plain formula
+        has_direction = (squared > NORM_EPS_SQUARED) & (squared < float("inf"))
         squared_or_1 = tl.where(has_direction, squared, 1.0)
         if WIDE:
             unit = feature / tl.sqrt(squared_or_1)

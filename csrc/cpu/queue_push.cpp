@@ -59,7 +59,7 @@ CTT_INLINE void store_normalized(const T* x, std::int64_t stride, std::int64_t d
     const A value = widen(x[d * stride]);
     squared += value * value;
   }
-  if (!(squared > static_cast<A>(kNormEps * kNormEps))) {
+  if (!(squared > static_cast<A>(kNormEps * kNormEps)) || !std::isfinite(squared)) {
     std::fill(key, key + dim, K{});
     return;
   }

@@ -92,7 +92,8 @@ __device__ void write_rows(const Rings<T>& rings, const Features<F>& features, c
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const W sum = warp_sum(squared[i]);
-      norm[i] = sum > kSquaredNormEps ? square_root(sum) : W(0);  // NaN has no direction either
+      // NaN and infinity have no direction either
+      norm[i] = sum > kSquaredNormEps && isfinite(sum) ? square_root(sum) : W(0);
     }
 #pragma unroll 2
     for (int64_t d = lane(); d < rings.dim; d += kWarp) {

@@ -27,8 +27,8 @@ def queue_push_(
         keys: (C, V, D) floating point, the rings.
         count: (C,) int64, keys held.
         cursor: (C,) int64, next place to write.
-        features: (N, D) floating point, not normalised; no gradient flows. A feature of norm 0
-            becomes a key of zeros.
+        features: (N, D) floating point, not normalised; no gradient flows. A feature whose
+            norm is 0, NaN or infinite becomes a key of zeros: no key is ever NaN.
         index: (C, k) int64 into features; entries outside 0..N-1 (-1) are skipped.
         backend: "auto" or a name from `ctt.ops.available_backends()`.
 

@@ -54,7 +54,7 @@ def queue_push_(
         for i in index[c].tolist():
             if 0 <= i < len(features):
                 position = int(cursor[c])
-                keys[c, position] = normalize(_widen(features[i])).to(keys.dtype)
+                keys[c, position] = key_of(_widen(features[i])).to(keys.dtype)
                 cursor[c] = (position + 1) % capacity
                 count[c] = min(int(count[c]) + 1, capacity)
 
@@ -128,6 +128,12 @@ def normalize(x: Tensor) -> Tensor:
     has_direction = squared > NORM_EPS**2
     norm = torch.where(has_direction, squared, 1).sqrt()
     return torch.where(has_direction, x / norm, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def key_of(x: Tensor) -> Tensor:
+    """Return x / |x| along the last dimension; 0 where |x| is 0 or no finite number."""
+    finite = x.square().sum(dim=-1, keepdim=True).isfinite()
+    return torch.where(finite, normalize(x), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def rings(capacity: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def test_queue_push(dtype: torch.dtype, capacity: int, k: int) -> None:
     g = torch.Generator().manual_seed(k)
     features = torch.randn(30, 19, generator=g).to(dtype)
-    features[3] = 0
+    features[3], features[4, 2], features[5, 1] = 0, torch.nan, torch.inf
     ours, truth = rings(capacity, dtype), rings(capacity, dtype)
     for step in range(2):
         index = torch.randint(-2, 33, (4, k), generator=g)

@@ -362,6 +362,7 @@ def test_push(
     if rows:
         features[0] = 0
         features[1, 0] = torch.nan
+        features[rows // 2, dim // 2] = torch.inf
     ours = [
         torch.zeros(num_classes, capacity, dim, dtype=key_dtype, device=device),
         torch.zeros(num_classes, dtype=torch.int64, device=device),

@@ -113,13 +113,15 @@ def test_features_that_are_not_chosen_do_not_leak(backend: str, device: str) -> 
 
 @RUNS
 def test_a_feature_without_direction_becomes_zeros(backend: str, device: str) -> None:
-    features = torch.zeros(3, 16, device=device)
-    features[1], features[2, 3] = 1e-14, torch.nan
-    state = rings(1, 4, 16, device)
+    features = torch.zeros(5, 16, device=device)
+    features[1], features[2, 3], features[3, 7] = 1e-14, torch.nan, -torch.inf
+    features[4] = 1e30  # whose square is infinite
+    features[3, 2] = 1
+    state = rings(1, 6, 16, device)
     place = int(state[2])
-    check(backend, state, features, torch.tensor([[0, 1, 2]], device=device))
-    for i in range(3):
-        assert not state[0][0, (place + i) % 4].any()
+    check(backend, state, features, torch.tensor([[0, 1, 2, 3, 4]], device=device))
+    for i in range(5):
+        assert not state[0][0, (place + i) % 6].any()
 
 
 @RUNS

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -57,6 +58,8 @@ def test_no_traceback_no_hang_no_file_elsewhere(
     monkeypatch.setenv("CTT_MAX_PIXELS", "1000000")
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))  # made when it is imported
+    monkeypatch.setenv("TMPDIR", str(folder))  # where libraries put what they soon delete
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
     target = TARGETS[name]
 
     def timed(content: Any, folder: Path) -> None:

@@ -21,7 +21,7 @@ TESTS = ("test_cpu_backend.py", "test_ema.py", "test_plans.py", "test_queue_push
 ASAN = (
     "detect_leaks=0",  # Python frees much at its end only
     "allocator_may_return_null=1",  # PyTorch tells of sizes that nobody has
-    "max_malloc_fill_size=4294967296",
+    "max_malloc_fill_size=2147483647",
     "malloc_fill_byte=255",  # which are NaN in all floating-point types
 )
 POKE = """

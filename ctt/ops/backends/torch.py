@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ctt.ops._library import gradient_dtype
 from ctt.ops._plans import Plan
-from ctt.ops.reference import NORM_EPS, normalize
+from ctt.ops.reference import NORM_EPS, key_of, normalize
 
 __all__ = ["class_topk", "ema_update_", "info_nce", "pair_info_nce", "queue_push_", "why_not"]
 
@@ -389,7 +389,7 @@ def queue_push_(
     )
     chosen = features[source]  # (C, width, D)
     wide = chosen.float() if chosen.dtype in (torch.float16, torch.bfloat16) else chosen
-    fresh = normalize(wide).to(keys.dtype)
+    fresh = key_of(wide).to(keys.dtype)
     keys[place] = torch.where((rank < total)[:, :, None], fresh, keys[place])
     total = total.squeeze(1)
     cursor.copy_((cursor + total) % capacity)
