@@ -46,6 +46,7 @@ WITHOUT_EFFECT = {
         "device",
         "threads",
         "gradient_checkpointing",
+        "shard_optimizer",
         "cuda_graph",
         "profile",
         "log_every",
@@ -318,6 +319,9 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     """Keep of the blocks that repeat in a student their inputs alone, and compute the rest again in
     the backward pass: much less memory for about a third more time. Gradients are the same."""
+    shard_optimizer: bool = False
+    """Share the states of the optimiser out among the processes (ZeRO, stage 1): each remembers its
+    part of the weights alone, which N processes then hold an N-th of. Without effect in one."""
     cuda_graph: bool = False
     """Record a step as a CUDA graph and replay it, which frees the host from starting every kernel;
     one process and GPU. The memory of a step stays allocated, and the graph is recorded again when

@@ -47,8 +47,13 @@ class Arguments(Settings):
     list_methods: bool = False
     """Print the training methods and end."""
     dry_run: bool = False
-    """Check settings, data, weights and folders, tell how much memory the run takes, and write
-    nothing."""
+    """Check settings, data, weights and folders, tell how much memory and time the run takes, and
+    write nothing."""
+    card: str = ""
+    """With --dry-run: GPU for which hours are told, such as rtx4090, a100 or h100; by default all
+    that are known."""
+    cards: int = 0
+    """With --dry-run: how many of them, beside one; by default as many as there are processes."""
 
 
 def main() -> None:
@@ -67,6 +72,8 @@ def _main(arguments: list[str]) -> int:
         if first_process():
             raise
         raise AlreadyReportedError from None
+    if (parsed.card or parsed.cards) and not parsed.dry_run:
+        raise UserError("--card and --cards belong to --dry-run, which tells hours. Add it.")
     named = parsed.config or any(text.startswith("--recipe") for text in arguments)
     if parsed.recipe == SMALL and not named and first_process():
         say(f"There is no GPU here, so the recipe is {SMALL}; --recipe folder takes a larger one.")
@@ -75,7 +82,8 @@ def _main(arguments: list[str]) -> int:
 
     if parsed.dry_run:
         if first_process():
-            dry_run(settings, out=parsed.out, resume=parsed.resume)
+            out, resume = parsed.out, parsed.resume
+            dry_run(settings, out=out, resume=resume, card=parsed.card, cards=parsed.cards)
         return 0
     try:
         train(settings, out=parsed.out, resume=parsed.resume)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ctt.errors import UserError
+from ctt.methods.sharding import own_states, sharded
 from ctt.models.base import BackboneModel, SegmentationModel
 
 if TYPE_CHECKING:
     from ctt.settings import OptimSettings, Settings
 
 Group = dict[str, Any]
+Maker = Callable[..., torch.optim.Optimizer]
 
 
 def make_optimizer(
@@ -38,9 +40,10 @@ def make_optimizer(
         groups.append({"params": list(module.parameters()), "lr_factor": optim.head_lr_factor})
     if not optim.decay_vectors:
         groups = [part for group in groups for part in _by_decay(group, optim)]
+    made = sharded if settings.train.shard_optimizer else _whole
     if optim.name == "adamw":
-        return _adamw(groups, settings)
-    return _sgd(groups, optim)
+        return _adamw(groups, settings, made)
+    return _sgd(groups, optim, made)
 
 
 def _of_pair(k: int, values: Sequence[float], default: float) -> float:
@@ -90,8 +93,15 @@ def _by_decay(group: Group, optim: OptimSettings) -> Iterator[Group]:
     yield {**group, "params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}
 
 
-def _sgd(groups: list[Group], optim: OptimSettings) -> torch.optim.SGD:
-    optimizer = torch.optim.SGD(
+def _whole(
+    kind: type[torch.optim.Optimizer], groups: list[Group], **options: Any
+) -> torch.optim.Optimizer:
+    return kind(groups, **options)
+
+
+def _sgd(groups: list[Group], optim: OptimSettings, made: Maker) -> torch.optim.Optimizer:
+    optimizer = made(
+        torch.optim.SGD,
         groups,
         lr=optim.lr,
         momentum=optim.momentum,
@@ -101,15 +111,17 @@ def _sgd(groups: list[Group], optim: OptimSettings) -> torch.optim.SGD:
     )
     if optim.momentum:
         # of a first step that a GradScaler skips, the fused form would leave them unwritten
-        for parameter in (p for group in groups for p in group["params"]):
+        own = own_states(optimizer)
+        for parameter in (p for group in own.param_groups for p in group["params"]):
             if parameter.requires_grad:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                own.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
-def _adamw(groups: list[Group], settings: Settings) -> torch.optim.AdamW:
+def _adamw(groups: list[Group], settings: Settings, made: Maker) -> torch.optim.Optimizer:
     optim, graph = settings.optim, settings.train.cuda_graph
-    optimizer = torch.optim.AdamW(
+    optimizer = made(
+        torch.optim.AdamW,
         groups,
         lr=optim.lr,
         betas=optim.betas,
@@ -118,7 +130,7 @@ def _adamw(groups: list[Group], settings: Settings) -> torch.optim.AdamW:
         capturable=graph,
     )
     # it would warn of the ordinary steps that come before the recording
-    optimizer._warned_capturable_if_run_uncaptured = graph
+    own_states(optimizer)._warned_capturable_if_run_uncaptured = graph
     return optimizer
 
 

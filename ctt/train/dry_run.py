@@ -1,4 +1,4 @@
-"""The dry run: all that a run looks at before its first step, and the memory that it will take."""
+"""The dry run: all that a run looks at before its first step, and the memory and time it takes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,37 @@ from pathlib import Path
 from ctt import checkpoint, run
 from ctt.console import plain_console
 from ctt.settings import Settings
-from ctt.train.memory import estimate, memory_table
+from ctt.train.cost import CARDS, card_of, cost_table, step_operations
+from ctt.train.memory import ACTIVATIONS, MOMENTA, estimate, memory_table
 from ctt.train.pace import duration, seconds_of_step
 from ctt.train.plan import Plan, check_iterations
 
 
-def dry_run(settings: Settings, *, out: Path | None = None, resume: Path | None = None) -> None:
-    """Look at all that `train` looks at, and tell what memory a run takes; no file is written.
+def dry_run(
+    settings: Settings,
+    *,
+    out: Path | None = None,
+    resume: Path | None = None,
+    card: str = "",
+    cards: int = 0,
+) -> None:
+    """Look at all that `train` looks at, and tell what memory and time a run takes.
+
+    No file is written.
+
+    Args:
+        card: for which hours are told, see `ctt.train.cost.CARDS`; empty: all of them.
+        cards: how many, beside one; 0: as many as there are processes.
 
     Raises:
-        UserError: settings, data, weights or folders that cannot work.
+        UserError: settings, data, weights or folders that cannot work, or no such card.
     """
+    names = [card] if card else list(CARDS)
+    for name in names:
+        card_of(name)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     begun = run.begun(resume)
-    plan = Plan.of(settings, begun, int(os.environ.get("WORLD_SIZE", "1")))
+    plan = Plan.of(settings, begun, processes)
     if begun is None:
         if resume is None:
             run.check_new(out)
@@ -44,11 +62,22 @@ def dry_run(settings: Settings, *, out: Path | None = None, resume: Path | None 
         sep="\n",
         soft_wrap=True,
     )
-    console.print(memory_table(parts, settings, plan.device))
+    console.print(memory_table(shared(parts, settings, processes), settings, plan.device))
+    operations = step_operations(settings, method, plan.source.info, plan.about)
     del method
+    left = settings.train.iterations - done
+    if operations is not None and ACTIVATIONS in parts:
+        needed = {n: sum(shared(parts, settings, n).values()) for n in {1, cards or processes}}
+        console.print(cost_table(operations, needed, settings, left, names))
     if (seconds := seconds_of_step(plan)) is not None:
-        left = settings.train.iterations - done
         console.print(
             f"The {left} iterations take about {duration(seconds * left)} here ({seconds:.2g} s "
             f"each), and evaluation comes on top."
         )
+
+
+def shared(parts: dict[str, int], settings: Settings, processes: int) -> dict[str, int]:
+    """Return the bytes of each part of what a process holds, of so many processes."""
+    if not settings.train.shard_optimizer:
+        return parts
+    return parts | {MOMENTA: -(-parts[MOMENTA] // processes)}

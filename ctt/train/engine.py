@@ -17,6 +17,7 @@ from ctt.data.source import IGNORE, DatasetInfo
 from ctt.data.views import to_unit
 from ctt.methods.base import Batch, Method, Round
 from ctt.methods.optim import learning_rate
+from ctt.methods.sharding import gather, settle
 from ctt.settings import Settings
 from ctt.train.compiling import compile_networks
 from ctt.train.context import StepContext
@@ -198,6 +199,10 @@ class Engine:
         views = [p.view_as(b) for p, b in zip(parts, self.averaged_buffers, strict=True)]
         torch._foreach_copy_(self.averaged_buffers, views)
 
+    def gather(self) -> None:
+        """Bring what several processes share out to the first, before it asks for `state_dict`."""
+        gather(self.optimizers.values())
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on, in tensors, numbers and strings."""
         return {
@@ -225,6 +230,7 @@ class Engine:
             optimizer.load_state_dict(state["optimizers"][name])
             for group, own in zip(optimizer.param_groups, options, strict=True):
                 group.update(own)  # the settings of this run, not those of the one that was stopped
+            settle(optimizer)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.iteration, self.drawn = int(state["iteration"]), int(state["drawn"])

@@ -387,6 +387,7 @@ class Trainer:
     def _save(self, keep: bool = True) -> None:
         losses = self.losses.state_dict()
         self.losses.check_weights()
+        self.engine.gather()
         if not self.world.is_main:
             return
         checkpoint.save(

@@ -5,8 +5,9 @@ out, because it depends on the device: the context of CUDA (about half a GiB), w
 convolutions, what the allocator loses to gaps, and the savings of torch.compile.
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from ctt.data.source import DatasetInfo
 from ctt.data.views import constant
 from ctt.methods import About
-from ctt.methods.base import Method
+from ctt.methods.base import Batch, Method
 from ctt.settings import Settings
 from ctt.train.compiling import repeated_blocks
 from ctt.train.context import StepContext
@@ -28,6 +29,7 @@ from ctt.train.engine import batch_of, split_batch
 MEBI = 1 << 20
 FLOAT = 4  # bytes
 ACTIVATIONS = "activations"  # grow with the batch
+MOMENTA = "momenta"
 
 
 def estimate(settings: Settings, method: Method, info: DatasetInfo, about: About) -> dict[str, int]:
@@ -44,7 +46,7 @@ def estimate(settings: Settings, method: Method, info: DatasetInfo, about: About
     parts = {
         "students": held,
         "gradients": sum(size_of(p) for p in method.parameters() if p.requires_grad),
-        "momenta": momenta(method),
+        MOMENTA: momenta(method),
         "teachers": teachers,
         "banks and other modules": bytes_of(method) - held - teachers,
     }
@@ -82,9 +84,6 @@ def kept_by_step(
     Args:
         number: of the round of the run, from 0.
     """
-    method.train().round = number
-    kind = method.rounds()[number]
-    size, images = settings.data.crop, settings.data.batch_size
     mode, kept = FakeTensorMode(allow_non_fake_inputs=True), dict[int, Tensor]()
     # as the mode takes them; by the tensors, so that no two have one address
     weights = [mode.from_tensor(x) for x in (*method.parameters(), *method.buffers())]
@@ -103,6 +102,32 @@ def kept_by_step(
     again = settings.train.gradient_checkpointing
     blocks = Blocks(method.students if again else [], enter)
 
+    with step_without_data(settings, method, info, about, number, mode) as (b, step):
+        part = prepared_part(settings, method, b, step)
+        with blocks, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            method.losses(part, step)
+    largest = max((list(x.values()) for x in inside), key=held, default=[])
+    return [x.untyped_storage().nbytes() for x in (*kept.values(), *largest)]
+
+
+@contextlib.contextmanager
+def step_without_data(
+    settings: Settings,
+    method: Method,
+    info: DatasetInfo,
+    about: About,
+    number: int,
+    mode: FakeTensorMode,
+) -> Iterator[tuple[Batch, StepContext]]:
+    """Enter the mode, and give the batch of a step, before `Method.prepare`, and the step.
+
+    Args:
+        number: of the round of the run, from 0.
+        mode: in which tensors have no data.
+    """
+    method.train().round = number
+    kind = method.rounds()[number]
+    size, images = settings.data.crop, settings.data.batch_size
     schedules = {"rate": lambda iteration: settings.optim.lr, **method.schedules()}
     step = StepContext(settings, info, torch.device("cpu"), World(), schedules)
     step.begin(settings.train.iterations - 1)  # by then all that a method does has begun
@@ -114,17 +139,17 @@ def kept_by_step(
             more = [labeled[0], labeled[1].int()] if about.unlabeled else []
             outside = settings.masks.folder is not None
             given = [*labeled, *more] if kind.images != "none" else labeled
-            b = batch_of(given, kind, outside)
-            with torch.no_grad():
-                b = method.prepare(b | method.labeled.totals(b["label"], step), step)
-            step.whole = False
-            part = next(split_batch(b, settings.train.accumulate))
-            with blocks, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                method.losses(part, step)
+            yield batch_of(given, kind, outside), step
     finally:
         constant.cache_clear()  # those made meanwhile have no data
-    largest = max((list(x.values()) for x in inside), key=held, default=[])
-    return [x.untyped_storage().nbytes() for x in (*kept.values(), *largest)]
+
+
+def prepared_part(settings: Settings, method: Method, b: Batch, step: StepContext) -> Batch:
+    """Return the first part of a batch, prepared as a whole."""
+    with torch.no_grad():
+        b = method.prepare(b | method.labeled.totals(b["label"], step), step)
+    step.whole = False
+    return next(split_batch(b, settings.train.accumulate))
 
 
 def held(tensors: Iterable[Tensor]) -> int:

@@ -36,6 +36,18 @@ def recompute_blocks(networks: Iterable[nn.Module]) -> None:
             block.forward = partial(_recomputed, block, type(block).forward)
 
 
+@contextlib.contextmanager
+def recomputed(networks: Iterable[nn.Module], yes: bool) -> Iterator[None]:
+    """Have networks do so inside alone, where `yes`."""
+    blocks = [block for net in networks for block in repeated_blocks(net)] if yes else []
+    recompute_blocks(networks if yes else [])
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
 def _recomputed(block: nn.Module, forward: Any, *inputs: Any, **options: Any) -> Any:
     run = partial(forward, block)
     if not torch.is_grad_enabled():
