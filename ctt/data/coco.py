@@ -178,6 +178,8 @@ def _paint_all(file: CocoFile, folder: Path, threads: int) -> Iterator[bool]:
         if path.is_file():
             return False
         shapes = file.shapes(key)
+        if not image.height or not image.width:
+            raise UserError(f"{file.path}: image {image.name} has no height and width.")
         try:
             label = paint(shapes, numbers, image.height, image.width, by_area=True).label
         except UserError as error:

@@ -78,19 +78,20 @@ class LabeledLoss(nn.Module):
         self.register_buffer("weights", weights, persistent=False)
 
     def totals(self, label: Tensor, step: Step) -> Batch:
-        """Return what the means of a step divide by: the weight of its labelled pixels, and how
-        often an image shows a class, both () and of all processes.
+        """Return what the means of a step divide by: the weight of its labelled pixels, and for
+        dice how often an image shows a class, both () and of all processes.
 
         Args:
             label: (B, H, W), of the whole batch of this process.
         """
         if self.settings.plain:
             return {}
-        shown = torch.stack([(label == c).flatten(1).any(dim=1) for c in range(len(self.weights))])
-        return {
-            "labeled weight": step.total(self.of_pixels(label).sum()),
-            "labeled shown": step.total(shown.sum()),
-        }
+        totals = {"labeled weight": step.total(self.of_pixels(label).sum())}
+        if self.settings.dice:
+            classes = range(len(self.weights))
+            shown = torch.stack([(label == c).flatten(1).any(dim=1) for c in classes])
+            totals["labeled shown"] = step.total(shown.sum())
+        return totals
 
     def forward(self, logits: Tensor, grid: Grid, b: Batch, step: Step) -> Tensor:
         """Return the loss () of labelled images, this process's and this part's share of the mean.
@@ -128,7 +129,7 @@ class LabeledLoss(nn.Module):
         Args:
             entropy: cross-entropy of each pixel (B, H, W).
         """
-        threshold = entropy.new_tensor(self.settings.ohem)
+        threshold: Tensor | float = self.settings.ohem
         valid = label != IGNORE
         probability = torch.where(valid, torch.exp(-entropy), torch.inf)
         wanted = self.settings.ohem_kept * len(label)  # of this process
@@ -140,7 +141,7 @@ class LabeledLoss(nn.Module):
                 gathered[step.rank] = hardest
                 hardest = lowest(step.total(gathered).flatten(), count)
             # with fewer valid pixels than that all are kept
-            threshold = hardest[-1].maximum(threshold) if len(hardest) == count else threshold + 1
+            threshold = hardest[-1].clamp(min=threshold) if len(hardest) == count else math.inf
         return valid & (probability <= threshold)
 
     def dice(self, scores: Tensor, label: Tensor, shown: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ from ctt.data.loader import DrawSampler, ViewDataset
 from ctt.data.rare import RareClasses, pixel_of
 from ctt.data.views import GeometricView
 from ctt.settings import Settings, update
+from ctt.train.distributed import World
 from ctt.train.loop import train
+from ctt.train.plan import Plan
 
 PIXELS = torch.tensor([[90, 0, 5], [100, 0, 0], [99, 1, 0], [100, 0, 0]])
 
@@ -80,6 +82,25 @@ def test_batches_hold_the_images_that_were_drawn_for_a_class() -> None:
             assert chosen[0] == index
             label: Tensor = dataset[index, draw][1]
             assert (label == chosen[1]).any()
+
+
+def test_processes_read_their_share_of_the_masks(tiny: Settings) -> None:
+    change = {"data": {"rare_crops": 0.5}, "labeled": {"class_weights": "enet"}}
+    plan = Plan.of(update(tiny.with_method("supervised"), change, "test"), None)
+    whole = plan.counted(World())
+    assert whole.class_pixels is not None
+    parts: list[Tensor] = []
+
+    class Part(World):
+        def total(self, values: Tensor) -> Tensor:
+            parts.append(values)
+            return values
+
+    for rank in (0, 1):
+        plan.counted(Part(rank, 2))
+    assert torch.equal(parts[0] + parts[1], whole.class_pixels)
+    assert all((part.sum(dim=1) > 0).sum() == 3 for part in parts)
+    assert len(whole.settings.labeled.weights) == 11
 
 
 def test_a_run_with_rare_crops(tiny: Settings, tmp_path: Path) -> None:

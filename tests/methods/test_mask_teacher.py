@@ -14,6 +14,8 @@ from ctt.settings import Settings, update
 from ctt.train.loop import train
 from tests.data.test_outside import write_masks, write_sure
 from tests.methods.objectives import objective, odd_batch, scores
+from tests.methods.test_labeled import same, train_exactly
+from tests.train.processes import finish, shown, start
 
 
 def with_masks(tiny: Settings, name: str, change: dict[str, object]) -> Settings:
@@ -58,6 +60,23 @@ def test_both_views_learn_them(tiny: Settings, name: str) -> None:
     given["outside"] = torch.full_like(outside, 255)
     _, terms = objective(settings, given)
     assert terms["masks"] == 0
+
+
+@pytest.mark.parametrize("name", ["cross-teacher", "unimatch-v2"])
+def test_two_processes_and_two_parts_equal_the_batch(
+    tiny: Settings, tmp_path: Path, name: str
+) -> None:
+    change = {"masks": {"folder": "somewhere", "fade": 0.9}, "data": {"batch_size": 4}}
+    off = {"loss": {"hc": 0, "lc": 0}, "train": {"iterations": 20}}
+    settings = update(update(tiny.with_method(name), change, "test"), off, "test")
+    both = start(2, tmp_path / "log", train_exactly, settings, 4, tmp_path / "two")
+    train_exactly(settings, 4, tmp_path / "one")
+    train_exactly(update(settings, {"train": {"accumulate": 2}}, "test"), 4, tmp_path / "parts")
+    assert finish(both) == [0, 0], shown(tmp_path / "log")
+    expected = torch.load(tmp_path / "one-0.pt")
+    assert all(step["masks"] > 0 for step in expected["seen"])
+    for file in ("two-0", "two-1", "parts-0"):
+        same(torch.load(tmp_path / f"{file}.pt"), expected)
 
 
 def test_the_weight_fades() -> None:

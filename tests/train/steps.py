@@ -121,7 +121,8 @@ def run(engine: Engine, size: int, steps: int, first: int = 0) -> list[dict[str,
     own = slice(world.rank * size // world.size, (world.rank + 1) * size // world.size)
     for i in range(first, first + steps):
         images = engine.rounds.rounds[engine.rounds.at(engine.iteration)].images
-        more = kept(size, seed=100 + i) if images == "kept" else unlabelled(size, seed=100 + i)
+        packed = images == "kept" or engine.settings.masks.folder is not None
+        more = kept(size, seed=100 + i) if packed else unlabelled(size, seed=100 + i)
         labeled = [x[own] for x in batch(size, seed=i)]
         unlabeled = None if images == "none" else (more[0][own], more[1][own])
         terms = engine((labeled[0], labeled[1]), unlabeled)
