@@ -229,7 +229,12 @@ def _write(job: Job, target: Path, export: Export, link: bool) -> _Done:
         with atomic_write(mask) as part:
             _picture(painted.label, export).save(part, "PNG")
     if not image.exists():  # after its mask, without which it would be a fault
-        _bring(source, image, link)
+        before = target / "unlabeled" / place.removeprefix("val/").removeprefix("images/")
+        if before.is_file() and content(before) == content(source):
+            image.parent.mkdir(parents=True, exist_ok=True)
+            before.rename(image)  # of a call before the image was annotated
+        else:
+            _bring(source, image, link)
     return _Done(painted, turned)
 
 

@@ -111,6 +111,20 @@ def test_nothing_is_overwritten_and_a_stopped_call_goes_on(tmp_path: Path, call:
     assert (code, "holds something already" in err) == (2, True)
 
 
+def test_an_image_that_was_annotated_meanwhile_is_no_longer_unlabelled(
+    tmp_path: Path, call: Call
+) -> None:
+    source, mine = exports.labelme(tmp_path / "export"), tmp_path / "mine"
+    (source / "photo 3.json").rename(tmp_path / "later.json")
+    assert "3 images with masks, 3 without" in call(source, "--to", mine)[1]
+    (tmp_path / "later.json").rename(source / "photo 3.json")
+    assert "4 images with masks, 2 without" in call(source, "--to", mine)[1]
+    assert np.array_equal(mask_of(mine, "photo 3"), exports.label())
+    names = sorted(path.name for path in (mine / "unlabeled").iterdir())
+    assert names == ["photo 4.jpg", "photo 5.jpg"]
+    assert (mine / "images" / "photo 3.jpg").is_file()
+
+
 def test_classes_can_be_chosen_and_others_are_ignored(tmp_path: Path, call: Call) -> None:
     source = exports.coco(tmp_path / "export")
     code, out, _ = call(source, "--to", tmp_path / "mine", "--classes", "nothing", "dog")

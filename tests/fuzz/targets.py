@@ -39,6 +39,7 @@ from ctt.errors import UserError
 from ctt.models import weights
 from ctt.settings import Settings, to_dict, update, validate
 from tests.data import trees
+from tests.fuzz import annotations
 
 LONGEST = 5000  # letters of a message
 CHANGES = st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=4)), max_size=4)
@@ -343,9 +344,26 @@ class Target:
     read: Callable[[Any, Path], None]
 
 
+FORM = st.sampled_from(sorted(annotations.CHANGED))
+ANNOTATIONS = st.one_of(
+    st.tuples(FORM, CHANGES),
+    st.tuples(FORM, st.tuples(st.floats(0, 1), VALUES)),
+)
+
+
+def read_annotations(content: tuple[str, Any], folder: Path) -> None:
+    form, change = content
+    if isinstance(change, list):
+        file = changed(annotations.exported(form, folder)[1], change)
+    else:
+        file = annotations.with_value(form, folder, *change)
+    annotations.read_annotations(form, file, folder)
+
+
 TARGETS = {
     "split list": Target(LISTS, read_a_list),
     "image and mask": Target(PICTURES, read_a_picture),
+    "annotations": Target(ANNOTATIONS, read_annotations),
     "dataset.yaml": Target(DESCRIPTIONS, read_a_description),
     "recipe": Target(RECIPES, read_a_recipe),
     "weights": Target(WEIGHTS, read_weights),

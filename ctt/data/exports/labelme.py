@@ -49,8 +49,8 @@ def read(request: Request) -> Export:
             if name in found:
                 raise UserError(f"{path}: {found[name][0]} is of the same image, {name}.")
             # not the rest: LabelMe keeps the whole image in the file
-            found[name] = (path, {k: values.get(k) for k in ("imageHeight", "imageWidth")})
-            found[name][1]["labels"] = {_label(shape, path) for shape in values["shapes"]}
+            kept = {key: values.get(key) for key in ("imageHeight", "imageWidth")}
+            found[name] = (path, kept | {"labels": {_label(s, path) for s in values["shapes"]}})
         except UserError as error:
             faults.append(str(error))
     labels = {label for _, values in found.values() for label in values["labels"]}
