@@ -5,6 +5,8 @@
 // needs no second launch and no counter. A class of 256 features of 256 float32 values is 256 KiB,
 // a few microseconds for one multiprocessor, and the classes run side by side.
 
+#include <cmath>
+
 #include "common.cuh"
 
 namespace ctt {
@@ -68,6 +70,7 @@ __device__ void write_rows(const Rings<T>& rings, const Features<F>& features, c
                            int count) {
   using W = Wide<F>;
   constexpr W kSquaredNormEps = static_cast<W>(1e-24);  // NORM_EPS**2 of ctt/ops/reference.py
+  constexpr W kInfinity = INFINITY;
   for (int first = warp() * kRows; first < count; first += kWarps * kRows) {
     const F* __restrict__ row[kRows];
     T* place[kRows];
@@ -93,7 +96,7 @@ __device__ void write_rows(const Rings<T>& rings, const Features<F>& features, c
     for (int i = 0; i < kRows; ++i) {
       const W sum = warp_sum(squared[i]);
       // NaN and infinity have no direction either
-      norm[i] = sum > kSquaredNormEps && isfinite(sum) ? square_root(sum) : W(0);
+      norm[i] = sum > kSquaredNormEps && sum < kInfinity ? square_root(sum) : W(0);
     }
 #pragma unroll 2
     for (int64_t d = lane(); d < rings.dim; d += kWarp) {
