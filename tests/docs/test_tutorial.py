@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.docs.pages import ROOT, blocks, run
+from tests.docs.pages import ROOT, blocks, command_lines, run
 
 PAGE = ROOT / "docs" / "train-on-your-images.md"
 SHORTER = {"--train.iterations 200": "--train.iterations 2", "--start-after 100": "--start-after 1"}
@@ -33,3 +33,19 @@ def test_the_tutorial(
     with Image.open(masks[0]) as mask:
         assert mask.size == (40, 40)
     assert "of the pixels are digit" in capsys.readouterr().out
+
+
+def test_own_images_in_the_commands_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The three commands as they stand, but for the recipe and how long it trains."""
+    monkeypatch.chdir(tmp_path)
+    script = next(text for language, text in blocks(PAGE) if language == "python")
+    exec(compile(script, PAGE.name, "exec"), {})
+    Path("mine/photos").rename("photos")
+    lines = [line for line in command_lines(ROOT / "README.md") if "mine" in line]
+    assert [line.split()[0] for line in lines] == ["ctt-data", "ctt-train", "ctt-predict"]
+    for line in lines:
+        quick = " --recipe folder-small --train.iterations 1 --data.workers 0"
+        run(line + quick * line.startswith("ctt-train"), monkeypatch)
+    assert len(list(Path("masks").glob("*_mask.png"))) == 8
