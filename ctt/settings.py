@@ -146,7 +146,8 @@ class ModelSettings:
     with which the published weights of the backbone were trained, of each pair its own (CLIP,
     SigLIP and DINOv2 have different ones)."""
     output_stride: int = 0
-    """Of a dilated backbone: 8 or 16; 0: 8 for deeplabv2, 16 for deeplabv3plus."""
+    """Of a dilated backbone: 8 or 16; 0: 8 for deeplabv2, 16 for deeplabv3plus. Swins cannot be
+    dilated and have 32."""
     grid: Literal["aligned", "legacy"] = "aligned"
     """Where the cells of a network's features lie in an image. aligned: where the network looks,
     pixel r * stride for cell r of convolutions, the middle of the patch for patches. legacy: as

@@ -18,6 +18,7 @@ BACKBONES = {
     "dpt": "vit_small_patch14_dinov2",
 }
 OUTPUT_STRIDES = {"deeplabv2": 8, "deeplabv3plus": 16}
+SWIN_STRIDE = 32  # which cannot be dilated
 SMP = "smp:"  # before the name of an architecture of segmentation_models_pytorch
 SMP_BACKBONE = "resnet34"
 FEATURES = 256  # D where nothing else is asked for; dpt has the published one of its backbone
@@ -53,7 +54,8 @@ def build(
         features: D; 0: the architecture's.
         width: channels of the first stage (small).
         backbone: name of a timm model; empty: the architecture's own.
-        output_stride: 8 or 16, of the backbone (deeplabv2, deeplabv3plus); 0: the architecture's.
+        output_stride: 8 or 16, of the backbone (deeplabv2, deeplabv3plus); 0: the architecture's,
+            or 32 of a Swin.
         grid: "aligned" or "legacy", see `ModelSettings.grid`.
         drop_path: rate of stochastic depth in the backbone.
         image: height and width of the images that position embeddings are for (dpt); None: as
@@ -74,13 +76,16 @@ def build(
             f"--model.drop-path {drop_path}: the network {name} has no stochastic depth. Leave it "
             f"out; it is for {', '.join(BACKBONES)}."
         )
+    own_stride = OUTPUT_STRIDES.get(name, 0)
+    if name in OUTPUT_STRIDES and backbone.startswith("swin"):
+        own_stride = SWIN_STRIDE
     backbone = backbone or BACKBONES.get(name, SMP_BACKBONE if name.startswith(SMP) else "")
     options: dict[str, Any] = {
         "name": name,
         "features": features or (0 if name == "dpt" else FEATURES),
         "width": width,
         "backbone": backbone,
-        "output_stride": output_stride or OUTPUT_STRIDES.get(name, 0),
+        "output_stride": output_stride or own_stride,
         "grid": grid,
         "drop_path": drop_path,
         "image": None if image is None or name != "dpt" else (image[0], image[1]),

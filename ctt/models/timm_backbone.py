@@ -24,7 +24,8 @@ class Stages(nn.Module):
 
     Networks that pad as TensorFlow does (`tf_...`) place their grid by the size of the image: by up
     to a stride less one pixel. Crops and images of sizes alike serve them best. A dilated ConvNeXt
-    pads one side alone: each dilated stage lies half a stride or more further on.
+    pads one side alone: each dilated stage lies half a stride or more further on. Swin transformers
+    cannot be dilated, and are taken at their own stride of 32.
 
     Args:
         name: of a timm model, with or without the tag of its weights (`resnet101.tv_in1k`).
@@ -46,9 +47,12 @@ class Stages(nn.Module):
         self, name: str, output_stride: int, drop_path: float = 0.0, in_channels: int = 3
     ) -> None:
         super().__init__()
-        net: Any = create(
-            name, drop_path, features_only=True, output_stride=output_stride, in_chans=in_channels
-        )
+        self.windowed = is_windowed(name)
+        # Swin's own rate is 0.1, and its sizes are fixed unless it is told otherwise
+        own = {"strict_img_size": False, "drop_path_rate": 0.0}
+        dilated = {"output_stride": output_stride}
+        options = own if self.windowed else dilated
+        net: Any = create(name, drop_path, features_only=True, in_chans=in_channels, **options)
         self.net = net
         self.patches = are_patches(net)
         self.channels: list[int] = net.feature_info.channels()
@@ -58,6 +62,9 @@ class Stages(nn.Module):
                 f"--model.backbone {name} gives features at stride {self.strides[-1]}, not "
                 f"--model.output-stride {output_stride}."
             )
+        if self.windowed:
+            self.short = True
+            return
         side = 8 * output_stride + 1
         empty = copy.deepcopy(net).eval().to("meta")
         try:
@@ -75,7 +82,14 @@ class Stages(nn.Module):
             stages = self.net(images)
             return stages
         stages = self.net(pad_to_multiple(images, self.strides[-1]))
+        if self.windowed:
+            stages = [x.permute(0, 3, 1, 2) for x in stages]  # channels come last
         return [crop_to_stride(x, images, s) for x, s in zip(stages, self.strides, strict=True)]
+
+
+def is_windowed(name: str) -> bool:
+    """Return whether a timm model is a Swin transformer."""
+    return name.startswith(("swin_", "swinv2_")) and not name.startswith("swinv2_cr_")
 
 
 def create(name: str, drop_path: float = 0.0, **options: Any) -> nn.Module:
@@ -102,8 +116,8 @@ def _not_serving(name: str, what: str, error: Exception) -> UserError:
     reason = str(error).partition("\n")[0] or type(error).__name__
     return UserError(
         f"--model.backbone {name} cannot serve this --model.name: {what} ({reason}). ResNets, "
-        f"RegNets, EfficientNets, MobileNets and ConvNeXts serve deeplabv2 and deeplabv3plus, ViTs "
-        f"serve vit and dpt."
+        f"RegNets, EfficientNets, MobileNets, ConvNeXts and Swins serve deeplabv2 and "
+        f"deeplabv3plus, ViTs serve vit and dpt."
     )
 
 

@@ -1,16 +1,17 @@
 """Small vision transformers under names of their own, of kinds that timm has only large ones of."""
 
-import sys
 from typing import Any
 
 from timm.models import register_model
 from timm.models.eva import _create_eva
+from timm.models.swin_transformer import _create_swin_transformer
 from timm.models.vision_transformer import _create_vision_transformer
 from torch import nn
 
 SMALL = {"depth": 4, "embed_dim": 48, "num_heads": 3}
 PATCH14 = "mini_vit_patch14_reg4"
 ROTARY = "mini_vit_patch16_rotary"
+SWIN = "swin_mini_window4_64"
 
 
 @register_model
@@ -34,6 +35,10 @@ def mini_vit_patch16_rotary(pretrained: bool = False, **options: Any) -> nn.Modu
     return model
 
 
-def make_known() -> None:
-    """Do nothing: to import this module makes its models known, also in another process."""
-    assert sys.modules[__name__]
+@register_model
+def swin_mini_window4_64(pretrained: bool = False, **options: Any) -> nn.Module:
+    """A Swin transformer."""
+    kind = {"img_size": 64, "window_size": 4, "embed_dim": 24}
+    depth = {"depths": (2, 1, 2, 1), "num_heads": (1, 2, 4, 8)}
+    model: nn.Module = _create_swin_transformer(SWIN, pretrained, **kind | depth | options)
+    return model
