@@ -1,4 +1,4 @@
-"""What a network has to beat on the data set earth: boosted trees on colour and local statistics.
+"""What a network has to beat on the dataset earth: boosted trees on colour and local statistics.
 
     python -m benchmarks.earth_trees --eval-split tune
 

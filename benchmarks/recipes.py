@@ -35,7 +35,7 @@ from ctt.train.memory import MEBI, estimate
 from ctt.train.plan import finished
 
 CLASSES = {"voc": 21, "cityscapes": 19, "ade20k": 150, "coco": 81, "digits": 11, "earth": 11}
-OTHER = 21  # classes of a data set of one's own
+OTHER = 21  # classes of a dataset of one's own
 LABELED = 100
 WARM_UP = 3  # steps before those that are measured: cuDNN looks for the fastest convolutions
 SMALLEST = {"dpt": "test_vit", "vit": "test_vit"}  # backbones of a dry run
@@ -103,7 +103,7 @@ def smallest(settings: Settings) -> Settings:
 
 
 def info_of(settings: Settings) -> DatasetInfo:
-    """Return facts of a data set with as many classes as that of the settings."""
+    """Return facts of a dataset with as many classes as that of the settings."""
     assert settings.dataset in data.names()
     classes = CLASSES.get(settings.dataset, OTHER)
     half = (0.5, 0.5, 0.5)

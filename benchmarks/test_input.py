@@ -54,7 +54,7 @@ GROUPS = {"default": PAPER, "paper": PAPER, "series": []}
 
 
 def write_files(root: Path, case: Case) -> Source:
-    """Real photographs in the files of a made-up data set, so that decoding costs what it does."""
+    """Real photographs in the files of a made-up dataset, so that decoding costs what it does."""
     from sklearn.datasets import load_sample_images
 
     if case.dataset == "voc":

@@ -206,7 +206,7 @@ def load_network(path: Path) -> tuple[SegmentationModel, DatasetInfo, str]:
     """Return the network in a file that `save_network` wrote, in evaluation mode, on the CPU.
 
     Returns:
-        the network, the facts of the data set it was trained on, and the note on its origin.
+        the network, the facts of the dataset it was trained on, and the note on its origin.
 
     Raises:
         UserError: there is no such file, or it holds something else.

@@ -60,7 +60,7 @@ def layered(values: dict[str, Any], source: str, given: Given) -> Settings:
 
 
 def recipes_of(values: dict[str, Any], source: str, given: Given) -> list[str]:
-    """Return the names of the recipes: those that are given, or that of the data set.
+    """Return the names of the recipes: those that are given, or that of the dataset.
 
     Args:
         values: settings, nested as in a file, and `recipe`, a name or a list of names.

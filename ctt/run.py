@@ -205,7 +205,7 @@ def has_checkpoint(folder: Path) -> bool:
 def hold_out(folder: Path, source: Source) -> None:
     """Evaluate on the images that the run in `folder` held out, whatever came to the data since.
 
-    Leaves `source` as it is where none of those images is in it: it is another data set then.
+    Leaves `source` as it is where none of those images is in it: it is another dataset then.
 
     Raises:
         UserError: an image to evaluate on is one that the run was trained with.
@@ -225,7 +225,7 @@ def hold_out(folder: Path, source: Source) -> None:
     if both:
         raise UserError(
             f"{both[0]} is an image to evaluate on, but the run in {folder} was trained with it "
-            f"({len(both)} such): the data set has changed since. Restore its images as they were, "
+            f"({len(both)} such): the dataset has changed since. Restore its images as they were, "
             f"put images to evaluate on into a part of their own (val/ of a folder), or start a "
             f"new run."
         )

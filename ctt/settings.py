@@ -1,7 +1,7 @@
 """Every setting of a run, in one typed place. Imports nothing heavy: `--help` must be quick.
 
 Defaults are those of the paper (Xiao et al., Neurocomputing 2022) where it prints one; the recipes
-in `ctt/recipes` set what differs for a data set.
+in `ctt/recipes` set what differs for a dataset.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class ModelSettings:
     .pth that holds tensors) of the whole network or of the backbone. Of several, pair k takes the
     k-th, and after the last one the first again."""
     normalization: Literal["data", "weights"] = "data"
-    """How a backbone takes images. data: by mean and deviation of the data set. weights: by those
+    """How a backbone takes images. data: by mean and deviation of the dataset. weights: by those
     with which the published weights of the backbone were trained, of each pair its own (CLIP,
     SigLIP and DINOv2 have different ones)."""
     output_stride: int = 0
@@ -341,7 +341,7 @@ class TrainSettings:
     """Iterations between checkpoints; 0: at every evaluation."""
     measured_images: Annotated[int, AT_LEAST_0] = 16
     """Unlabelled images on which each evaluation also measures how sure the teachers are, how often
-    they and the students agree, and, where the data set knows the labels that are hidden from
+    they and the students agree, and, where the dataset knows the labels that are hidden from
     training, how often the teachers are right: see "Inside" in the README. Nothing learns from it;
     0: none."""
     tensorboard: bool = True
@@ -378,7 +378,7 @@ class Settings:
     dataset: str = "digits"
     """One of `ctt.data.names()`."""
     data_root: Path | None = None
-    """Folder of the images, for data sets that have one."""
+    """Folder of the images, for datasets that have one."""
     ratio: str = "1/20"
     """Labelled share of the training images: a fraction `1/20`, a share `0.05` or a count `50`."""
     split_labeled: Path | None = None

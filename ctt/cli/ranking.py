@@ -99,7 +99,7 @@ def check(parsed: Arguments) -> None:
 
 
 def of_run(weights: Path, trained: Trained) -> tuple[Source | None, list[str]]:
-    """Return the data set of a run and up to `LABELED` of its labelled images, where both are at
+    """Return the dataset of a run and up to `LABELED` of its labelled images, where both are at
     hand."""
     from ctt import run
     from ctt.data.split import read_list
@@ -119,7 +119,7 @@ def unlabeled(weights: Path, source: Source | None) -> list[Entry]:
     """Return the images that a run has without labels.
 
     Raises:
-        UserError: there are none, or the data set of the run is not at hand.
+        UserError: there are none, or the dataset of the run is not at hand.
     """
     from ctt import run
     from ctt.data.split import read_list
@@ -127,7 +127,7 @@ def unlabeled(weights: Path, source: Source | None) -> list[Entry]:
     path = weights / run.UNLABELED_LIST
     if source is None or not path.is_file():
         raise UserError(
-            f"{weights}: the data set of the run is not at hand. Give images, folders or patterns "
+            f"{weights}: the dataset of the run is not at hand. Give images, folders or patterns "
             f"after the weights."
         )
     names = read_list(path, source, labeled=False) if path.stat().st_size else []

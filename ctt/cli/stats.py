@@ -1,4 +1,4 @@
-"""ctt-data stats: range, mean and deviation of the channels of a data set."""
+"""ctt-data stats: range, mean and deviation of the channels of a dataset."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stats:
-    """Find range, mean and deviation of the channels of a data set's training images.
+    """Find range, mean and deviation of the channels of a dataset's training images.
 
     Prints them, and the lines of dataset.yaml by which images of any number of channels, of 8 or 16
     bits or of fractions are read.
@@ -26,7 +26,7 @@ class Stats:
     dataset: str = "folder"
     """One of `ctt.data.names()`."""
     data_root: Path | None = None
-    """Folder of the images, for data sets that have one."""
+    """Folder of the images, for datasets that have one."""
     write: bool = False
     """folder: add the lines to its dataset.yaml; keys that it has stay as they are."""
     cut: tuple[float, float] = (0.1, 99.9)
@@ -52,7 +52,7 @@ def stats(command: Stats) -> int:
     source = open_source(command)
     if command.write and not isinstance(source, Folder):
         raise UserError(
-            f"--write: the data set {source.info.name} has no dataset.yaml. Leave it out."
+            f"--write: the dataset {source.info.name} has no dataset.yaml. Leave it out."
         )
     console = plain_console()
     with Progress(console=console, transient=True) as progress:

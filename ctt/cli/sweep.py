@@ -45,7 +45,7 @@ class Arguments:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Every run is done with each of them; a seed draws labels, weights and views."""
     shares: tuple[str, ...] = ()
-    """Labelled shares as --ratio takes them; by default those of the experiment for this data set,
+    """Labelled shares as --ratio takes them; by default those of the experiment for this dataset,
     or that of the recipe."""
     only: tuple[str, ...] = ()
     """Rows of the experiment that are wanted, by name; by default all."""

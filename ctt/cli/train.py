@@ -36,7 +36,7 @@ class Arguments(Settings):
     """
 
     recipe: str = ""
-    """Settings by name, see ctt/recipes; by default the recipe of the data set."""
+    """Settings by name, see ctt/recipes; by default the recipe of the dataset."""
     config: Path | None = None
     """YAML file of settings, put over the recipe, or the list of recipes, that it names under
     `recipe`; the command line wins over both."""
@@ -193,7 +193,7 @@ def lists_of_names() -> list[tuple[str, str]]:
             [*methods.names(), *methods.installed()],
         ),
         "recipe": (
-            "Settings by name, those of ctt/recipes; by default that of the data set. One of",
+            "Settings by name, those of ctt/recipes; by default that of the dataset. One of",
             recipes.names(),
         ),
     }

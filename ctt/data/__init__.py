@@ -1,4 +1,4 @@
-"""Data sets, split lists, geometric and photometric views, mixing. Knows nothing of networks."""
+"""Datasets, split lists, geometric and photometric views, mixing. Knows nothing of networks."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 WITHOUT_FOLDER = {
-    "digits": "the embedded data set digits",
-    "earth": "the data set earth, which is in packages,",
+    "digits": "the embedded dataset digits",
+    "earth": "the dataset earth, which is in packages,",
 }
 
 
 def names() -> list[str]:
-    """Return the data sets that `open_source` knows."""
+    """Return the datasets that `open_source` knows."""
     return ["digits", "earth", "voc", "cityscapes", "ade20k", "coco", "folder"]
 
 
 def open_source(name: str, root: Path | None, options: SourceOptions) -> Source:
-    """Return the data set of that name.
+    """Return the dataset of that name.
 
     Args:
         root: its folder; None for a set without one.
 
     Raises:
-        UserError: no such data set, a folder given for one that has none, or one whose layout is
+        UserError: no such dataset, a folder given for one that has none, or one whose layout is
             not complete.
     """
     if name in WITHOUT_FOLDER and root is not None:
@@ -64,4 +64,4 @@ def open_source(name: str, root: Path | None, options: SourceOptions) -> Source:
         from ctt.data.folder import Folder
 
         return Folder(root, options)
-    raise UserError(f"--dataset {name}: no such data set. Data sets: {', '.join(names())}.")
+    raise UserError(f"--dataset {name}: no such dataset. Datasets: {', '.join(names())}.")

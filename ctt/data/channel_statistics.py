@@ -1,4 +1,4 @@
-"""Range, mean and deviation of the channels of a data set."""
+"""Range, mean and deviation of the channels of a dataset."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Ranges = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the channels of a data set, in the numbers of its files.
+    """Of the channels of a dataset, in the numbers of its files.
 
     Attributes:
         percentiles: (channels, `PERCENTILES`). low, high: smallest and largest value.
@@ -49,13 +49,13 @@ class Statistics:
 def statistics(
     source: Source, cut: tuple[float, float], advance: Callable[[], object] = lambda: None
 ) -> Statistics:
-    """Return the statistics of the images that a data set trains on, labelled or not.
+    """Return the statistics of the images that a dataset trains on, labelled or not.
 
     Pixels without data are left out. Of large sets pixels are drawn at random, the same ones
     every time; rasters are read in windows.
 
     Args:
-        cut: percentiles that become 0 and 1, where the data set does not say its ranges and its
+        cut: percentiles that become 0 and 1, where the dataset does not say its ranges and its
             numbers have more than 8 bits.
         advance: called after each image.
 

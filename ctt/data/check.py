@@ -1,4 +1,4 @@
-"""Checks of a data set's files: a quick one before every training, and one of everything."""
+"""Checks of a dataset's files: a quick one before every training, and one of everything."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def check_quickly(source: Source, labeled: list[str], unlabeled: list[str]) -> N
         more = f" {len(missing)} files are missing in all." if len(missing) > 1 else ""
         near = source.candidate(name) if isinstance(source, FileSource) else ""
         raise UserError(
-            f"{path}: there is no such file, but the data set needs it.{near}{more} Complete the "
-            f"data set, or train with lists of the images that are there (--split-labeled, "
+            f"{path}: there is no such file, but the dataset needs it.{near}{more} Complete the "
+            f"dataset, or train with lists of the images that are there (--split-labeled, "
             f"--split-unlabeled). Images without a mask can only be unlabelled ones."
         )
     pixels = torch.zeros(len(source.info.classes) + 1, dtype=torch.int64)
@@ -113,7 +113,7 @@ def not_evaluated(images: int, classes: list[str]) -> str:
 
 
 def overlaps(parts: dict[str, list[Path]], key: Callable[[Path], Hashable]) -> list[str]:
-    """Return a warning for each two parts of a data set that hold the same file.
+    """Return a warning for each two parts of a dataset that hold the same file.
 
     Args:
         parts: files by what they are for.
@@ -175,7 +175,7 @@ def missing_files(
 
 @dataclass(frozen=True)
 class Report:
-    """What was found in a data set.
+    """What was found in a dataset.
 
     Attributes:
         faults: all that is wrong.

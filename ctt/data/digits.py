@@ -1,4 +1,4 @@
-"""The embedded data set: real handwritten digits on real photographs, made in memory from a seed.
+"""The embedded dataset: real handwritten digits on real photographs, made in memory from a seed.
 
 Digits are scikit-learn's `load_digits` (1,797 scans of 8x8 pixels, from the UCI repository), the
 backgrounds are crops of the two photographs of `load_sample_images`. The task has the traits of the

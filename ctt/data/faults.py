@@ -1,4 +1,4 @@
-"""What is wrong with the files and lists of a data set, told once for each kind."""
+"""What is wrong with the files and lists of a dataset, told once for each kind."""
 
 from __future__ import annotations
 

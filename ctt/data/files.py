@@ -1,4 +1,4 @@
-"""Data sets in files."""
+"""Datasets in files."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ NO_SUCH_MASK = "An image without a mask can only be used as unlabelled."
 
 
 class FileSource(Source):
-    """A data set in files; its subclasses know the layout.
+    """A dataset in files; its subclasses know the layout.
 
     Args:
         base: the folder that paths in split lists start from.
         names: of the images that may be labelled, of those that have no label, and of those to
             evaluate on. Without the last, or with the option `eval_split` tune, a share of the
             first is held out and evaluated on.
-        published: how many images the whole data set has for training and for evaluation.
+        published: how many images the whole dataset has for training and for evaluation.
 
     Attributes:
         turned: images are turned as their files say; published masks belong to the stored pixels.
@@ -62,7 +62,7 @@ class FileSource(Source):
         if published is not None and found != published:
             self.notes += (
                 f"{base} has {found[0]:,} images for training and {found[1]:,} for evaluation; the "
-                f"published data set has {published[0]:,} and {published[1]:,}.",
+                f"published dataset has {published[0]:,} and {published[1]:,}.",
             )
         self._drawn = options.eval_split == "tune" or not self._eval
         if self._drawn:
@@ -200,7 +200,7 @@ def require_root(root: Path | None, dataset: str, layout: str) -> Path:
         UserError: none was given, or it is not there.
     """
     if root is None:
-        raise UserError(f"--data-root: the data set {dataset} needs the folder that {layout}.")
+        raise UserError(f"--data-root: the dataset {dataset} needs the folder that {layout}.")
     root = expanded(root, "--data-root")
     if not root.is_dir():
         raise UserError(

@@ -1,4 +1,4 @@
-"""A crop for the images of a data set, where none was asked for."""
+"""A crop for the images of a dataset, where none was asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that say which images a data set is made of. Imports nothing heavy."""
+"""Settings that say which images a dataset is made of. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ctt.ranges import AT_LEAST_1, Range
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What `ctt.data.open_source` needs beside the name and the folder of a data set."""
+    """What `ctt.data.open_source` needs beside the name and the folder of a dataset."""
 
     voc_set: Literal["aug", "classic"] = "aug"
     """voc: which images may be labelled. `aug`: the 10,582 with masks in SegmentationClassAug.

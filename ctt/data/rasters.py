@@ -36,7 +36,7 @@ Values = np.ndarray[tuple[int, int, int], np.dtype[Any]]
 
 
 def read_as(path: Path, info: DatasetInfo, *, turned: bool = True) -> Tensor:
-    """Return the image in a file as networks for the data set `info` take it.
+    """Return the image in a file as networks for the dataset `info` take it.
 
     Args:
         turned: as the camera's note in the file (EXIF) says.
@@ -56,14 +56,14 @@ def read_as(path: Path, info: DatasetInfo, *, turned: bool = True) -> Tensor:
 def scaled(
     values: Values, missing: np.ndarray[Any, Any], info: DatasetInfo, path: object
 ) -> Tensor:
-    """Return channels (C, H, W) of any type as float32 in 0..1 by the data set's ranges.
+    """Return channels (C, H, W) of any type as float32 in 0..1 by the dataset's ranges.
 
     Args:
         missing: (H, W) where there is no data.
         path: of the file or its name, for the message.
 
     Raises:
-        UserError: the data set has no ranges and the type of numbers none of its own.
+        UserError: the dataset has no ranges and the type of numbers none of its own.
     """
     ranges = info.ranges
     if not ranges:

@@ -1,4 +1,4 @@
-"""What a data set is to the rest: names of images, and an image or a label for a name."""
+"""What a dataset is to the rest: names of images, and an image or a label for a name."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -55,7 +55,7 @@ class Submission:
     Attributes:
         values: the number in the file for each class.
         ending: of the file, after the name of the image.
-        palette: the file has the data set's colours; else it is grey.
+        palette: the file has the dataset's colours; else it is grey.
         images: where the test images are expected, for the message that there are none.
     """
 
@@ -66,7 +66,7 @@ class Submission:
 
 
 class Source(ABC):
-    """A data set. `image` and `label` are called from loader processes and must not keep state.
+    """A dataset. `image` and `label` are called from loader processes and must not keep state.
 
     Attributes:
         submission: None where no server evaluates test images.
@@ -138,7 +138,7 @@ class Source(ABC):
         mask."""
         return None
 
-    def evaluate_on(self, names: Iterable[str]) -> None:  # noqa: B027 (most data sets fix it)
+    def evaluate_on(self, names: Iterable[str]) -> None:  # noqa: B027 (most datasets fix it)
         """Hold these training images out, where a drawn part of them is held out now."""
 
     def line(self, name: str) -> str:

@@ -196,7 +196,7 @@ def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str
         else:
             if not name:
                 fault = (
-                    f"{line.strip()} is no training image of this data set, whose images have "
+                    f"{line.strip()} is no training image of this dataset, whose images have "
                     f"names such as {example}."
                     f"{NO_UTF_8 if BYTE_OF_A_NAME.search(line) else ''}"
                 )
@@ -209,7 +209,7 @@ def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str
             elif labeled and (name not in labelable or mask == NO_MASK):
                 fault = (
                     f"{name} is to be labelled, but it is one of the unlabelled images of this "
-                    f"data set, or has no mask in this line."
+                    f"dataset, or has no mask in this line."
                 )
         if fault:
             text = f"{path}, line {number}: {fault}"
@@ -224,7 +224,7 @@ def read_list(path: Path, source: Source, *, labeled: bool) -> list[str]:
 
     Raises:
         UserError: it cannot be read, is empty, repeats a name, or names an image that may not be
-            labelled, or not be trained on, in this data set.
+            labelled, or not be trained on, in this dataset.
     """
     names, faults = examine_list(path, source, labeled=labeled)
     if faults:
@@ -252,7 +252,7 @@ def make_split(
             raise UserError(UNLABELED_ALONE)
         ids = source.train_ids()
         if not ids:
-            raise UserError(f"The data set {source.info.name} has no image that may be labelled.")
+            raise UserError(f"The dataset {source.info.name} has no image that may be labelled.")
         labeled, rest = draw_split(ids, parse_ratio(ratio, len(ids), source.paper_counts), seed)
         return labeled, sorted(rest + source.unlabeled_ids())
     labeled = read_list(labeled_list, source, labeled=True)

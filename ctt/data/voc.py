@@ -139,14 +139,14 @@ class Voc(FileSource):
         return masks
 
     def _list(self, file: str) -> list[str]:
-        """Names in a list that comes with the data set; those without an image are kept as well."""
+        """Names in a list that comes with the dataset; those without an image are kept as well."""
         names = []
         for line in read_lines(self.folder / LISTS / file).values():
             found = resolve(line, self.find)
             name = found[0] if found is not None else line.strip()
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise UserError(
-                    f"{self.folder / LISTS / file}: {name} is no image of this data set, but leads "
+                    f"{self.folder / LISTS / file}: {name} is no image of this dataset, but leads "
                     f"to another folder. Take it out of the list."
                 )
             names.append(name)

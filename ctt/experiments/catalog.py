@@ -37,7 +37,7 @@ class Experiment:
         what: what it asks, in one line.
         source: where it comes from.
         variants: the first is what the others are compared with, unless `baseline` names another.
-        shares: labelled shares by data set (of VOC's classic set `voc classic`); none: that of the
+        shares: labelled shares by dataset (of VOC's classic set `voc classic`); none: that of the
             recipe.
         budgets: costs of the runs, as shares of the costliest variant's with the iterations of the
             recipe; every variant gets the iterations that it can do for it. None: the iterations of

@@ -70,7 +70,7 @@ class Chart:
 
 @dataclass
 class Section:
-    """One experiment on one data set."""
+    """One experiment on one dataset."""
 
     title: str
     text: list[str]

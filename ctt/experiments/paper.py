@@ -26,7 +26,7 @@ def _table(shares: str, rows: Mapping[str, str]) -> Mapping[str, Row]:
     return {name: _row(shares, values) for name, values in rows.items()}
 
 
-# Tables 1 to 3, by data set: the score of each method at each share of labels
+# Tables 1 to 3, by dataset: the score of each method at each share of labels
 SHARES = {
     CITYSCAPES: _table(
         "1/30 1/8 1/4 1/2 1/1",
@@ -108,7 +108,7 @@ def printed(experiment: str, data: str, share: str, variant: str) -> float | Non
     """Return the paper's score of a row, or None.
 
     Args:
-        data: the data set, of VOC's classic set `voc classic`.
+        data: the dataset, of VOC's classic set `voc classic`.
         share: as `--ratio` has it.
     """
     if experiment in TABLES:

@@ -99,7 +99,7 @@ class Run:
 
 
 def data_name(settings: Settings) -> str:
-    """Return the name of the data set, with the set of VOC where it is not the augmented one."""
+    """Return the name of the dataset, with the set of VOC where it is not the augmented one."""
     classic = settings.dataset == "voc" and settings.data.voc_set == "classic"
     return "voc classic" if classic else settings.dataset
 

@@ -44,7 +44,7 @@ def draw_run(
         path: the PNG that is written.
         folder: of the run.
         trained: its networks.
-        source: the data set that it was trained on.
+        source: the dataset that it was trained on.
         name: of the network; by default the first teacher, or the first student where there is
             none.
 

@@ -172,7 +172,7 @@ def read_known(
     """Return image (3, H, W) uint8 and label (H, W) int64 of a training image.
 
     Args:
-        hidden: the data set has its label, though training may not see it. Where it has none, or
+        hidden: the dataset has its label, though training may not see it. Where it has none, or
             one that cannot be read, the label is 255 everywhere.
     """
     if hidden:

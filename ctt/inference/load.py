@@ -24,7 +24,7 @@ class Trained:
 
     Attributes:
         networks: student_1.. and teacher_1.. of a run, or `network` alone out of a file.
-        info: of the data set they were trained on.
+        info: of the dataset they were trained on.
         settings: of the run; the defaults where there is only a file.
         origin: a phrase that says where the networks come from.
         sha256: of the file that was read.

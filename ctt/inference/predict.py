@@ -31,7 +31,7 @@ def predictor(network: SegmentationModel, info: DatasetInfo, settings: EvalSetti
     """Return a function of images (B, 3, H, W) uint8 to probabilities (B, C, H, W) float32.
 
     Args:
-        info: of the data set that the network was trained on, for the normalisation.
+        info: of the dataset that the network was trained on, for the normalisation.
         settings: `prepare` has already applied `center-crop` or `half`; here
             they mean the whole of what is given.
     """

@@ -56,7 +56,7 @@ def predict_raster(
     """Write the classes of a raster, and how sure they are, as GeoTIFFs that lie where it lies.
 
     The network sees a tile with a margin around it at a time, so memory does not grow with the
-    raster. Values are the classes, shown in the data set's colours, and 255 where the raster has no
+    raster. Values are the classes, shown in the dataset's colours, and 255 where the raster has no
     data; names of the classes are in the file's tags.
 
     Args:

@@ -61,7 +61,7 @@ def in_threads(threads: int) -> Iterator[Callable[..., None]]:
 
 
 def visible(image: Tensor, info: DatasetInfo) -> Tensor:
-    """Return an image (C, H, W) of the data set as (3, H, W) uint8; where it has no data, black."""
+    """Return an image (C, H, W) of the dataset as (3, H, W) uint8; where it has no data, black."""
     image = image.cpu()
     if not info.bands:
         return image
@@ -74,7 +74,7 @@ def overlay(
     """Return the image (C, H, W) under the colours of its labels (H, W)."""
     picture = visible(image, info).permute(1, 2, 0).float()  # (H, W, 3)
     coloured = torch.lerp(picture, colorize(label, info).float(), opacity)
-    # class 0 is the background of every data set with one: it stays as it is
+    # class 0 is the background of every dataset with one: it stays as it is
     plain = (label.cpu() == 0)[:, :, None] & (info.classes[0] == "background")
     return Image.fromarray(torch.where(plain, picture, coloured).round().to(torch.uint8).numpy())
 

@@ -20,7 +20,7 @@ def images_to_submit(source: Source) -> tuple[Submission, list[str]]:
     """Return how to write predictions of the test images, and their names.
 
     Raises:
-        UserError: the data set has no server, or its test images are not there.
+        UserError: the dataset has no server, or its test images are not there.
     """
     wanted, ids = source.submission, source.test_ids()
     if wanted is None:

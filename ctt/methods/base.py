@@ -73,7 +73,7 @@ class Setup:
             loaded.
         finish: puts a new student, or other network to be trained, on its device, in the layout
             in which it trains.
-        taught: networks of a finished run that teach, and the data set that they know; None: none.
+        taught: networks of a finished run that teach, and the dataset that they know; None: none.
         origins: filled with a sentence for each student that starts from published weights.
     """
 

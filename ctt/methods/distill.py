@@ -69,7 +69,7 @@ class Distill(PseudoLabels):
         return self
 
     def as_taught(self, images: Tensor) -> Tensor:
-        """Return images in 0..1 that become, by the statistics of this run's data set, what the
+        """Return images in 0..1 that become, by the statistics of this run's dataset, what the
         teachers had by those of theirs."""
         own, theirs = self.info, self.source_info
         if (own.mean, own.std) == (theirs.mean, theirs.std):

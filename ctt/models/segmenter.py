@@ -25,7 +25,7 @@ class Segmenter(nn.Module):
 
     Args:
         network: any network of `ctt.models`.
-        info: of the data set it was trained on.
+        info: of the dataset it was trained on.
         note: on the origin of the weights.
 
     Attributes:
@@ -121,7 +121,7 @@ class Segmenter(nn.Module):
         return self.logits(normalized).softmax(dim=1)
 
     def pixels_of(self, image: Any) -> Tensor:
-        """Return an image, see `predict`, as the data set has its images.
+        """Return an image, see `predict`, as the dataset has its images.
 
         Returns:
             (3, H, W) uint8, or of bands (C, H, W) float32 in 0..1, NaN where there is no data.

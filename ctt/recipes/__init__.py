@@ -15,7 +15,7 @@ def names() -> list[str]:
 
 
 def default(dataset: str, voc_set: str, device: str = "auto") -> str:
-    """Return the recipe that belongs to a data set, empty where there is none.
+    """Return the recipe that belongs to a dataset, empty where there is none.
 
     Args:
         device: the setting `train.device`; own images have a recipe for machines without a GPU.

@@ -29,7 +29,7 @@ def train(
     `ctt.train(**{"train.iterations": 100})`.
 
     Args:
-        recipe: settings by name; by default those of the data set.
+        recipe: settings by name; by default those of the dataset.
         config: YAML file of settings over the recipe.
         out: new folder for the run; by default a numbered one in runs/.
         resume: folder of a stopped run to go on with.

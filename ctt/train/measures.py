@@ -22,7 +22,7 @@ def names(networks: Iterable[str]) -> list[str]:
     """Return the numbers that `measure` gives for networks of these names: columns of metrics.csv.
 
     confident_pixels: share of pixels of which a teacher is as sure as the threshold asks.
-    pseudo_label_accuracy: share of pixels that a teacher classifies well, where the data set knows
+    pseudo_label_accuracy: share of pixels that a teacher classifies well, where the dataset knows
         the labels that are hidden from training.
     teachers_agree, students_agree: share of pixels to which two of them give one class.
     teachers_apart: half the L1 distance of their probabilities, 0 to 1.
@@ -58,7 +58,7 @@ def measure(
     if not ids:
         return {}
     device = next(next(iter(networks.values())).parameters()).device
-    known = set(source.train_ids())  # whose labels the data set has
+    known = set(source.train_ids())  # whose labels the dataset has
     predict = {name: predictor(net, source.info, settings) for name, net in networks.items()}
     modes = {name: net.training for name, net in networks.items()}
     sums: dict[str, Tensor] = {}

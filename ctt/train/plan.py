@@ -232,7 +232,7 @@ def new_split(
 def taught_by(
     settings: Settings, info: DatasetInfo
 ) -> tuple[Sequence[SegmentationModel], DatasetInfo] | None:
-    """Return the networks that `--teacher` names, and the data set that they know.
+    """Return the networks that `--teacher` names, and the dataset that they know.
 
     Of a run these are its teachers, or else its students.
 

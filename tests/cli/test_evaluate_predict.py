@@ -171,7 +171,7 @@ def test_only_the_networks_asked_for(
         ("--eval.scales 0 1", "--eval.scales must be factors in 0.1..10"),
         ("--eval.window 4 4", "--eval.window must be at least 8 8"),
         ("--eval.stride 900", "--eval.stride must be a share"),
-        ("--dataset nope", "no such data set"),
+        ("--dataset nope", "no such dataset"),
         ("--device cuda:99", "--device cuda:99 cannot be used here"),
         ("--workers -1", "--workers -1 must be at least 0"),
     ],
@@ -206,7 +206,7 @@ def test_weights_of_other_classes_or_unknown_data(
     other = dataclasses.replace(info, name="moon", classes=("sky", *info.classes[1:]))
     checkpoint.save_network(tmp_path / "moon.safetensors", network, other, note)
     for arguments, text in (
-        ([], "trained on moon, which is no data set of this installation"),
+        ([], "trained on moon, which is no dataset of this installation"),
         (["--dataset", "digits"], "class 0 is 'sky' to the network and 'background' in the data"),
     ):
         paths = [str(tmp_path / "moon.safetensors"), *arguments]

@@ -86,7 +86,7 @@ def test_what_cannot_be_ranked(run: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             predict._main([str(run), "--rank", *out, *more])
-    with pytest.raises(UserError, match="data set of the run is not at hand"):
+    with pytest.raises(UserError, match="dataset of the run is not at hand"):
         predict._main([str(run / "best.safetensors"), "--rank", *out])
 
 

@@ -1,4 +1,4 @@
-"""ctt-eval on data sets in files: weights from elsewhere, protocols, splits, submissions."""
+"""ctt-eval on datasets in files: weights from elsewhere, protocols, splits, submissions."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_weights_find_their_data_set_by_data_root(
 ) -> None:
     path = weights(tmp_path / "street.safetensors", cityscapes.INFO)
     assert call(evaluate.main, [str(path)], monkeypatch) == BAD_INPUT
-    assert "--data-root: the data set cityscapes needs" in capsys.readouterr().err
+    assert "--data-root: the dataset cityscapes needs" in capsys.readouterr().err
     scores = {}
     for protocol, options in {
         "half": [],

@@ -28,7 +28,7 @@ def run(arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ("--dataset nope", "--dataset nope: no such data set. Data sets: digits"),
+        ("--dataset nope", "--dataset nope: no such dataset. Datasets: digits"),
         ("--ratio 1/0", "--ratio 1/0 is no ratio"),
         ("--ratio 5000", "--ratio 5000: the number of labelled images must be in 1..1000"),
         ("--loss.tau-hc -1", "--loss.tau-hc must be above 0, got -1"),

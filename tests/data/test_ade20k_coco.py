@@ -46,7 +46,7 @@ def test_masks_of_the_archive_are_shifted_by_one(tmp_path: Path, inside: bool) -
     assert torch.equal(label, torch.from_numpy(np.where(stored == 0, 255, stored - 1)).byte())
     assert set(label.unique().tolist()) == {0, 5, 114, 255}
     assert any("0 (other) is ignored" in note for note in source.notes)
-    assert any("published data set has 20,210" in note for note in source.notes)
+    assert any("published dataset has 20,210" in note for note in source.notes)
     grey = source.image("ADE_train_00000002")
     assert grey.shape == image.shape == (3, 40, 48)
 

@@ -323,7 +323,7 @@ def test_two_images_cannot_share_a_mask(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["voc", "cityscapes", "folder"])
 def test_wrong_roots(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=r"--data-root: the data set \w+ needs the folder that"):
+    with pytest.raises(UserError, match=r"--data-root: the dataset \w+ needs the folder that"):
         data.open_source(name, None, SourceOptions())
     with pytest.raises(UserError, match="there is no such folder"):
         opened(name, tmp_path / "nowhere")
@@ -466,5 +466,5 @@ def test_lists_of_a_folder_do_not_lead_elsewhere(tmp_path: Path, line: str) -> N
     root = trees.write_folder(tmp_path / "set")
     trees.save_image(tmp_path / "outside.jpg", np.zeros((4, 4, 3), np.uint8))
     (root / "list.txt").write_text(line.replace("/outside", f"{tmp_path}/outside", 1), "utf-8")
-    with pytest.raises(UserError, match="is no training image of this data set"):
+    with pytest.raises(UserError, match="is no training image of this dataset"):
         make_split(opened("folder", root), "1", 0, root / "list.txt", None)

@@ -25,7 +25,7 @@ LABEL = torch.from_numpy(VALUES)
 
 
 def label_of(root: Path, mask: Image.Image, text: str = COLOURS, file: str = "a.png") -> Tensor:
-    """The label of a data set's image whose mask is saved in a file of that name."""
+    """The label of a dataset's image whose mask is saved in a file of that name."""
     (root / "images").mkdir(exist_ok=True)
     (root / "masks").mkdir(exist_ok=True)
     for name in ("a", "b"):
@@ -202,7 +202,7 @@ def test_bad_descriptions_of_masks(tmp_path: Path, text: str, message: str) -> N
 
 
 def folder(root: Path, images: list[str], masks: list[str], text: str = CLASSES) -> Path:
-    """A data set whose images and masks have these paths; nothing is told of their pairing."""
+    """A dataset whose images and masks have these paths; nothing is told of their pairing."""
     for name in images:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (3, 2)).save(root / name)

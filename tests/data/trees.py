@@ -1,4 +1,4 @@
-"""Made-up data sets in the true layouts of VOC 2012, Cityscapes and a plain folder.
+"""Made-up datasets in the true layouts of VOC 2012, Cityscapes and a plain folder.
 
 Shapes of a class have that class's hue, so that something can be learnt from a handful of images.
 """
