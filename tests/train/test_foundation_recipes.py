@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
-from ctt import recipes
+from ctt import checkpoint, recipes, run
+from ctt.cli import evaluate, export, predict
 from ctt.cli import train as program
 from tests.data import trees
+from tests.train.test_loop import stop_after
 
 NAMES = [name for name in recipes.names() if "-dinov2-" in name]
 SMALL = (
@@ -50,3 +54,37 @@ def test_the_recipes_are_there_for_every_data_set() -> None:
     for dataset in ("voc-classic", "cityscapes", "ade20k", "coco"):
         for method in ("unimatch-v2", "fixmatch", "cross-teacher"):
             assert f"{dataset}-dinov2-{method}" in NAMES
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("ade20k-dinov2-unimatch-v2", "ADEChallengeData2016/images/validation"),
+        ("coco-dinov2-cross-teacher", "val2017"),
+    ],
+)
+def test_from_training_to_masks(tmp_path: Path, name: str, folder: str) -> None:
+    """Trained, stopped, resumed bit-equal, evaluated, predicted, exported."""
+    root, out, whole = tree(tmp_path / "data", name), tmp_path / "run", tmp_path / "whole"
+    given = ["--recipe", name, "--ratio", "1/2", "--data-root", str(root), "--train.deterministic"]
+    given += SMALL.split() if "cross" in name else SMALL.split()[:-2]
+    assert program._main([*given, "--out", str(whole)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 1)
+        assert program._main([*given, "--out", str(out)]) == 130
+    assert program._main(["--resume", str(out)]) == 0
+    states = [checkpoint.load(place / run.CHECKPOINT) for place in (whole, out)]
+    for key, value in states[0]["method"].items():
+        assert torch.equal(value, states[1]["method"][key]), key
+    scores = tmp_path / "scores"
+    assert evaluate._main([str(out), "--out", str(scores), "--workers", "0"]) == 0
+    summaries = [json.loads((f / "summary.json").read_text("utf-8")) for f in (out, scores)]
+    assert summaries[0]["miou"] == summaries[1]["miou"]
+    picture = next((root / folder).iterdir())
+    masks = ["--out", str(tmp_path / "masks"), "--network", "ensemble"]
+    assert predict._main([str(out), str(picture), *masks]) == 0
+    (mask,) = (tmp_path / "masks").glob("*_mask.png")
+    with Image.open(picture) as photo, Image.open(mask) as found:
+        assert found.size == photo.size
+    options = ["--network", "teacher_1", "--format", "safetensors"]
+    assert export._main([str(out), *options, "--out", str(tmp_path / "net.safetensors")]) == 0
