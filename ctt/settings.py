@@ -53,6 +53,7 @@ WITHOUT_EFFECT = {
         "measured_images",
         "checkpoint_every",
         "tensorboard",
+        "loggers",
     ),
 }
 PROFILE_WARM_UP = 10  # steps of a run before those that are looked at
@@ -345,6 +346,9 @@ class TrainSettings:
     training, how often the teachers are right: see "Inside" in the README. Nothing learns from it;
     0: none."""
     tensorboard: bool = True
+    """Write TensorBoard events into the run folder."""
+    loggers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Where the numbers of the run go too: W&B (extra `wandb`), MLflow (extra `mlflow`)."""
     backend: Literal["auto", "cuda", "triton", "cpu", "torch", "reference"] = "auto"
     """Implementation of the operations of `ctt.ops`, wherever it can run."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ctt import recipes, run
 from ctt.configure import Given, layered, refuse_unused
 from ctt.errors import UserError
 from ctt.settings import validate
+from ctt.train.loggers import Logger
 
 SOURCE = "ctt.train"  # named in messages about settings
 
@@ -20,6 +22,7 @@ def train(
     config: str | Path | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
+    loggers: Sequence[Logger] = (),
     **settings: Any,
 ) -> dict[str, Any]:
     """Train as `ctt-train` does with the same settings, and return how it went.
@@ -33,6 +36,7 @@ def train(
         config: YAML file of settings over the recipe.
         out: new folder for the run; by default a numbered one in runs/.
         resume: folder of a stopped run to go on with.
+        loggers: objects that take the numbers of the run, see `ctt.train.loggers.Logger`.
         settings: over all of these.
 
     Returns:
@@ -71,6 +75,7 @@ def train(
             made,
             out=folder if resume is None else None,
             resume=folder if resume is not None else None,
+            own=loggers,
         )
     except Stopped as stopped:
         raise KeyboardInterrupt(

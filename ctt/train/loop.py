@@ -8,7 +8,7 @@ import math
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,11 @@ from ctt.inference.evaluate import (
 )
 from ctt.inference.predict import is_out_of_memory
 from ctt.settings import Settings, to_dict
-from ctt.train import measures
+from ctt.train import loggers, measures
 from ctt.train.distributed import World, join
 from ctt.train.divergence import Losses
 from ctt.train.engine import Engine
+from ctt.train.loggers import Logger
 from ctt.train.pace import duration
 from ctt.train.plan import Plan, check_iterations, check_rounds
 from ctt.train.prefetcher import DevicePrefetcher
@@ -74,9 +75,16 @@ class Stopped(Exception):  # noqa: N818  (not an error)
 
 
 def train(
-    settings: Settings, *, out: Path | None = None, resume: Path | None = None
+    settings: Settings,
+    *,
+    out: Path | None = None,
+    resume: Path | None = None,
+    own: Sequence[Logger] = (),
 ) -> dict[str, Any]:
     """Train as `settings` say, in a new folder `out` or going on in the run folder `resume`.
+
+    Args:
+        own: loggers beside those that the settings name.
 
     Returns:
         what summary.json holds.
@@ -90,7 +98,7 @@ def train(
     folder = resume
     with join() as world:
         try:
-            trainer = Trainer(settings, out, resume, world)
+            trainer = Trainer(settings, out, resume, world, own)
             folder = trainer.folder
             with trainer.lock:
                 return trainer.train()
@@ -120,9 +128,15 @@ class Trainer:
     """One run, from its data to its summary."""
 
     def __init__(
-        self, settings: Settings, out: Path | None, resume: Path | None, world: World
+        self,
+        settings: Settings,
+        out: Path | None,
+        resume: Path | None,
+        world: World,
+        own: Sequence[Logger] = (),
     ) -> None:
-        self.world = world
+        self.world, self.loggers = world, own
+        loggers.check(settings)
         self.console = plain_console(quiet=not world.is_main)
         begun = run.begun(resume)
         self.plan = plan = Plan.of(settings, begun, world.size).counted(world)
@@ -183,8 +197,9 @@ class Trainer:
                 self.folder,
                 self.method,
                 engine.iteration,
-                settings.train.tensorboard,
+                [*loggers.make(settings, self.folder, engine.iteration), *self.loggers],
                 measures.names(self.method.networks()) if self.measured else (),
+                partial(self.console.print, soft_wrap=True),
             )
         told = announcement(self.plan, engine, self.folder, self.broken)
         self.console.print(told, soft_wrap=True)

@@ -1,20 +1,21 @@
-"""What a run leaves behind: metrics.csv, TensorBoard events, curves.png."""
+"""What a run leaves behind: metrics.csv, what loggers make of its numbers, curves.png."""
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
+from ctt.errors import UserError
 from ctt.files import as_write_error, atomic_write
 from ctt.inference.evaluate import names_of_scores
 from ctt.inference.figures import save_figure
 from ctt.methods.base import Method
+from ctt.train.loggers import Logger
 
 
 class Recorder:
-    """Appends rows to metrics.csv and, if wanted, TensorBoard events in the run folder.
+    """Appends rows to metrics.csv, and hands the numbers to loggers.
 
-    `measured` are columns beside those of the method.
+    `measured` are columns beside those of the method, and `warn` tells of a logger that fails.
 
     Going on from a checkpoint drops the rows after `iteration`: they will be written again.
     """
@@ -24,9 +25,11 @@ class Recorder:
         folder: Path,
         method: Method,
         iteration: int,
-        tensorboard: bool,
+        loggers: Iterable[Logger] = (),
         measured: Iterable[str] = (),
+        warn: Callable[[str], object] = print,
     ) -> None:
+        self.loggers, self.warn = list(loggers), warn
         self.path = folder / "metrics.csv"
         self.columns = [
             "iteration",
@@ -45,28 +48,35 @@ class Recorder:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
-        self.writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder), purge_step=iteration + 1)
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """Write one row; columns that `values` does not name stay empty."""
         with as_write_error(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             row = {name: f"{value:.6g}" for name, value in values.items()}
             csv.DictWriter(file, self.columns).writerow({"iteration": iteration, **row})
-        if self.writer is not None:
-            for name, value in values.items():
-                group, _, rest = name.partition("_")
-                tag = f"{group}/{rest}" if group in ("loss", "miou") else f"train/{name}"
-                with as_write_error(self.path.parent):
-                    self.writer.add_scalar(tag, value, iteration)
+        self._tell(lambda logger: logger.log(iteration, values))
 
     def close(self) -> None:
-        if self.writer is not None:
-            with as_write_error(self.path.parent):
-                self.writer.close()
+        """End the loggers."""
+        self._tell(lambda logger: logger.close())
+
+    def _tell(self, what: Callable[[Logger], None]) -> None:
+        """Do the same with every logger; one that fails is left out from then on.
+
+        A server that does not answer must not end a run of days; a full disk is told at once.
+        """
+        for logger in list(self.loggers):
+            try:
+                what(logger)
+            except UserError:
+                raise
+            except Exception as error:
+                self.loggers.remove(logger)
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                self.warn(
+                    f"Warning: {type(logger).__name__} takes no more numbers of this run "
+                    f"({reason}). metrics.csv has them all."
+                )
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
