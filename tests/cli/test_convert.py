@@ -167,6 +167,28 @@ def test_parts_of_an_export(tmp_path: Path, call: Call) -> None:
     assert len([*(tmp_path / "mine" / "val" / "masks").rglob("*.png")]) == 4
 
 
+def test_other_files_beside_those_of_instances(tmp_path: Path, call: Call) -> None:
+    """Captions of the same images, as COCO has them, and an instance file that is cut off."""
+    source = exports.coco(tmp_path / "export")
+    folder = source / "annotations"
+    (folder / "captions_default.json").write_text('{"images": [], "annotations": []}')
+    assert call(source, "--to", tmp_path / "a")[0] == 0
+    (folder / "instances_more.json").write_text('{"images": [')
+    code, out, err = call(source, "--to", tmp_path / "b")
+    assert (code, "1 file could not be used" in err) == (2, True)
+    assert f"{folder / 'instances_more.json'} is no valid JSON" in out
+    assert np.array_equal(mask_of(tmp_path / "b"), exports.label())
+
+
+def test_a_table_without_background_gets_none(tmp_path: Path, call: Call) -> None:
+    source = exports.masks(tmp_path / "export")
+    path = source / "labelmap.txt"
+    path.write_text(path.read_text().replace("background:", "ground:"))
+    code, out, _ = call(source, "--to", tmp_path / "mine")
+    assert (code, "3 classes, from 0 on: ground, cat, dog." in out) == (0, True)
+    assert np.array_equal(mask_of(tmp_path / "mine"), exports.label())
+
+
 @pytest.mark.parametrize(("orientation", "drawn"), [(6, "stored"), (6, "shown"), (3, "shown")])
 def test_turned_photographs(tmp_path: Path, call: Call, orientation: int, drawn: str) -> None:
     """Outlines drawn on the stored pixels are turned with the image, others fit already."""
@@ -386,7 +408,7 @@ def test_wrong_calls(tmp_path: Path, call: Call) -> None:
     assert "no such folder" in call(source, *to, "--unlabeled", tmp_path / "none")[2]
     assert "--tolerance must be in 0..255" in call(source, *to, "--tolerance", 256)[2]
     assert "--classes names a class twice" in call(source, *to, "--classes", "a", "a")[2]
-    assert "must be 2 to 255 classes" in call(source, *to, "--classes", "a")[2]
+    assert "There must be 2 to 255 classes" in call(source, *to, "--classes", "a")[2]
     shutil.rmtree(source / "images")
     assert "no annotated image is found" in call(source, *to)[2]
 

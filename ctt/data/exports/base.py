@@ -199,18 +199,24 @@ def _shared_end(parts: tuple[str, ...], name: str) -> int:
     return count
 
 
-def with_background(names: Iterable[str], wanted: tuple[str, ...]) -> tuple[str, ...]:
+def with_background(
+    names: Iterable[str], wanted: tuple[str, ...], *, always: bool = True
+) -> tuple[str, ...]:
     """Return the names of the classes: the wanted ones, or all with the background in front.
+
+    Args:
+        always: there is a background, whether or not it is named.
 
     Raises:
         UserError: there are none, or more than a mask can number.
     """
     found = list(dict.fromkeys(names))
-    own = next((name for name in found if name.lower() in BACKGROUNDS), BACKGROUND)
-    classes = wanted or (BACKGROUND, *(name for name in found if name != own))
+    others = [name for name in found if name.lower() not in BACKGROUNDS]
+    first = [BACKGROUND] if always or len(others) < len(found) else []
+    classes = wanted or (*first, *others)
     if not 2 <= len(classes) <= MOST_CLASSES:
         raise UserError(
-            f"There must be 2 to {MOST_CLASSES} classes with the background, and here are "
+            f"There must be 2 to {MOST_CLASSES} classes, the background among them, and here are "
             f"{len(classes)}. --classes names those that are wanted."
         )
     if len(set(classes)) < len(classes):

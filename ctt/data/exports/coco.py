@@ -25,15 +25,33 @@ BOXES = "annotations with a box and no outline: their pixels are ignored"
 
 def read(request: Request) -> Export:
     """Return the images and outlines of one instance file, or of all in a folder."""
-    files = [read_coco(path) for path in files_of(request.source, "*.json")]
+    files, faults = _files(request.source)
     images = Images(_folder_of_images(request, files), request.target)
     names = [name for file in files for name in file.categories.values()]
     classes = with_background(names, request.classes)
     order = "the smaller shape lies on top, and crowds at the bottom"
-    export = Export("COCO", images, classes, order)
+    export = Export("COCO", images, classes, order, faults=faults)
     for file in files:
         _add(file, images, export, request)
     return export
+
+
+def _files(source: Path) -> tuple[list[CocoFile], list[str]]:
+    """Return the instance files, and what is wrong with others.
+
+    COCO's own folder also has captions and keypoints of the same images, which do not count.
+    """
+    paths = files_of(source, "*.json")
+    paths = [path for path in paths if "instances" in path.stem.lower()] or paths
+    files, faults = [], []
+    for path in paths:
+        try:
+            files.append(read_coco(path))
+        except UserError as error:
+            if path == paths[-1] and not files:
+                raise
+            faults.append(str(error))
+    return files, faults
 
 
 def _folder_of_images(request: Request, files: list[CocoFile]) -> Path:

@@ -45,7 +45,8 @@ def read(request: Request) -> Export:
     ignored = tuple(
         n for n in dict.fromkeys(names) if n.lower() in IGNORED_NAMES and n not in request.classes
     )
-    classes = with_background((n for n in names if n not in ignored), request.classes)
+    used = [name for name in names if name not in ignored]
+    classes = with_background(used, request.classes, always=False)
     colours = dict(reversed(table))
     default = bit_palette(len(classes))
     palette = tuple(
