@@ -15,6 +15,7 @@
 #   voc         time and phases of the whole step of VOC's recipe, eager and replayed
 #   cityscapes  the same of Cityscapes' recipe
 #   compiled    the same of VOC's with torch.compile
+#   recipes     time, memory and hours of the step of every recipe, in float32 and bfloat16
 #   profile     phases and a trace of a short run, packed in profile.tgz
 #   targets     one table: what must be reached, and what was
 # Where the package is not built yet, any part builds it first. What the parts print and the rows of
@@ -25,7 +26,7 @@
 # the parts from training on also what the extra `train` of pyproject.toml lists, without tyro.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-all=(build tests bank high low views training voc cityscapes compiled profile targets)
+all=(build tests bank high low views training voc cityscapes compiled recipes profile targets)
 if [[ ${1:-} == -* ]]; then # --help, or an option: there is none
   sed -n '2,/^set /s/^# \{0,1\}//p' benchmarks/on_gpu.sh
   exit 2
@@ -111,6 +112,17 @@ step() { # size and options
 voc() { step voc --no-compile; }
 cityscapes() { step cityscapes --no-compile; }
 compiled() { step voc; }
+recipes() {
+  if [ -n "$dry" ]; then
+    python3 -m benchmarks.recipes --device cpu --steps 1 --recipes digits voc-classic-two-encoders
+    return
+  fi
+  local amp code=0
+  for amp in off bf16; do
+    python3 -m benchmarks.recipes --amp "$amp" --steps 5 --out "$folder/recipes-$amp.csv" || code=1
+  done
+  return $code
+}
 targets() { python3 -m benchmarks.targets; }
 profile() {
   if [ -n "$dry" ]; then
@@ -144,7 +156,7 @@ EOF
 keep() {
   cp benchmarks/results/*.csv "$folder/"
 }
-functions=(build tests measure bank high low views training step voc cityscapes compiled targets profile keep)
+functions=(build tests measure bank high low views training step voc cityscapes compiled recipes targets profile keep)
 export -f "${functions[@]}" # a part runs in a shell of its own, which can be cut off
 export folder dry
 

@@ -68,9 +68,15 @@ def main() -> None:
     rows = []
     for name in arguments.recipes:
         settings = settings_of(name, arguments.amp, device)
-        if settings is not None:
+        if settings is None:
+            continue
+        try:
             rows.append(measured(name, settings, device, arguments.steps))
-            plain_console().print(rows[-1])
+        except torch.OutOfMemoryError:
+            plain_console().print(f"{name}: a step does not fit into the memory of {device}")
+            torch.cuda.empty_cache()
+            continue
+        plain_console().print(rows[-1])
     plain_console().print(table_of(rows))
     if arguments.out is not None:
         with arguments.out.open("w", newline="", encoding="utf-8") as file:

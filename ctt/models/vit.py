@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ctt.models.base import BackboneModel, conv_bn, crop_to_stride
+from ctt.models.base import BackboneModel, conv_bn, crop_to_stride, pad_to_multiple
 from ctt.models.timm_backbone import create
 
 TAKEN = 4  # blocks whose output is read, as far from each other as they can be
@@ -83,7 +83,6 @@ def transformer(
         num_classes=0,
         global_pool="",
         dynamic_img_size=True,
-        dynamic_img_pad=True,
         in_chans=channels,
         **sized,
     )
@@ -92,7 +91,9 @@ def transformer(
 def spread_out(vit: Any, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
     """Return what some blocks give, after the last norm, as maps (B, dim, H / patch, W / patch);
     class tokens and registers are left out."""
+    # timm's own padding rounds in a way that an exported graph cannot hold
+    padded = pad_to_multiple(images, vit.patch_embed.patch_size[0])
     maps: list[Tensor] = vit.forward_intermediates(
-        images, indices=list(blocks), norm=True, output_fmt="NCHW", intermediates_only=True
+        padded, indices=list(blocks), norm=True, output_fmt="NCHW", intermediates_only=True
     )
     return maps

@@ -14,12 +14,14 @@ from torch.nn import functional as F
 from ctt import models
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
+from ctt.inference.export import TOLERANCE, export
+from ctt.inference.load import Trained
 from ctt.inference.predict import predictor
 from ctt.methods import losses
 from ctt.models import weights
 from ctt.models.base import Grid, upsample
 from ctt.models.dpt import blocks_of, widths
-from ctt.settings import EvalSettings
+from ctt.settings import EvalSettings, Settings
 from tests.models.tiny import PATCH14, ROTARY
 
 CLASS_TOKEN = "test_vit"  # patches of 16, position embeddings of the class token too
@@ -304,3 +306,12 @@ def test_stochastic_depth_falls_to_the_first_block(name: str, backbone: str) -> 
     assert rates
     assert rates == sorted(rates)
     assert max(rates) == pytest.approx(0.4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", [CLASS_TOKEN, PATCH14, ROTARY])
+@pytest.mark.parametrize("form", ["onnx", "torch-export"])
+def test_graphs_of_open_sizes_compute_the_same(tmp_path: Path, backbone: str, form: Any) -> None:
+    network = models.build("dpt", 3, 8, backbone=backbone, image=(112, 112)).eval()
+    trained = Trained({"network": network}, INFO, Settings(), "here", "")
+    assert export(trained, tmp_path / "file", form) <= TOLERANCE
