@@ -31,7 +31,8 @@ def load(path: str | Path, network: str = "best") -> Segmenter:
     `classes`, `palette`, `mean`, `std`.
 
     Args:
-        path: the folder of a run, or the best.safetensors of one.
+        path: the folder of a run, the best.safetensors of one, or `hf:owner/name`, what `ctt-export
+            --push` has written to the Hugging Face hub.
         network: student_1, teacher_2 and so on, as the run's last checkpoint has them, or `best`,
             the one in its best.safetensors.
 

@@ -41,6 +41,11 @@ class Arguments:
     TensorFlow's padding (tf_..., ConvNeXts) need it."""
     overwrite: bool = False
     """Replace a file that is there already."""
+    push: str = ""
+    """OWNER/NAME: write the weights with a model card to the Hugging Face hub, and no file here;
+    ctt.load("hf:OWNER/NAME") reads them. Only --network and --private are read beside it."""
+    private: bool = False
+    """push: a new repository is seen by its owner alone."""
 
 
 def main() -> None:
@@ -63,6 +68,8 @@ def _main(arguments: list[str]) -> int:
             "--output, --normalized and --size say what a graph computes, and --format safetensors "
             "writes weights alone. Leave them out."
         )
+    if parsed.push:
+        return push_to_hub(parsed)
     from ctt.inference.export import OPSET, SUFFIXES, export
     from ctt.inference.load import load_trained
 
@@ -74,6 +81,21 @@ def _main(arguments: list[str]) -> int:
     details = f", opset {OPSET}" if parsed.format == "onnx" else ""
     checked = f"; largest difference from the network {difference:.1g}" if difference else ""
     say(f"{out}: {parsed.network} of {trained.origin} as {parsed.format}{details}{checked}")
+    return 0
+
+
+def push_to_hub(parsed: Arguments) -> int:
+    """Write the network to the hub."""
+    from ctt.inference.hub import push
+    from ctt.inference.load import load_trained
+
+    owner, slash, name = parsed.push.partition("/")
+    if not (owner and slash and name) or "/" in name:
+        raise UserError(f"--push {parsed.push}: give OWNER/NAME, a repository of the hub.")
+    trained = load_trained(parsed.path, parsed.network)
+    folder = parsed.path if parsed.path.is_dir() else parsed.path.parent
+    address = push(trained, folder, parsed.push, parsed.private)
+    say(f"{parsed.network} of {trained.origin} is at {address}")
     return 0
 
 

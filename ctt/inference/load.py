@@ -17,6 +17,8 @@ from ctt.inference.predict import Predict, mean_of, predictor
 from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings, Settings
 
+PREFIX = "hf:"  # before a repository of the Hugging Face hub
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -90,6 +92,10 @@ def load_trained(path: Path, network: str = "") -> Trained:
     Raises:
         UserError: there is neither, or its parts do not fit each other, or no such network.
     """
+    if str(path).startswith(PREFIX):
+        from ctt.inference.hub import download
+
+        path = download(str(path).removeprefix(PREFIX))
     if network == "best" or not run.has_checkpoint(path):
         trained = _of_file(path)
         network = "" if network == "best" else network
