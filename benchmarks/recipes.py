@@ -88,7 +88,7 @@ def main() -> None:
 def settings_of(name: str, amp: str, device: torch.device) -> Settings | None:
     """Return a recipe as it is measured; None for one that is meant to be put over others."""
     values = recipes.load(name)
-    if "model" not in values:
+    if "name" not in values.get("model", {}) or name.startswith("as-"):
         return None
     weights = {"model": {"weights": ["none"]}, "train": {"amp": amp, "device": str(device)}}
     settings = update(update(Settings(), values, name), weights, "benchmark")
