@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ctt import methods
 from ctt import run as runs
 from ctt.cli.train import _main
 from ctt.data.digits import INFO
@@ -20,6 +21,7 @@ from ctt.settings import Settings, update
 from ctt.train.context import StepContext
 from ctt.train.distributed import World, join
 from ctt.train.loop import train
+from ctt.train.memory import ACTIVATIONS, estimate
 from tests.train.processes import finish, shown, start
 from tests.train.steps import CPU, double, exactly, make, run
 
@@ -228,3 +230,12 @@ def test_bad_settings_are_told(arguments: str, message: str, tmp_path: Path) -> 
     with pytest.raises(UserError, match=message):
         _main([*arguments.split(), *out])
     assert not (tmp_path / "run").exists()
+
+
+def test_the_dry_run_knows_these_losses(tiny: Settings) -> None:
+    plain = tiny.with_method("supervised")
+    kept = []
+    for settings in (plain, update(plain, EVERYTHING, "test")):
+        about = methods.get("supervised")
+        kept.append(estimate(settings, make(settings).method, INFO, about)[ACTIVATIONS])
+    assert kept[1] > kept[0]
