@@ -69,7 +69,7 @@ def dry_run(
     if operations is not None and ACTIVATIONS in parts:
         needed = {n: sum(shared(parts, settings, n).values()) for n in {1, cards or processes}}
         console.print(cost_table(operations, needed, settings, left, names))
-    if (seconds := seconds_of_step(plan)) is not None:
+    if (seconds := seconds_of_step(plan, parts)) is not None:
         console.print(
             f"The {left} iterations take about {duration(seconds * left)} here ({seconds:.2g} s "
             f"each), and evaluation comes on top."

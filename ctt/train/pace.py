@@ -4,35 +4,46 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import torch
 
 from ctt.inference.predict import is_out_of_memory
 from ctt.train.engine import Engine
+from ctt.train.memory import ACTIVATIONS, available
 from ctt.train.plan import Plan
 from ctt.train.streams import Streams
 
 FEW = 2  # labelled images of a step that is timed where a whole one takes long
 STEPS = 3  # timed, of which the first warms up
 LONG = 2.0  # seconds of a step of few images from which on no whole one is timed
+ROOM = 0.5  # share of the memory that the timing may take; others may hold the rest
 UNITS = ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
 
 
-def seconds_of_step(plan: Plan) -> float | None:
+def seconds_of_step(plan: Plan, parts: dict[str, int]) -> float | None:
     """Return the seconds of a training step with its images, without evaluation.
 
-    Trains networks of its own. Where a step of a few images takes long, that of the whole batch is
-    worked out from it.
+    Trains networks of its own. Where a step of a few images takes long, or that of the whole batch
+    much memory, the latter is worked out from the former.
+
+    Args:
+        parts: the bytes that a step takes, see `estimate`.
 
     Returns:
         None if the device has too little memory.
     """
-    images = plan.settings.data.batch_size
-    few = min(images, FEW)
+    images, memory = plan.settings.data.batch_size, available(plan.device)
+    room = inf if memory is None else memory * ROOM
+    few, grows = min(images, FEW), parts.get(ACTIVATIONS, 0)
+    fixed = sum(parts.values()) - grows
+    if fixed + grows * few / images > room:
+        return None
     try:
         spent = _timed(plan, few) * images / few
-        return _timed(plan, images) if few < images and spent < LONG else spent
+        whole = few < images and spent < LONG and fixed + grows < room
+        return _timed(plan, images) if whole else spent
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -121,17 +121,20 @@ def test_the_time_of_a_step_is_none_where_memory_is_short(
     tiny: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = Plan.of(tiny, None)
-    seconds = pace.seconds_of_step(plan)
+    seconds = pace.seconds_of_step(plan, {})
     assert seconds is not None
     assert 0 < seconds < 60
     monkeypatch.setattr(pace, "LONG", 0.0)  # as if a step of two images took long
-    assert (pace.seconds_of_step(plan) or 0) > 0
+    assert (pace.seconds_of_step(plan, {}) or 0) > 0
 
     def too_large(*_: object) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    parts = {"activations": 10**15, "teachers": 10**9}
+    assert pace.seconds_of_step(plan, parts) is None
+    assert (pace.seconds_of_step(plan, {"activations": 10**9}) or 0) > 0
     monkeypatch.setattr(pace, "_timed", too_large)
-    assert pace.seconds_of_step(plan) is None
+    assert pace.seconds_of_step(plan, {}) is None
 
 
 def test_the_help_lists_what_can_be_named(capsys: pytest.CaptureFixture[str]) -> None:
