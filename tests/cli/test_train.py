@@ -41,7 +41,7 @@ def run(arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         ("--resume {broken}", "no checkpoint that can be read"),
         ("--config {nowhere}", "cannot be read"),
         ("--config {yaml}", "there is no setting losses"),
-        ("--recipe nope", "no such recipe. Recipes: cityscapes"),
+        ("--recipe nope", "no such recipe. Recipes: ade20k"),
         ("--method nope", "no such method"),
         ("--model.name nope", "no such architecture"),
         ("--model.weights {nowhere}", "there is no such file"),
