@@ -91,7 +91,7 @@ class Coco(FileSource):
         return self.labels
 
     def find(self, entry: str) -> str | None:
-        """Bare names and paths of JPEG files."""
+        """Find an image by its bare name or the path of a JPEG file."""
         file = PurePosixPath(entry).name
         return self._known.get(same_name(file.removesuffix(".jpg")))
 

@@ -67,7 +67,7 @@ def draw_samples(
 def draw_disagreement(
     path: Path, shown: Sequence[tuple[str, Tensor, Tensor, Tensor]], info: DatasetInfo
 ) -> None:
-    """A sheet of images, what networks see in them, and where they disagree.
+    """Draw a sheet of images, what networks see in them, and where they disagree.
 
     Args:
         shown: name, image (C, H, W), label (H, W) and disagreement (H, W) of each.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ctt import methods
 from ctt.cli.train import parse
 from tests.docs.pages import LINK, PAGES, ROOT, anchors, blocks, command_lines, prose
 
@@ -49,3 +50,8 @@ def test_commands_of_the_pages_have_settings_that_exist(
     words = [word for word in arguments.split() if word not in ("--dry-run", "--list-methods")]
     if "--resume" not in words and "--help" not in words:
         parse(words)
+
+
+def test_the_readme_counts_the_methods() -> None:
+    said = re.findall(r"\b(\d+) methods\b", (ROOT / "README.md").read_text("utf-8"))
+    assert str(len(methods.names())) in said
