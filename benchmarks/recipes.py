@@ -151,7 +151,7 @@ def measured(name: str, settings: Settings, device: torch.device, steps: int) ->
         "step_ms": round(1000 * seconds, 1),
         "memory_mib": round(torch.cuda.max_memory_allocated(device) / MEBI) if cuda else None,
         "estimated_mib": round(told / MEBI),
-        "tflop": None if operations is None else round(operations / TERA, 3),
+        "tflop": None if operations is None else float(f"{operations / TERA:.3g}"),
         "of_peak": share_of_peak(operations, seconds, settings, device),
         "iterations": settings.train.iterations,
         "hours": round(seconds * settings.train.iterations / HOUR, 1),
