@@ -19,6 +19,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
+from ctt.cli.page_ranking import ranking
 from ctt.data.rasters import read_as
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
@@ -220,6 +221,7 @@ def build(viewer: Viewer, examples: list[str]) -> gr.Blocks:
                 for number, column in enumerate(pictures):
                     column.append(image_box(kind, f"{kind}-{number}"))
         gr.HTML(scale())
+        ranking(viewer)
         inputs = [image, opacity, *networks]
         outputs = [*chain(*pictures), table]
         changes = [image.change, *(network.change for network in networks)]

@@ -30,7 +30,7 @@ from ctt.inference.load import load_trained
 from ctt.settings import EvalSettings
 
 gradio = pytest.importorskip("gradio")
-from ctt.cli import page  # noqa: E402  (needs gradio)
+from ctt.cli import page, page_ranking  # noqa: E402  (need gradio)
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -65,6 +65,21 @@ def test_pictures_of_two_networks(viewer: page.Viewer, picture: Path) -> None:
     share = float((label == 0).float().mean())
     assert f"{share:.1%}" in table if share else "-" in table
     assert viewer.show(None, 0.5, "student_1")[:-1] == [None] * 3
+
+
+def test_a_folder_is_ranked(viewer: page.Viewer, picture: Path, tmp_path: Path) -> None:
+    other, broken = tmp_path / "<b>.png", tmp_path / "broken.jpg"
+    Image.fromarray(np.full((50, 40, 3), 90, np.uint8)).save(other)
+    broken.write_text("no image")
+    (tmp_path / "notes.txt").write_text("left out")
+    files = [str(path) for path in tmp_path.iterdir() if path.is_file()]
+    pictures, table = page_ranking.ranked(viewer, files)
+    assert {caption[3:] for _, caption in pictures} == {"digit.png", "<b>.png"}
+    assert sorted(shown.size for shown, _ in pictures) == [(560, 350), (640, 320)]
+    assert "broken.jpg cannot be read" in table
+    assert "&lt;b&gt;.png" in table
+    assert "notes" not in table
+    assert page_ranking.ranked(viewer, []) == ([], "")
 
 
 def test_what_cannot_be_read_is_told_on_the_page(viewer: page.Viewer, tmp_path: Path) -> None:
