@@ -45,22 +45,24 @@ def begin(out: Path) -> subprocess.Popen[bytes]:
 def wait_for_moment(process: subprocess.Popen[bytes], out: Path, rng: random.Random) -> str:
     """Return what the process was doing when the wait ended; empty if it had ended itself.
 
-    A third of the moments lie anywhere in its first ten seconds, a third in the seconds after it
-    has begun to write, and a third in the writing of a file.
+    A third of the moments lie anywhere in its first ten seconds, a third after it has written some
+    rows, however long that takes, and a third in the writing of a file after these.
     """
     kind = rng.choice(("start", "training", "writing"))
     began, metrics = time.monotonic(), out / "metrics.csv"
     before = metrics.stat().st_mtime_ns if metrics.is_file() else 0
     limit = rng.uniform(0, 10)
-    written = False
+    changes, wanted = 0, rng.randint(1, 12)
     while process.poll() is None:
         passed = time.monotonic() - began
         if kind == "start":
             if passed > limit:
                 return kind
-        elif not written:
-            if metrics.is_file() and metrics.stat().st_mtime_ns != before:
-                written, began, limit = True, time.monotonic(), rng.uniform(0, 2)
+        elif changes < wanted:
+            now = metrics.stat().st_mtime_ns if metrics.is_file() else before
+            if now != before:
+                before, changes = now, changes + 1
+                began, limit = time.monotonic(), rng.uniform(0, 0.5)
         elif passed > limit and (kind == "training" or any(out.rglob("*.part"))):
             return kind
         time.sleep(0.0005)
