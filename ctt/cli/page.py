@@ -221,12 +221,12 @@ def build(viewer: Viewer, examples: list[str]) -> gr.Blocks:
                 for number, column in enumerate(pictures):
                     column.append(image_box(kind, f"{kind}-{number}"))
         gr.HTML(scale())
-        ranking(viewer)
         inputs = [image, opacity, *networks]
         outputs = [*chain(*pictures), table]
         changes = [image.change, *(network.change for network in networks)]
         gr.on(changes, viewer.show, inputs, outputs, show_progress="minimal")
         opacity.release(viewer.show, inputs, outputs, show_progress="hidden")
+        ranking(viewer)
     return page
 
 

@@ -247,7 +247,7 @@ def test_twelve_bits_in_sixteen_are_told_and_can_be_stated(tmp_path: Path, call:
     assert torch.equal(trained.predict(Image.open(file)), trained.predict(image))
     failures: list[str] = []
     job = predict.Job(file, tmp_path / "out")
-    found = list(predict.read_all([job], stated.info.white, 0, failures))
+    found = list(predict.read_all([job], stated.info, 0, failures))
     assert torch.equal(found[0][1], image)
 
 

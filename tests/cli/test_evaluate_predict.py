@@ -60,7 +60,8 @@ def test_evaluation_of_a_run_repeats_its_summary(
     summary = json.loads((folder / "summary.json").read_text())
     for key in (*SCORES, "protocol", "images", "images_sha256"):
         assert scores[key] == summary[key]
-    assert scores["protocol"] == {"name": "whole", "scales": [1.0], "flip": False, "amp": "off"}
+    whole = {"name": "whole", "scales": [1.0], "flip": False, "amp": "off", "fit": "pad"}
+    assert scores["protocol"] == whole
     names = "".join(f"{name}\n" for name in Digits(24, 6).eval_ids())
     assert scores["images_sha256"] == hashlib.sha256(names.encode()).hexdigest()
     checkpoint = (folder / "checkpoints" / "last.pt").read_bytes()
@@ -160,6 +161,7 @@ def test_only_the_networks_asked_for(
         "scales": [0.75, 1.0],
         "flip": True,
         "amp": "bf16",
+        "fit": "pad",
     }
 
 
