@@ -85,6 +85,8 @@ def test_methods(
     setting = Setting("method", size, shape, "float32", device)
     lines = [f"cost of a step, {shape} ({device_name(device)})"]
     for name in methods.names():
+        if name == "distill":
+            continue  # it needs a finished run, and costs what its teachers' forward passes do
         # two at a time, because all networks together would fill the memory
         runs = {BASELINE: step_of(BASELINE, size, device, batches)}
         runs[name] = step_of(name, size, device, batches)

@@ -103,7 +103,6 @@ def test_what_has_not_changed_is_not_built_again(tmp_path: Path) -> None:
     assert newer(third, build()) == sorted(first)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("compiler", [True, False])
 def test_the_wheel_of_the_sdist_in_isolation(tmp_path: Path, compiler: bool) -> None:
     """Everything that a build needs is in the sdist, and pip fetches the rest by itself."""

@@ -166,7 +166,7 @@ def test_mixed_precision_gives_float32() -> None:
 
 def test_a_protocol_is_stated() -> None:
     assert protocol_text(EvalSettings()) == "whole"
-    settings = EvalSettings("sliding", (801, 801), 2 / 3, True, (0.75, 1.0), "bf16")
+    settings = EvalSettings("sliding", flip=True, scales=(0.75, 1.0), amp="bf16")
     expected = "sliding, window 801x801, stride 0.667 of it, scales 0.75 1, flip, bf16"
     assert protocol_text(settings) == expected
     assert math.isclose(settings.stride * 801, 534)

@@ -394,7 +394,6 @@ def test_a_lower_instruction_set_can_be_asked_for(name: str) -> None:
         assert float(value) == pytest.approx(float(best), rel=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_the_contrast_holds_in_every_instruction_set(name: str) -> None:
     """Machines without AVX-512 run other code, with tiles of other sizes."""

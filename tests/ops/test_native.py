@@ -14,7 +14,6 @@ MACHINES = {  # compiler, and what runs its programs
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("machine", MACHINES)
 def test_the_kernels_compiled_for(machine: str, tmp_path: Path) -> None:
     compiler, emulator = MACHINES[machine]

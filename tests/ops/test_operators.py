@@ -153,7 +153,6 @@ def test_compiled_equals_eager(backend: str, device: str) -> None:
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.slow
 def test_compiled_by_inductor_equals_eager() -> None:
     eager = run_everything("auto", "cpu", lambda f: f)
     got = run_everything("auto", "cpu", lambda f: compiled(f, "inductor"))

@@ -60,7 +60,7 @@ def test_the_recipes_are_there_for_every_data_set() -> None:
     ("name", "folder"),
     [
         ("ade20k-dinov2-unimatch-v2", "ADEChallengeData2016/images/validation"),
-        ("coco-dinov2-cross-teacher", "val2017"),
+        pytest.param("coco-dinov2-cross-teacher", "val2017", marks=pytest.mark.slow),
     ],
 )
 def test_from_training_to_masks(tmp_path: Path, name: str, folder: str) -> None:

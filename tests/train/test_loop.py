@@ -57,11 +57,20 @@ def assert_equal_states(a: Any, b: Any, place: str = "") -> None:
         assert a == b, place
 
 
+# The others are stopped and resumed as engines in tests/methods/test_contract.py.
+IN_EVERY_SUITE = ("cross-teacher", "mean-teacher", "s4gan", "u2pl", "unimatch")
 IN_ROUNDS = [name for name in methods.names() if "rounds" in methods.get(name).extra]
 
 
 # those in rounds, which need more iterations, are lost and resumed in test_rounds.py
-@pytest.mark.parametrize("method", [m for m in methods.names() if m not in IN_ROUNDS])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(m, marks=[] if m in IN_EVERY_SUITE else pytest.mark.slow)
+        for m in methods.names()
+        if m not in IN_ROUNDS
+    ],
+)
 def test_a_resumed_run_ends_bit_equal(
     tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
