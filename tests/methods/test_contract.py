@@ -69,13 +69,20 @@ def in_last_round(engine: Engine) -> Engine:
 
 def train_exactly(settings: Settings, size: int, file: Path, fixed_norms: bool = False) -> None:
     """Write what the steps give and what the method holds after them."""
+    train_each_exactly({file: settings}, size, fixed_norms)
+
+
+def train_each_exactly(runs: dict[Path, Settings], size: int, fixed_norms: bool = False) -> None:
+    """Train one after the other, and write of each what its steps give and what it holds then."""
     with exactly(), join() as world:
-        engine = in_last_round(double(make, settings, 0, CPU, world))
-        for module in engine.method.modules() if fixed_norms else ():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        seen = run(engine, size, STEPS)
-    torch.save({"seen": seen, "method": engine.method.state_dict()}, f"{file}-{world.rank}.pt")
+        for file, settings in runs.items():
+            engine = in_last_round(double(make, settings, 0, CPU, world))
+            for module in engine.method.modules() if fixed_norms else ():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+            seen = run(engine, size, STEPS)
+            held = {"seen": seen, "method": engine.method.state_dict()}
+            torch.save(held, f"{file}-{world.rank}.pt")
 
 
 def close(state: dict[str, Any], expected: dict[str, Any], but: tuple[str, ...] = ()) -> None:
@@ -89,17 +96,21 @@ def close(state: dict[str, Any], expected: dict[str, Any], but: tuple[str, ...] 
         )
 
 
-@EVERY
+# most of the time goes into starting processes, so that a pair of them trains many methods
+@pytest.mark.parametrize("names", [methods.names()[i::4] for i in range(4)], ids="-".join)
 def test_two_processes_equal_one_with_twice_the_batch(
-    tiny: Settings, tmp_path: Path, name: str
+    tiny: Settings, tmp_path: Path, names: list[str]
 ) -> None:
-    settings = settings_of(name, tiny, {"model": {"sync_batch_norm": True}})
-    both = start(2, tmp_path / "log", train_exactly, settings, 4, tmp_path / "two")
-    train_exactly(settings, 4, tmp_path / "one")
+    change = {"model": {"sync_batch_norm": True}}
+    settings = {name: settings_of(name, tiny, change) for name in names}
+    two = {tmp_path / f"two-{name}": chosen for name, chosen in settings.items()}
+    both = start(2, tmp_path / "log", train_each_exactly, two, 4)
+    train_each_exactly({tmp_path / f"one-{n}": chosen for n, chosen in settings.items()}, 4)
     assert finish(both) == [0, 0], shown(tmp_path / "log")
-    one, *two = (torch.load(tmp_path / f"{file}.pt") for file in ("one-0", "two-0", "two-1"))
-    for state in two:
-        close(state, one)
+    for name in names:
+        one = torch.load(tmp_path / f"one-{name}-0.pt")
+        for rank in range(2):
+            close(torch.load(tmp_path / f"two-{name}-{rank}.pt"), one)
 
 
 @EVERY
