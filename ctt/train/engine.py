@@ -106,6 +106,11 @@ class Engine:
         self.untrained += self.step.forwards[False] * self.world.size
         return sums
 
+    @property
+    def images(self) -> int:
+        """Return how many images, labelled and unlabelled, were drawn so far."""
+        return self.drawn + self.drawn_unlabeled
+
     def _replayed(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         """`_run` as a CUDA graph."""
 

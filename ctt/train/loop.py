@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import record_function
 
 from ctt import checkpoint, run
@@ -22,8 +21,6 @@ from ctt.data.loader import lost_worker
 from ctt.data.split import write_list
 from ctt.errors import LoaderError, UnwritableError, UserError
 from ctt.inference.class_report import (
-    ClassRow,
-    class_rows,
     class_table,
     classes_as_json,
     write_classes,
@@ -31,9 +28,6 @@ from ctt.inference.class_report import (
 from ctt.inference.evaluate import (
     ENSEMBLE,
     Score,
-    confusions,
-    sample,
-    score,
     score_table,
     write_json,
 )
@@ -43,8 +37,8 @@ from ctt.train import loggers, measures
 from ctt.train.distributed import World, join
 from ctt.train.divergence import Losses
 from ctt.train.engine import Engine
+from ctt.train.evaluator import Evaluator
 from ctt.train.loggers import Logger
-from ctt.train.pace import duration
 from ctt.train.plan import Plan, check_iterations, check_rounds
 from ctt.train.prefetcher import DevicePrefetcher
 from ctt.train.profiling import Profile
@@ -53,10 +47,9 @@ from ctt.train.report import announcement, draw_predictions, ending, progress_ba
 from ctt.train.rounds import Labeling, folder_of
 from ctt.train.setup import images_of_any_size
 from ctt.train.signals import interrupt_flag
+from ctt.train.step_log import StepLog
 from ctt.train.streams import Streams
 
-LOST = "lost_pixels"  # share of unlabelled pixels without a finite probability of a teacher
-WORTH_TELLING = 30.0  # seconds that are left
 NO_CHECKPOINT = "The run ended before its first checkpoint, so it begins from the start."
 
 
@@ -145,12 +138,7 @@ class Trainer:
         self.method = plan.build()
         self.engine = Engine(self.method, settings, self.source.info, self.device, world)
         self.seconds, self.waited = 0.0, 0.0  # of training, and of it without a batch
-        self.best: dict[str, Any] | None = None
-        self.classes: dict[str, list[ClassRow]] = {}  # of the last evaluation, by network
-        self.measured = sample(plan.unlabeled, settings.train.measured_images)
         self.recorder: Recorder | None = None
-        self.paced = False  # the time that is left has been told
-        self.warned = False  # of pixels for which the teachers gave no finite probability
         self.broken = ""  # what is wrong with the last checkpoint
         if begun is None:
             self.folder = Path(world.tell(str(self._create(out, resume)) if world.is_main else ""))
@@ -158,6 +146,7 @@ class Trainer:
             self.folder = begun
         self.streams = Streams(plan, self.engine, self.folder)
         self.losses = Losses(self.streams)
+        self.evaluator = Evaluator(plan, self.engine, self.folder, world, self.console)
         if begun is not None:
             saved, self.broken = checkpoint.load_last(self.folder / run.CHECKPOINT)
             self._load(saved)
@@ -198,7 +187,7 @@ class Trainer:
                 self.method,
                 engine.iteration,
                 [*loggers.make(settings, self.folder, engine.iteration), *self.loggers],
-                measures.names(self.method.networks()) if self.measured else (),
+                measures.names(self.method.networks()) if self.evaluator.measured else (),
                 partial(self.console.print, soft_wrap=True),
             )
         told = announcement(self.plan, engine, self.folder, self.broken)
@@ -256,8 +245,9 @@ class Trainer:
     def _steps(self, show: Callable[..., None], profile: Profile | None) -> Iterator[None]:
         """Do the steps that are left; yields after each one."""
         settings, engine = self.settings, self.engine
+        log = StepLog(engine, self.console, self.recorder)
         feed: DevicePrefetcher | None = None
-        images, start = self._images(), time.perf_counter()  # of a row, or of this process
+        images, start = engine.images, time.perf_counter()  # of a row, or of this process
         clock = start
         while engine.iteration < settings.train.iterations:
             if feed is None or engine.iteration in engine.rounds.starts:
@@ -273,10 +263,10 @@ class Trainer:
             if due:
                 spent, waited = now - start, feed.waited()
                 self.waited += waited
-                speed = (self._images() - images) / spent
-                self._log(show, means, speed, waited / spent)
-                self._tell_pace(speed)
-                images, start = self._images(), now
+                speed = (engine.images - images) / spent
+                log.row(show, means, speed, waited / spent)
+                log.time_left(settings.train.iterations - engine.iteration, speed)
+                images, start = engine.images, now
             show(completed=engine.iteration)
             table = profile and profile.after_step()
             if table:
@@ -303,100 +293,9 @@ class Trainer:
         with images_of_any_size(self.settings.train.compile):
             engine.begin_round(Labeling(self.settings, *where))
 
-    def _images(self) -> int:
-        return self.engine.drawn + self.engine.drawn_unlabeled
-
-    def _tell_pace(self, speed: float) -> None:
-        """Print once, after the first row, how long the run will take.
-
-        Args:
-            speed: images a second.
-        """
-        engine = self.engine
-        steps = self.settings.train.iterations - engine.iteration
-        left = steps * self._images() / engine.iteration / speed
-        if not self.paced and left > WORTH_TELLING:
-            self.console.print(f"About {duration(left)} to go, without evaluation.")
-        self.paced = True
-
-    def _log(
-        self, show: Callable[..., None], means: dict[str, float], speed: float, waiting: float
-    ) -> None:
-        if self.recorder is None:
-            return
-        if means.get(LOST, 0.0) > 0:
-            self._warn_of_lost_pixels(means[LOST])
-        values = {name: value for name, value in means.items() if name in self.method.logged}
-        means = {name: value for name, value in means.items() if name not in values}
-        values |= {f"loss_{name}": value for name, value in means.items()}
-        values |= self.method.report()
-        rate = next(iter(self.engine.optimizers.values())).param_groups[0]["lr"]
-        values |= {"lr": float(rate), "images_per_second": speed, "input_wait": waiting}
-        self.recorder.write(self.engine.iteration, values)
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items() if name != "total")
-        show(losses=f"{shown}  {speed:.0f} images/s")
-
-    def _warn_of_lost_pixels(self, share: float) -> None:
-        """Print once that a teacher gives no finite probabilities."""
-        if self.warned:
-            return
-        self.warned = True
-        self.console.print(
-            f"Warning: at iteration {self.engine.iteration} the teachers gave no finite "
-            f"probability for {share:.1%} of the unlabelled pixels, and nothing is learnt there. "
-            f"If the share stays, train without --train.amp fp16, or look at --model.weights for "
-            f"batch norms with bad statistics; {LOST} in metrics.csv shows it.",
-            soft_wrap=True,
-        )
-
-    @record_function("evaluation")  # for a trace that it falls into
     def _evaluate(self) -> dict[str, Score]:
         self.losses.check_weights()
-        engine, world, networks = self.engine, self.world, self.method.networks()
-        showing = torch.zeros(len(self.source.info.classes), dtype=torch.int64, device=self.device)
-        with images_of_any_size(self.settings.train.compile):
-            matrices = confusions(
-                networks,
-                self.source,
-                self.source.eval_ids()[world.rank :: world.size],
-                self.device,
-                self.settings.eval,
-                self.settings.data.workers,
-                shown=showing,
-            )
-            measured = measures.measure(
-                networks,
-                self.source,
-                self.measured,
-                self.settings.eval,
-                self.settings.loss.confidence_threshold,
-                world,
-            )
-        matrices = {name: world.total(matrix) for name, matrix in matrices.items()}
-        scores = {name: score(matrix) for name, matrix in matrices.items()}
-        images, info = world.total(showing).cpu(), self.source.info
-        self.classes = {n: class_rows(m, images, info) for n, m in matrices.items()}
-        if self.recorder is None:
-            return scores
-        mious = {f"miou_{name}": score.miou for name, score in scores.items()}
-        self.recorder.write(engine.iteration, mious | measured)
-        shown = "  ".join(f"{name} {score.miou:.1f}" for name, score in scores.items())
-        self.console.print(f"iteration {engine.iteration:>6}  mIoU  {shown}", soft_wrap=True)
-        single = {name: s.miou_of_labeled for name, s in scores.items() if name != "ensemble"}
-        name = max(single, key=lambda key: single[key])
-        # checkpoints of earlier versions lack the mean over the labelled classes
-        if self.best is None or single[name] > self.best.get("miou_of_labeled", self.best["miou"]):
-            self.best = {
-                "network": name,
-                "iteration": engine.iteration,
-                "miou": scores[name].miou,
-                "miou_of_labeled": single[name],
-                "chosen_on": self.settings.data.eval_split,
-            }
-            note = f"{name} after {engine.iteration} iterations, {self.settings.hash()}"
-            weights = self.folder / run.WEIGHTS
-            checkpoint.save_network(weights, networks[name], self.source.info, note)
-        return scores
+        return self.evaluator(self.recorder)
 
     @record_function("checkpoint")
     def _save(self, keep: bool = True) -> None:
@@ -413,7 +312,7 @@ class Trainer:
                 "info": checkpoint.facts(self.source.info),
                 "seconds": self.seconds,
                 "waited": self.waited,
-                "best": self.best,
+                "best": self.evaluator.best,
                 **losses,
             },
             keep,
@@ -431,25 +330,24 @@ class Trainer:
         if len(self.engine.rounds.rounds) > 1:
             check_rounds(saved["settings"], self.settings)
         self.seconds, self.waited = float(saved["seconds"]), float(saved["waited"])
-        self.best = saved["best"]
+        self.evaluator.best = saved["best"]
         self.losses.load_state_dict(saved)
 
     def _finish(self, scores: dict[str, Score]) -> dict[str, Any]:
         plan, engine = self.plan, self.engine
-        summary = summary_of(plan, engine, scores, self.best, self.seconds, self.waited)
-        summary |= classes_as_json(self.classes)
+        best, classes = self.evaluator.best, self.evaluator.classes
+        summary = summary_of(plan, engine, scores, best, self.seconds, self.waited)
+        summary |= classes_as_json(classes)
         if not self.world.is_main:
             return summary
         write_json(self.folder / run.SUMMARY, summary)
-        write_classes(self.folder / run.CLASSES, self.classes)
+        write_classes(self.folder / run.CLASSES, classes)
         draw_curves(self.folder)
         with images_of_any_size(self.settings.train.compile):
             draw_predictions(plan, engine, self.folder / "samples.png")
         self.console.print(score_table(scores, self.source.info))
-        best = self.best["network"] if self.best else next(iter(scores))
-        chosen = ENSEMBLE if ENSEMBLE in scores else best
-        self.console.print(class_table(self.classes[chosen], chosen))
-        assert self.best is not None  # the last evaluation has chosen one
-        told = ending(self.folder, self.best, scores, plan, self.seconds)
-        self.console.print(told, soft_wrap=True)
+        assert best is not None  # the last evaluation has chosen one
+        chosen = ENSEMBLE if ENSEMBLE in scores else best["network"]
+        self.console.print(class_table(classes[chosen], chosen))
+        self.console.print(ending(self.folder, best, scores, plan, self.seconds), soft_wrap=True)
         return summary

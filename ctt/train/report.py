@@ -107,7 +107,7 @@ def summary_of(
         waited: of them without a batch.
     """
     s, info, evaluated = plan.settings, plan.source.info, plan.source.eval_ids()
-    images = engine.drawn + engine.drawn_unlabeled
+    images = engine.images
     return {
         **as_json(scores, info, s.eval),
         "dataset": s.dataset,

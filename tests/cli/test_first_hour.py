@@ -32,7 +32,7 @@ def test_a_folder_on_a_cpu_is_trained_and_told_of_from_start_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("ctt.train.loop.WORTH_TELLING", 0.0)
+    monkeypatch.setattr("ctt.train.step_log.WORTH_TELLING", 0.0)
     root = trees.write_folder(tmp_path / "mine", size=(44, 60))
     base = [*shlex.split(QUICK), "--dataset", "folder", "--data-root", str(root)]
     out = tmp_path / "my run"

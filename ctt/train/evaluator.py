@@ -1,0 +1,100 @@
+"""The evaluations of a run, and which of its networks was the best so far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.profiler import record_function
+
+from ctt import checkpoint, run
+from ctt.inference.class_report import ClassRow, class_rows
+from ctt.inference.evaluate import ENSEMBLE, Score, confusions, sample, score
+from ctt.train import measures
+from ctt.train.distributed import World
+from ctt.train.engine import Engine
+from ctt.train.plan import Plan
+from ctt.train.record import Recorder
+from ctt.train.setup import images_of_any_size
+
+
+class Evaluator:
+    """Scores the networks of a run, and keeps the weights of the best one.
+
+    Attributes:
+        best: the network with the highest mIoU over the classes with labels so far, with its
+            iteration and score; None before the first evaluation. In the first process alone.
+        classes: what is known of every class after the last evaluation, by network.
+        measured: unlabelled images of which pseudo-labels and agreement are measured.
+    """
+
+    def __init__(
+        self, plan: Plan, engine: Engine, folder: Path, world: World, console: Console
+    ) -> None:
+        self.plan, self.engine, self.folder = plan, engine, folder
+        self.world, self.console = world, console
+        self.best: dict[str, Any] | None = None
+        self.classes: dict[str, list[ClassRow]] = {}
+        self.measured = sample(plan.unlabeled, plan.settings.train.measured_images)
+
+    @record_function("evaluation")  # for a trace that it falls into
+    def __call__(self, recorder: Recorder | None) -> dict[str, Score]:
+        """Return the scores of all networks after the steps so far.
+
+        Args:
+            recorder: takes a row of them; None in all processes but the first.
+        """
+        source, settings, world = self.plan.source, self.plan.settings, self.world
+        networks = self.engine.method.networks()
+        showing = torch.zeros(len(source.info.classes), dtype=torch.int64, device=self.plan.device)
+        with images_of_any_size(settings.train.compile):
+            matrices = confusions(
+                networks,
+                source,
+                source.eval_ids()[world.rank :: world.size],
+                self.plan.device,
+                settings.eval,
+                settings.data.workers,
+                shown=showing,
+            )
+            measured = measures.measure(
+                networks,
+                source,
+                self.measured,
+                settings.eval,
+                settings.loss.confidence_threshold,
+                world,
+            )
+        matrices = {name: world.total(matrix) for name, matrix in matrices.items()}
+        scores = {name: score(matrix) for name, matrix in matrices.items()}
+        images = world.total(showing).cpu()
+        self.classes = {n: class_rows(m, images, source.info) for n, m in matrices.items()}
+        if recorder is not None:
+            mious = {f"miou_{name}": score.miou for name, score in scores.items()}
+            recorder.write(self.engine.iteration, mious | measured)
+            shown = "  ".join(f"{name} {score.miou:.1f}" for name, score in scores.items())
+            self.console.print(
+                f"iteration {self.engine.iteration:>6}  mIoU  {shown}", soft_wrap=True
+            )
+            self._keep_best(scores)
+        return scores
+
+    def _keep_best(self, scores: dict[str, Score]) -> None:
+        single = {name: s.miou_of_labeled for name, s in scores.items() if name != ENSEMBLE}
+        name = max(single, key=lambda key: single[key])
+        # checkpoints of earlier versions lack the mean over the labelled classes
+        if self.best and single[name] <= self.best.get("miou_of_labeled", self.best["miou"]):
+            return
+        iteration, settings = self.engine.iteration, self.plan.settings
+        self.best = {
+            "network": name,
+            "iteration": iteration,
+            "miou": scores[name].miou,
+            "miou_of_labeled": single[name],
+            "chosen_on": settings.data.eval_split,
+        }
+        note = f"{name} after {iteration} iterations, {settings.hash()}"
+        network = self.engine.method.networks()[name]
+        checkpoint.save_network(self.folder / run.WEIGHTS, network, self.plan.source.info, note)

@@ -1,0 +1,78 @@
+"""What a run tells of its steps: a row of numbers every few of them, the time left, warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+
+from ctt.train.engine import Engine
+from ctt.train.pace import duration
+from ctt.train.record import Recorder
+
+LOST = "lost_pixels"  # share of unlabelled pixels without a finite probability of a teacher
+WORTH_TELLING = 30.0  # seconds that are left
+
+
+class StepLog:
+    """Writes rows about the steps, and prints once what the user should know of them.
+
+    Attributes:
+        recorder: takes the rows; None in all processes but the first, which write none.
+    """
+
+    def __init__(self, engine: Engine, console: Console, recorder: Recorder | None) -> None:
+        self.engine, self.console, self.recorder = engine, console, recorder
+        self.paced = False  # the time that is left has been told
+        self.warned = False  # of pixels for which the teachers gave no finite probability
+
+    def row(
+        self, show: Callable[..., None], means: dict[str, float], speed: float, waiting: float
+    ) -> None:
+        """Write a row of the steps since the one before.
+
+        Args:
+            show: takes a line of losses for the progress bar.
+            means: of the terms and of what the method logs.
+            speed: images a second.
+            waiting: share of the time in which there was no batch.
+        """
+        if self.recorder is None:
+            return
+        if means.get(LOST, 0.0) > 0:
+            self._warn_of_lost_pixels(means[LOST])
+        method = self.engine.method
+        values = {name: value for name, value in means.items() if name in method.logged}
+        means = {name: value for name, value in means.items() if name not in values}
+        values |= {f"loss_{name}": value for name, value in means.items()}
+        values |= method.report()
+        rate = next(iter(self.engine.optimizers.values())).param_groups[0]["lr"]
+        values |= {"lr": float(rate), "images_per_second": speed, "input_wait": waiting}
+        self.recorder.write(self.engine.iteration, values)
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items() if name != "total")
+        show(losses=f"{shown}  {speed:.0f} images/s")
+
+    def time_left(self, steps: int, speed: float) -> None:
+        """Print once, after the first row, how long the run will take.
+
+        Args:
+            steps: that are left.
+            speed: images a second.
+        """
+        left = steps * self.engine.images / self.engine.iteration / speed
+        if not self.paced and left > WORTH_TELLING:
+            self.console.print(f"About {duration(left)} to go, without evaluation.")
+        self.paced = True
+
+    def _warn_of_lost_pixels(self, share: float) -> None:
+        """Print once that a teacher gives no finite probabilities."""
+        if self.warned:
+            return
+        self.warned = True
+        self.console.print(
+            f"Warning: at iteration {self.engine.iteration} the teachers gave no finite "
+            f"probability for {share:.1%} of the unlabelled pixels, and nothing is learnt there. "
+            f"If the share stays, train without --train.amp fp16, or look at --model.weights for "
+            f"batch norms with bad statistics; {LOST} in metrics.csv shows it.",
+            soft_wrap=True,
+        )
