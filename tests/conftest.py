@@ -15,7 +15,13 @@ TINY = {
     "model": {"width": 4, "features": 8},
     "loss": {"gamma": 0.2},
     "bank": {"capacity": 4, "per_class": 4, "start_after": 0},
-    "train": {"iterations": 6, "threads": 1, "deterministic": True, "log_every": 2},
+    "train": {
+        "iterations": 6,
+        "threads": 1,
+        "deterministic": True,
+        "log_every": 2,
+        "measured_images": 2,
+    },
 }
 
 
