@@ -22,13 +22,14 @@ class Convert:
     table of their colours.
 
     Images without annotation become unlabelled ones, and those of a part named val become val/. No
-    file is ever overwritten, and a call that was stopped goes on when it is given again.
+    file is ever overwritten, and a call that was stopped goes on when it is given again. To a
+    folder that is there, images are added; its classes keep their numbers.
     """
 
     source: Path
     """The export: its folder, unpacked, or one of its files."""
     to: Path | None = None
-    """New folder."""
+    """New folder, or one with a dataset.yaml to which the images are added."""
     form: Literal["auto", "coco", "yolo", "labelme", "cvat", "masks"] = "auto"
     """What the export is; auto: as its files show."""
     images: Path | None = None
@@ -46,7 +47,7 @@ class Convert:
     read too."""
     classes: tuple[str, ...] = ()
     """The classes in the order of their numbers, the background first. Pixels of other ones are
-    ignored. By default all, with the background in front."""
+    ignored. By default those of the folder --to, or all with the background in front."""
     empty: Literal["unlabeled", "background"] = "unlabeled"
     """What an image is that the export lists without any shape: not annotated, or annotated as
     background alone."""
@@ -84,10 +85,11 @@ def convert(command: Convert) -> int:
         command.images,
         command.masks,
         command.table,
-        command.classes,
-        command.empty,
-        command.crowd,
-        command.tolerance,
+        classes=command.classes or work.classes_of(command.to),
+        closed=not command.classes and work.classes_of(command.to) != (),
+        empty=command.empty,
+        crowd=command.crowd,
+        tolerance=command.tolerance,
     )
     export = read_export(request, command.form)
     with Progress(console=plain_console(), transient=True) as progress:

@@ -137,8 +137,8 @@ def write_masks(
     """Write the masks that the annotations of both parts make; those that are there are left alone.
 
     Classes are numbered by the rising ids of their categories, from 1 on. Of overlapping instances
-    the smaller lies on top; crowds belong to their class and lie at the bottom among those of their
-    size; an image without annotation is background.
+    the smaller lies on top; crowds belong to their class, and of instances of one size lie below;
+    an image without annotation is background.
 
     Args:
         threads: images painted at a time; 0: one for each core.

@@ -45,7 +45,7 @@ class CocoFile:
     strays: int
 
     def shapes(self, image: Key, *, crowd: bool = True) -> list[Shape]:
-        """Return the shapes of an image: crowds first, so that what stands in them is on top.
+        """Return the shapes of an image: crowds first, for of two of one size the later is on top.
 
         An annotation with a box and no outline becomes a box of pixels to ignore.
 

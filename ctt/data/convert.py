@@ -17,10 +17,10 @@ from PIL import Image, ImageOps
 
 from ctt.data import IMAGE_SUFFIXES
 from ctt.data.check import content
-from ctt.data.description import DESCRIPTION
+from ctt.data.description import DESCRIPTION, read_description
 from ctt.data.exports.base import Export, Item, Size
 from ctt.data.files import same_name
-from ctt.data.folder import walk
+from ctt.data.folder import MASK_SUFFIXES, walk
 from ctt.data.pictures import ORIENTATION, broken, is_turned, open_picture
 from ctt.data.shapes import Label, Painted
 from ctt.data.source import IGNORE
@@ -28,6 +28,8 @@ from ctt.data.voc import bit_palette
 from ctt.errors import UserError
 from ctt.files import atomic_write
 
+ANOTHER = "images, for another one of the same name is there already: rename them"
+PARTS = ("unlabeled", "images", "val/images")
 HEAD = "# The numbers in masks/ and what they mean; written by ctt-data convert.\n"
 
 
@@ -71,6 +73,7 @@ class _Done:
     painted: Painted | None = None
     turned: bool = False
     present: bool = False
+    another: bool = False
 
 
 def convert(
@@ -98,7 +101,7 @@ def convert(
     if not any(item.paint for item in export.items):
         first = f" {export.faults[0]}" if export.faults else ""
         raise UserError(f"{export.images.root}: no annotated image is found.{first}")
-    prepare(target, description(export))
+    prepare(target, export)
     jobs = _jobs(export, unlabeled)
     result = Result(left_out=export.left_out, faults=export.faults)
 
@@ -114,6 +117,9 @@ def convert(
                 advance()
                 if isinstance(done, str):
                     result.faults.append(done)
+                    continue
+                if done.another:
+                    result.left_out[ANOTHER] += 1
                     continue
                 result.present += done.present
                 result.turned += done.turned
@@ -144,7 +150,27 @@ def description(export: Export) -> str:
     )
 
 
-def prepare(target: Path, text: str) -> None:
+def classes_of(target: Path) -> tuple[str, ...]:
+    """Return the classes of a folder to which images can be added; none if it is a new one.
+
+    Raises:
+        UserError: its masks are not what `convert` writes, or its description cannot be read.
+    """
+    path = target / DESCRIPTION
+    if not path.is_file():
+        return ()
+    found = read_description(path)
+    classes = found.info.classes
+    own = {**{number: number for number in range(len(classes))}, IGNORE: IGNORE}
+    if found.mapping != own or found.mask_suffix or found.image_suffix or found.pairs:
+        raise UserError(
+            f"--to {target}: by {path} the masks have other numbers or names than those that "
+            f"ctt-data convert writes. Give a new folder."
+        )
+    return classes
+
+
+def prepare(target: Path, export: Export) -> None:
     """Make the folder, or go on with one of the same classes.
 
     Raises:
@@ -153,7 +179,7 @@ def prepare(target: Path, text: str) -> None:
     path = target / DESCRIPTION
     try:
         if path.is_file():
-            if path.read_text("utf-8") == text:
+            if classes_of(target) == export.classes:
                 return
             raise UserError(
                 f"--to {target}: {path} is there already, with other classes. Give a new folder."
@@ -162,8 +188,8 @@ def prepare(target: Path, text: str) -> None:
             raise UserError(f"--to {target} holds something already. Give a new folder.")
         target.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
-            part.write_text(text, "utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+            part.write_text(description(export), "utf-8")
+    except OSError as error:
         raise UserError(f"--to {target} cannot be used ({error}).") from None
 
 
@@ -213,15 +239,16 @@ def _put(jobs: dict[str, Job], job: Job, export: Export) -> None:
 def _write(job: Job, target: Path, export: Export, link: bool) -> _Done:
     item, source, place = job
     image = target / place
+    if _is_taken(image, source):
+        return _Done(another=True)
     if item.paint is None:
-        if image.exists():
+        if _there(item, source, target, PARTS) is not None:
             return _Done(present=True)
         stored_size(source)
         _bring(source, image, link)
         return _Done()
-    mask = target / place.replace("images/", "masks/", 1)
-    mask = mask.with_suffix(".png")
-    if image.exists() and mask.exists():
+    mask = (target / place.replace("images/", "masks/", 1)).with_suffix(".png")
+    if image.exists() and any(mask.with_suffix(s).exists() for s in MASK_SUFFIXES):
         return _Done(present=True)
     painted, turned = _label(item, source)
     if not mask.exists():
@@ -229,13 +256,35 @@ def _write(job: Job, target: Path, export: Export, link: bool) -> _Done:
         with atomic_write(mask) as part:
             _picture(painted.label, export).save(part, "PNG")
     if not image.exists():  # after its mask, without which it would be a fault
-        before = target / "unlabeled" / place.removeprefix("val/").removeprefix("images/")
-        if before.is_file() and content(before) == content(source):
-            image.parent.mkdir(parents=True, exist_ok=True)
-            before.rename(image)  # of a call before the image was annotated
-        else:
+        before = _there(item, source, target, ("unlabeled",))
+        if before is None:
             _bring(source, image, link)
+        else:
+            image.parent.mkdir(parents=True, exist_ok=True)
+            before.rename(image)
     return _Done(painted, turned)
+
+
+def _is_taken(image: Path, source: Path) -> bool:
+    """Return whether another image has the place, or the mask that would belong to it."""
+    if image.exists():
+        return content(image) != content(source)
+    endings = (ending for suffix in IMAGE_SUFFIXES for ending in (suffix, suffix.upper()))
+    return any(image.with_suffix(ending).exists() for ending in endings)
+
+
+def _there(item: Item, source: Path, target: Path, parts: Iterable[str]) -> Path | None:
+    """Return the copy of an image in one of the parts of the target, from before its annotation.
+
+    An export may have put the image into more folders than it has there.
+    """
+    names = PurePosixPath(item.name).parts
+    for part in parts:
+        for start in range(len(names)):
+            path = target.joinpath(part, *names[start:])
+            if path.is_file() and content(path) == content(source):
+                return path
+    return None
 
 
 def _bring(source: Path, image: Path, link: bool) -> None:

@@ -127,20 +127,27 @@ def pixels_of(shape: Shape, height: int, width: int) -> Bitmap:
 
 
 def paint(
-    shapes: Iterable[Shape], numbers: Mapping[str, int], height: int, width: int, *, by_area: bool
+    shapes: Iterable[Shape],
+    numbers: Mapping[str, int],
+    height: int,
+    width: int,
+    *,
+    by_area: bool,
+    outside: int = 0,
 ) -> Painted:
-    """Return the label of an image, 0 where there is no shape.
+    """Return the label of an image.
 
     Args:
         numbers: class of each name; shapes of other names, and ignored ones, become 255.
-        by_area: the smaller of two shapes lies on top; else the later one.
+        by_area: the smaller of two shapes lies on top, of equal ones the later; else the later.
+        outside: class where there is no shape.
     """
     ordered = list(shapes)
     if by_area:  # drawn twice, because the bitmaps of all would fill the memory
         areas = [int(pixels_of(shape, height, width).sum()) for shape in ordered]
         order = sorted(range(len(ordered)), key=lambda i: -areas[i])
         ordered = [ordered[i] for i in order]  # of equal ones the later is on top
-    label = np.zeros((height, width), np.uint8)
+    label = np.full((height, width), outside, np.uint8)
     covered, clash = np.zeros((2, height, width), np.bool_)
     for shape in ordered:
         pixels, number = pixels_of(shape, height, width), numbers.get(shape.label, IGNORE)

@@ -22,7 +22,7 @@ from ctt.inference.render import colorize
 
 Form = Literal["coco", "labelme", "cvat"]
 FORMS: tuple[Form, ...] = ("coco", "labelme", "cvat")
-SMALLEST = 8  # pixels of an area that becomes a polygon; smaller ones are noise of predictions
+SMALLEST = 8  # pixels of an area that stays one; smaller ones are noise of predictions
 BACKGROUND = "background"  # the name of a first class that nobody draws
 LABELME = "5.0.0"  # whose form the files have
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
@@ -54,10 +54,11 @@ def drawn_classes(info: DatasetInfo) -> dict[int, str]:
 def outlines(label: Tensor, info: DatasetInfo) -> list[Outline]:
     """Return the areas of a mask (H, W), the largest first.
 
-    Holes are filled: what lies in one is an area of its own that comes later, so that drawing all
-    in their order gives the mask, but for areas of fewer than `SMALLEST` pixels.
+    Holes are filled: what lies in one is a smaller area of its own that comes later, so that the
+    mask is what results from drawing all in their order, or the smaller on top. Areas of fewer than
+    `SMALLEST` pixels belong to what is nearest.
     """
-    values = label.cpu().numpy()
+    values = without_specks(label.cpu().numpy())
     found = [
         outline
         for number in np.unique(values)
@@ -80,18 +81,30 @@ def _inside(hole: Outline, found: list[Outline], classes: Mapping[int, str]) -> 
     return False
 
 
+def without_specks(label: Array) -> Array:
+    """Return a mask (H, W) whose areas of fewer than `SMALLEST` pixels take the nearest class."""
+    specks = np.zeros(label.shape, np.bool_)
+    for number in np.unique(label):
+        parts, _ = ndimage.label(label == number)
+        sizes = np.bincount(parts.ravel())
+        specks |= (parts > 0) & (sizes < SMALLEST)[parts]
+    if specks.all():
+        return label
+    nearest = ndimage.distance_transform_edt(specks, return_distances=False, return_indices=True)
+    result: Array = label[tuple(nearest)]
+    return result
+
+
 def _of_class(mask: Array, label: int) -> Iterator[Outline]:
     parts, _ = ndimage.label(mask)
     for number, place in enumerate(ndimage.find_objects(parts), 1):
         part = np.pad(parts[place] == number, 1)
         filled = ndimage.binary_fill_holes(part)
-        if (area := int(filled.sum())) < SMALLEST:
-            continue
         # through the middles between pixels of both kinds
         lines: Any = contour_generator(z=filled.astype(np.float64)).lines(0.5)
         points = max(lines, key=len)[:-1] - 0.5  # of the padded part, whose first pixel is at -1
         corner = np.array([place[1].start, place[0].start])
-        yield Outline(label, _corners(points) + corner, area)
+        yield Outline(label, _corners(points) + corner, int(filled.sum()))
 
 
 def _corners(points: Array) -> Array:

@@ -97,10 +97,12 @@ def test_nothing_is_overwritten_and_a_stopped_call_goes_on(tmp_path: Path, call:
     gone.unlink()
     (mine / "images" / "photo 1.jpg").unlink()
     half.unlink()
-    (mine / "images" / "photo 2.jpg").write_bytes(b"mine")
+    other = mine / "images" / "photo 3.jpg"
+    other.write_bytes(b"mine")
     code, out, _ = call(source, "--to", mine)
-    assert (code, "4 of the images were there already" in out) == (0, True)
-    assert kept.read_bytes() == (mine / "images" / "photo 2.jpg").read_bytes() == b"mine"
+    assert (code, "3 of the images were there already" in out) == (0, True)
+    assert "Left out: 1 images, for another one of the same name is there already" in out
+    assert kept.read_bytes() == other.read_bytes() == b"mine"
     assert np.array_equal(np.asarray(Image.open(gone)), exports.label())
     assert half.is_file()
     code, _, err = call(source, "--to", mine, "--classes", "background", "dog")
@@ -125,6 +127,34 @@ def test_an_image_that_was_annotated_meanwhile_is_no_longer_unlabelled(
     assert (mine / "images" / "photo 3.jpg").is_file()
 
 
+def test_images_are_added_to_a_folder_whose_classes_keep_their_numbers(
+    tmp_path: Path, call: Call
+) -> None:
+    """The export numbers them otherwise, and has its images in one folder less."""
+    source, mine = exports.coco(tmp_path / "export"), tmp_path / "mine"
+    (mine / "masks").mkdir(parents=True)
+    shutil.copytree(source / "images", mine / "unlabeled" / "zoo")
+    (mine / "unlabeled" / "zoo" / "photo 0.jpg").rename(mine / "unlabeled" / "photo 0.jpg")
+    (mine / "images").mkdir()
+    (mine / "images" / "photo 1.PNG").write_bytes(b"mine")
+    (mine / "masks" / "photo 1.png").write_bytes(b"mine")
+    (source / "images").rename(source / "zoo")
+    (mine / "dataset.yaml").write_text("classes: [dog, background, bird, cat]\n")
+    code, out, err = call(source, "--to", mine)
+    assert (code, err) == (0, "")
+    expected = np.array([1, 3, 0], np.uint8)[exports.label()]
+    for i in (0, 2, 3):
+        assert np.array_equal(mask_of(mine, f"photo {i}"), expected)
+    assert "Left out: 1 images, for another one of the same name" in out
+    assert (mine / "masks" / "photo 1.png").read_bytes() == b"mine"
+    left = sorted(path.name for path in (mine / "unlabeled").rglob("*.jpg"))
+    assert left == ["photo 1.jpg", "photo 4.jpg", "photo 5.jpg"]
+    (mine / "dataset.yaml").write_text("classes: [background, cat]\n")
+    assert "and the export also dog" in call(source, "--to", mine)[2]
+    (mine / "dataset.yaml").write_text("classes: [background, cat, dog]\nmask_suffix: _m\n")
+    assert "the masks have other numbers or names" in call(source, "--to", mine)[2]
+
+
 def test_classes_can_be_chosen_and_others_are_ignored(tmp_path: Path, call: Call) -> None:
     source = exports.coco(tmp_path / "export")
     code, out, _ = call(source, "--to", tmp_path / "mine", "--classes", "nothing", "dog")
@@ -132,6 +162,9 @@ def test_classes_can_be_chosen_and_others_are_ignored(tmp_path: Path, call: Call
     expected = np.array([0, 255, 1], np.uint8)[exports.label()]
     assert np.array_equal(mask_of(tmp_path / "mine"), expected)
     assert "No class: 768 pixels (6.25%) of 4 images match no class" in out
+    assert call(source, "--to", tmp_path / "drawn", "--classes", "cat", "dog")[0] == 0
+    expected = np.array([255, 0, 1], np.uint8)[exports.label()]  # nothing says what is outside
+    assert np.array_equal(mask_of(tmp_path / "drawn"), expected)
 
 
 def test_images_without_shapes_can_be_background(tmp_path: Path, call: Call) -> None:

@@ -4,13 +4,16 @@ import csv
 import json
 import runpy
 import shutil
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from ctt.cli import predict, train
+from ctt.cli import data, predict, train
 from ctt.errors import UserError
+from ctt.inference.annotations import without_specks
 from tests.data.trees import write_folder
 
 TINY = (
@@ -23,8 +26,8 @@ TINY = (
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("rank")
-    data = write_folder(root / "data", labeled=3, unlabeled=4, evaluation=1, size=(20, 24))
-    assert train._main([*TINY.split(), "--data-root", str(data), "--out", str(root / "run")]) == 0
+    tree = write_folder(root / "data", labeled=3, unlabeled=4, evaluation=1, size=(20, 24))
+    assert train._main([*TINY.split(), "--data-root", str(tree), "--out", str(root / "run")]) == 0
     return root / "run"
 
 
@@ -58,6 +61,31 @@ def test_the_unlabelled_images_of_a_run(
     assert Image.open(out / "rank.png").width > 300
     with pytest.raises(UserError, match=r"rank\.csv is there already"):
         predict._main(arguments)
+
+
+def test_masks_of_the_first_images_come_back(run: Path, tmp_path: Path) -> None:
+    """Each form becomes labelled images of the folder they come from, with its classes' numbers."""
+    pytest.importorskip("pycocotools")
+    out, forms = tmp_path / "next", ("coco", "labelme", "cvat")
+    arguments = [str(run), "--rank", "--out", str(out), "--workers", "0"]
+    assert predict._main([*arguments, "--first", "2", "--annotations", *forms]) == 0
+    zipfile.ZipFile(out / "cvat.zip").extractall(out / "cvat")
+    first = [row["image"].removeprefix("unlabeled/") for row in rows(out / "rank.csv")[:2]]
+    found = {}
+    for form, source in (("coco", "annotations.json"), ("labelme", "images"), ("cvat", "cvat")):
+        mine = tmp_path / form
+        shutil.copytree(run.parent / "data" / "unlabeled", mine / "unlabeled")
+        shutil.copy(run.parent / "data" / "dataset.yaml", mine)
+        command = ["convert", str(out / source), "--to", str(mine), "--images", str(out / "images")]
+        assert data._main(command) == 0
+        left = mine / "unlabeled"
+        kept = {path.relative_to(left).as_posix() for path in left.rglob("*.JPG")}
+        assert kept.isdisjoint(first)
+        found[form] = [np.array(Image.open(p)) for p in sorted(mine.glob("masks/**/*.png"))]
+    assert len(found["coco"]) == 2
+    for coco, labelme, whole in zip(*found.values(), strict=True):
+        assert np.array_equal(coco, labelme)
+        assert np.array_equal(coco, without_specks(whole))
 
 
 def test_images_that_are_given_and_one_network(

@@ -59,7 +59,7 @@ def test_categories_are_in_the_order_of_their_ids(tmp_path: Path) -> None:
     assert list(read_coco(write(tmp_path / "a.json")).categories.values()) == ["dog", "cat"]
 
 
-def test_small_shapes_lie_on_large_ones_and_crowds_below(tmp_path: Path) -> None:
+def test_small_shapes_lie_on_large_ones_whether_or_not_they_are_crowds(tmp_path: Path) -> None:
     small = {"category_id": 3, "segmentation": [[2, 2, 3, 2, 3, 3, 2, 3]]}
     large = {"category_id": 7, "segmentation": SQUARE}
     path = write(tmp_path / "a.json", small, large)
@@ -74,6 +74,8 @@ def test_small_shapes_lie_on_large_ones_and_crowds_below(tmp_path: Path) -> None
     crowd = {"category_id": 3, "iscrowd": 1, "segmentation": rle("uncompressed")}
     path = write(tmp_path / "b.json", large, crowd)
     assert label_of(path) == square().tolist()  # of one size: what stands in the crowd is on top
+    path = write(tmp_path / "d.json", small | {"iscrowd": 1}, large)
+    assert label_of(path) == expected.tolist()
     path = write(tmp_path / "c.json", crowd)
     assert label_of(path) == (2 * square()).tolist()
     assert label_of(path, crowd=False) == (255 * square()).tolist()

@@ -11,8 +11,10 @@ import torch
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from ctt.data.coco_json import read_coco
+from ctt.data.shapes import paint
 from ctt.data.source import DatasetInfo
-from ctt.inference.annotations import outlines, write
+from ctt.inference.annotations import outlines, without_specks, write
 
 COLOURS = ((0, 0, 0), (200, 0, 0), (0, 200, 0))
 INFO = DatasetInfo("x", ("background", "dog", "Straße"), COLOURS, (0.5,) * 3, (0.2,) * 3)
@@ -52,6 +54,28 @@ def test_outlines_drawn_in_order_give_the_mask(mask: torch.Tensor, info: Dataset
     assert again[17, 24] == 2  # and what lies in it
     if info is INFO:
         assert sum(o.label == 0 for o in found) < 3
+
+
+@pytest.mark.parametrize("info", [INFO, NO_BACKGROUND])
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_masks_come_back_from_the_polygons(tmp_path: Path, info: DatasetInfo, width: float) -> None:
+    """Down to structures of a pixel; only specks become what is nearest."""
+    pytest.importorskip("pycocotools")
+    noise = np.random.default_rng(0).normal(size=(3, 60, 80))
+    label = ndimage.gaussian_filter(noise, (0, width, width)).argmax(0).astype(np.uint8)
+    smooth = without_specks(label)
+    assert (smooth != label).mean() < 0.1 / width
+    path = write("coco", tmp_path, tmp_path, {"1.jpg": torch.from_numpy(label)}, info)
+    numbers = {name: number for number, name in enumerate(info.classes)}
+    shapes = read_coco(path).shapes(1)
+    for by_area in (True, False):
+        again = paint(shapes, numbers, 60, 80, by_area=by_area).label
+        assert np.array_equal(again, smooth)
+
+
+def test_an_image_of_specks_alone_stays_as_it_is() -> None:
+    label = np.arange(12, dtype=np.uint8).reshape(3, 4) % 3
+    assert np.array_equal(without_specks(label), label)
 
 
 def test_coco_as_its_own_library_reads_it(tmp_path: Path, mask: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from ctt.data.files import same_name
 from ctt.data.folder import walk
 from ctt.data.pictures import Colour
 from ctt.data.shapes import Painted
+from ctt.data.source import IGNORE
 from ctt.errors import UserError
 
 BACKGROUND = "background"
@@ -34,8 +36,8 @@ class Request:
         target: below it nothing is read.
         images: the folder of the images; None: the place that the export names.
         masks, table: the folder of coloured masks, and the file that names their colours.
-        classes: names in the order of their numbers;
-        empty: those of the export.
+        classes: names in the order of their numbers; none: those of the export.
+        closed: the export may have no other classes.
         empty: what images are that the export lists without any shape.
         crowd: what COCO's crowds are.
         tolerance: by how much a channel may differ from a colour.
@@ -47,6 +49,7 @@ class Request:
     masks: Path | None = None
     table: Path | None = None
     classes: tuple[str, ...] = ()
+    closed: bool = False
     empty: str = "unlabeled"
     crowd: str = "class"
     tolerance: int = 0
@@ -142,6 +145,7 @@ class Export:
 
     Attributes:
         classes: names, class 0 first.
+        outside: class of the pixels in no shape, or 255.
         palette: their colours, or none.
         order: which of two shapes lies on top, as the end of a sentence.
         items: images that it lists.
@@ -155,6 +159,7 @@ class Export:
     images: Images
     classes: tuple[str, ...]
     order: str = ""
+    outside: int = 0
     palette: tuple[Colour, ...] = ()
     items: list[Item] = field(default_factory=list)
     tests: set[str] = field(default_factory=set)
@@ -200,20 +205,28 @@ def _shared_end(parts: tuple[str, ...], name: str) -> int:
 
 
 def with_background(
-    names: Iterable[str], wanted: tuple[str, ...], *, always: bool = True
+    names: Iterable[str], request: Request, *, always: bool = True
 ) -> tuple[str, ...]:
     """Return the names of the classes: the wanted ones, or all with the background in front.
 
     Args:
+        names: those of the export.
         always: there is a background, whether or not it is named.
 
     Raises:
-        UserError: there are none, or more than a mask can number.
+        UserError: there are none, or more than a mask can number, or one that is not to be there.
     """
     found = list(dict.fromkeys(names))
     others = [name for name in found if name.lower() not in BACKGROUNDS]
     first = [BACKGROUND] if always or len(others) < len(found) else []
-    classes = wanted or (*first, *others)
+    classes = request.classes or (*first, *others)
+    new = [name for name in others if name not in classes]
+    if request.closed and new:
+        raise UserError(
+            f"--to {request.target} has the classes {', '.join(classes)}, and the export also "
+            f"{', '.join(new)}. Give a new folder, or leave these pixels out by --classes "
+            f"{shlex.join(classes)}."
+        )
     if not 2 <= len(classes) <= MOST_CLASSES:
         raise UserError(
             f"There must be 2 to {MOST_CLASSES} classes, the background among them, and here are "
@@ -222,6 +235,20 @@ def with_background(
     if len(set(classes)) < len(classes):
         raise UserError(f"--classes names a class twice ({', '.join(classes)}).")
     return classes
+
+
+def class_outside(names: Iterable[str], classes: tuple[str, ...]) -> int:
+    """Return the class of pixels in no shape: the background, or class 0 if nobody draws it.
+
+    Args:
+        names: those of the export.
+
+    Returns:
+        255 if there is no such class.
+    """
+    if BACKGROUND in classes:
+        return classes.index(BACKGROUND)
+    return IGNORE if classes[0] in names else 0
 
 
 def as_class(label: str) -> str:

@@ -13,6 +13,7 @@ from ctt.data.exports.base import (
     Item,
     Request,
     as_class,
+    class_outside,
     files_of,
     part_of,
     with_background,
@@ -28,9 +29,10 @@ def read(request: Request) -> Export:
     files, faults = _files(request.source)
     images = Images(_folder_of_images(request, files), request.target)
     names = [name for file in files for name in file.categories.values()]
-    classes = with_background(names, request.classes)
-    order = "the smaller shape lies on top, and crowds at the bottom"
-    export = Export("COCO", images, classes, order, faults=faults)
+    classes = with_background(names, request)
+    order = "the smaller shape lies on top"
+    outside = class_outside(names, classes)
+    export = Export("COCO", images, classes, order, outside, faults=faults)
     for file in files:
         _add(file, images, export, request)
     return export
@@ -97,5 +99,5 @@ def _paint(
     shapes = file.shapes(key, crowd=crowd)
     named = [Shape(as_class(s.label), s.outlines, s.bitmap) for s in shapes]
     boxes = sum(not a.get("segmentation") for a in file.annotations.get(key, []))
-    painted = paint(named, export.numbers, height, width, by_area=True)
+    painted = paint(named, export.numbers, height, width, by_area=True, outside=export.outside)
     return painted._replace(dropped={BOXES: boxes} if boxes else {})

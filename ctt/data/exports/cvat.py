@@ -16,6 +16,7 @@ from ctt.data.exports.base import (
     Item,
     Request,
     as_class,
+    class_outside,
     files_of,
     part_of,
     with_background,
@@ -45,9 +46,10 @@ def read(request: Request) -> Export:
         if not label.findtext("parent")  # a point of a skeleton
     ]
     used = {as_class(s.get("label", "")) for t in trees.values() for s in t.iterfind("image/*")}
-    classes = with_background(filter(None, [*names, *sorted(used)]), request.classes)
+    names = [*filter(None, [*names, *sorted(used)])]
+    classes = with_background(names, request)
     order = "the shape of the higher z_order lies on top, of equal ones the later"
-    export = Export("CVAT", images, classes, order)
+    export = Export("CVAT", images, classes, order, class_outside(names, classes))
     for path, tree in trees.items():
         for image in tree.iterfind("image"):
             try:
@@ -97,7 +99,7 @@ def _paint(
             raise UserError(f"{path}: image {name}, annotation {number}: {error}.") from None
     found.sort(key=lambda pair: pair[0])
     shapes = [shape for _, shape in found]
-    painted = paint(shapes, export.numbers, height, width, by_area=False)
+    painted = paint(shapes, export.numbers, height, width, by_area=False, outside=export.outside)
     return painted._replace(dropped=dropped)
 
 

@@ -21,6 +21,7 @@ from ctt.data.exports.base import (
     Item,
     Request,
     as_class,
+    class_outside,
     files_of,
     with_background,
 )
@@ -54,11 +55,11 @@ def read(request: Request) -> Export:
         except UserError as error:
             faults.append(str(error))
     labels = {label for _, values in found.values() for label in values["labels"]}
-    names = [*_listed(request.folder / LABELS), *sorted(labels)]
-    classes = with_background(
-        (as_class(name) for name in names if name not in (IGNORE_LABEL, IGNORED)), request.classes
-    )
-    export = Export("LabelMe", images, classes, "the later shape lies on top", faults=faults)
+    listed = [*_listed(request.folder / LABELS), *sorted(labels)]
+    names = [as_class(name) for name in listed if name not in (IGNORE_LABEL, IGNORED)]
+    classes = with_background(names, request)
+    outside, order = class_outside(names, classes), "the later shape lies on top"
+    export = Export("LabelMe", images, classes, order, outside, faults=faults)
     for name, (path, values) in found.items():
         annotated = values["labels"] or request.empty == BACKGROUND
         size = (values["imageHeight"], values["imageWidth"])
@@ -111,7 +112,7 @@ def _paint(path: Path, export: Export, height: int, width: int) -> Painted:
             dropped[reason] = dropped.get(reason, 0) + 1
         else:
             shapes.append(drawn)
-    painted = paint(shapes, export.numbers, height, width, by_area=False)
+    painted = paint(shapes, export.numbers, height, width, by_area=False, outside=export.outside)
     return painted._replace(dropped=dropped)
 
 

@@ -46,7 +46,7 @@ def read(request: Request) -> Export:
         n for n in dict.fromkeys(names) if n.lower() in IGNORED_NAMES and n not in request.classes
     )
     used = [name for name in names if name not in ignored]
-    classes = with_background(used, request.classes, always=False)
+    classes = with_background(used, request, always=False)
     colours = dict(reversed(table))
     default = bit_palette(len(classes))
     palette = tuple(

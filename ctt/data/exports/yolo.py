@@ -14,6 +14,7 @@ from ctt.data.exports.base import (
     Item,
     Request,
     as_class,
+    class_outside,
     part_of,
     with_background,
 )
@@ -34,9 +35,11 @@ def read(request: Request) -> Export:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}).") from None
     names = _names(values, path)
-    classes = with_background(map(as_class, names), request.classes)
+    known = [as_class(name) for name in names]
+    classes = with_background(known, request)
     images = Images(request.images or path.parent, request.target)
-    export = Export("YOLO", images, classes, "the smaller shape lies on top")
+    outside, order = class_outside(known, classes), "the smaller shape lies on top"
+    export = Export("YOLO", images, classes, order, outside)
     labels = _label_files(path.parent)
     evaluation = {_last_folders(entry) for entry in _entries(values.get("val"))}
     training = {_last_folders(entry) for entry in _entries(values.get("train"))}
@@ -131,5 +134,5 @@ def _paint(file: Path, names: list[str], export: Export, height: int, width: int
         except (ValueError, UserError) as error:
             raise UserError(f"{file}, line {number}: {error}.") from None
         shapes.append(Shape(label, (points * (width, height),)))
-    painted = paint(shapes, export.numbers, height, width, by_area=True)
+    painted = paint(shapes, export.numbers, height, width, by_area=True, outside=export.outside)
     return painted._replace(dropped={BOXES: boxes} if boxes else {})
