@@ -265,8 +265,8 @@ class Trainer:
                 self.waited += waited
                 speed = (engine.images - images) / spent
                 log.row(show, means, speed, waited / spent)
-                log.time_left(settings.train.iterations - engine.iteration, speed)
                 images, start = engine.images, now
+            log.time_left(settings.train.iterations, self.seconds, due)
             show(completed=engine.iteration)
             table = profile and profile.after_step()
             if table:

@@ -12,6 +12,8 @@ from ctt.train.record import Recorder
 
 LOST = "lost_pixels"  # share of unlabelled pixels without a finite probability of a teacher
 WORTH_TELLING = 30.0  # seconds that are left
+ENOUGH = 5.0  # seconds of steps on a CPU from which the others are estimated
+FEWEST = 3  # of these steps
 
 
 class StepLog:
@@ -24,6 +26,7 @@ class StepLog:
     def __init__(self, engine: Engine, console: Console, recorder: Recorder | None) -> None:
         self.engine, self.console, self.recorder = engine, console, recorder
         self.paced = False  # the time that is left has been told
+        self.begun: tuple[int, float] | None = None  # iteration and seconds after the first step
         self.warned = False  # of pixels for which the teachers gave no finite probability
 
     def row(
@@ -52,17 +55,26 @@ class StepLog:
         shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items() if name != "total")
         show(losses=f"{shown}  {speed:.0f} images/s")
 
-    def time_left(self, steps: int, speed: float) -> None:
-        """Print once, after the first row, how long the run will take.
+    def time_left(self, total: int, seconds: float, is_row: bool) -> None:
+        """Print once how long the run will take: after a few steps on a CPU, else after a row.
+
+        The first step does not count, for much of it is done only once.
 
         Args:
-            steps: that are left.
-            speed: images a second.
+            total: iterations of the run.
+            seconds: of training so far.
+            is_row: the step ends a row, for which the device has done all its work.
         """
-        left = steps * self.engine.images / self.engine.iteration / speed
-        if not self.paced and left > WORTH_TELLING:
-            self.console.print(f"About {duration(left)} to go, without evaluation.")
+        done = self.engine.iteration
+        if self.begun is None:
+            self.begun = done, seconds
+        steps, spent = done - self.begun[0], seconds - self.begun[1]
+        early = self.engine.device.type == "cpu" and steps >= FEWEST and spent >= ENOUGH
+        if self.paced or steps == 0 or not (is_row or early):
+            return
         self.paced = True
+        if (left := (total - done) * spent / steps) > WORTH_TELLING:
+            self.console.print(f"About {duration(left)} to go, without evaluation.")
 
     def _warn_of_lost_pixels(self, share: float) -> None:
         """Print once that a teacher gives no finite probabilities."""

@@ -3,6 +3,8 @@
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -10,12 +12,15 @@ import yaml
 
 from ctt import data, methods, recipes
 from ctt.cli import train
+from ctt.console import plain_console
 from ctt.data import fit
 from ctt.data.options import SourceOptions
 from ctt.errors import UserError
 from ctt.settings import Settings, update
 from ctt.train import pace
+from ctt.train.engine import Engine
 from ctt.train.plan import Plan
+from ctt.train.step_log import StepLog
 from tests.data import trees
 
 QUICK = (
@@ -146,3 +151,20 @@ def test_the_help_lists_what_can_be_named(capsys: pytest.CaptureFixture[str]) ->
     assert "of the training crop, in pixels; 0 0" in shown
     assert "(default: 0 0)" in shown  # of this recipe
     assert "(default: folder-small)" in shown
+
+
+@pytest.mark.parametrize(
+    ("device", "log_every", "told_after"), [("cpu", 20, 5), ("cuda", 20, 20), ("cpu", 1, 2)]
+)
+def test_the_time_left_is_told_early_where_nothing_must_be_waited_for(
+    device: str, log_every: int, told_after: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = SimpleNamespace(iteration=0, device=torch.device(device))
+    log, spent = StepLog(cast(Engine, engine), plain_console(), None), 8.0  # of the first step
+    for engine.iteration in range(1, 41):
+        log.time_left(1000, spent, engine.iteration % log_every == 0)
+        shown = told(capsys)
+        spent += 1.25
+        assert bool(shown) == (engine.iteration == told_after)
+        left = round((1000 - engine.iteration) * 1.25 / 60)
+        assert not shown or shown == f"About {left} minutes to go, without evaluation."
