@@ -20,6 +20,7 @@ class Range:
         above: whether `low` itself is excluded.
         below: whether `high` itself is excluded.
         kind: what the numbers are called in messages, such as `factors`.
+        or_0: whether 0 is allowed as well.
     """
 
     low: float
@@ -27,12 +28,13 @@ class Range:
     above: bool = False
     below: bool = False
     kind: str = ""
+    or_0: bool = False
 
     def holds(self, number: float) -> bool:
         """Return whether a number, which is not NaN or infinite, lies in the range."""
         over = number > self.low if self.above else number >= self.low
         under = number < self.high if self.below else number <= self.high
-        return math.isfinite(number) and over and under
+        return (self.or_0 and number == 0) or (math.isfinite(number) and over and under)
 
     @property
     def text(self) -> str:
@@ -48,6 +50,7 @@ class Range:
             words = (
                 f"in {self.low:g}..{int(self.high) if self.high > 1e5 else f'{self.high:g}'}{end}"
             )
+        words = f"0 or {words}" if self.or_0 else words
         return f"{self.kind} {words}" if self.kind else words
 
 

@@ -627,7 +627,7 @@ def validate(settings: Settings) -> None:
         ),
         *_eval_checks(s.eval),
     ]
-    _refuse([*checks, *s.labeled.checks(), *s.masks.checks(), *s.options.checks()])
+    _refuse([*checks, *s.labeled.checks(), *s.options.checks()])
     _refuse_outside(s)
     if s.data.cache is not None:
         expanded(s.data.cache, "--data.cache")

@@ -8,22 +8,21 @@ The student learns to be confident on unlabelled images, whatever class it predi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from ctt.methods import About, losses
 from ctt.methods.base import Batch, Method, Step, Terms
-from ctt.methods.options import Check, Options
+from ctt.methods.options import Options
 from ctt.models.base import upsample
+from ctt.ranges import AT_LEAST_0
 
 
 @dataclass(frozen=True)
 class EntropyOptions(Options):
-    weight: float = 0.1
+    weight: Annotated[float, AT_LEAST_0] = 0.1
     """Weight of the entropy of the unlabelled pixels."""
-
-    def checks(self) -> list[Check]:
-        return [("--options.weight", self.weight, self.weight >= 0, "must be at least 0")]
 
 
 class EntropyMinimization(Method):

@@ -1,9 +1,11 @@
 import dataclasses
+import itertools
 import math
 import re
 
 import pytest
 
+from ctt import methods
 from ctt.cli.train import parse
 from ctt.errors import UserError
 from ctt.ranges import ABOVE_0, SHARE, SHARE_BELOW_1, Range, outside, ranges_of
@@ -21,6 +23,7 @@ from ctt.settings import OptimSettings, Settings, update, validate
         (Range(0, 1, above=True), (1,), (0,), "above 0 and at most 1"),
         (Range(0, 2**31 - 1), (2**31 - 1,), (2**31,), "in 0..2147483647"),
         (Range(0.1, 10, kind="factors"), (1,), (0,), "factors in 0.1..10"),
+        (Range(1, or_0=True), (0, 1), (0.5, -1), "0 or at least 1"),
     ],
 )
 def test_ranges(
@@ -31,14 +34,24 @@ def test_ranges(
     assert limits.text == text
 
 
+PARTS = [
+    *itertools.product(
+        ["cross-teacher"],
+        ["data", "views", "model", "optim", "loss", "bank", "train", "labeled", "masks"],
+    ),
+    *((method, "options") for method in methods.names()),
+]
+
+
 def test_the_defaults_are_inside() -> None:
     assert list(outside(Settings())) == []
 
 
-@pytest.mark.parametrize("group", ["data", "views", "model", "optim", "loss", "bank", "train"])
-def test_each_number_is_refused_beyond_its_range(group: str) -> None:
+@pytest.mark.parametrize(("method", "group"), PARTS)
+def test_each_number_is_refused_beyond_its_range(method: str, group: str) -> None:
     """No number of the settings is without a range, and `validate` looks at every one."""
-    part = getattr(Settings(), group)
+    settings = Settings(method=method)
+    part = getattr(settings, group)
     ranges = ranges_of(type(part))
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
@@ -48,11 +61,11 @@ def test_each_number_is_refused_beyond_its_range(group: str) -> None:
         if field.name in ("crop", "output_stride"):  # several ranges, told by `validate`
             continue
         assert field.name in ranges, f"{group}.{field.name}"
-        wrong = tuple(-1 for _ in numbers) if isinstance(value, tuple) else -1
+        wrong = tuple(-2 for _ in numbers) if isinstance(value, tuple) else -2
         changed = dataclasses.replace(part, **{field.name: wrong})
         option = f"--{group}.{field.name}".replace("_", "-")
         with pytest.raises(UserError, match=rf"{re.escape(option)} must "):
-            validate(dataclasses.replace(Settings(), **{group: changed}))
+            validate(dataclasses.replace(settings, **{group: changed}))
 
 
 def test_numbers_that_are_none_are_refused() -> None:
@@ -63,7 +76,10 @@ def test_numbers_that_are_none_are_refused() -> None:
 
 def test_the_help_shows_ranges(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(["--help"])
+        parse(["--method", "unimatch", "--options.strong", "0.25", "--help"])
     shown = " ".join(re.sub(r"[│\n]", " ", capsys.readouterr().out).split())
     assert "(default: 0.1; above 0)" in shown  # --optim.lr
+    assert "(default: 0.0; 0 or at least 1)" in shown  # --labeled.focal
+    assert "(default: 0.5; in 0..1, below 1)" in shown  # --options.dropout
+    assert "Warning" not in capsys.readouterr().err
     assert ranges_of(OptimSettings)["lr"].text == "above 0"

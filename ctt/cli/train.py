@@ -213,10 +213,11 @@ def shown_class(settings: Settings, help_asked: bool) -> type[Arguments]:
     except UserError:
         return Arguments  # `validate` tells
     unused = about.unused(settings.pairs or about.pairs) if help_asked else ()
-    fields: list[Any] = [
-        ("options", about.option_class(), dataclasses.field(default=settings.options))
-    ]
+    options = about.option_class()
+    fields: list[Any] = [("options", options, dataclasses.field(default=settings.options))]
     if help_asked:
+        part = in_help(options, [])
+        fields[0] = ("options", part, dataclasses.field(default=part()))
         fields += [
             (name, Annotated[str, arg(help=text)], dataclasses.field(default=""))
             for name, text in lists_of_names()
@@ -231,7 +232,14 @@ def shown_class(settings: Settings, help_asked: bool) -> type[Arguments]:
         hidden = [name.partition(".")[2] for name in unused if name.startswith(f"{group}.")]
         part = in_help(kind, hidden)
         fields.append((group, part, dataclasses.field(default=part())))
-    made = dataclasses.make_dataclass("Arguments", fields, bases=(Arguments,), frozen=True)
+    made = dataclasses.make_dataclass(
+        "Arguments",
+        fields,
+        bases=(Arguments,),
+        # which would put the options of the method in place of those with ranges
+        namespace={"__post_init__": lambda self: None} if help_asked else None,
+        frozen=True,
+    )
     made.__doc__ = Arguments.__doc__
     return made
 
@@ -266,6 +274,8 @@ def remade(kind: type[A], values: Any) -> A:
             continue
         value = getattr(values, field.name)
         inner = hints[field.name]
-        nested = dataclasses.is_dataclass(value) and field.name != "options"
+        nested = dataclasses.is_dataclass(value) and (
+            field.name != "options" or issubclass(inner, type(value))
+        )
         found[field.name] = remade(inner, value) if nested else value
     return kind(**found)

@@ -18,6 +18,7 @@ program); `believed` is the share of unlabelled pixels above the threshold.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -34,31 +35,24 @@ from ctt.methods.critics import (
     judged,
     one_hot,
 )
-from ctt.methods.options import Check, at_least_0, shares
 from ctt.models.base import upsample
+from ctt.ranges import AT_LEAST_0, SHARE
 
 
 @dataclass(frozen=True)
 class AdvSemiSegOptions(CriticOptions):
     """Values of the README's command of hfslyc/AdvSemiSeg."""
 
-    adv: float = 0.01
+    adv: Annotated[float, AT_LEAST_0] = 0.01
     """Weight of passing for a mask on labelled images (the program's default is 0.1)."""
-    adv_unlabeled: float = 0.001
+    adv_unlabeled: Annotated[float, AT_LEAST_0] = 0.001
     """Weight of passing for a mask on unlabelled images."""
-    semi: float = 0.1
+    semi: Annotated[float, AT_LEAST_0] = 0.1
     """Weight of the student's own labels where the discriminator believes them."""
-    threshold: float = 0.2
+    threshold: Annotated[float, SHARE] = 0.2
     """Probability of being a mask from which a pixel is believed."""
-    start: float = 0.25
+    start: Annotated[float, SHARE] = 0.25
     """Share of the run before own labels are learnt (5,000 of 20,000 iterations)."""
-
-    def checks(self) -> list[Check]:
-        return [
-            *super().checks(),
-            *at_least_0(adv=self.adv, adv_unlabeled=self.adv_unlabeled, semi=self.semi),
-            *shares(threshold=self.threshold, start=self.start),
-        ]
 
 
 class AdvSemiSeg(Adversarial):

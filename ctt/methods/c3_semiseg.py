@@ -16,6 +16,7 @@ steps of 1/1024. Teachers follow from the first step on.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -27,48 +28,40 @@ from ctt.methods.base import Batch, Schedule, Setup, Step, Terms
 from ctt.methods.heads import EmbeddingTeacher, embed, embedding
 from ctt.methods.image_contrast import ImageContrast
 from ctt.methods.losses import to_grid
-from ctt.methods.options import Check, Options, above_0, at_least_0, shares
+from ctt.methods.options import Options
 from ctt.methods.sampling import class_quantiles
 from ctt.models.base import Grid, Output, upsample
+from ctt.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, Range
 
 
 @dataclass(frozen=True)
 class C3Options(Options):
     """Settings of C3-SemiSeg; the defaults are those of the authors' program, unless said."""
 
-    consistency: float = 50.0
+    consistency: Annotated[float, AT_LEAST_0] = 50.0
     """Weight of the teacher's probabilities, whose term is a mean over classes and pixels."""
-    contrast: float = 0.15
+    contrast: Annotated[float, AT_LEAST_0] = 0.15
     """Weight of the contrast (0.1, times the program's factor 0.15 / 0.1)."""
-    start: float = 0.1
+    start: Annotated[float, SHARE] = 0.1
     """Share of the run that learns from labels alone."""
-    consistency_ramp: float = 0.16
+    consistency_ramp: Annotated[float, SHARE] = 0.16
     """Share of the run over which the weight of the probabilities rises, along a sigmoid."""
-    contrast_ramp: float = 0.01
+    contrast_ramp: Annotated[float, SHARE] = 0.01
     """Share of the run over which the weight of the contrast rises, along a sigmoid."""
-    threshold: float = 0.9
+    threshold: Annotated[float, SHARE] = 0.9
     """Threshold of every class at the start."""
-    memory: float = 0.9
+    memory: Annotated[float, SHARE] = 0.9
     """Part of a threshold that stays in a step; the rest is the confidence that `sure` of the
     pixels of the class have."""
-    sure: float = 0.8
+    sure: Annotated[float, SHARE] = 0.8
     """Share of the pixels of a class that are above its threshold in the long run."""
-    anchors: int = 20
+    anchors: Annotated[int, AT_LEAST_1] = 20
     """Pixels of an image and class that are contrasted, if it has more than so many."""
-    temperature: float = 0.15
-    dim: int = 256
+    temperature: Annotated[float, ABOVE_0] = 0.15
+    dim: Annotated[int, AT_LEAST_1] = 256
     """Length of the embeddings."""
-    background: int = -1
+    background: Annotated[int, Range(-1)] = -1
     """Class that takes no part in the contrast; -1: none (0 in the program)."""
-
-    def checks(self) -> list[Check]:
-        return [
-            *at_least_0(consistency=self.consistency, contrast=self.contrast),
-            *shares(start=self.start, consistency_ramp=self.consistency_ramp),
-            *shares(contrast_ramp=self.contrast_ramp, threshold=self.threshold),
-            *shares(memory=self.memory, sure=self.sure),
-            *above_0(anchors=self.anchors, temperature=self.temperature, dim=self.dim),
-        ]
 
 
 class C3SemiSeg(EmbeddingTeacher):

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ from ctt.methods import losses, ramps
 from ctt.methods.base import Batch, Method, Modules, Schedule, Setup, Step, Terms
 from ctt.methods.losses import to_grid
 from ctt.methods.optim import make_optimizer
-from ctt.methods.options import Check, Options
+from ctt.methods.options import Options
+from ctt.ranges import AT_LEAST_0, SHARE, SHARE_BELOW_1, Range
 
 # auxiliary decoders of each kind, of the authors' config.json
 ADVERSARIAL, DROPOUT, CONTEXT, OBJECTS, FEATURE_DROPOUT, NOISE = 2, 6, 2, 2, 6, 6
@@ -42,30 +44,19 @@ THRESHOLDS = (0.7, 0.9)  # of feature dropout, as shares of the largest attentio
 class CctOptions(Options):
     """Settings of CCT; the defaults are those of the authors' config.json."""
 
-    weight: float = 30.0
+    weight: Annotated[float, AT_LEAST_0] = 30.0
     """Final weight of the consistency."""
-    ramp: float = 0.1
+    ramp: Annotated[float, SHARE] = 0.1
     """Share of the run over which that weight rises, along a sigmoid."""
-    radius: float = 2.0
+    radius: Annotated[float, AT_LEAST_0] = 2.0
     """Length of the adversarial noise of an image, over all of its features."""
-    dropout: float = 0.5
+    dropout: Annotated[float, SHARE_BELOW_1] = 0.5
     """Share of the channels that channel dropout takes."""
-    noise: float = 0.3
+    noise: Annotated[float, AT_LEAST_0] = 0.3
     """Largest noise, as a share of a feature."""
-    background: int = 0
+    background: Annotated[int, Range(-1)] = 0
     """Class of the background, for the decoders that see objects or their context alone; -1: the
     data has none, and these decoders are left out."""
-
-    def checks(self) -> list[Check]:
-        at_least_0 = "must be at least 0"
-        return [
-            ("--options.weight", self.weight, self.weight >= 0, at_least_0),
-            ("--options.ramp", self.ramp, 0 <= self.ramp <= 1, "must be in 0..1"),
-            ("--options.radius", self.radius, self.radius >= 0, at_least_0),
-            ("--options.dropout", self.dropout, 0 <= self.dropout < 1, "must be in 0..1, below 1"),
-            ("--options.noise", self.noise, self.noise >= 0, at_least_0),
-            ("--options.background", self.background, self.background >= -1, "must be at least -1"),
-        ]
 
 
 class Cct(Method):

@@ -11,21 +11,20 @@ normalises by its own batch, this one by its running statistics.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from ctt.methods.base import Setup, Step
 from ctt.methods.mean_teacher import MeanTeacher
-from ctt.methods.options import Check, Options, at_least_0, shares
+from ctt.methods.options import Options
+from ctt.ranges import AT_LEAST_0, SHARE
 
 
 @dataclass(frozen=True)
 class ClassMixOptions(Options):
-    weight: float = 1.0
+    weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the unlabelled images (the program's)."""
-    threshold: float = 0.968
+    threshold: Annotated[float, SHARE] = 0.968
     """Confidence of a pixel that counts in the share (the paper's, section 4.2)."""
-
-    def checks(self) -> list[Check]:
-        return [*at_least_0(weight=self.weight), *shares(threshold=self.threshold)]
 
 
 class ClassMix(MeanTeacher):

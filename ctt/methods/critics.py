@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from ctt.data.source import IGNORE
 from ctt.methods import losses
 from ctt.methods.base import Batch, Method, Modules, Setup, Step, Terms
-from ctt.methods.options import Check, Options, above_0
+from ctt.methods.options import Options
 from ctt.models.base import pad_to_multiple, wide
+from ctt.ranges import ABOVE_0, Range
 
 if TYPE_CHECKING:
     from ctt.settings import Settings
@@ -196,15 +197,10 @@ class ImageCritic(nn.Module):
 class CriticOptions(Options):
     """Of methods with a network that judges predictions."""
 
-    critic_lr: float = 1e-4
+    critic_lr: Annotated[float, ABOVE_0] = 1e-4
     """Learning rate of the critic at the start; it falls as that of the students does."""
-    critic_width: int = 64
+    critic_width: Annotated[int, Range(2)] = 64
     """Channels of the critic's first layer; the last has eight times as many."""
-
-    def checks(self) -> list[Check]:
-        width = self.critic_width
-        at_least_2: Check = ("--options.critic-width", width, width >= 2, "must be at least 2")
-        return [*above_0(critic_lr=self.critic_lr), at_least_2]
 
 
 class Judged(Method):

@@ -11,6 +11,7 @@ what it began with.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -21,21 +22,19 @@ from ctt.data.views import constant
 from ctt.errors import UserError
 from ctt.methods import followers, losses
 from ctt.methods.base import Batch, Networks, Setup, Step, Terms
-from ctt.methods.options import Check, Options, above_0, at_least_0
+from ctt.methods.options import Options
 from ctt.methods.pseudo_labels import PseudoLabels
 from ctt.models.base import upsample
+from ctt.ranges import ABOVE_0, AT_LEAST_0
 
 
 @dataclass(frozen=True)
 class DistillOptions(Options):
-    weight: float = 1.0
+    weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the divergence from the teachers."""
-    temperature: float = 1.0
+    temperature: Annotated[float, ABOVE_0] = 1.0
     """By which the logits of both sides are divided; above 1 the classes that a teacher finds
     second best count more. The term is multiplied by its square, as in the paper."""
-
-    def checks(self) -> list[Check]:
-        return [*at_least_0(weight=self.weight), *above_0(temperature=self.temperature)]
 
 
 class Distill(PseudoLabels):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
@@ -24,21 +25,18 @@ from ctt.data.source import IGNORE
 from ctt.errors import UserError
 from ctt.methods.base import Batch, Labeler, Networks, Round, Setup
 from ctt.methods.dst_cbc import DstCbc, DstCbcOptions, class_thresholds, log_probability
-from ctt.methods.options import Check, at_least_0
 from ctt.models.base import upsample
+from ctt.ranges import AT_LEAST_0
 from ctt.settings import EvalSettings
 
 
 @dataclass(frozen=True)
 class DmtOptions(DstCbcOptions):
-    gamma: float = 5.0
+    gamma: Annotated[float, AT_LEAST_0] = 5.0
     """Power of the probability where labeler and learner agree (the program's for VOC 1/20; 3 on
     Cityscapes)."""
-    gamma_other: float = 5.0
+    gamma_other: Annotated[float, AT_LEAST_0] = 5.0
     """Power of the probability where they do not, and the labeler is surer."""
-
-    def checks(self) -> list[Check]:
-        return [*super().checks(), *at_least_0(gamma_other=self.gamma_other)]
 
 
 class Dmt(DstCbc):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ from torch import Tensor
 from ctt.data.source import IGNORE
 from ctt.methods import losses
 from ctt.methods.base import Batch, Labeler, Networks, Round, Setup, Step
-from ctt.methods.options import Check, at_least_0
 from ctt.methods.self_training import SelfTraining, SelfTrainingOptions
 from ctt.models.base import Grid, upsample
+from ctt.ranges import AT_LEAST_0, Range
 from ctt.settings import EvalSettings
 
 BINS = 1024  # of confidence
@@ -31,18 +32,10 @@ BINS = 1024  # of confidence
 
 @dataclass(frozen=True)
 class DstCbcOptions(SelfTrainingOptions):
-    gamma: float = 2.0
+    gamma: Annotated[float, AT_LEAST_0] = 2.0
     """Power of the probability by which a pixel counts (the program's default; 9 for VOC 1/106)."""
-    count: int = 5
+    count: Annotated[int, Range(1, 100)] = 5
     """Rounds after the first training (the paper's); each takes a larger share of the pixels."""
-
-    def checks(self) -> list[Check]:
-        good = 1 <= self.count <= 100
-        return [
-            *super().checks(),
-            *at_least_0(gamma=self.gamma),
-            ("--options.count", self.count, good, "must be in 1..100"),
-        ]
 
 
 class DstCbc(SelfTraining):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,24 +27,21 @@ from ctt.methods import losses, ramps
 from ctt.methods.base import Batch, Schedule, Setup, Step
 from ctt.methods.critics import Judged, counted, frozen
 from ctt.methods.optim import make_optimizer
-from ctt.methods.options import Check, Options, at_least_0, shares
+from ctt.methods.options import Options
 from ctt.models.base import Grid, Output, SegmentationModel, upsample
+from ctt.ranges import AT_LEAST_0, SHARE
 
 
 @dataclass(frozen=True)
 class EcsOptions(Options):
     """The paper's values are not known to us; these are ours."""
 
-    agreement: float = 0.1
+    agreement: Annotated[float, AT_LEAST_0] = 0.1
     """Weight of being found right on labelled images."""
-    semi: float = 1.0
+    semi: Annotated[float, AT_LEAST_0] = 1.0
     """Final weight of the corrected labels of unlabelled images."""
-    ramp: float = 0.1
+    ramp: Annotated[float, SHARE] = 0.1
     """Share of the run over which that weight rises, along a sigmoid."""
-
-    def checks(self) -> list[Check]:
-        weights = at_least_0(agreement=self.agreement, semi=self.semi)
-        return [*weights, *shares(ramp=self.ramp)]
 
 
 class Ecs(Judged):

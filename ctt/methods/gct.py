@@ -14,6 +14,7 @@ numbers that the paper prints are of a centre crop; PixelSSL has the corrected o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ from ctt.errors import UserError
 from ctt.methods import losses, ramps
 from ctt.methods.base import Batch, Method, Schedule, Setup, Step, Terms
 from ctt.methods.critics import CriticOptions, FlawDetector, counted, frozen, make_adam, one_hot
-from ctt.methods.options import Check, at_least_0, shares
 from ctt.models.base import upsample
+from ctt.ranges import AT_LEAST_0, SHARE
 
 FLAWLESS = 0.1  # flaws up to which an image is taken to have none
 TINY = 1e-9  # so that a map without any difference becomes 0
@@ -36,24 +37,16 @@ TINY = 1e-9  # so that a map without any difference becomes 0
 class GctOptions(CriticOptions):
     """Values of PixelSSL for semantic segmentation."""
 
-    fc: float = 1.0
+    fc: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of looking flawless where both students are bad."""
-    dc: float = 100.0
+    dc: Annotated[float, AT_LEAST_0] = 100.0
     """Final weight of learning from the less flawed student."""
-    ramp: float = 0.15
+    ramp: Annotated[float, SHARE] = 0.15
     """Share of the run over which that weight rises, along a sigmoid (3 of 20 epochs)."""
-    flaw: float = 10.0
+    flaw: Annotated[float, AT_LEAST_0] = 10.0
     """Weight of the flaw detector's own error."""
-    threshold: float = 0.6
+    threshold: Annotated[float, SHARE] = 0.6
     """Flaw, relative to the largest of the image, above which a pixel is bad."""
-
-    def checks(self) -> list[Check]:
-        weights = at_least_0(fc=self.fc, dc=self.dc, flaw=self.flaw)
-        return [
-            *super().checks(),
-            *weights,
-            *shares(ramp=self.ramp, threshold=self.threshold),
-        ]
 
 
 class Gct(Method):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from ctt.methods.options import Check
+from ctt.ranges import AT_LEAST_0, SHARE
 
 
 @dataclass(frozen=True)
@@ -17,17 +18,9 @@ class MaskSettings:
     confidence: Path | None = None
     """Folder of grey images, NAME.png or NAME_confidence.png as ctt-predict --confidence writes:
     how sure that model is of each pixel, 255 for 1. By default it is sure everywhere."""
-    weight: float = 1.0
+    weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the cross-entropy against these masks."""
-    fade: float = 0.0
+    fade: Annotated[float, SHARE] = 0.0
     """Share of the run over which that weight falls to 0, in a straight line; 0: it stays."""
-    threshold: float = 0.0
+    threshold: Annotated[float, SHARE] = 0.0
     """Confidence that a pixel needs to be learnt."""
-
-    def checks(self) -> list[Check]:
-        """Return what the values must fulfil."""
-        return [
-            ("--masks.weight", self.weight, self.weight >= 0, "must be at least 0"),
-            ("--masks.fade", self.fade, 0 <= self.fade <= 1, "must be in 0..1"),
-            ("--masks.threshold", self.threshold, 0 <= self.threshold <= 1, "must be in 0..1"),
-        ]

@@ -9,16 +9,18 @@ weight 100 and also takes the labelled images; PixelSSL has weight 1 and a sigmo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
 from ctt.methods.base import Batch
 from ctt.methods.soft_labels import SoftLabels, SoftOptions
+from ctt.ranges import AT_LEAST_0
 
 
 @dataclass(frozen=True)
 class MeanTeacherSoftOptions(SoftOptions):
-    weight: float = 100.0
+    weight: Annotated[float, AT_LEAST_0] = 100.0
     """Weight of the mean over classes and pixels (TorchSemiSeg)."""
 
 

@@ -12,6 +12,7 @@ in evaluation mode. The constants are those that are commonly given, not checked
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -25,34 +26,28 @@ from ctt.methods.heads import embedding
 from ctt.methods.losses import as_pixels, to_grid
 from ctt.methods.mean_teacher import MeanTeacher
 from ctt.methods.optim import make_optimizer
-from ctt.methods.options import Check, Options, above_0, at_least_0
+from ctt.methods.options import Options
 from ctt.models.base import Grid, upsample, wide
 from ctt.ops import MemoryBank, pair_info_nce
+from ctt.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1
 
 
 @dataclass(frozen=True)
 class Pc2SegOptions(Options):
     """Settings of our reading of PC2Seg."""
 
-    consistency: float = 1.0
+    consistency: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of 1 - cosine of the probabilities of both views."""
-    contrast: float = 0.1
+    contrast: Annotated[float, AT_LEAST_0] = 0.1
     """Weight of the contrast of pixels."""
-    temperature: float = 0.07
+    temperature: Annotated[float, ABOVE_0] = 0.07
     """Temperature of the contrast."""
-    dim: int = 128
+    dim: Annotated[int, AT_LEAST_1] = 128
     """Length of the projected features."""
-    capacity: int = 200
+    capacity: Annotated[int, AT_LEAST_1] = 200
     """Vectors in the memory of a class (our choice)."""
-    pushed: int = 50
+    pushed: Annotated[int, AT_LEAST_1] = 50
     """Pixels of a class that enter the memory in a step at most (our choice)."""
-
-    def checks(self) -> list[Check]:
-        return [
-            *at_least_0(consistency=self.consistency, contrast=self.contrast),
-            *above_0(temperature=self.temperature, dim=self.dim),
-            *above_0(capacity=self.capacity, pushed=self.pushed),
-        ]
 
 
 class Pc2Seg(MeanTeacher):

@@ -15,6 +15,7 @@ together. The program's colours are --views.jitter 0.5 --views.jitter-probabilit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -30,31 +31,23 @@ from ctt.methods.followers import evaluating
 from ctt.methods.losses import to_grid
 from ctt.methods.mean_teacher import MeanTeacher
 from ctt.methods.optim import make_optimizer
-from ctt.methods.options import Check, Options
+from ctt.methods.options import Options
 from ctt.models.base import upsample
+from ctt.ranges import ABOVE_0, AT_LEAST_0, SHARE, Range
 
 
 @dataclass(frozen=True)
 class PseudoSegOptions(Options):
     """Settings of PseudoSeg; the defaults are those of the authors' program."""
 
-    weight: float = 1.0
+    weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the unlabelled images."""
-    temperature: float = 0.5
+    temperature: Annotated[float, ABOVE_0] = 0.5
     """Pseudo-labels are sharpened to p ** (1 / temperature), over the sum of the classes."""
-    cutout: float = 0.195
+    cutout: Annotated[float, SHARE] = 0.195
     """Sides of the erased box, as a share of the crop's; parts of it may be outside."""
-    background: int = 0
+    background: Annotated[int, Range(-1)] = 0
     """Class of the background, which the classifier of images leaves out; -1: there is none."""
-
-    def checks(self) -> list[Check]:
-        background = self.background
-        return [
-            ("--options.weight", self.weight, self.weight >= 0, "must be at least 0"),
-            ("--options.temperature", self.temperature, self.temperature > 0, "must be above 0"),
-            ("--options.cutout", self.cutout, 0 <= self.cutout <= 1, "must be in 0..1"),
-            ("--options.background", background, background >= -1, "must be at least -1"),
-        ]
 
 
 class PseudoSeg(MeanTeacher):

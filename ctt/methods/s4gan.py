@@ -15,6 +15,7 @@ batch; images that are nothing but ignored pixels or padding count nowhere. With
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -23,8 +24,8 @@ from ctt.data.source import IGNORE
 from ctt.methods import losses
 from ctt.methods.base import Batch, Schedule, Setup, Step
 from ctt.methods.critics import Adversarial, CriticOptions, ImageCritic, frozen, judged, one_hot
-from ctt.methods.options import Check, at_least_0, shares
 from ctt.models.base import upsample
+from ctt.ranges import AT_LEAST_0, SHARE
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,12 @@ class S4GanOptions(CriticOptions):
     """Values of train_s4GAN.py of sud0301/semisup-semseg, for VOC; `critic_lr` is 1e-5 on
     Cityscapes."""
 
-    fm: float = 0.1
+    fm: Annotated[float, AT_LEAST_0] = 0.1
     """Weight of feature matching."""
-    st: float = 1.0
+    st: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the student's own labels on images that the critic takes for masks."""
-    threshold: float = 0.6
+    threshold: Annotated[float, SHARE] = 0.6
     """Probability of being a mask above which an image is learnt (Cityscapes: 0.7)."""
-
-    def checks(self) -> list[Check]:
-        weights = at_least_0(fm=self.fm, st=self.st)
-        return [*super().checks(), *weights, *shares(threshold=self.threshold)]
 
 
 class S4Gan(Adversarial):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -19,19 +20,16 @@ from torch.nn import functional as F
 from ctt.data.source import IGNORE
 from ctt.methods import losses
 from ctt.methods.base import Batch, Labeler, Round, Schedule, Setup, Step
-from ctt.methods.options import Check, Options
+from ctt.methods.options import Options
 from ctt.methods.pseudo_labels import PseudoLabels
+from ctt.ranges import Range
 from ctt.settings import EvalSettings
 
 
 @dataclass(frozen=True)
 class SelfTrainingOptions(Options):
-    first: float = 0.3
+    first: Annotated[float, Range(0, 1, above=True, below=True)] = 0.3
     """Share of the run that the first training takes."""
-
-    def checks(self) -> list[Check]:
-        good = 0 < self.first < 1
-        return [("--options.first", self.first, good, "must be between 0 and 1")]
 
 
 class SelfTraining(PseudoLabels):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -30,40 +31,34 @@ from ctt.methods.heads import embed, normed_embedding
 from ctt.methods.losses import to_grid
 from ctt.methods.mean_teacher import MeanTeacher
 from ctt.methods.optim import make_optimizer
-from ctt.methods.options import Check, Options, above_0, at_least_0, shares
+from ctt.methods.options import Options
 from ctt.methods.pseudo_labels import sometimes
 from ctt.methods.sampling import entropy, number_each, sample_of
 from ctt.models.base import Output, upsample, wide
+from ctt.ranges import AT_LEAST_0, AT_LEAST_1, SHARE
 
 
 @dataclass(frozen=True)
 class ContrastiveOptions(Options):
     """Settings of SemiSeg-Contrastive; the defaults are those of the authors' program."""
 
-    entropy: float = 0.01
+    entropy: Annotated[float, AT_LEAST_0] = 0.01
     """Weight of the entropy, in bits, of the students' answers to unlabelled images."""
-    contrast: float = 0.1
+    contrast: Annotated[float, AT_LEAST_0] = 0.1
     """Weight of the contrast of labelled, and that of unlabelled images."""
-    power: float = 6.0
+    power: Annotated[float, AT_LEAST_0] = 6.0
     """Power of the teacher's confidence by which a pixel counts."""
-    start: float = 0.0133
+    start: Annotated[float, SHARE] = 0.0133
     """Share of the run in which pseudo-labels gain weight, without mixing and contrast (2,000 of
     150,000 iterations); the memory is filled from its half on."""
-    mix: float = 0.75
+    mix: Annotated[float, SHARE] = 0.75
     """Share of the steps whose unlabelled images are mixed by class."""
-    sure: float = 0.95
+    sure: Annotated[float, SHARE] = 0.95
     """Probability that a pixel needs from the teacher to enter the memory."""
-    capacity: int = 256
+    capacity: Annotated[int, AT_LEAST_1] = 256
     """Vectors in the memory of a class."""
-    pixels: int = 256
+    pixels: Annotated[int, AT_LEAST_1] = 256
     """Pixels of a class that take part in a step at most (not in the program)."""
-
-    def checks(self) -> list[Check]:
-        return [
-            *at_least_0(entropy=self.entropy, contrast=self.contrast, power=self.power),
-            *shares(start=self.start, mix=self.mix, sure=self.sure),
-            *above_0(capacity=self.capacity, pixels=self.pixels),
-        ]
 
 
 class SemiSegContrastive(MeanTeacher):

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
 from ctt.methods import losses, ramps
 from ctt.methods.base import Batch, Schedule, Step
 from ctt.methods.mean_teacher import MeanTeacher
-from ctt.methods.options import Check, Options, at_least_0, shares
+from ctt.methods.options import Options
+from ctt.ranges import AT_LEAST_0, SHARE
 
 
 @dataclass(frozen=True)
 class SoftOptions(Options):
-    weight: float = 1.0
+    weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the unlabelled images."""
-    ramp: float = 0.0
+    ramp: Annotated[float, SHARE] = 0.0
     """Share of the run over which that weight rises, along a sigmoid."""
-
-    def checks(self) -> list[Check]:
-        return [*at_least_0(weight=self.weight), *shares(ramp=self.ramp)]
 
 
 class SoftLabels(MeanTeacher):
@@ -81,11 +80,8 @@ class SoftLabels(MeanTeacher):
 
 @dataclass(frozen=True)
 class SureOptions(SoftOptions):
-    threshold: float = 0.97
+    threshold: Annotated[float, SHARE] = 0.97
     """Confidence of a pixel that counts in the share (the program of French et al.)."""
-
-    def checks(self) -> list[Check]:
-        return [*super().checks(), *shares(threshold=self.threshold)]
 
 
 class SureSoftLabels(SoftLabels):

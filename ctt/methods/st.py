@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from ctt.methods import followers
 from ctt.methods.base import Batch, Labeler, Round, Setup, Step
 from ctt.methods.options import Check
 from ctt.methods.self_training import SelfTraining, SelfTrainingOptions
+from ctt.ranges import ABOVE_0
 from ctt.settings import EvalSettings
 
 SCALES = (0.5, 0.75, 1.0, 1.5, 2.0)  # of an image that is labelled, the program's
@@ -38,13 +40,13 @@ class StOptions(SelfTrainingOptions):
 
 @dataclass(frozen=True)
 class StPlusPlusOptions(SelfTrainingOptions):
-    half: float = 0.3
+    half: Annotated[float, ABOVE_0] = 0.3
     """Share of the run that the training on the reliable half takes."""
 
     def checks(self) -> list[Check]:
         left = 1 - self.first - self.half
-        rule = "must be above 0, and leave a share of the run for the last training"
-        return [*super().checks(), ("--options.half", self.half, self.half > 0 < left, rule)]
+        rule = "must leave a share of the run for the last training"
+        return [("options.half", self.half, left > 0, rule)]
 
 
 class St(SelfTraining):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -13,20 +14,16 @@ from ctt.methods import losses
 from ctt.methods.base import Batch, Setup, Step, Terms
 from ctt.methods.mask_teacher import TERM
 from ctt.methods.mean_teacher import MeanTeacher
-from ctt.methods.options import Check, Options
+from ctt.methods.options import Options
+from ctt.ranges import SHARE
 
 VIEWS = (0, 1)
 
 
 @dataclass(frozen=True)
 class TwoViewsOptions(Options):
-    threshold: float = 0.95
+    threshold: Annotated[float, SHARE] = 0.95
     """Confidence of a pseudo-label that counts (the authors' configs for VOC)."""
-
-    def checks(self) -> list[Check]:
-        return [
-            ("--options.threshold", self.threshold, 0 <= self.threshold <= 1, "must be in 0..1")
-        ]
 
 
 class TwoViews(MeanTeacher):

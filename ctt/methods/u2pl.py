@@ -17,7 +17,7 @@ decoder. Each push draws up to `pushed` pixels of a class, and queues are shorte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -29,49 +29,42 @@ from ctt.methods.base import Batch, Modules, Schedule, Setup, Step, Terms
 from ctt.methods.class_memory import negatives
 from ctt.methods.heads import EmbeddingTeacher, embed, normed_embedding
 from ctt.methods.losses import to_grid
-from ctt.methods.options import Check, Options, above_0, at_least_0, shares
+from ctt.methods.options import Options
 from ctt.methods.pseudo_labels import sometimes
 from ctt.methods.sampling import entropy, quantile, tickets
 from ctt.models.base import Output, upsample, wide
 from ctt.ops import MemoryBank
+from ctt.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE
 
 
 @dataclass(frozen=True)
 class U2plOptions(Options):
     """Settings of U2PL; the defaults are those of the authors' program for VOC, unless said."""
 
-    unlabeled: float = 1.0
+    unlabeled: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the pseudo-labels."""
-    contrast: float = 1.0
+    contrast: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the contrast (0.1 in the paper)."""
-    start: float = 0.0125
+    start: Annotated[float, SHARE] = 0.0125
     """Share of the run that learns from labels alone (one of 80 epochs)."""
-    drop: float = 0.2
+    drop: Annotated[float, SHARE] = 0.2
     """Share of the pixels of highest entropy that teach no class at the start; it falls to 0. The
     same share of the lowest entropy are anchors, and of the highest negatives."""
     mix: Literal["half-width", "classmix-fewer", "none"] = "half-width"
     """How unlabelled images are mixed, in half of the steps."""
-    sure: float = 0.3
+    sure: Annotated[float, SHARE] = 0.3
     """Probability of its class that an anchor needs from the teacher."""
-    likely: int = 3
+    likely: Annotated[int, AT_LEAST_0] = 3
     """Classes of which the teacher may take a labelled pixel to be, to be a negative of them."""
-    anchors: int = 256
+    anchors: Annotated[int, AT_LEAST_1] = 256
     """Anchors of a class and step."""
-    negatives: int = 50
+    negatives: Annotated[int, AT_LEAST_1] = 50
     """Negatives of an anchor."""
-    capacity: int = 1024
+    capacity: Annotated[int, AT_LEAST_1] = 1024
     """Keys in the queue of a class (30,000 in the program)."""
-    pushed: int = 256
+    pushed: Annotated[int, AT_LEAST_1] = 256
     """Keys that a class takes at most in a step (not in the program)."""
-    temperature: float = 0.5
-
-    def checks(self) -> list[Check]:
-        counts = {n: getattr(self, n) for n in ("anchors", "negatives", "capacity", "pushed")}
-        return [
-            *at_least_0(unlabeled=self.unlabeled, contrast=self.contrast, likely=self.likely),
-            *shares(start=self.start, drop=self.drop, sure=self.sure),
-            *above_0(temperature=self.temperature, **counts),
-        ]
+    temperature: Annotated[float, ABOVE_0] = 0.5
 
 
 class U2pl(EmbeddingTeacher):

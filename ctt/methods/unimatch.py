@@ -15,6 +15,7 @@ alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -22,29 +23,21 @@ from torch import Tensor
 from ctt.methods import losses
 from ctt.methods.base import Batch, Step, Terms
 from ctt.methods.followers import evaluating
-from ctt.methods.options import Check
 from ctt.methods.two_views import VIEWS, TwoViews, TwoViewsOptions
 from ctt.models.base import upsample
+from ctt.ranges import AT_LEAST_0, SHARE_BELOW_1
 
 
 @dataclass(frozen=True)
 class UniMatchOptions(TwoViewsOptions):
     """Settings of UniMatch; the defaults are those of the authors' program."""
 
-    strong: float = 0.5
+    strong: Annotated[float, AT_LEAST_0] = 0.5
     """Weight of the strong views, of both together."""
-    features: float = 0.5
+    features: Annotated[float, AT_LEAST_0] = 0.5
     """Weight of the weak view whose stages lose channels."""
-    dropout: float = 0.5
+    dropout: Annotated[float, SHARE_BELOW_1] = 0.5
     """Share of the channels that they lose."""
-
-    def checks(self) -> list[Check]:
-        return [
-            *super().checks(),
-            ("--options.strong", self.strong, self.strong >= 0, "must be at least 0"),
-            ("--options.features", self.features, self.features >= 0, "must be at least 0"),
-            ("--options.dropout", self.dropout, 0 <= self.dropout < 1, "must be in 0..1, below 1"),
-        ]
 
 
 class UniMatch(TwoViews):

@@ -14,28 +14,23 @@ as well: --views.jitter 0.5 --views.hue 0.25 --views.grey-probability 0.2.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from ctt.methods import losses
 from ctt.methods.base import Batch, Step, Terms
-from ctt.methods.options import Check
 from ctt.methods.two_views import VIEWS, TwoViews, TwoViewsOptions
+from ctt.ranges import AT_LEAST_0
 
 
 @dataclass(frozen=True)
 class UniMatchV2Options(TwoViewsOptions):
     """Settings of UniMatch V2; the defaults are those of the authors' program."""
 
-    weight: float = 1.0
+    weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the strong views, of both together."""
-
-    def checks(self) -> list[Check]:
-        return [
-            *super().checks(),
-            ("--options.weight", self.weight, self.weight >= 0, "must be at least 0"),
-        ]
 
 
 class UniMatchV2(TwoViews):

@@ -18,6 +18,7 @@ Departures from that program:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -25,9 +26,9 @@ from torch.nn import functional as F
 
 from ctt.data.views import constant
 from ctt.methods.base import Batch, Setup, Step
-from ctt.methods.options import Check, at_least_0
 from ctt.methods.soft_labels import SureOptions, SureSoftLabels
 from ctt.models.base import Grid, upsample
+from ctt.ranges import AT_LEAST_0
 
 # Root mean square over an image, of normalised colours. The cosine to the exact direction was
 # measured as 0.96 to 1.00, in float32 and in TF32; in bfloat16 it needs ten times this step.
@@ -38,13 +39,10 @@ STEP = 0.01
 class VatOptions(SureOptions):
     """Settings of VAT; the defaults are those of the program's run_pascal_aug_experiments.sh."""
 
-    weight: float = 0.1
+    weight: Annotated[float, AT_LEAST_0] = 0.1
     """Weight of the unlabelled images."""
-    radius: float = 1.0
+    radius: Annotated[float, AT_LEAST_0] = 1.0
     """Length of the change, as a multiple of the length of the image's gradient."""
-
-    def checks(self) -> list[Check]:
-        return [*super().checks(), *at_least_0(radius=self.radius)]
 
 
 class Vat(SureSoftLabels):
