@@ -100,21 +100,20 @@ def refuse_unused(settings: Settings, names: list[str]) -> None:
     """
     method = methods.get(settings.method)
     pairs = settings.pairs or method.pairs
-    what = f"--method {settings.method} with {pairs} pair{'s' * (pairs > 1)}"
+    what = f"`method` {settings.method} with {pairs} pair{'s' * (pairs > 1)}"
     unused = dict.fromkeys(method.unused(pairs), what)
     if "small" not in settings.model.names:
-        unused["model.width"] = f"--model.name {' '.join(settings.model.names)}"
+        unused["model.width"] = f"`model.name` {' '.join(settings.model.names)}"
     if settings.labeled.class_weights != "none":
-        unused["labeled.weights"] = f"--labeled.class-weights {settings.labeled.class_weights}"
+        unused["labeled.weights"] = f"`labeled.class_weights` {settings.labeled.class_weights}"
     for name in names:
         by = unused.get(name) or unused.get(name.partition(".")[0])
         if by is not None:
             raise UserError(
-                f"--{name.replace('_', '-')} changes nothing with {by}. Leave it out, or choose "
+                f"`{name}` changes nothing with {by}. Leave it out, or choose "
                 f"another {by.split()[0]}."
             )
         if name.startswith("masks.") and settings.masks.folder is None:
             raise UserError(
-                f"--{name.replace('_', '-')} changes nothing without --masks.folder, the folder of "
-                f"the masks."
+                f"`{name}` changes nothing without `masks.folder`, the folder of the masks."
             )

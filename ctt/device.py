@@ -22,7 +22,7 @@ def local_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def pick_device(name: str, option: str = "--train.device") -> torch.device:
+def pick_device(name: str, option: str = "`train.device`") -> torch.device:
     """Return the device of that name; `auto` is a GPU where there is one.
 
     Under torchrun each process has a GPU of its own.

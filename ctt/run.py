@@ -64,11 +64,11 @@ def check_new(out: Path | None) -> None:
     folder = out or Path("runs")
     with _told_of_out(folder):
         if out is not None and out.is_file():
-            raise UserError(f"--out {out}: this is a file; give a folder that is new or empty.")
+            raise UserError(f"`out` {out}: this is a file; give a folder that is new or empty.")
         if out is not None and out.is_dir() and any(p.name != UNFINISHED for p in out.iterdir()):
-            go_on = f", or go on with its run by --resume {out}"
+            go_on = f", or go on with its run by `resume` {out}"
             raise UserError(
-                f"--out {out}: the folder is not empty. Give a new one"
+                f"`out` {out}: the folder is not empty. Give a new one"
                 f"{go_on if (out / CONFIG).is_file() else ''}."
             )
         whole = folder.absolute()
@@ -85,7 +85,7 @@ def _told_of_out(folder: Path) -> Iterator[None]:
         yield
     except (OSError, UnwritableError) as error:
         raise UserError(
-            f"--out {folder}: the folder cannot be written ({error.strerror}). Give one that you "
+            f"`out` {folder}: the folder cannot be written ({error.strerror}). Give one that you "
             f"may write to."
         ) from None
 
@@ -103,7 +103,7 @@ def new_numbered(settings: Settings) -> Path:
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
-    """Write config.yaml, which --resume reads from whatever folder it is given in."""
+    """Write config.yaml, which `resume` reads from whatever folder it is given in."""
     values = to_dict(with_whole_paths(settings))
     with atomic_write(folder / CONFIG) as part:
         part.write_text(yaml.safe_dump(values, sort_keys=False), "utf-8")
@@ -144,11 +144,11 @@ def find(path: Path) -> Path:
         folder = path.parent.parent
         if path != folder / CHECKPOINT:
             raise UserError(
-                f"--resume {path}: this file is no checkpoint of a run. Give the folder of a run, "
+                f"`resume` {path}: this file is no checkpoint of a run. Give the folder of a run, "
                 f"which holds {CONFIG} and {CHECKPOINT}."
             )
     else:
-        raise UserError(f"--resume {path}: there is no such folder.")
+        raise UserError(f"`resume` {path}: there is no such folder.")
     needed_files = [CONFIG]
     if has_checkpoint(folder):
         needed_files += [str(LABELED_LIST), str(UNLABELED_LIST)]
@@ -157,10 +157,10 @@ def find(path: Path) -> Path:
     for needed in needed_files:
         if not (folder / needed).is_file():
             raise UserError(
-                f"--resume {path}: {folder} is no run that can go on, because {needed} is missing."
+                f"`resume` {path}: {folder} is no run that can go on, because {needed} is missing."
             )
     if not os.access(folder, os.W_OK):
-        raise UserError(f"--resume {path}: {folder} cannot be written.")
+        raise UserError(f"`resume` {path}: {folder} cannot be written.")
     return folder
 
 
@@ -280,8 +280,7 @@ def check_resumable(old: Settings, new: Settings) -> None:
             pairs.append((f"{group}.{name}", before, after))
     for name, before, after in pairs:
         if before != after:
-            option = "--" + name.replace("_", "-")
             raise UserError(
-                f"{option} {after}: the run to be resumed has {before}, and its checkpoint fits "
-                f"nothing else. Leave the option out, or start a new run."
+                f"`{name}` {after}: the run to be resumed has {before}, and its checkpoint fits "
+                f"nothing else. Leave it out, or start a new run."
             )

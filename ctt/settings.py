@@ -13,6 +13,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
@@ -471,6 +472,15 @@ def _content(path: str) -> str:
         return Path(path).name
 
 
+def field_names(owner: type, prefix: str = "") -> Iterator[str]:
+    """Yield the names of all settings: groups such as `data`, and fields such as `data.crop`."""
+    hints = typing.get_type_hints(owner)
+    for f in dataclasses.fields(owner):
+        yield f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from field_names(hints[f.name], f"{prefix}{f.name}.")
+
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -562,67 +572,67 @@ def validate(settings: Settings) -> None:
     """Refuse values that cannot work, before anything is loaded or written.
 
     Raises:
-        UserError: names the option, the value and the range.
+        UserError: names the field, the value and the range.
     """
     s, rising = settings, "must be two numbers above 0, the lower first"
     iterations, profile = s.train.iterations, s.train.profile
     checks: list[Check] = [
         (
-            "--data.crop",
+            "data.crop",
             s.data.crop,
             min(s.data.crop) >= 8 or s.data.crop == (0, 0),
             "must be at least 8 8, or 0 0 for one that fits the images",
         ),
-        ("--data.scale", s.data.scale, 0 < s.data.scale[0] <= s.data.scale[1], rising),
+        ("data.scale", s.data.scale, 0 < s.data.scale[0] <= s.data.scale[1], rising),
         (
-            "--views.blur-sigma",
+            "views.blur_sigma",
             s.views.blur_sigma,
             0 < s.views.blur_sigma[0] <= s.views.blur_sigma[1],
             rising,
         ),
         (
-            "--model.drop-path",
+            "model.drop_path",
             s.model.drop_path,
             len(s.model.drop_path) > 0,
             "must be one number, or several",
         ),
         (
-            "--model.output-stride",
+            "model.output_stride",
             s.model.output_stride,
             s.model.output_stride in (0, 8, 16),
             "must be 8 or 16, or 0 for the architecture's own",
         ),
         (
-            "--optim.nesterov",
+            "optim.nesterov",
             s.optim.nesterov,
             not s.optim.nesterov or s.optim.momentum > 0,
-            "needs --optim.momentum above 0",
+            "needs `optim.momentum` above 0",
         ),
         (
-            "--train.accumulate",
+            "train.accumulate",
             s.train.accumulate,
             s.train.accumulate > 0 and s.data.batch_size % s.train.accumulate == 0,
-            f"must divide --data.batch-size {s.data.batch_size}",
+            f"must divide `data.batch_size` {s.data.batch_size}",
         ),
         (
-            "--train.profile",
+            "train.profile",
             profile,
             0 <= 2 * profile <= max(0, iterations - PROFILE_WARM_UP),
             f"must be at least 0, and {PROFILE_WARM_UP} and twice as many steps must fit into "
-            f"--train.iterations {iterations}",
+            f"`train.iterations` {iterations}",
         ),
         (
-            "--train.cuda-graph",
+            "train.cuda_graph",
             s.train.cuda_graph,
             not (s.train.cuda_graph and profile),
-            "excludes --train.profile: a replayed step has no phases",
+            "excludes `train.profile`: a replayed step has no phases",
         ),
         (
-            "--train.gradient-checkpointing",
+            "train.gradient_checkpointing",
             s.train.gradient_checkpointing,
             not s.train.gradient_checkpointing
             or not (s.train.cuda_graph or s.train.compile != "off"),
-            "excludes --train.cuda-graph and --train.compile, which choose by themselves what is "
+            "excludes `train.cuda_graph` and `train.compile`, which choose by themselves what is "
             "kept",
         ),
         *_eval_checks(s.eval),
@@ -630,13 +640,13 @@ def validate(settings: Settings) -> None:
     _refuse([*checks, *s.labeled.checks(), *s.options.checks()])
     _refuse_outside(s)
     if s.data.cache is not None:
-        expanded(s.data.cache, "--data.cache")
+        expanded(s.data.cache, "`data.cache`")
     if not s.model.weights:
-        raise UserError("--model.weights needs none, imagenet or a file.")
+        raise UserError("`model.weights` needs none, imagenet or a file.")
     if s.model.freeze_batch_norm and "none" in s.model.weights:
         raise UserError(
-            "--model.freeze-batch-norm keeps the statistics of trained weights, and with "
-            "--model.weights none there are none. Give imagenet or a file there."
+            "`model.freeze_batch_norm` keeps the statistics of trained weights, and with "
+            "`model.weights` none there are none. Give imagenet or a file there."
         )
 
 
@@ -649,24 +659,29 @@ def validate_eval(settings: EvalSettings) -> None:
 def _eval_checks(e: EvalSettings) -> list[Check]:
     stride_fits = 0 < e.stride <= 1 or 1 < e.stride <= min(e.window)
     return [
-        ("--eval.window", e.window, min(e.window) >= 8, "must be at least 8 8"),
+        ("eval.window", e.window, min(e.window) >= 8, "must be at least 8 8"),
         (
-            "--eval.stride",
+            "eval.stride",
             e.stride,
             stride_fits,
             "must be a share of the window in 0..1, or a number of pixels that its sides reach",
         ),
-        ("--eval.scales", e.scales, len(e.scales) > 0, "must be factors in 0.1..10"),
+        ("eval.scales", e.scales, len(e.scales) > 0, "must be factors in 0.1..10"),
     ]
 
 
 def _refuse(checks: list[Check]) -> None:
-    for option, value, good, rule in checks:
+    for name, value, good, rule in checks:
         numbers = value if isinstance(value, tuple) else (value,)
         if not good or not all(math.isfinite(number) for number in numbers):
-            raise UserError(f"{option} {rule}, got {value}.")
+            raise UserError(f"{_named(name)} {rule}, got {value}.")
 
 
 def _refuse_outside(settings: Any, prefix: str = "") -> None:
     for name, rule, value in outside(settings, prefix):
-        raise UserError(f"--{name.replace('_', '-')} {rule}, got {value}.")
+        raise UserError(f"{_named(name)} {rule}, got {value}.")
+
+
+def _named(name: str) -> str:
+    """Return a field as messages name it; methods of others may say `--options.my-weight`."""
+    return f"`{name.removeprefix('--').replace('-', '_')}`"

@@ -1,8 +1,10 @@
 """Text with names out of files, which may hold anything, for terminals and lists."""
 
+import contextlib
 import re
 import reprlib
 import sys
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from ctt.errors import UserError
@@ -10,13 +12,35 @@ from ctt.errors import UserError
 # what a terminal would obey: control codes but line ends and tabs, and marks that reverse the text
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 BYTE_OF_A_NAME = re.compile(r"[\udc80-\udcff]")  # as Python holds what is no UTF-8 in a file name
+FIELD = re.compile(r"`([a-z_]+(?:\.[a-z0-9_]+)?)`")  # of settings, or a parameter, in messages
 BRIEF = reprlib.Repr()
 BRIEF.maxstring = BRIEF.maxother = BRIEF.maxlong = 80
 BYTES_AS_THEY_ARE = "surrogateescape"  # writes and reads such names as the bytes that they are
 
 
+_show_field: list[Callable[[str], str]] = ["`{}`".format]  # the last one holds
+
+
+@contextlib.contextmanager
+def fields_shown_by(show: Callable[[str], str]) -> Iterator[None]:
+    """Let `printable` show fields, which messages have in backticks, as a program names them.
+
+    Args:
+        show: maps a field such as `data.crop` to what is shown in place of it and its backticks.
+    """
+    _show_field.append(show)
+    try:
+        yield
+    finally:
+        _show_field.remove(show)
+
+
 def printable(text: str) -> str:
-    r"""Return a text with `\x1b` in place of a control code or of a byte that is no UTF-8."""
+    r"""Return a text with `\x1b` in place of a control code or of a byte that is no UTF-8.
+
+    Fields become what the program calls them, see `fields_shown_by`.
+    """
+    text = FIELD.sub(lambda match: _show_field[-1](match[1]), text)
     text = BYTE_OF_A_NAME.sub(lambda match: rf"\x{ord(match[0]) - 0xDC00:02x}", text)
     return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 

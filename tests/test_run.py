@@ -25,7 +25,7 @@ def test_paths_of_a_run_hold_in_every_folder(
     assert kept.data.cache == Path("~/cache")  # of whoever resumes it
     run.check_resumable(kept, settings)
     run.check_resumable(settings, kept)  # a run of a version that kept them as they were given
-    with pytest.raises(UserError, match="--split-labeled"):
+    with pytest.raises(UserError, match="`split_labeled`"):
         run.check_resumable(kept, dataclasses.replace(settings, split_labeled=Path("other.txt")))
 
 

@@ -82,10 +82,10 @@ def test_yaml_numbers_become_what_the_setting_wants() -> None:
         ("eval", "batch_pixels", 0),
     ],
 )
-def test_values_out_of_range_name_their_option(group: str, name: str, value: object) -> None:
+def test_values_out_of_range_name_their_field(group: str, name: str, value: object) -> None:
     settings = Settings()
     part = dataclasses.replace(getattr(settings, group), **{name: value})
-    with pytest.raises(UserError, match=f"--{group}.{name.replace('_', '-')}"):
+    with pytest.raises(UserError, match=rf"`{group}\.{name}`"):
         validate(dataclasses.replace(settings, **{group: part}))
 
 

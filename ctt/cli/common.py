@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import os
 import select
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ctt.errors import AlreadyReportedError, UserError
-from ctt.text import printable, replace_what_cannot_be_shown
+from ctt.text import fields_shown_by, printable, replace_what_cannot_be_shown
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -24,6 +25,25 @@ OPTIONAL = {
     "submitit": "cluster",
 }
 
+# parameters of library functions that programs take as options of the same name
+PARAMETERS = (
+    "card",
+    "classes",
+    "config",
+    "form",
+    "images",
+    "network",
+    "out",
+    "push",
+    "recipe",
+    "resume",
+    "size",
+    "submission",
+    "table",
+    "to",
+    "unlabeled",
+)
+
 
 def run_program(name: str, body: Callable[[], int], extra: str = "train") -> None:
     """Exit with what `body` returns; mistakes of the user become one paragraph on stderr.
@@ -34,13 +54,29 @@ def run_program(name: str, body: Callable[[], int], extra: str = "train") -> Non
     replace_what_cannot_be_shown()
     try:
         try:
-            _run(name, body, extra)
+            with fields_shown_by(as_option):
+                _run(name, body, extra)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
         if not _drop_closed_streams():
             raise
         sys.exit(CLOSED_PIPE)
+
+
+def as_option(name: str) -> str:
+    """Return `data.batch_size` of a message as --data.batch-size; other words keep backticks."""
+    if name in _options() or name.startswith("options."):
+        return f"--{name.replace('_', '-')}"
+    return f"`{name}`"
+
+
+@functools.cache
+def _options() -> frozenset[str]:
+    """Return the fields and parameters that are options of programs."""
+    from ctt.settings import Settings, field_names
+
+    return frozenset([*field_names(Settings), *PARAMETERS])
 
 
 def _drop_closed_streams() -> bool:

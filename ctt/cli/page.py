@@ -27,6 +27,7 @@ from ctt.inference.load import Trained
 from ctt.inference.predict import protocol_text
 from ctt.inference.render import OVERLAY, colorize, overlay
 from ctt.settings import EvalSettings
+from ctt.text import printable
 
 EXAMPLES = 8  # evaluation images offered
 SHOWN = (320, 1280)  # longer side of a picture on the page, in pixels: smallest and largest
@@ -84,7 +85,7 @@ class Viewer:
         try:
             found = [self.predict(file, name) for name in names]
         except UserError as error:
-            text = str(error).replace(file, Path(file).name)
+            text = printable(str(error).replace(file, Path(file).name))
             raise gr.Error(text, print_exception=False) from None
         pictures: list[Any] = []
         for image, label, confidence in found:

@@ -17,6 +17,7 @@ from ctt.data.rasters import read_as
 from ctt.errors import UserError
 from ctt.inference.rank import Committee, Rating, order
 from ctt.inference.render import overlay
+from ctt.text import printable
 
 if TYPE_CHECKING:
     from ctt.cli.page import Viewer
@@ -63,7 +64,7 @@ def ranked(viewer: Viewer, paths: list[str]) -> tuple[list[tuple[Image.Image, st
             ratings.append(committee.rate(read_as(file, viewer.info)))
             kept.append(file)
         except UserError as error:
-            failures.append(str(error).replace(str(file), file.name))
+            failures.append(printable(str(error).replace(str(file), file.name)))
     places = order(ratings)
     pictures, rows = [], []
     for number, place in enumerate(places, 1):

@@ -35,7 +35,7 @@ def open_source(name: str, root: Path | None, options: SourceOptions) -> Source:
             not complete.
     """
     if name in WITHOUT_FOLDER and root is not None:
-        raise UserError(f"--data-root: {WITHOUT_FOLDER[name]} has no folder; leave it out.")
+        raise UserError(f"`data_root`: {WITHOUT_FOLDER[name]} has no folder; leave it out.")
     if name == "digits":
         from ctt.data.digits import Digits
 
@@ -64,4 +64,4 @@ def open_source(name: str, root: Path | None, options: SourceOptions) -> Source:
         from ctt.data.folder import Folder
 
         return Folder(root, options)
-    raise UserError(f"--dataset {name}: no such dataset. Datasets: {', '.join(names())}.")
+    raise UserError(f"`dataset` {name}: no such dataset. Datasets: {', '.join(names())}.")

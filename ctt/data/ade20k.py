@@ -71,7 +71,7 @@ class Ade20k(FileSource):
         folder = first_with(root, PLACES, f"{IMAGES}/training")
         if folder is None:
             raise UserError(
-                f"--data-root {root}: there is no folder {IMAGES}/training in it or in its "
+                f"`data_root` {root}: there is no folder {IMAGES}/training in it or in its "
                 f"ADEChallengeData2016. Give the folder that {LAYOUT}."
             )
         self.folder = folder

@@ -38,8 +38,8 @@ def check_quickly(source: Source, labeled: list[str], unlabeled: list[str]) -> N
         near = source.candidate(name) if isinstance(source, FileSource) else ""
         raise UserError(
             f"{path}: there is no such file, but the dataset needs it.{near}{more} Complete the "
-            f"dataset, or train with lists of the images that are there (--split-labeled, "
-            f"--split-unlabeled). Images without a mask can only be unlabelled ones."
+            f"dataset, or train with lists of the images that are there (`split_labeled`, "
+            f"`split_unlabeled`). Images without a mask can only be unlabelled ones."
         )
     pixels = torch.zeros(len(source.info.classes) + 1, dtype=torch.int64)
     for names in (labeled, evaluation):
@@ -108,7 +108,7 @@ def not_evaluated(images: int, classes: list[str]) -> str:
     """Return the warning that no image to evaluate on shows some classes."""
     return (
         f"Warning: none of the {images} images to evaluate on shows {', '.join(classes)}, so the "
-        f"scores say nothing about it. Evaluate on more images (--data.holdout, or a val/ folder)."
+        f"scores say nothing about it. Evaluate on more images (`data.holdout`, or a val/ folder)."
     )
 
 

@@ -109,7 +109,7 @@ class Cityscapes(FileSource):
         found = first_with(root, places, folder)
         if found is None:
             raise UserError(
-                f"--data-root {root}: there is no folder {folder}. Give the folder that {LAYOUT}."
+                f"`data_root` {root}: there is no folder {folder}. Give the folder that {LAYOUT}."
             )
         return found / folder
 

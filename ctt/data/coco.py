@@ -105,7 +105,7 @@ def folders(root: Path) -> tuple[Path, Path]:
     images = first_with(root, PLACES, "train2017")
     if images is None:
         raise UserError(
-            f"--data-root {root}: there is no folder train2017. Give the folder that {LAYOUT}."
+            f"`data_root` {root}: there is no folder train2017. Give the folder that {LAYOUT}."
         )
     for part in PARTS:
         if not list_names(images / part):

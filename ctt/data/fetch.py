@@ -90,7 +90,7 @@ def fetch_augmented(root: Path, progress: Progress, archive: Archive = SBD) -> t
     folder = first_with(root, PLACES, CLASSIC_MASKS)
     if folder is None:
         raise UserError(
-            f"--data-root {root}: there is no VOC 2012 to be augmented. First: "
+            f"`data_root` {root}: there is no VOC 2012 to be augmented. First: "
             f"{fetch_command('voc', root)}"
         )
     target = folder / AUG_MASKS
@@ -165,7 +165,7 @@ def _writable(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--data-root {root} cannot be written ({error.strerror}).") from None
+        raise UserError(f"`data_root` {root} cannot be written ({error.strerror}).") from None
 
 
 def download(archive: Archive, folder: Path, progress: Progress) -> Path:
@@ -241,7 +241,7 @@ def _check_room(folder: Path, total: int | None) -> None:
     if total is not None and free < 2 * total:
         raise UserError(
             f"{folder} has room for {free:,} bytes, but the archive and what it holds need "
-            f"{2 * total:,}. Give another --data-root."
+            f"{2 * total:,}. Give another `data_root`."
         )
 
 

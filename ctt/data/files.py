@@ -194,16 +194,16 @@ def first_with(root: Path, places: Iterable[str], needed: str) -> Path | None:
 
 
 def require_root(root: Path | None, dataset: str, layout: str) -> Path:
-    """Return the folder given by --data-root.
+    """Return the folder that `data_root` names.
 
     Raises:
         UserError: none was given, or it is not there.
     """
     if root is None:
-        raise UserError(f"--data-root: the dataset {dataset} needs the folder that {layout}.")
-    root = expanded(root, "--data-root")
+        raise UserError(f"`data_root`: the dataset {dataset} needs the folder that {layout}.")
+    root = expanded(root, "`data_root`")
     if not root.is_dir():
         raise UserError(
-            f"--data-root {root}: there is no such folder. Give the folder that {layout}."
+            f"`data_root` {root}: there is no such folder. Give the folder that {layout}."
         )
     return root

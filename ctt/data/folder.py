@@ -175,7 +175,7 @@ class Folder(FileSource):
         if near := difflib.get_close_matches(stem, names, 1):
             shown = names[near[0]].relative_to(self.root)
             return (
-                f" The nearest name is {shown}: rename it, or give a list of `pairs` in "
+                f" The nearest name is {shown}: rename it, or give a list `pairs:` in "
                 f"{DESCRIPTION}."
             )
         return ""

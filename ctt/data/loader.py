@@ -30,7 +30,7 @@ K = TypeVar("K")
 NO_SHARED_MEMORY = ("shared memory", "</torch_", "unable to mmap", "Too many open files", "ancdata")
 LOST_WORKER = "DataLoader worker"  # how PyTorch begins to tell that a process has ended
 FEWER_WORKERS = (
-    "Give fewer of them (--data.workers of ctt-train, --workers of ctt-eval and ctt-predict; 0 "
+    "Give fewer of them (`data.workers` in training, --workers of ctt-eval and ctt-predict; 0 "
     "loads in the main process), or more memory to share (docker run --shm-size 2g; /dev/shm)."
 )
 BROKEN_CONNECTION = (ConnectionError, EOFError)

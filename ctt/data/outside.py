@@ -19,7 +19,7 @@ from ctt.errors import UserError
 from ctt.files import expanded
 
 SURE = 255  # confidence of a pixel where no map says otherwise
-OPTIONS = ("--masks.folder", "--masks.confidence")
+FIELDS = ("`masks.folder`", "`masks.confidence`")
 
 
 class OutsideMasks:
@@ -38,7 +38,7 @@ class OutsideMasks:
         source: Source,
         folder: Path,
         confidence: Path | None,
-        options: tuple[str, str] = OPTIONS,
+        options: tuple[str, str] = FIELDS,
     ) -> None:
         self.source, self.options = source, options
         self.folder = expanded(folder, options[0])
@@ -108,7 +108,7 @@ class OutsideMasks:
             raise UserError(
                 f"{path}: there is no such file, but {option} must hold a {what} of every "
                 f"unlabelled image: NAME.png or NAME_{kind}.png. Make it, or leave the image out "
-                f"of the unlabelled ones by --split-unlabeled."
+                f"of the unlabelled ones by `split_unlabeled`."
             )
         return path
 

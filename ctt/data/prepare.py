@@ -48,7 +48,7 @@ class Prepared(Source):
         self.source, self.size = source, size
         self.info = source.info
         in_files = isinstance(source, FileSource)
-        self.cache = expanded(cache, "--data.cache") if in_files and cache else None
+        self.cache = expanded(cache, "`data.cache`") if in_files and cache else None
 
     def train_ids(self) -> list[str]:
         return self.source.train_ids()
@@ -121,8 +121,8 @@ class Prepared(Source):
             if part is not None:
                 part.unlink(missing_ok=True)
             raise UserError(
-                f"--data.cache {self.cache} cannot be written ({error.strerror}). Give a folder "
-                f"with more room, or leave the option out."
+                f"`data.cache` {self.cache} cannot be written ({error.strerror}). Give a folder "
+                f"with more room, or leave it out."
             ) from None
 
 

@@ -17,8 +17,8 @@ from ctt.text import BYTE_OF_A_NAME, BYTES_AS_THEY_ARE
 
 NO_MASK = "None"  # as the mask of an unlabelled image is written in some lists
 NO_UTF_8 = " The line is no UTF-8: save the list as UTF-8, if its names are."
-PAIRING = " Own images may have masks of any names: see `pairs` of dataset.yaml in the README."
-UNLABELED_ALONE = "--split-unlabeled needs --split-labeled beside it."
+PAIRING = " Own images may have masks of any names: see `pairs:` of dataset.yaml in the README."
+UNLABELED_ALONE = "`split_unlabeled` needs `split_labeled` beside it."
 # first bytes of pickles (protocols 2 to 5), .npy and .npz or .pt
 BINARY = (b"\x80", b"\x93NUMPY", b"PK\x03\x04")
 PICKLE_SUFFIXES = (".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth")
@@ -37,19 +37,19 @@ def parse_ratio(text: str, total: int, counts: Mapping[Fraction, int] | None = N
         value = Fraction(text.strip())
     except (ValueError, ZeroDivisionError):
         raise UserError(
-            f"--ratio {text} is no ratio. Give a fraction such as 1/20, a share such as 0.05, or "
+            f"`ratio` {text} is no ratio. Give a fraction such as 1/20, a share such as 0.05, or "
             f"a number of images such as 50."
         ) from None
     is_count = "/" not in text and "." not in text and "e" not in text.lower()
     if is_count or value > 1:
         if value.denominator != 1 or not 1 <= value <= total:
             raise UserError(
-                f"--ratio {text}: the number of labelled images must be in 1..{total}, "
+                f"`ratio` {text}: the number of labelled images must be in 1..{total}, "
                 f"because there are {total} training images."
             )
         return int(value)
     if value <= 0:
-        raise UserError(f"--ratio {text}: the labelled share must be above 0.")
+        raise UserError(f"`ratio` {text}: the labelled share must be above 0.")
     return (counts or {}).get(value, max(1, round(value * total)))
 
 

@@ -79,7 +79,7 @@ class Voc(FileSource):
         folder = first_with(root, PLACES, "JPEGImages")
         if folder is None:
             raise UserError(
-                f"--data-root {root}: no folder JPEGImages in it or in its VOCdevkit/VOC2012. Give "
+                f"`data_root` {root}: no folder JPEGImages in it or in its VOCdevkit/VOC2012. Give "
                 f"the folder that {LAYOUT}."
             )
         self.folder = folder
@@ -113,9 +113,9 @@ class Voc(FileSource):
         """
         if self._incomplete:
             raise UserError(
-                f"--data.voc-set aug: {self.folder} holds the masks of the classic set only. Put "
+                f"`data.voc_set` aug: {self.folder} holds the masks of the classic set only. Put "
                 f"the 12,031 augmented ones into {self.folder / AUG_MASKS}, or make them with "
-                f"ctt-data fetch voc-aug, or use --data.voc-set classic."
+                f"ctt-data fetch voc-aug, or use `data.voc_set` classic."
             )
         return super().train_ids()
 

@@ -96,7 +96,7 @@ def sections(folder: Path, embeddings: bool = False) -> list[Section]:
     if not files:
         raise UserError(
             f"{folder}: there is no table of an experiment. Give the folder that ctt-sweep wrote "
-            f"into (its --out), or a table in it."
+            f"into (its `out`), or a table in it."
         )
     return [section(file, embeddings) for file in files]
 

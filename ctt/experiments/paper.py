@@ -109,7 +109,7 @@ def printed(experiment: str, data: str, share: str, variant: str) -> float | Non
 
     Args:
         data: the dataset, of VOC's classic set `voc classic`.
-        share: as `--ratio` has it.
+        share: as `ratio` has it.
     """
     if experiment in TABLES:
         return TABLES[experiment].get(variant)

@@ -187,4 +187,4 @@ def _not_exportable(error: Exception, open_sizes: bool) -> UserError:
 
 
 def _mend(open_sizes: bool) -> str:
-    return " Fix the size of the images by --size HEIGHT WIDTH." if open_sizes else ""
+    return " Fix the size of the images by `size` HEIGHT WIDTH." if open_sizes else ""

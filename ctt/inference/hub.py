@@ -81,7 +81,7 @@ def push(trained: Trained, folder: Path, repository: str, private: bool = False)
         except Exception as error:  # as above
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(
-                f"--push {repository}: the hub does not take it ({reason}). Log in by `hf auth "
+                f"`push` {repository}: the hub does not take it ({reason}). Log in by `hf auth "
                 f"login` or the environment variable HF_TOKEN, with a token that may write."
             ) from None
     return str(address)

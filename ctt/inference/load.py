@@ -53,7 +53,7 @@ class Trained:
         for name in names:
             if name not in self.names():
                 raise UserError(
-                    f"--network {name}: there is none of that name in {self.origin}. Networks: "
+                    f"`network` {name}: there is none of that name in {self.origin}. Networks: "
                     f"{', '.join(self.names())}."
                 )
         networks = {
@@ -71,7 +71,7 @@ class Trained:
         """
         if len(self.networks) != 1:
             raise UserError(
-                f"--network must name one network here: best, {', '.join(self.networks)}."
+                f"`network` must name one network here: best, {', '.join(self.networks)}."
             )
         return next(iter(self.networks.values()))
 

@@ -178,13 +178,13 @@ def reraise_out_of_memory(settings: EvalSettings) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         mend = (
-            "a smaller --eval.window"
+            "a smaller `eval.window`"
             if settings.protocol == "sliding"
-            else "--eval.protocol sliding --eval.window 513 513"
+            else "`eval.protocol` sliding `eval.window` 513 513"
         )
         raise UserError(
             f"There is not enough memory for images of this size. Try {mend}, or a smaller "
-            f"--eval.batch-pixels."
+            f"`eval.batch_pixels`."
         ) from None
 
 

@@ -25,13 +25,13 @@ def images_to_submit(source: Source) -> tuple[Submission, list[str]]:
     wanted, ids = source.submission, source.test_ids()
     if wanted is None:
         raise UserError(
-            f"--submission: there is no server that evaluates {source.info.name}. Segment its "
+            f"`submission`: there is no server that evaluates {source.info.name}. Segment its "
             f"images with ctt-predict."
         )
     if not ids:
         raise UserError(
-            f"--submission: {source.info.name} has no test images here. Unpack those of the "
-            f"official archive below --data-root, so that {wanted.images} is there."
+            f"`submission`: {source.info.name} has no test images here. Unpack those of the "
+            f"official archive below `data_root`, so that {wanted.images} is there."
         )
     return wanted, ids
 

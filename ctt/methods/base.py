@@ -69,7 +69,7 @@ class Setup:
         info: facts of the dataset.
         pairs: K, how many students there are.
         labeled: how many labelled images the run has.
-        initialize: whether students start from `--model.weights`; needless before a checkpoint is
+        initialize: whether students start from `model.weights`; needless before a checkpoint is
             loaded.
         finish: puts a new student, or other network to be trained, on its device, in the layout
             in which it trains.
@@ -113,16 +113,16 @@ class Setup:
         if model.freeze_batch_norm:
             if not isinstance(student, BackboneModel):
                 raise UserError(
-                    f"--model.freeze-batch-norm: the network {student.options['name']} has no "
+                    f"`model.freeze_batch_norm`: the network {student.options['name']} has no "
                     f"backbone whose batch norms could be kept. Leave it out, or choose another "
-                    f"--model.name."
+                    f"`model.name`."
                 )
             student.freeze_batch_norm()
         if model.freeze_backbone:
             if not isinstance(student, BackboneModel):
                 raise UserError(
-                    f"--model.freeze-backbone: the network {student.options['name']} has no "
-                    f"backbone. Leave it out, or choose another --model.name."
+                    f"`model.freeze_backbone`: the network {student.options['name']} has no "
+                    f"backbone. Leave it out, or choose another `model.name`."
                 )
             student.freeze_backbone()
         return self.finish(student)
@@ -135,7 +135,7 @@ class Setup:
         """
         if background >= self.classes:
             raise UserError(
-                f"--options.background {background}: the data has {self.classes} classes, from 0 "
+                f"`options.background` {background}: the data has {self.classes} classes, from 0 "
                 f"on. Give one of them, or -1 if none is the background."
             )
         return tuple(c for c in range(self.classes) if c != background)
@@ -245,12 +245,12 @@ class Step(Protocol):
     def mixer(
         self, probability: Sequence[Tensor], padding: Tensor, rule: str = "", name: str = "mix"
     ) -> Callable[[Tensor], Tensor]:
-        """Return the function that mixes images, labels and confidences by `--views.mix`.
+        """Return the function that mixes images, labels and confidences by `views.mix`.
 
         Args:
             probability: of each teacher, (B, C, H, W).
             padding: (B, H, W), where no image is.
-            rule: one of the choices of `--views.mix`, instead of the run's.
+            rule: one of the choices of `views.mix`, instead of the run's.
             name: of the random numbers; another one gives another mix of the same step.
         """
 
@@ -264,7 +264,7 @@ class Step(Protocol):
         """Return `values.roll(1, dims=0)` of the joined batch of all processes."""
 
     def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Name what runs inside, in profilers and in the table of `--train.profile`."""
+        """Name what runs inside, in profilers and in the table of `train.profile`."""
 
     def log(self, name: str, value: Tensor) -> None:
         """Write a number () to metrics.csv: this process's part of a mean over all.

@@ -371,7 +371,7 @@ def get(name: str) -> About:
         target = others[name].value
         return dataclasses.replace(load(target).about, target=target)
     raise UserError(
-        f"--method {name}: no such method. Methods: {', '.join([*names(), *others])}; or give a "
+        f"`method` {name}: no such method. Methods: {', '.join([*names(), *others])}; or give a "
         f"class of your own as my_method.py:MyMethod."
     )
 
@@ -398,15 +398,15 @@ def load(target: str) -> type[Method]:
     try:
         module = run_file(Path(place)) if place.endswith(".py") else import_module(place)
     except FileNotFoundError:
-        raise UserError(f"--method {target}: there is no file {place}.") from None
+        raise UserError(f"`method` {target}: there is no file {place}.") from None
     except Exception as error:  # code of the user can raise anything
         raise UserError(
-            f"--method {target}: {place} cannot be run ({type(error).__name__}: {error})."
+            f"`method` {target}: {place} cannot be run ({type(error).__name__}: {error})."
         ) from error
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise UserError(
-            f"--method {target}: {place} has no class {name} that is a ctt.methods.base.Method."
+            f"`method` {target}: {place} has no class {name} that is a ctt.methods.base.Method."
         )
     return found
 

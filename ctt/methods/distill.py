@@ -54,7 +54,7 @@ class Distill(PseudoLabels):
         super().__init__(setup)
         if setup.taught is None:
             raise UserError(
-                "--method distill needs --teacher, the folder of a finished run, or a file of "
+                "`method` distill needs `teacher`, the folder of a finished run, or a file of "
                 "weights."
             )
         networks, self.source_info = setup.taught

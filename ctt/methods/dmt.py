@@ -47,7 +47,7 @@ class Dmt(DstCbc):
 
     def __init__(self, setup: Setup) -> None:
         if setup.pairs != 2:
-            raise UserError(f"--pairs {setup.pairs}: dmt has two students. Leave the option out.")
+            raise UserError(f"`pairs` {setup.pairs}: dmt has two students. Leave it out.")
         super().__init__(setup)
 
     def rounds(self) -> Sequence[Round]:

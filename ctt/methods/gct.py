@@ -60,7 +60,7 @@ class Gct(Method):
         super().__init__(setup)
         if setup.pairs != 2:
             raise UserError(
-                f"--pairs {setup.pairs}: GCT compares two networks with each other. Leave it out."
+                f"`pairs` {setup.pairs}: GCT compares two networks with each other. Leave it out."
             )
         with setup.seeded("critic"):
             self.detector = setup.finish(

@@ -52,11 +52,11 @@ def class_weights(
 
 
 class LabeledLoss(nn.Module):
-    """The term of the labelled images, as `--labeled.*` says.
+    """The term of the labelled images, as `labeled` says.
 
     Args:
         classes: C.
-        parts: of a step, `--train.accumulate`.
+        parts: of a step, `train.accumulate`.
 
     Raises:
         UserError: another number of weights than of classes.
@@ -68,7 +68,7 @@ class LabeledLoss(nn.Module):
         super().__init__()
         if settings.weights and len(settings.weights) != classes:
             raise UserError(
-                f"--labeled.weights has {len(settings.weights)} numbers, but the data has "
+                f"`labeled.weights` has {len(settings.weights)} numbers, but the data has "
                 f"{classes} classes. Give one for each, in their order."
             )
         self.settings, self.parts = settings, parts

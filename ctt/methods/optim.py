@@ -79,8 +79,8 @@ def _by_layer(backbone: nn.Module, body: list[nn.Parameter], decay: float) -> It
             merged.setdefault(float(group["lr_scale"]), []).extend(some)
     if len(merged) < 2:
         raise UserError(
-            f"--optim.layer-decay {decay}: the layers of this backbone are not known; they are of "
-            f"the ViTs of --model.name vit and dpt. Leave it out."
+            f"`optim.layer_decay` {decay}: the layers of this backbone are not known; they are of "
+            f"the ViTs of `model.name` vit and dpt. Leave it out."
         )
     for factor, params in merged.items():
         yield {"params": params, "lr_factor": factor}

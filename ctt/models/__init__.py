@@ -68,12 +68,12 @@ def build(
     """
     if output_stride and name not in OUTPUT_STRIDES:
         raise UserError(
-            f"--model.output-stride {output_stride}: the network {name} has a stride of its own. "
+            f"`model.output_stride` {output_stride}: the network {name} has a stride of its own. "
             f"Leave it out; it is for {' and '.join(OUTPUT_STRIDES)}."
         )
     if drop_path and (name == "small" or name.startswith(SMP)):
         raise UserError(
-            f"--model.drop-path {drop_path}: the network {name} has no stochastic depth. Leave it "
+            f"`model.drop_path` {drop_path}: the network {name} has no stochastic depth. Leave it "
             f"out; it is for {', '.join(BACKBONES)}."
         )
     own_stride = OUTPUT_STRIDES.get(name, 0)
@@ -110,13 +110,13 @@ def own_input_of(network: SegmentationModel) -> None:
 
     if network.options["channels"] != 3:
         raise UserError(
-            f"--model.normalization weights: published weights are of images of 3 channels, and "
+            f"`model.normalization` weights: published weights are of images of 3 channels, and "
             f"these have {network.options['channels']}. Give data there."
         )
     if not isinstance(network, BackboneModel):
         raise UserError(
-            f"--model.normalization weights: the network {network.options['name']} has no backbone "
-            f"with published weights. Give data there, or choose another --model.name."
+            f"`model.normalization` weights: the network {network.options['name']} has no backbone "
+            f"with published weights. Give data there, or choose another `model.name`."
         )
     network.have_own_input()
 
@@ -136,8 +136,8 @@ def _build(
     if name == "small":
         if backbone:
             raise UserError(
-                f"--model.backbone {backbone}: the network small has no backbone. Leave it out, or "
-                f"choose another --model.name."
+                f"`model.backbone` {backbone}: the network small has no backbone. Leave it out, or "
+                f"choose another `model.name`."
             )
         from ctt.models.small import Small
 
@@ -159,4 +159,4 @@ def _build(
         from ctt.models.smp import Smp
 
         return Smp(name.removeprefix(SMP), num_classes, features, backbone, channels)
-    raise UserError(f"--model.name {name}: no such architecture. Known: {', '.join(names())}.")
+    raise UserError(f"`model.name` {name}: no such architecture. Known: {', '.join(names())}.")

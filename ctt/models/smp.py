@@ -138,7 +138,7 @@ def _create(architecture: str, backbone: str, channels: int) -> Any:
     name = f"smp:{architecture}"
     if architecture not in architectures():
         known = ", ".join(f"smp:{known}" for known in architectures())
-        raise UserError(f"--model.name {name}: no such architecture. Known: {known}.")
+        raise UserError(f"`model.name` {name}: no such architecture. Known: {known}.")
     own = segmentation_models_pytorch.encoders.get_encoder_names()
     check_name(backbone, own)
     encoder = f"tu-{backbone}" if timm.is_model(backbone) else backbone
@@ -156,7 +156,7 @@ def _create(architecture: str, backbone: str, channels: int) -> Any:
 def _not_fitting(name: str, backbone: str, error: Exception) -> UserError:
     reason = str(error).partition("\n")[0] or type(error).__name__
     return UserError(
-        f"--model.name {name} cannot be built on --model.backbone {backbone} ({reason})."
+        f"`model.name` {name} cannot be built on `model.backbone` {backbone} ({reason})."
     )
 
 

@@ -59,8 +59,8 @@ class Stages(nn.Module):
         self.strides: list[int] = net.feature_info.reduction()
         if self.strides[-1] != output_stride:
             raise UserError(
-                f"--model.backbone {name} gives features at stride {self.strides[-1]}, not "
-                f"--model.output-stride {output_stride}."
+                f"`model.backbone` {name} gives features at stride {self.strides[-1]}, not "
+                f"`model.output_stride` {output_stride}."
             )
         if self.windowed:
             self.short = True
@@ -115,7 +115,7 @@ def create(name: str, drop_path: float = 0.0, **options: Any) -> nn.Module:
 def _not_serving(name: str, what: str, error: Exception) -> UserError:
     reason = str(error).partition("\n")[0] or type(error).__name__
     return UserError(
-        f"--model.backbone {name} cannot serve this --model.name: {what} ({reason}). ResNets, "
+        f"`model.backbone` {name} cannot serve this `model.name`: {what} ({reason}). ResNets, "
         f"RegNets, EfficientNets, MobileNets, ConvNeXts and Swins serve deeplabv2 and "
         f"deeplabv3plus, ViTs serve vit and dpt."
     )
@@ -127,4 +127,4 @@ def check_name(name: str, others: Sequence[str] = ()) -> None:
         return
     near = difflib.get_close_matches(name, [*timm.list_models(), *others], n=5, cutoff=0.6)
     hint = f"Near: {', '.join(near)}." if near else "timm.list_models() lists them."
-    raise UserError(f"--model.backbone {name}: timm has no such model. {hint}")
+    raise UserError(f"`model.backbone` {name}: timm has no such model. {hint}")

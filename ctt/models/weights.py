@@ -57,8 +57,8 @@ def start_from(network: SegmentationModel, source: str) -> str:
     if source == IMAGENET:
         if not isinstance(network, BackboneModel):
             raise UserError(
-                f"--model.weights {IMAGENET}: the network {network.options['name']} has no "
-                f"backbone with published weights. Choose none, or another --model.name."
+                f"`model.weights` {IMAGENET}: the network {network.options['name']} has no "
+                f"backbone with published weights. Choose none, or another `model.name`."
             )
         tensors = published(network.backbone_name)
     else:
@@ -72,7 +72,7 @@ def start_from(network: SegmentationModel, source: str) -> str:
     found = {name: value for name, value in values.items() if value is not None}
     if not found:
         raise UserError(
-            f"--model.weights {source}: no tensor in the file has a name and shape of this network "
+            f"`model.weights` {source}: no tensor in the file has a name and shape of this network "
             f"or of its backbone. The file has {_some(list(tensors))}; the network has "
             f"{_some(list(own))}."
         )
@@ -80,9 +80,9 @@ def start_from(network: SegmentationModel, source: str) -> str:
     if wrong := [name for name in body if name in keys and name not in found]:
         theirs, ours = tensors[keys[wrong[0]]].shape, own[wrong[0]].shape
         raise UserError(
-            f"--model.weights {source}: {len(wrong)} of its tensors have a name of the backbone "
+            f"`model.weights` {source}: {len(wrong)} of its tensors have a name of the backbone "
             f"but another shape, such as {wrong[0]}, {list(theirs)} in the file and {list(ours)} "
-            f"in the network. They belong to another network: give it as --model.backbone, or "
+            f"in the network. They belong to another network: give it as `model.backbone`, or "
             f"another file."
         )
     with torch.no_grad():
@@ -91,7 +91,7 @@ def start_from(network: SegmentationModel, source: str) -> str:
     left = sorted(tensors.keys() - {keys[name] for name in found})
     of_body = f", {sum(n in found for n in body)} of {len(body)} of the backbone" if body else ""
     text = (
-        f"--model.weights {source}: {len(found)} of the network's {len(own)} tensors found{of_body}"
+        f"`model.weights` {source}: {len(found)} of the network's {len(own)} tensors found{of_body}"
         f"; left over: {_some(left)}."
     )
     for name, value in found.items():
@@ -194,7 +194,7 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(
-            f"--model.weights {path}: there is no such file. Give none, {IMAGENET} or a file."
+            f"`model.weights` {path}: there is no such file. Give none, {IMAGENET} or a file."
         )
     values: Any
     try:
@@ -205,12 +205,12 @@ def read(path: Path) -> dict[str, Tensor]:
                 values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"--model.weights {path} cannot be read: it holds more than tensors, numbers and "
+            f"`model.weights` {path} cannot be read: it holds more than tensors, numbers and "
             f"strings, or is no such file at all. Save the state_dict() of the network alone."
         ) from None
     except Exception as error:  # bytes that are no such file can raise anything
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"--model.weights {path} cannot be read ({reason}).") from None
+        raise UserError(f"`model.weights` {path} cannot be read ({reason}).") from None
     while isinstance(values, dict):
         nest = next((n for n in NESTS if isinstance(values.get(n), dict)), None)
         if nest is None:
@@ -239,10 +239,10 @@ def published(backbone: str) -> dict[str, Tensor]:
     if isinstance(cached, str):
         return read(Path(cached))
     raise UserError(
-        f"--model.weights {IMAGENET}: the weights of {backbone} are not on this machine. Fetch "
+        f"`model.weights` {IMAGENET}: the weights of {backbone} are not on this machine. Fetch "
         f"them with `ctt-data fetch weights --backbone {backbone}`. Without internet, copy "
         f"{HUB_FILE} of {repository} from the Hugging Face hub and give the file as "
-        f"--model.weights PATH, or start from fresh weights with --model.weights none."
+        f"`model.weights` PATH, or start from fresh weights with `model.weights` none."
     )
 
 
@@ -257,7 +257,7 @@ def published_input(backbone: str) -> tuple[Sequence[float], Sequence[float]]:
     facts = timm.models.get_pretrained_cfg(backbone)
     if facts is None:
         raise UserError(
-            f"--model.normalization weights: timm publishes no weights for {backbone}, whose mean "
+            f"`model.normalization` weights: timm publishes no weights for {backbone}, whose mean "
             f"and deviation could be taken. Give data there."
         )
     return facts.mean, facts.std
@@ -281,7 +281,7 @@ def fetch_published(backbone: str) -> Path:
         raise UserError(
             f"The weights of {backbone} cannot be downloaded ({reason}). Where there is a network, "
             f"download {HUB_FILE} of {repository} from the Hugging Face hub, and give the file as "
-            f"--model.weights PATH."
+            f"`model.weights` PATH."
         ) from None
 
 
@@ -299,7 +299,7 @@ def _repository(backbone: str) -> str:
         if IMAGENET in settings:
             return str(settings[IMAGENET]["repo_id"])
     raise UserError(
-        f"--model.weights {IMAGENET}: none are published for {backbone}. Names that have some are "
+        f"`model.weights` {IMAGENET}: none are published for {backbone}. Names that have some are "
         f"listed by timm.list_models(pretrained=True)."
     )
 

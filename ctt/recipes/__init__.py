@@ -49,7 +49,7 @@ def load(name: str) -> dict[str, Any]:
         UserError: there is no recipe of that name.
     """
     if name not in names():
-        raise UserError(f"--recipe {name}: no such recipe. Recipes: {', '.join(names())}.")
+        raise UserError(f"`recipe` {name}: no such recipe. Recipes: {', '.join(names())}.")
     values: dict[str, Any] = parse(
         (resources.files(__name__) / f"{name}.yaml").read_text("utf-8"), name
     )

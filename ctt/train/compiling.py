@@ -67,7 +67,7 @@ def uncompiled(how: str) -> Iterator[None]:
     """Run networks uncompiled inside, for images of many sizes: each would be compiled again.
 
     Args:
-        how: `--train.compile`; nothing is done if it is `off`.
+        how: `train.compile`; nothing is done if it is `off`.
     """
     if how == "off":
         yield

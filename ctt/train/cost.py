@@ -60,7 +60,7 @@ def card_of(name: str) -> Card:
         UserError: there is none of that name.
     """
     if name not in CARDS:
-        raise UserError(f"--card {name}: no such card. Cards: {', '.join(CARDS)}.")
+        raise UserError(f"`card` {name}: no such card. Cards: {', '.join(CARDS)}.")
     return CARDS[name]
 
 

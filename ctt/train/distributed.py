@@ -157,7 +157,7 @@ def join() -> Iterator[World]:
         raise UserError(
             f"Another process of this run has ended, so process {rank} of {size} ends too "
             f"({str(error).splitlines()[0]}). The run goes on from its last checkpoint, with as "
-            f"many processes as you like: --resume with its folder."
+            f"many processes as you like: `resume` with its folder."
         ) from None
     world.leave()
 
@@ -190,7 +190,7 @@ def synchronize_on_cpu(network: nn.Module) -> None:
             module.__class__ = CpuSyncBatchNorm
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UserError(
-                f"--model.sync-batch-norm: a {type(module).__name__} of this network cannot be "
+                f"`model.sync_batch_norm`: a {type(module).__name__} of this network cannot be "
                 f"synchronised on the CPU. Leave it out, or take a backbone with plain batch norms."
             )
 

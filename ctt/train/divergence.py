@@ -76,8 +76,8 @@ class Losses:
             with atomic_write(path) as part:
                 part.write_text(lines, "utf-8", BYTES_AS_THEY_ARE)
         return UserError(
-            f"Training diverged: by iteration {engine.iteration} {what}. Lower --optim.lr, "
-            f"set --optim.clip-norm or leave out --train.amp fp16; the last checkpoint in "
+            f"Training diverged: by iteration {engine.iteration} {what}. Lower `optim.lr`, "
+            f"set `optim.clip_norm` or leave out `train.amp` fp16; the last checkpoint in "
             f"{folder} is from before, and {path} names the images of the steps in question."
         )
 

@@ -133,8 +133,8 @@ def make(settings: Settings, folder: Path, iteration: int) -> list[Logger]:
         except Exception as error:  # of their clients, of many kinds
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(
-                f"--train.loggers {name} cannot begin ({reason}). Mend it, or leave it out; "
-                f"--resume goes on with the run."
+                f"`train.loggers` {name} cannot begin ({reason}). Mend it, or leave it out; "
+                f"`resume` goes on with the run."
             ) from None
     return loggers
 
@@ -148,7 +148,7 @@ def check(settings: Settings) -> None:
     for name in settings.train.loggers:
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise UserError(
-                f"--train.loggers {name} needs the package {PACKAGES[name]}. Install it with: pip "
+                f"`train.loggers` {name} needs the package {PACKAGES[name]}. Install it with: pip "
                 f"install 'ctt[{name}]'"
             )
 

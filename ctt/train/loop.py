@@ -104,9 +104,9 @@ def train(
                 raise
             raise UserError(
                 f"There is not enough memory for a step of this run. Give a smaller "
-                f"--data.batch-size, --train.accumulate N to take it in N parts, "
-                f"--train.gradient-checkpointing, or --train.amp bf16; --dry-run tells what a run "
-                f"takes.{resume_hint(folder)}"
+                f"`data.batch_size`, `train.accumulate` N to take it in N parts, "
+                f"`train.gradient_checkpointing`, or `train.amp` bf16; `ctt-train --dry-run` tells "
+                f"what a run takes.{resume_hint(folder)}"
             ) from None
 
 
@@ -114,7 +114,7 @@ def resume_hint(folder: Path | None) -> str:
     """Return what is left of a run that failed, as the end of a message."""
     if folder is None or not run.has_checkpoint(folder):
         return ""
-    return f" The last checkpoint is whole: --resume {shlex.quote(str(folder))} goes on from it."
+    return f" The last checkpoint is whole: `resume` {shlex.quote(str(folder))} goes on from it."
 
 
 class Trainer:
@@ -174,7 +174,7 @@ class Trainer:
         if (finished := self._finished()) is not None:
             self.console.print(
                 f"The run in {self.folder} is finished: all {total} iterations are done and "
-                f"evaluated. To train further, give a larger --train.iterations.",
+                f"evaluated. To train further, give a larger `train.iterations`.",
                 soft_wrap=True,
             )
             return finished

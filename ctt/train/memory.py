@@ -237,5 +237,5 @@ def memory_table(parts: dict[str, int], settings: Settings, device: torch.device
         return table
     fixed = total - parts[ACTIVATIONS]
     images = (room - fixed) * settings.data.batch_size // parts[ACTIVATIONS]
-    table.add_row("largest --data.batch-size", f"{max(0, images):,}")
+    table.add_row("largest `data.batch_size`", f"{max(0, images):,}")
     return table

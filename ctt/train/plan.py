@@ -132,7 +132,7 @@ class Plan:
         made = self.about.load()
         if settings.train.cuda_graph and not made.recordable:
             raise UserError(
-                f"--train.cuda-graph: a step of --method {settings.method} waits for the device, "
+                f"`train.cuda_graph`: a step of `method` {settings.method} waits for the device, "
                 f"so it cannot be recorded. Leave it out."
             )
         method = made(setup)
@@ -178,26 +178,26 @@ class Plan:
         loss, total = self.settings.loss, self.settings.train.iterations
         if self._contrasts() and self.settings.bank.start_after >= total:
             found.append(
-                f"Warning: the contrast never begins, because --bank.start-after "
-                f"{self.settings.bank.start_after} is not below --train.iterations {total}."
+                f"Warning: the contrast never begins, because `bank.start_after` "
+                f"{self.settings.bank.start_after} is not below `train.iterations` {total}."
             )
         if "loss.ct_ramp" in self.about.uses and loss.ct_ramp > total:
             found.append(
                 f"Warning: the weight of the pseudo-labels never reaches its full value, because "
-                f"--loss.ct-ramp {loss.ct_ramp} is above --train.iterations {total}."
+                f"`loss.ct_ramp` {loss.ct_ramp} is above `train.iterations` {total}."
             )
         networks = self.settings.model.names
         own = self.settings.dataset == "folder" and self.device.type == "cpu"
         if own and "small" not in networks:
             found.append(
-                f"Warning: there is no GPU for {networks[0]}. --recipe folder-small trains a small "
+                f"Warning: there is no GPU for {networks[0]}. `recipe` folder-small trains a small "
                 f"network in minutes."
             )
         if missing := classes_without_label(self.source, self.labeled):
             found.append(
                 f"Warning: none of the {len(self.labeled)} labelled images shows "
                 f"{', '.join(missing)}, so no network can learn it. Give more labelled images or "
-                f"--split-labeled, or check the masks by ctt-data check."
+                f"`split_labeled`, or check the masks by ctt-data check."
             )
         if missing := classes_without_label(self.source, self.source.eval_ids()):
             found.append(not_evaluated(len(self.source.eval_ids()), missing))
@@ -218,13 +218,13 @@ def new_split(
     masks = len(source.train_ids())
     if s.dataset == "folder" and s.split_labeled is None and len(labeled) < masks:
         source.notes += (
-            f"--ratio {s.ratio} takes {len(labeled)} of the {masks} training images with masks as "
-            f"labelled, and leaves the masks of the others unused; --ratio 1/1 uses all.",
+            f"`ratio` {s.ratio} takes {len(labeled)} of the {masks} training images with masks as "
+            f"labelled, and leaves the masks of the others unused; `ratio` 1/1 uses all.",
         )
     if uses_unlabeled and not unlabeled:
         raise UserError(
-            f"--method {s.method} learns from unlabelled images, but all {len(labeled)} "
-            f"training images are labelled. Lower --ratio, or use --method supervised."
+            f"`method` {s.method} learns from unlabelled images, but all {len(labeled)} "
+            f"training images are labelled. Lower `ratio`, or use `method` supervised."
         )
     return labeled, unlabeled
 
@@ -232,7 +232,7 @@ def new_split(
 def taught_by(
     settings: Settings, info: DatasetInfo
 ) -> tuple[Sequence[SegmentationModel], DatasetInfo] | None:
-    """Return the networks that `--teacher` names, and the dataset that they know.
+    """Return the networks that `teacher` names, and the dataset that they know.
 
     Of a run these are its teachers, or else its students.
 
@@ -241,12 +241,12 @@ def taught_by(
     """
     if settings.teacher is None:
         return None
-    trained = load_trained(expanded(settings.teacher, "--teacher"))
+    trained = load_trained(expanded(settings.teacher, "`teacher`"))
     if ENSEMBLE in trained.names():
         trained = trained.choose([ENSEMBLE])
     if trained.info.classes != info.classes:
         raise UserError(
-            f"--teacher {settings.teacher}: its networks know the {len(trained.info.classes)} "
+            f"`teacher` {settings.teacher}: its networks know the {len(trained.info.classes)} "
             f"classes of {trained.info.name}, and {settings.dataset} has {len(info.classes)} of "
             f"its own. Give a run with the same classes in the same order."
         )
@@ -325,10 +325,10 @@ def check_batch_norm(student: SegmentationModel, settings: Settings, unlabeled: 
         if "more than 1 value per channel" not in str(error):
             raise
         raise UserError(
-            f"--data.batch-size {settings.data.batch_size}: of one image at a time a batch norm of "
+            f"`data.batch_size` {settings.data.batch_size}: of one image at a time a batch norm of "
             f"{settings.model.name} gets a single value for a channel, which has no deviation. "
-            f"Give at least two images to each part of a step (--train.accumulate "
-            f"{settings.train.accumulate}), or a larger --data.crop."
+            f"Give at least two images to each part of a step (`train.accumulate` "
+            f"{settings.train.accumulate}), or a larger `data.crop`."
         ) from None
 
 
@@ -343,7 +343,7 @@ def check_crop(students: Iterable[SegmentationModel], settings: Settings) -> Non
     if any(side % multiple for side in settings.data.crop):
         near = (max(1, round(side / multiple)) * multiple for side in settings.data.crop)
         raise UserError(
-            "--data.crop {} {}: --model.name dpt trains on whole patches of {} pixels. "
+            "`data.crop` {} {}: `model.name` dpt trains on whole patches of {} pixels. "
             "Give multiples of {}, such as {} {}.".format(
                 *settings.data.crop, " and ".join(map(str, sorted(patches))), multiple, *near
             )
@@ -353,7 +353,7 @@ def check_crop(students: Iterable[SegmentationModel], settings: Settings) -> Non
 def check_cuda_graph(settings: Settings, device: torch.device, processes: int) -> None:
     if settings.train.cuda_graph and (device.type != "cuda" or processes > 1):
         raise UserError(
-            f"--train.cuda-graph records the work of one process on a GPU, and this run has "
+            f"`train.cuda_graph` records the work of one process on a GPU, and this run has "
             f"{processes} on {device.type}. Leave it out."
         )
 
@@ -367,7 +367,7 @@ def check_iterations(settings: Settings, done: int) -> None:
     total = settings.train.iterations
     if done > total:
         raise UserError(
-            f"--train.iterations {total}: the run has been trained for {done} iterations already."
+            f"`train.iterations` {total}: the run has been trained for {done} iterations already."
         )
 
 
@@ -381,14 +381,14 @@ def check_rounds(old: dict[str, Any], new: Settings) -> None:
         UserError: names the setting.
     """
     values = to_dict(new)
-    found = [("--train.iterations", old["train"]["iterations"], new.train.iterations)]
+    found = [("`train.iterations`", old["train"]["iterations"], new.train.iterations)]
     found += [
-        (f"--options.{name.replace('_', '-')}", value, values["options"].get(name))
+        (f"`options.{name}`", value, values["options"].get(name))
         for name, value in old.get("options", {}).items()
     ]
-    for option, before, after in found:
+    for name, before, after in found:
         if before != after:
             raise UserError(
-                f"{option} {after}: this run was started with {before}, by which the rounds of "
-                f"{new.method} are shared out. Leave the option out, or start a new run."
+                f"{name} {after}: this run was started with {before}, by which the rounds of "
+                f"{new.method} are shared out. Leave it out, or start a new run."
             )

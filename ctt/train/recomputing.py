@@ -29,8 +29,8 @@ def recompute_blocks(networks: Iterable[nn.Module]) -> None:
         blocks = repeated_blocks(network)
         if not blocks:
             raise UserError(
-                "--train.gradient-checkpointing: this network repeats no blocks that could be "
-                "computed again. Leave it out, or choose another --model.name."
+                "`train.gradient_checkpointing`: this network repeats no blocks that could be "
+                "computed again. Leave it out, or choose another `model.name`."
             )
         for block in blocks:
             block.forward = partial(_recomputed, block, type(block).forward)

@@ -47,8 +47,8 @@ class Rounds:
         self.starts = [round(total * share / whole) for share in done]  # and the end of the last
         if any(end <= start for start, end in itertools.pairwise(self.starts)):
             raise UserError(
-                f"--train.iterations {total} are too few for the {len(rounds)} rounds of this "
-                f"method. Give more, or other shares of the run by --options."
+                f"`train.iterations` {total} are too few for the {len(rounds)} rounds of this "
+                f"method. Give more, or other shares of the run by `options`."
             )
 
     def at(self, iteration: int) -> int:

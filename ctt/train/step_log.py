@@ -84,7 +84,7 @@ class StepLog:
         self.console.print(
             f"Warning: at iteration {self.engine.iteration} the teachers gave no finite "
             f"probability for {share:.1%} of the unlabelled pixels, and nothing is learnt there. "
-            f"If the share stays, train without --train.amp fp16, or look at --model.weights for "
+            f"If the share stays, train without `train.amp` fp16, or look at `model.weights` for "
             f"batch norms with bad statistics; {LOST} in metrics.csv shows it.",
             soft_wrap=True,
         )

@@ -6,6 +6,9 @@ import sys
 import pytest
 
 from ctt.cli.common import BAD_INPUT, CLOSED_PIPE, run_program
+from ctt.console import plain_console
+from ctt.errors import UserError
+from ctt.text import printable, say
 
 
 def test_a_full_disk_is_one_line_wherever_it_is_met(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,3 +46,23 @@ def test_other_pipes_are_no_closed_ones() -> None:
 
     with pytest.raises(BrokenPipeError, match="of another process"):
         run_program("ctt-x", body)
+
+
+def test_messages_name_options_where_libraries_name_fields(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`ctt.train` shows what one types in Python, the program what one types in a shell."""
+    text = "`model.output_stride` 3, `method`, `options.my_own`: `range` of `ctt-data check`, `a.b`"
+
+    def body() -> int:
+        say("`data.batch_size`")
+        plain_console().print("`resume`")
+        raise UserError(text)
+
+    with pytest.raises(SystemExit):
+        run_program("ctt-x", body)
+    shown = capsys.readouterr()
+    assert shown.out.split() == ["--data.batch-size", "--resume"]
+    options = "--model.output-stride 3, --method, --options.my-own: `range` of `ctt-data check`, "
+    assert shown.err.split() == ["ctt-x:", *options.split(), "`a.b`"]
+    assert printable(text) == text  # the program has ended

@@ -88,16 +88,16 @@ def test_a_file_without_a_method_is_refused(
 
 
 def test_options_are_checked_and_those_of_others_refused() -> None:
-    with pytest.raises(UserError, match=r"--options\.weight must be at least 0, got -1"):
+    with pytest.raises(UserError, match=r"`options\.weight` must be at least 0, got -1"):
         program.read(shlex.split(f"--method {EXAMPLE}:EntropyMinimization --options.weight -1"))
-    with pytest.raises(UserError, match=r"--loss\.hc changes nothing with --method .*entropy_min"):
+    with pytest.raises(UserError, match=r"`loss\.hc` changes nothing with `method` .*entropy_min"):
         program.read(shlex.split(f"--method {EXAMPLE}:EntropyMinimization --loss.hc 1"))
 
 
 @pytest.mark.parametrize("name", ["u2pl", "semiseg-contrastive", "c3-semiseg"])
 @pytest.mark.parametrize("rule", ["classmix", "none"])
 def test_the_mix_of_the_run_is_refused_by_methods_with_their_own(name: str, rule: str) -> None:
-    with pytest.raises(UserError, match=f"--views.mix changes nothing with --method {name}"):
+    with pytest.raises(UserError, match=f"`views.mix` changes nothing with `method` {name}"):
         program.read(["--method", name, "--views.mix", rule])
 
 

@@ -123,9 +123,9 @@ def test_folders_with_brackets_in_a_pattern(tmp_path: Path, pattern: str) -> Non
 
 
 def test_home_folders_that_nobody_knows() -> None:
-    with pytest.raises(UserError, match="--data-root ~nobodyknows/x: it is not known which folder"):
+    with pytest.raises(UserError, match="`data_root` ~nobodyknows/x: it is not known which folder"):
         open_source("folder", Path("~nobodyknows/x"), SourceOptions())
-    with pytest.raises(UserError, match=r"--data\.cache ~nobodyknows"):
+    with pytest.raises(UserError, match=r"`data\.cache` ~nobodyknows"):
         validate(update(Settings(), {"data": {"cache": "~nobodyknows"}}, "test"))
 
 

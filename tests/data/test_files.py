@@ -323,7 +323,7 @@ def test_two_images_cannot_share_a_mask(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["voc", "cityscapes", "folder"])
 def test_wrong_roots(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=r"--data-root: the dataset \w+ needs the folder that"):
+    with pytest.raises(UserError, match=r"`data_root`: the dataset \w+ needs the folder that"):
         data.open_source(name, None, SourceOptions())
     with pytest.raises(UserError, match="there is no such folder"):
         opened(name, tmp_path / "nowhere")

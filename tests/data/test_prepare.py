@@ -70,7 +70,7 @@ def test_a_torn_file_of_the_cache_is_read_anew(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> None:
     source = data.open_source("voc", trees.write_voc(tmp_path / "data"), SourceOptions())
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--data\.cache .* cannot be written"):
+    with pytest.raises(UserError, match=r"`data\.cache` .* cannot be written"):
         Prepared(source, None, tmp_path / "file").image(source.train_ids()[0])
 
 

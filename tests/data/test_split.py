@@ -70,7 +70,7 @@ def test_counts_of_the_paper_win_over_rounding() -> None:
 
 @pytest.mark.parametrize("text", ["1/0", "0", "-1", "101", "half", "", "1.5", "-1/2", "nan"])
 def test_bad_ratio_names_the_option(text: str) -> None:
-    with pytest.raises(UserError, match="--ratio"):
+    with pytest.raises(UserError, match="`ratio`"):
         parse_ratio(text, 100)
 
 
@@ -188,7 +188,7 @@ def test_an_image_in_both_lists_is_labelled(tmp_path: Path) -> None:
         ("nobody\n", None, "nobody is no training image"),
         ("\n\n", None, "is empty"),
         (f"{IDS[0]}\n{IDS[0]}\n", None, "more than once"),
-        (None, f"{IDS[0]}\n", "needs --split-labeled"),
+        (None, f"{IDS[0]}\n", "needs `split_labeled`"),
         ("x 1\n", None, "x 1 is to be labelled"),
         (f"{IDS[0]}\n", "test 1\n", "an image to evaluate on"),
     ],

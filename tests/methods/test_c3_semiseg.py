@@ -156,7 +156,7 @@ def test_weights_rise_from_the_start_on(tiny: Settings) -> None:
 
 
 def test_a_background_must_be_a_class(tiny: Settings) -> None:
-    with pytest.raises(UserError, match=r"--options\.background 11"):
+    with pytest.raises(UserError, match=r"`options\.background` 11"):
         Scene(tiny, "c3-semiseg", {"options": {"background": 11}}, 1, 1)
 
 

@@ -98,7 +98,7 @@ def test_without_a_background_no_decoder_sees_objects_alone(tiny: Settings) -> N
     engine = make(settings)
     assert len(engine.method.decoders[0]) == 20
     assert float(run(engine, 3, 1)[0]["consistency"]) > 0
-    with pytest.raises(UserError, match=r"--options\.background 11: the data has 11 classes"):
+    with pytest.raises(UserError, match=r"`options\.background` 11: the data has 11 classes"):
         make(update(settings, {"options": {"background": 11}}, "test"))
 
 

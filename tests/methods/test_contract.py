@@ -225,5 +225,5 @@ def test_a_method_that_waits_is_refused_with_a_cuda_graph(
     plan = Plan.of(tiny, None)
     graph = update(tiny, {"train": {"cuda_graph": True}}, "test")
     monkeypatch.setattr(plan.about.load(), "recordable", False)
-    with pytest.raises(UserError, match="a step of --method cross-teacher waits for the device"):
+    with pytest.raises(UserError, match="a step of `method` cross-teacher waits for the device"):
         dataclasses.replace(plan, settings=graph).build()

@@ -138,5 +138,5 @@ def test_the_detector_is_that_of_the_program() -> None:
 
 
 def test_other_numbers_of_networks_are_refused(settings: Settings) -> None:
-    with pytest.raises(UserError, match="--pairs 3: GCT compares two networks"):
+    with pytest.raises(UserError, match="`pairs` 3: GCT compares two networks"):
         make(settings, 3)

@@ -52,7 +52,7 @@ def test_layers_of_a_transformer_learn_the_slower_the_deeper_they_are() -> None:
 
 def test_backbones_without_known_layers_are_told() -> None:
     network = models.build("deeplabv2", 5, 16, backbone="resnet18")
-    with pytest.raises(UserError, match=r"--optim\.layer-decay 0\.5: the layers of this backbone"):
+    with pytest.raises(UserError, match=r"`optim\.layer_decay` 0\.5: the layers of this backbone"):
         optimizer(network, layer_decay=0.5)
 
 
@@ -102,5 +102,5 @@ def test_a_frozen_backbone_stays_and_keeps_nothing(tiny: Settings) -> None:
 
 
 def test_a_network_without_backbone_has_none_to_freeze(tiny: Settings) -> None:
-    with pytest.raises(UserError, match=r"--model\.freeze-backbone: the network small has no"):
+    with pytest.raises(UserError, match=r"`model\.freeze_backbone`: the network small has no"):
         make(update(tiny, {"model": {"freeze_backbone": True}}, "test"), 1)

@@ -290,7 +290,7 @@ def test_images_fit_by_padding_or_by_resizing() -> None:
 
 
 def test_what_is_no_transformer_is_refused() -> None:
-    with pytest.raises(UserError, match=r"resnet18 cannot serve this --model\.name"):
+    with pytest.raises(UserError, match=r"resnet18 cannot serve this `model\.name`"):
         models.build("dpt", 5, backbone="resnet18")
     with pytest.raises(UserError, match="the network small has no stochastic depth"):
         models.build("small", 5, drop_path=0.1)

@@ -59,5 +59,5 @@ def test_backward_of_a_narrow_network() -> None:
 
 
 def test_unknown_architecture() -> None:
-    with pytest.raises(UserError, match=r"--model\.name vgg: no such architecture"):
+    with pytest.raises(UserError, match=r"`model\.name` vgg: no such architecture"):
         models.build("vgg", 5, 12, 4)

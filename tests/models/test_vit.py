@@ -36,7 +36,7 @@ def test_blocks_are_those_of_timm() -> None:
 
 
 def test_convolutions_are_no_transformer() -> None:
-    with pytest.raises(UserError, match=r"resnet18 cannot serve this --model\.name"):
+    with pytest.raises(UserError, match=r"resnet18 cannot serve this `model\.name`"):
         models.build("vit", 5, backbone="resnet18")
     with pytest.raises(UserError, match="the network vit has a stride of its own"):
         models.build("vit", 5, output_stride=8)

@@ -79,7 +79,7 @@ def test_what_are_no_weights_of_this_network(network: SegmentationModel, tmp_pat
     (tmp_path / "empty.pth").touch()
     (tmp_path / "text.safetensors").write_text("hello")
     for bad in ("other.pth", "code.pth", "list.pth", "text.pth", "empty.pth", "text.safetensors"):
-        with pytest.raises(UserError, match=f"--model.weights .*{bad}"):
+        with pytest.raises(UserError, match=f"`model.weights` .*{bad}"):
             weights.start_from(network, str(tmp_path / bad))
     with pytest.raises(UserError, match="there is no such file"):
         weights.start_from(network, "image-net")

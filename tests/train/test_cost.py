@@ -62,7 +62,7 @@ def test_hours_are_operations_over_a_share_of_the_peak() -> None:
     a100 = card_of("a100")
     assert hours(109.2e12, 36_000, a100, "bf16") == pytest.approx(10)
     assert hours(6.825e12, 36_000, a100, "off") == pytest.approx(10)
-    with pytest.raises(UserError, match="--card abacus: no such card"):
+    with pytest.raises(UserError, match="`card` abacus: no such card"):
         card_of("abacus")
     assert all(card.source and card.half >= card.single for card in CARDS.values())
 

@@ -161,8 +161,8 @@ def test_what_cannot_happen_within_the_run_is_told(
     late = update(tiny, {"bank": {"start_after": 6}, "loss": {"ct_ramp": 7}}, "test")
     dry_run(late)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "the contrast never begins, because --bank.start-after 6 is not below" in shown
-    assert "never reaches its full value, because --loss.ct-ramp 7 is above" in shown
+    assert "the contrast never begins, because `bank.start_after` 6 is not below" in shown
+    assert "never reaches its full value, because `loss.ct_ramp` 7 is above" in shown
     dry_run(dataclasses.replace(late, method="supervised"))
     assert "never" not in capsys.readouterr().out
 
@@ -226,13 +226,13 @@ def test_too_little_memory_is_told_with_the_way_on(
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     with monkeypatch.context() as patch:
         fail_after(patch, 1, full)
-        with pytest.raises(UserError, match=r"--data\.batch-size.*--train\.accumulate") as told:
+        with pytest.raises(UserError, match=r"`data\.batch_size`.*`train\.accumulate`") as told:
             train(settings, out=out)
-        assert "--resume" not in str(told.value)  # there is no checkpoint yet
+        assert "`resume`" not in str(told.value)  # there is no checkpoint yet
     out = out.with_name("other run")
     with monkeypatch.context() as patch:
         fail_after(patch, 3, full)
-        with pytest.raises(UserError, match=f"--resume '{out}' goes on"):
+        with pytest.raises(UserError, match=f"`resume` '{out}' goes on"):
             train(settings, out=out)
     assert train(settings, resume=out)["iterations"] == 6
     fail_after(monkeypatch, 0, RuntimeError("a fault of the program"))
@@ -254,7 +254,7 @@ def test_a_full_disk_ends_a_run_with_the_way_on(
             save(path, state, keep)
 
     monkeypatch.setattr(checkpoint, "save", first_only)
-    with pytest.raises(UserError, match=r"last\.pt cannot be written .* is whole: --resume"):
+    with pytest.raises(UserError, match=r"last\.pt cannot be written .* is whole: `resume`"):
         train(update(tiny, change, "test"), out=out)
     assert checkpoint.load(out / run.CHECKPOINT)["iteration"] == 2
     assert not list(out.rglob("*.part"))
@@ -399,7 +399,7 @@ def test_a_batch_norm_of_one_value_is_refused(
     }
     settings = update(tiny, change, "test")
     for start in (lambda: train(settings, out=out), lambda: dry_run(settings)):
-        with pytest.raises(UserError, match=f"--data.batch-size {batch_size}: of one image"):
+        with pytest.raises(UserError, match=f"`data.batch_size` {batch_size}: of one image"):
             start()
     assert not out.exists()
     larger = update(settings, {"data": {"crop": [9, 8]}}, "test")

@@ -73,7 +73,7 @@ def found_form(source: Path) -> str:
     raise UserError(
         f"{source}: none of the forms {', '.join(FORMS)} is recognised. A COCO or LabelMe export "
         f"has .json files, CVAT's an annotations.xml, YOLO's a data.yaml with `names`, and "
-        f"coloured masks a labelmap.txt. Name the form by --form."
+        f"coloured masks a labelmap.txt. Name the form by `form`."
     )
 
 

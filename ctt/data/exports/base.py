@@ -223,17 +223,17 @@ def with_background(
     new = [name for name in others if name not in classes]
     if request.closed and new:
         raise UserError(
-            f"--to {request.target} has the classes {', '.join(classes)}, and the export also "
-            f"{', '.join(new)}. Give a new folder, or leave these pixels out by --classes "
+            f"`to` {request.target} has the classes {', '.join(classes)}, and the export also "
+            f"{', '.join(new)}. Give a new folder, or leave these pixels out by `classes` "
             f"{shlex.join(classes)}."
         )
     if not 2 <= len(classes) <= MOST_CLASSES:
         raise UserError(
             f"There must be 2 to {MOST_CLASSES} classes, the background among them, and here are "
-            f"{len(classes)}. --classes names those that are wanted."
+            f"{len(classes)}. `classes` names those that are wanted."
         )
     if len(set(classes)) < len(classes):
-        raise UserError(f"--classes names a class twice ({', '.join(classes)}).")
+        raise UserError(f"`classes` names a class twice ({', '.join(classes)}).")
     return classes
 
 

@@ -141,7 +141,7 @@ def _table_in(request: Request) -> Path:
             return path
     raise UserError(
         f"{request.source}: there is no {', '.join(TABLES)}. Give the file that names the colours "
-        f"of the classes by --table, with lines such as `cat:128,0,0::`."
+        f"of the classes by `table`, with lines such as `cat:128,0,0::`."
     )
 
 
@@ -154,7 +154,7 @@ def _folders(request: Request) -> tuple[Path, Path]:
 
     masks = request.masks or first(MASK_FOLDERS)
     if not masks.is_dir():
-        raise UserError(f"--masks {masks}: there is no such folder.")
+        raise UserError(f"`masks` {masks}: there is no such folder.")
     return request.images or first(IMAGE_FOLDERS), masks
 
 
