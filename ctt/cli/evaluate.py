@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ctt.data.source import DatasetInfo, Source
-    from ctt.inference.load import Trained
+    from ctt.inference.load import TrainedNetworks
     from ctt.models.base import SegmentationModel
 
 
@@ -99,7 +99,7 @@ def _check_new(option: str, folder: Path | None) -> None:
         raise UserError(f"{option} {folder}: this is there already. Give a new or an empty folder.")
 
 
-def _open_source(trained: Trained, parsed: Arguments) -> tuple[Source, Settings]:
+def _open_source(trained: TrainedNetworks, parsed: Arguments) -> tuple[Source, Settings]:
     from ctt import data, run
 
     settings = trained.settings
@@ -136,7 +136,7 @@ def _first_difference(trained: DatasetInfo, found: DatasetInfo) -> str:
     return f"{len(trained.classes)} and {len(found.classes)} classes"
 
 
-def _check_held_out(trained: Trained, source: Source, settings: Settings) -> None:
+def _check_held_out(trained: TrainedNetworks, source: Source, settings: Settings) -> None:
     """Refuse to tune on images that the run, which held none out, was trained on."""
     before = trained.settings
     if (settings.data.eval_split, before.data.eval_split) != ("tune", "val"):
@@ -152,7 +152,7 @@ def _check_held_out(trained: Trained, source: Source, settings: Settings) -> Non
 
 
 def _submit(
-    trained: Trained, source: Source, device: torch.device, parsed: Arguments, folder: Path
+    trained: TrainedNetworks, source: Source, device: torch.device, parsed: Arguments, folder: Path
 ) -> None:
     from rich.progress import Progress
 
@@ -185,7 +185,7 @@ def _submit(
 
 
 def _draw_embedding(
-    trained: Trained, source: Source, device: torch.device, parsed: Arguments, path: Path
+    trained: TrainedNetworks, source: Source, device: torch.device, parsed: Arguments, path: Path
 ) -> None:
     from ctt.inference.embedding import draw_run
 
@@ -233,7 +233,7 @@ def _confusions(
 def _report(
     matrices: dict[str, Tensor],
     images: Tensor,
-    trained: Trained,
+    trained: TrainedNetworks,
     source: Source,
     ids: list[str],
     settings: Settings,

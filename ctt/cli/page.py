@@ -23,7 +23,7 @@ from ctt.cli.page_ranking import ranking
 from ctt.data.rasters import read_as
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
-from ctt.inference.load import Trained
+from ctt.inference.load import TrainedNetworks
 from ctt.inference.predict import protocol_text
 from ctt.inference.render import OVERLAY, colorize, overlay
 from ctt.settings import EvalSettings
@@ -64,7 +64,9 @@ CSS = """
 class Viewer:
     """Predictions of a run's networks, and the pictures that the page shows of them."""
 
-    def __init__(self, trained: Trained, device: torch.device, settings: EvalSettings) -> None:
+    def __init__(
+        self, trained: TrainedNetworks, device: torch.device, settings: EvalSettings
+    ) -> None:
         self.trained, self.device, self.settings = trained, device, settings
         self.info = trained.info
         self.names = trained.names()

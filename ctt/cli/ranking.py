@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ctt.cli.predict import Arguments
     from ctt.data.source import Source
-    from ctt.inference.load import Trained
+    from ctt.inference.load import TrainedNetworks
     from ctt.inference.rank import Committee, Place, Rating
 
 K = TypeVar("K")
@@ -98,7 +98,7 @@ def check(parsed: Arguments) -> None:
         raise UserError(f"{path} is there already. Give another --out, or --overwrite.")
 
 
-def of_run(weights: Path, trained: Trained) -> tuple[Source | None, list[str]]:
+def of_run(weights: Path, trained: TrainedNetworks) -> tuple[Source | None, list[str]]:
     """Return the dataset of a run and up to `LABELED` of its labelled images, where both are at
     hand."""
     from ctt import run
@@ -162,7 +162,7 @@ def given(parsed: Arguments) -> list[Entry]:
     return list(entries.values())
 
 
-def read_entry(source: Source | None, trained: Trained, entry: Entry) -> Tensor:
+def read_entry(source: Source | None, trained: TrainedNetworks, entry: Entry) -> Tensor:
     """Return an image as networks take it."""
     from ctt.data.rasters import read_as
 

@@ -19,7 +19,7 @@ from ctt.data.views import normalize, to_unit
 from ctt.errors import UserError
 from ctt.inference.evaluate import read_known, sample
 from ctt.inference.figures import save_figure
-from ctt.inference.load import Trained
+from ctt.inference.load import TrainedNetworks
 from ctt.methods.losses import as_pixels, to_grid
 from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings
@@ -32,7 +32,7 @@ PERPLEXITY = 30.0  # of t-SNE: about how many neighbours a pixel has
 def draw_run(
     path: Path,
     folder: Path,
-    trained: Trained,
+    trained: TrainedNetworks,
     source: Source,
     device: torch.device,
     settings: EvalSettings,

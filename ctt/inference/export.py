@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ctt.checkpoint import description, save_network
 from ctt.errors import UserError
 from ctt.files import atomic_write
-from ctt.inference.load import Trained
+from ctt.inference.load import TrainedNetworks
 from ctt.models.segmenter import Segmenter
 
 OPSET = 18  # of ONNX: the first whose resizing knows all that PyTorch's does
@@ -54,7 +54,7 @@ class Graph(nn.Module):
 
 
 def export(
-    trained: Trained,
+    trained: TrainedNetworks,
     out: Path,
     file_format: Format,
     result: Result = "probabilities",

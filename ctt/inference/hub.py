@@ -11,7 +11,7 @@ from typing import Any
 from ctt import __version__, run
 from ctt.checkpoint import description, save_network
 from ctt.errors import UserError
-from ctt.inference.load import PREFIX, Trained
+from ctt.inference.load import PREFIX, TrainedNetworks
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"  # by which the hub counts downloads; what is read lies in the weights
@@ -47,7 +47,7 @@ def download(place: str) -> Path:
     return Path(file)
 
 
-def push(trained: Trained, folder: Path, repository: str, private: bool = False) -> str:
+def push(trained: TrainedNetworks, folder: Path, repository: str, private: bool = False) -> str:
     """Write the one network of `trained` to a repository of the hub, with a model card.
 
     Args:
@@ -87,7 +87,7 @@ def push(trained: Trained, folder: Path, repository: str, private: bool = False)
     return str(address)
 
 
-def card(trained: Trained, folder: Path, repository: str) -> str:
+def card(trained: TrainedNetworks, folder: Path, repository: str) -> str:
     """Return the model card: what the network sees and says, how it was trained, how to use it."""
     from huggingface_hub import EvalResult, ModelCardData
 

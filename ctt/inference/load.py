@@ -21,7 +21,7 @@ PREFIX = "hf:"  # before a repository of the Hugging Face hub
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedNetworks:
     """Networks in evaluation mode on the CPU, and where they come from.
 
     Attributes:
@@ -44,7 +44,7 @@ class Trained:
         teachers = any(name.startswith("teacher") for name in self.networks)
         return [*self.networks, *([ENSEMBLE] if teachers else [])]
 
-    def choose(self, names: Sequence[str]) -> Trained:
+    def choose(self, names: Sequence[str]) -> TrainedNetworks:
         """Return the same with only the networks that `names` need.
 
         Raises:
@@ -82,7 +82,7 @@ class Trained:
         return lambda images: predict(images.to(device))
 
 
-def load_trained(path: Path, network: str = "") -> Trained:
+def load_trained(path: Path, network: str = "") -> TrainedNetworks:
     """Load all networks of the run in the folder `path`, or the one in the file `path`.
 
     Args:
@@ -104,14 +104,14 @@ def load_trained(path: Path, network: str = "") -> Trained:
     return trained.choose([network]) if network else trained
 
 
-def _of_file(path: Path) -> Trained:
+def _of_file(path: Path) -> TrainedNetworks:
     weights = path / run.WEIGHTS if path.is_dir() else path
     network, info, note = checkpoint.load_network(weights)
     settings = run.read_settings(path, serve=True) if path.is_dir() else Settings(dataset=info.name)
-    return Trained({"network": network}, info, settings, note, sha256(weights))
+    return TrainedNetworks({"network": network}, info, settings, note, sha256(weights))
 
 
-def _of_run(folder: Path) -> Trained:
+def _of_run(folder: Path) -> TrainedNetworks:
     settings = run.read_settings(folder, serve=True)
     saved, broken = checkpoint.load_last(folder / run.CHECKPOINT)
     info = checkpoint.info_of(saved) or checkpoint.load_network(folder / run.WEIGHTS)[1]
@@ -131,4 +131,4 @@ def _of_run(folder: Path) -> Trained:
         raise UserError(f"{folder}: checkpoint and config.yaml do not fit ({reason}).") from None
     last = folder / run.CHECKPOINT
     read = checkpoint.previous(last) if broken else last
-    return Trained(networks, info, settings, origin, sha256(read))
+    return TrainedNetworks(networks, info, settings, origin, sha256(read))

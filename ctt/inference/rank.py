@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctt.data.views import normalize, to_unit
-from ctt.inference.load import Trained
+from ctt.inference.load import TrainedNetworks
 from ctt.inference.predict import for_images, predictor, reraise_out_of_memory
 from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings
@@ -62,7 +62,9 @@ class Committee:
         settings: how images are shown to them.
     """
 
-    def __init__(self, trained: Trained, device: torch.device, settings: EvalSettings) -> None:
+    def __init__(
+        self, trained: TrainedNetworks, device: torch.device, settings: EvalSettings
+    ) -> None:
         teachers = [name for name in trained.networks if name.startswith("teacher")]
         self.names = teachers if len(teachers) > 1 else list(trained.networks)
         self.info, self.device, self.settings = trained.info, device, for_images(settings)

@@ -22,7 +22,7 @@ from ctt.data.digits import Digits
 from ctt.data.options import SourceOptions
 from ctt.data.pictures import read_image
 from ctt.inference import predict as inference
-from ctt.inference.load import Trained
+from ctt.inference.load import TrainedNetworks
 from ctt.settings import EvalSettings
 from tests.data import trees
 
@@ -379,7 +379,9 @@ def test_images_are_shown_as_in_the_evaluations(
 ) -> None:
     seen: list[EvalSettings] = []
     monkeypatch.setattr(
-        Trained, "predictor", lambda self, device, settings: seen.append(settings) or sys.exit(7)
+        TrainedNetworks,
+        "predictor",
+        lambda self, device, settings: seen.append(settings) or sys.exit(7),
     )
     shutil.copytree(folder, tmp_path / "run")
     settings = run.read_settings(folder)

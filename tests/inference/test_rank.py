@@ -7,7 +7,7 @@ import torch
 
 from ctt import models
 from ctt.data.digits import INFO
-from ctt.inference.load import Trained
+from ctt.inference.load import TrainedNetworks
 from ctt.inference.rank import Committee, Rating, entropy, order
 from ctt.settings import EvalSettings, Settings
 
@@ -15,7 +15,7 @@ from ctt.settings import EvalSettings, Settings
 def committee(*names: str) -> Committee:
     torch.manual_seed(0)
     networks = {name: models.build("small", 11, 8, 4).eval() for name in names}
-    trained = Trained(networks, INFO, Settings(), "here", "")
+    trained = TrainedNetworks(networks, INFO, Settings(), "here", "")
     return Committee(trained, torch.device("cpu"), EvalSettings())
 
 

@@ -16,7 +16,7 @@ from ctt import models
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
 from ctt.inference.export import TOLERANCE, export
-from ctt.inference.load import Trained
+from ctt.inference.load import TrainedNetworks
 from ctt.inference.predict import predictor
 from ctt.methods import losses
 from ctt.models import weights
@@ -319,5 +319,5 @@ def test_stochastic_depth_falls_to_the_first_block(name: str, backbone: str) -> 
 )
 def test_graphs_of_open_sizes_compute_the_same(tmp_path: Path, backbone: str, form: Any) -> None:
     network = models.build("dpt", 3, 8, backbone=backbone, image=(112, 112)).eval()
-    trained = Trained({"network": network}, INFO, Settings(), "here", "")
+    trained = TrainedNetworks({"network": network}, INFO, Settings(), "here", "")
     assert export(trained, tmp_path / "file", form) <= TOLERANCE
