@@ -66,8 +66,10 @@ class DataSettings(SourceOptions):
     """Height and width of the training crop, in pixels; 0 0: what fits the images, their median
     height and width, at most 96 each."""
     batch_size: Annotated[int, AT_LEAST_1] = 10
-    """Labelled images a step and process; as many unlabelled ones come with them. With N processes
-    a step sees N times as many, and the learning rate is used as it is given."""
+    """Labelled images a step and process. With N processes a step sees N times as many, and the
+    learning rate is used as it is given."""
+    unlabeled_batch_size: Annotated[int, AT_LEAST_0] = 0
+    """Unlabelled images a step and process; 0: as many as labelled ones."""
     workers: Annotated[int, AT_LEAST_0] = 2
     """Processes that load images; 0 loads in the main process."""
     resize: Annotated[tuple[int, int] | None, Range(8)] = None
@@ -88,6 +90,11 @@ class DataSettings(SourceOptions):
     rare_crops: Annotated[float, SHARE] = 0.0
     """Share of the labelled crops that are drawn for a class, the rarer the more often: of an image
     that shows it, around one of its pixels. All labelled masks are read at the start."""
+
+    @property
+    def unlabeled_images(self) -> int:
+        """Return how many unlabelled images a step and process takes, where it takes any."""
+        return self.unlabeled_batch_size or self.batch_size
 
 
 @dataclass(frozen=True)
@@ -611,8 +618,11 @@ def validate(settings: Settings) -> None:
         (
             "train.accumulate",
             s.train.accumulate,
-            s.train.accumulate > 0 and s.data.batch_size % s.train.accumulate == 0,
-            f"must divide `data.batch_size` {s.data.batch_size}",
+            s.train.accumulate > 0
+            and s.data.batch_size % s.train.accumulate == 0
+            and s.data.unlabeled_images % s.train.accumulate == 0,
+            f"must divide `data.batch_size` {s.data.batch_size} and "
+            f"`data.unlabeled_batch_size` {s.data.unlabeled_images}",
         ),
         (
             "train.profile",

@@ -4,10 +4,20 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from ctt import recipes
 from ctt.settings import Settings, update
+
+# a machine that has other work to do fails no test
+hypothesis.settings.register_profile(
+    "ctt",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("ctt")
 
 TINY = {
     "ratio": "6",

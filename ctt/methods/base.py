@@ -221,6 +221,11 @@ class Step(Protocol):
                 all processes have the same.
         """
 
+    def rand_each(
+        self, name: str, shapes: Sequence[Sequence[int]], axis: int | None = None
+    ) -> list[Tensor]:
+        """Return several tensors of such numbers, which follow one another."""
+
     def forward(self, network: nn.Module, images: Tensor) -> Output:
         """Return the network's output for images (B, 3, H, W) in 0..1."""
 

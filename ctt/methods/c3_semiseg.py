@@ -102,7 +102,7 @@ class C3SemiSeg(EmbeddingTeacher):
         size = (padding.shape[-2], padding.shape[-1])
         off = self.thresholds.new_zeros(()) >= step["on"]
         keep = half_area_mask(size, step.rand("boxes", (3, n), 1)) | off
-        b = b | {"keep": keep, "mixed": b["unlabeled"], **self.draws(n, step)}
+        b = b | {"keep": keep, "mixed": b["unlabeled"], **self.draws(b, step)}
         b["pixels"] = step.count(b["label"])
         all_lost: list[Tensor] = []
         for k, teacher in enumerate(self.teachers):

@@ -61,6 +61,7 @@ class About:
         target: where it is, `module:Class` or `file.py:Class`.
         pairs: K if the user gives none.
         unlabeled: whether it takes unlabelled images.
+        paired: whether it pairs each labelled image with an unlabelled one, and so takes as many.
         uses: settings of the run, or groups of them, that it reads among those that only some
             methods read.
         options: class of the settings that it alone has; by its name, `module:Class`, where its
@@ -75,6 +76,7 @@ class About:
     target: str = ""
     pairs: int = 1
     unlabeled: bool = True
+    paired: bool = False
     uses: tuple[str, ...] = ()
     options: type[Options] | str = Options
     contrast: bool = False
@@ -85,7 +87,10 @@ class About:
         """Return the settings, or groups of settings, that change nothing under this method."""
         # one student has no peer
         lonely = (*LOW_LEVEL, "loss.labels_from") if pairs == 1 else ()
-        return tuple(name for name in SHARED if name not in self.uses or name in lonely)
+        found = [name for name in SHARED if name not in self.uses or name in lonely]
+        if self.paired or not self.unlabeled:
+            found.append("data.unlabeled_batch_size")
+        return tuple(found)
 
     def option_class(self) -> type[Options]:
         """Return the class of the settings that the method alone has."""
@@ -265,6 +270,7 @@ METHODS = {
     "c3-semiseg": About(
         "Zhou et al., ICCV 2021",
         "ctt.methods.c3_semiseg:C3SemiSeg",
+        paired=True,
         uses=("ema", "views", "loss.sup", "labeled"),
         options="ctt.methods.c3_semiseg:C3Options",
         extra="embedding heads, a threshold for each class",

@@ -88,18 +88,18 @@ def part_of_weighted_mean(weight: Tensor, values: Tensor, step: Step) -> Tensor:
 
 
 def negatives(p: Tensor, own: Tensor, unsure: Tensor, likely: int) -> Tensor:
-    """Return the pixels (C, 2B * h * w) that are surely not of a class (Wang et al., 2022).
+    """Return the pixels (C, (B + U) * h * w) that are surely not of a class (Wang et al., 2022).
 
     These are labelled pixels of another class that the network takes for one of the likely ones to
     be of it, and unsure unlabelled pixels for which it is no likely one, nor the last.
 
     Args:
-        p: probabilities (2B, C, h, w), of labelled images first.
-        own: classes (2B, h, w), 255 where there is none.
-        unsure: (B, h, w), of the unlabelled images.
+        p: probabilities (B + U, C, h, w), of labelled images first.
+        own: classes (B + U, h, w), 255 where there is none.
+        unsure: (U, h, w), of the unlabelled images.
         likely: how many classes.
     """
-    n, classes = len(unsure), p.shape[1]
+    n, classes = len(p) - len(unsure), p.shape[1]
     rank = p.argsort(dim=1, descending=True).argsort(dim=1)  # of each class, by probability
     truth = own[:n, None]
     other = (truth != torch.arange(classes, device=p.device)[:, None, None]) & (truth != IGNORE)

@@ -97,7 +97,7 @@ class Distill(PseudoLabels):
             b |= {"soft": mix(soft.masked_fill(lost[:, None], 0)), "valid": valid}
             b |= {"soft labeled": labeled.nan_to_num(0), "valid labeled": own}
             b["seen"] = step.total(valid.sum() + own.sum()).clamp(min=1)
-            b |= self.draws(len(valid), step)
+            b |= self.draws(b, step)
             self.log_lost([lost], b["padding"], step)
         return b
 

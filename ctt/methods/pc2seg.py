@@ -81,7 +81,7 @@ class Pc2Seg(MeanTeacher):
         padding, lost = b["padding"], []
         size = (padding.shape[-2], padding.shape[-1])
         b = b | {"mixed": b["unlabeled"], "pixels": step.count(b["label"])}
-        b |= self.draws(len(padding), step)
+        b |= self.draws(b, step)
         for k, student in enumerate(self.students):
             with evaluating(student):
                 out = step.forward(student, b["unlabeled"])

@@ -91,7 +91,7 @@ class PseudoLabels(Method):
         with step.phase("views"):
             mix = self.mixing(probability, padding, step)
             b = b | {"mixed": mix(b["unlabeled"]), "pixels": step.count(b["label"])}
-            b |= self.draws(len(padding), step)
+            b |= self.draws(b, step)
             if self.masks is not None:
                 b |= self.masks.mixed(b, mix, step)
             all_lost = []
@@ -129,20 +129,27 @@ class PseudoLabels(Method):
             return step.total(torch.ones_like(label).sum())
         return step.count(trusted if self.unlabeled_mean == "kept" else label)
 
-    def draws(self, images: int, step: Step, unlabeled: int = 1) -> Batch:
-        """Return the numbers of every student's strong views, of labelled images first.
+    def draws(self, b: Batch, step: Step, unlabeled: int = 1) -> Batch:
+        """Return the numbers of every student's strong views: `labeled draw k` (B, numbers), if
+        labelled images have such views, and `draw k` (B, views, numbers).
 
         Args:
             unlabeled: views of each unlabelled image.
         """
-        views, b = self.settings.views, {}
-        kinds = views.strong_labeled + unlabeled
+        views, draws = self.settings.views, {}
+        numbers = PhotometricView.DRAWS if views.grey_probability else PhotometricView.DRAWS - 1
+        kinds: dict[str, tuple[int, ...]] = {}
+        if views.strong_labeled:
+            kinds["labeled draw"] = (numbers, len(b["images"]))
+        if unlabeled:
+            kinds["draw"] = (unlabeled, numbers, len(b["unlabeled"]))
         for k in range(len(self.students)):
             name = f"strong-{k}" if views.per_student else "strong"
-            numbers = PhotometricView.DRAWS if views.grey_probability else PhotometricView.DRAWS - 1
-            draw = step.rand(name, (kinds, numbers, images), 2)
-            b[f"draw {k}"] = draw.movedim(2, 0)
-        return b
+            for kind, draw in zip(
+                kinds, step.rand_each(name, list(kinds.values()), -1), strict=True
+            ):
+                draws[f"{kind} {k}"] = draw.movedim(-1, 0)
+        return draws
 
     def ask_students(self, b: Batch, step: Step) -> list[Output]:
         """Return the output of each that learns for labelled and mixed images, in one batch."""
@@ -158,7 +165,7 @@ class PseudoLabels(Method):
         """Return the labelled images as student k sees them."""
         if not self.settings.views.strong_labeled:
             return b["images"]
-        return step.strong(b["images"], b[f"draw {k}"][:, 0])
+        return step.strong(b["images"], b[f"labeled draw {k}"])
 
     def unlabeled_view(self, k: int, b: Batch, step: Step) -> Tensor:
         """Return the mixed images as student k sees them."""

@@ -82,7 +82,7 @@ class PseudoSeg(MeanTeacher):
         centre = step.rand("cutout", (2, len(padding)), 1) - self.options.cutout / 2
         side = torch.full_like(centre[0], self.options.cutout)
         b = b | {"pixels": step.count(label), "keep": mixing.outside(size, side, side, *centre)}
-        b |= self.draws(len(padding), step)
+        b |= self.draws(b, step)
         b["objects"] = (label[:, None] == objects).flatten(2).any(dim=2)
         b["labeled"] = step.total((label != IGNORE).flatten(1).any(dim=1).sum()).clamp(min=1)
         for k, (student, refiner) in enumerate(zip(self.students, self.refiners, strict=True)):

@@ -66,9 +66,11 @@ class S4Gan(Adversarial):
         real, fake = shows(b["label"] != IGNORE), shows(~b["padding"])
         counts = step.total(torch.stack([real.sum(), fake.sum()])).clamp(min=1)
         b = b | {"pixels": step.count(b["label"]), "masks": counts[0], "fakes": counts[1]}
+        channels = ImageCritic.DRAWS * self.options.critic_width
+        shapes = [(channels, len(b[name])) for name in ("unlabeled", "images") * 2]
         for k in range(len(self.students)):
-            shape = (4, ImageCritic.DRAWS * self.options.critic_width, len(b["images"]))
-            b[f"dropout {k}"] = step.rand(f"dropout-{k}", shape, 2).movedim(2, 0)
+            for i, draw in enumerate(step.rand_each(f"dropout-{k}", shapes, 1)):
+                b[f"dropout {i} {k}"] = draw.T
         return b
 
     def of_student(self, k: int, b: Batch, step: Step) -> dict[str, Tensor]:
@@ -79,7 +81,7 @@ class S4Gan(Adversarial):
         probability = upsample(logits[n:], size, student.grid).softmax(dim=1)
         made = torch.cat([probability, b["unlabeled"]], dim=1)  # (B, C + 3, H, W)
         mask = torch.cat([one_hot(label, probability), b["images"]], dim=1)
-        draws = b[f"dropout {k}"].unbind(dim=1)
+        draws = [b[f"dropout {i} {k}"] for i in range(4)]
         with step.phase("critics"), step.autocast():
             score, features = frozen(critic)(made, draws[0])
             _, wanted = frozen(critic)(mask, draws[1])

@@ -108,15 +108,16 @@ def class_means(features: Tensor, member: Tensor, step: Step) -> Tensor:
     return step.total(member.to(features.dtype) @ features) / counts[:, None]
 
 
-def tickets(name: str, own: Tensor, step: Step) -> Tensor:
-    """Return a random number for each pixel (2B * h * w) of labelled and unlabelled images.
+def tickets(name: str, own: Tensor, labeled: int, step: Step) -> Tensor:
+    """Return a random number for each pixel ((B + U) * h * w) of labelled and unlabelled images.
 
     Args:
         name: of the numbers.
-        own: (2B, h, w), what the pixels are.
+        own: (B + U, h, w), what the pixels are.
+        labeled: B.
     """
-    shape = (len(own) // 2, 2, *own.shape[1:])
-    return step.rand(name, shape, 0).movedim(1, 0).flatten()
+    shapes = [(images, *own.shape[1:]) for images in (labeled, len(own) - labeled)]
+    return torch.cat(step.rand_each(name, shapes, 0)).flatten()
 
 
 def numbered(member: Tensor, count: int, ticket: Tensor, step: Step) -> tuple[Tensor, Tensor]:

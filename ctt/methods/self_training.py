@@ -72,13 +72,13 @@ class SelfTraining(PseudoLabels):
     def prepare(self, b: Batch, step: Step) -> Batch:
         b = b | {"pixels": step.count(b["label"])}
         if "kept" not in b:
-            return b | self.draws(len(b["images"]), step, unlabeled=False)
+            return b | self.draws(b, step, unlabeled=0)
         mixed, mix = self.change(b, step)
         label, confidence = mix(b["kept"]), mix(b["sureness"])
         trusted, weight = losses.weigh_pseudo_label(
             label, confidence, self.confidence_weight, self.threshold, step.total
         )
-        b = b | {"mixed": mixed} | self.draws(len(label), step)
+        b = b | {"mixed": mixed} | self.draws(b, step)
         for k in range(len(self.students)):
             b |= {f"label {k}": label, f"confidence {k}": confidence, f"trusted {k}": trusted}
             b[f"pixels {k}"] = self.divisor(trusted, label, step)

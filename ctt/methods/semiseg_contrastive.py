@@ -151,7 +151,8 @@ class SemiSegContrastive(MeanTeacher):
     def contrast(self, k: int, out: Output, b: Batch, step: Step) -> Tensor:
         """Return how far labelled and unlabelled pixels are from the memory of their class."""
         head = nn.Sequential(self.projections[k], self.predictions[k])
-        labeled, more = embed(head, out.features, step).chunk(2)
+        maps, n = embed(head, out.features, step), len(b["images"])
+        labeled, more = maps[:n], maps[n:]
         values = []
         for kind, maps in (("label", labeled), ("more", more)):
             own, number = b[f"own {kind} {k}"], b[f"number {kind} {k}"]

@@ -58,7 +58,7 @@ class SoftLabels(MeanTeacher):
         with step.phase("views"):
             mixed, mix, valid = self.change(probability, b, step)
             b = b | {"mixed": mixed, "pixels": step.count(b["label"])}
-            b |= self.draws(len(valid), step)
+            b |= self.draws(b, step)
             for k, (p, gone) in enumerate(zip(probability, lost, strict=True)):
                 own, soft = valid & ~mix(gone), mix(p)
                 seen = step.total(own.sum()).clamp(min=1)

@@ -11,5 +11,4 @@ class Supervised(PseudoLabels):
     logged = ()
 
     def prepare(self, b: Batch, step: Step) -> Batch:
-        draws = self.draws(len(b["images"]), step, unlabeled=0)
-        return b | {"pixels": step.count(b["label"])} | draws
+        return b | {"pixels": step.count(b["label"])} | self.draws(b, step, unlabeled=0)

@@ -51,7 +51,7 @@ class TwoViews(MeanTeacher):
     def prepare(self, b: Batch, step: Step) -> Batch:
         probability, padding = self.ask_labelers(b, step), b["padding"]
         with step.phase("views"):
-            b = b | {"pixels": step.count(b["label"])} | self.draws(len(padding), step, len(VIEWS))
+            b = b | {"pixels": step.count(b["label"])} | self.draws(b, step, len(VIEWS))
             b["seen"] = step.total((~padding).sum()).clamp(min=1)
             label = [self.confident(p, padding) for p in probability]
             for v in VIEWS:

@@ -70,9 +70,10 @@ class U2plOptions(Options):
 class U2pl(EmbeddingTeacher):
     """A mean teacher whose unsure pixels are negatives.
 
-    Batch, besides that of `PseudoLabels`: for each student k `class k` (B, 2, h, w), of pixels of
-    the labelled and the mixed image, and `slot k`, their numbers among the anchors of the class; in
-    every image alike `positive k` (B, C, D), and `drawn k` (B, C), how many anchors there are.
+    Batch, besides that of `PseudoLabels`: for each student k `class k` (B, h, w), of pixels of the
+    labelled images, and `slot k`, their numbers among the anchors of the class; `class k mixed` and
+    `slot k mixed`, those of the mixed images; in every labelled image alike `positive k` (B, C, D),
+    and `drawn k` (B, C), how many anchors there are.
     """
 
     terms = ("sup", "ct", "contrast")
@@ -96,7 +97,7 @@ class U2pl(EmbeddingTeacher):
 
     def prepare(self, b: Batch, step: Step) -> Batch:
         padding, n = b["padding"], len(b["images"])
-        b = b | {"pixels": step.count(b["label"])} | self.draws(len(padding), step)
+        b = b | {"pixels": step.count(b["label"])} | self.draws(b, step)
         given = [step.probability(teacher, b["unlabeled"]) for teacher in self.teachers]
         mix = sometimes(step.mixer(given, padding, self.options.mix), 0.5, step)
         b["mixed"] = mix(b["unlabeled"])
@@ -125,24 +126,24 @@ class U2pl(EmbeddingTeacher):
         """
         o, grid, n = self.options, self.students[k].grid, len(truth)
         maps = embed(self.head_teachers[k], out.features, step)
-        features = losses.as_pixels(maps)  # (2B * h * w, D)
+        features = losses.as_pixels(maps)  # ((B + U) * h * w, D)
         p = wide(out.logits).softmax(dim=1)
         truth, label = to_grid(truth, grid), to_grid(label, grid)
         unsure, valid = entropy(wide(out.logits[n:])), label != IGNORE
         low = quantile(unsure, valid, step["drop"], step)
         high = quantile(unsure, valid, 1 - step["drop"], step)
-        own = torch.cat([truth, label.masked_fill(unsure >= low, IGNORE)])  # (2B, h, w)
+        own = torch.cat([truth, label.masked_fill(unsure >= low, IGNORE)])  # (B + U, h, w)
         member = sampling.class_members(own, self.classes)
         positive = sampling.class_means(features, member, step)
         anchor = member & (o.sure < losses.as_pixels(p).T)
-        ticket = tickets(f"anchors {k}", own, step)
+        ticket = tickets(f"anchors {k}", own, n, step)
         slot, drawn = sampling.numbered(anchor, o.anchors, ticket, step)
         negative = negatives(p, own, valid & (unsure >= high), o.likely)
-        ticket = tickets(f"pushed {k}", own, step)
+        ticket = tickets(f"pushed {k}", own, n, step)
         sampling.push(self.banks[k], negative, features, o.pushed, ticket, step)
         return {
-            f"slot {k}": torch.stack(slot.view_as(own).chunk(2), dim=1),
-            f"class {k}": torch.stack(own.chunk(2), dim=1),
+            **by_kind(f"slot {k}", slot.view_as(own), n),
+            **by_kind(f"class {k}", own, n),
             f"positive {k}": F.normalize(positive, dim=1).expand(n, -1, -1),
             f"drawn {k}": drawn.expand(n, -1),
         }
@@ -162,7 +163,9 @@ class U2pl(EmbeddingTeacher):
         """Return the cross-entropy of telling the positive from the negatives: mean over the
         anchors of each class, then over the classes."""
         o, bank = self.options, self.banks[k]
-        own, slot = (torch.cat(b[f"{name} {k}"].unbind(dim=1)) for name in ("class", "slot"))
+        own, slot = (
+            torch.cat([b[f"{name} {k}"], b[f"{name} {k} mixed"]]) for name in ("class", "slot")
+        )
         maps = embed(self.heads[k], out.features, step)
         anchors, there = sampling.sample_of(maps, own, slot, self.classes, o.anchors)
         draw = step.rand(f"negatives {k}", (*there.shape, o.negatives), None)
@@ -171,3 +174,8 @@ class U2pl(EmbeddingTeacher):
         present = (count > 0) & (bank.count > 0)
         loss = loss.masked_fill(~(there & present[:, None]), 0).sum(dim=1)
         return (loss / count.clamp(min=1)).sum() / present.sum().clamp(min=1)
+
+
+def by_kind(name: str, values: Tensor, labeled: int) -> Batch:
+    """Return values of the labelled images, which come first, and of the mixed ones by names."""
+    return {name: values[:labeled], f"{name} mixed": values[labeled:]}

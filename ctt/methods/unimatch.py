@@ -99,4 +99,4 @@ class UniMatch(TwoViews):
         factors = torch.split(factor, list(student.stage_channels), dim=1)
         perturbed = student.scale_channels([x[n:] for x in stages], factors)
         joined = [torch.cat(pair) for pair in zip(stages, perturbed, strict=True)]
-        return step.decode(student, joined).logits.chunk(3)
+        return step.decode(student, joined).logits.tensor_split((n, len(stages[0])))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from ctt.train.distributed import World
 from ctt.train.phases import Phases
 
 T = TypeVar("T")
+Shape = tuple[int, ...]
 DOUBLE = ("decay",)  # schedules of which 1 - value needs more digits than float32 has
 
 
@@ -49,8 +50,8 @@ class StepContext:
         self.whole = True  # whether the method sees the whole batch, or a part of it
         self.logged: dict[str, Tensor] = {}
         self.forwards = {True: 0, False: 0}  # images through networks, with and without gradient
-        self._plan: dict[str, tuple[tuple[int, ...], int | None]] = {}  # random numbers by name
-        self._random: dict[str, Tensor] = {}
+        self._plan: dict[str, tuple[list[Shape], int | None]] = {}  # random numbers by name
+        self._random: dict[str, list[Tensor]] = {}
         self._values: dict[str, float | Tensor] = {}
         how = settings.train.compile
         self._encode = of_networks(encode, how)
@@ -74,7 +75,8 @@ class StepContext:
         """Make the numbers of a step."""
         self.iteration = iteration
         self._values = {name: value(iteration) for name, value in self.schedules.items()}
-        drawn = [self._draw(name, *known).flatten() for name, known in self._plan.items()]
+        plan = self._plan.items()
+        drawn = [x.flatten() for name, known in plan for x in self._draw(name, *known)]
         self._bind(upload(torch.cat(drawn), self.device) if drawn else None)
 
     def tensors(self) -> list[Tensor]:
@@ -84,7 +86,7 @@ class StepContext:
             torch.full((), float(value), dtype=dtype, device=self.device)
             for value, dtype in zip(self._values.values(), dtypes, strict=True)
         ]
-        drawn = [x.flatten() for x in self._random.values()]
+        drawn = [x.flatten() for some in self._random.values() for x in some]
         return [*values, torch.cat(drawn) if drawn else torch.empty(0, device=self.device)]
 
     def read(self, tensors: Sequence[Tensor]) -> None:
@@ -97,30 +99,38 @@ class StepContext:
         return self._values[name]
 
     def rand(self, name: str, shape: Sequence[int], axis: int | None = None) -> Tensor:
-        if name not in self._random:  # the first step that asks for it
-            self._plan[name] = tuple(shape), axis
-            self._random[name] = upload(self._draw(name, tuple(shape), axis), self.device)
-        known = self._random[name]
-        if known.shape != tuple(shape):
-            raise ValueError(f"{name}: drawn as {tuple(known.shape)}, then asked for as {shape}")
-        return known
+        return self.rand_each(name, [shape], axis)[0]
 
-    def _draw(self, name: str, shape: tuple[int, ...], axis: int | None) -> Tensor:
+    def rand_each(
+        self, name: str, shapes: Sequence[Sequence[int]], axis: int | None = None
+    ) -> list[Tensor]:
+        wanted = [tuple(shape) for shape in shapes]
+        if name not in self._random:  # the first step that asks for it
+            self._plan[name] = wanted, axis
+            self._random[name] = [upload(x, self.device) for x in self._draw(name, wanted, axis)]
+        known = [tuple(x.shape) for x in self._random[name]]
+        if known != wanted:
+            raise ValueError(f"{name}: drawn as {known}, then asked for as {wanted}")
+        return self._random[name]
+
+    def _draw(self, name: str, shapes: Sequence[Shape], axis: int | None) -> Iterator[Tensor]:
         rng = generator(name, self.settings.seed, self.iteration)
-        if axis is None:
-            return torch.rand(shape, generator=rng)
-        own = shape[axis]
-        whole = [n * self.processes if i == axis else n for i, n in enumerate(shape)]
-        return torch.rand(whole, generator=rng).narrow(axis, self.rank * own, own)
+        for shape in shapes:
+            if axis is None:
+                yield torch.rand(shape, generator=rng)
+                continue
+            own, whole = shape[axis], list(shape)
+            whole[axis] *= self.processes
+            yield torch.rand(whole, generator=rng).narrow(axis, self.rank * own, own)
 
     def _bind(self, drawn: Tensor | None) -> None:
         if drawn is None:
             return
-        sizes = [math.prod(shape) for shape, _ in self._plan.values()]
-        parts = drawn.split_with_sizes(sizes)
+        every = [shape for shapes, _ in self._plan.values() for shape in shapes]
+        parts = iter(drawn.split_with_sizes([math.prod(shape) for shape in every]))
         self._random = {
-            name: part.view(shape)
-            for (name, (shape, _)), part in zip(self._plan.items(), parts, strict=True)
+            name: [next(parts).view(shape) for shape in shapes]
+            for name, (shapes, _) in self._plan.items()
         }
 
     def normalize(self, images: Tensor) -> Tensor:

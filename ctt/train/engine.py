@@ -266,9 +266,10 @@ def batch_of(inputs: Sequence[Tensor], kind: Round, outside: bool = False) -> Ba
 
 def split_batch(b: Batch, parts: int) -> Iterator[Batch]:
     """Return parts of a batch, in order; what belongs to the whole goes to each."""
-    size = len(b["images"]) // parts
-    for first in range(0, size * parts, size):
-        yield {name: x[first : first + size] if x.dim() else x for name, x in b.items()}
+    whole = {name: [x] * parts for name, x in b.items() if not x.dim()}
+    cut = {name: x.chunk(parts) for name, x in b.items() if x.dim()}
+    for i in range(parts):
+        yield {name: some[i] for name, some in (whole | cut).items()}
 
 
 def averaging_gradients(method: Method) -> DistributedDataParallel:

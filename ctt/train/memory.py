@@ -52,7 +52,7 @@ def estimate(settings: Settings, method: Method, info: DatasetInfo, about: About
     }
     # probabilities of every teacher at full size; ClassMix, and students of several teachers, take
     # a mean of them, and without one the logits of the last teacher lie beside its probabilities
-    scores = FLOAT * settings.data.batch_size * len(info.classes) * height * width
+    scores = FLOAT * settings.data.unlabeled_images * len(info.classes) * height * width
     pairs = len(method.students)
     averaged = settings.views.mix == "classmix" or pairs > 2
     labeling = (2 * pairs + 1 if averaged else pairs + 1) * scores if about.unlabeled else 0
@@ -127,16 +127,22 @@ def step_without_data(
     """
     method.train().round = number
     kind = method.rounds()[number]
-    size, images = settings.data.crop, settings.data.batch_size
+    size, data = settings.data.crop, settings.data
     schedules = {"rate": lambda iteration: settings.optim.lr, **method.schedules()}
     step = StepContext(settings, info, torch.device("cpu"), World(), schedules)
     step.begin(settings.train.iterations - 1)  # by then all that a method does has begun
     try:
         with mode:
             kind_of = torch.float32 if info.bands else torch.uint8
-            pixels = torch.zeros(images, info.channels, *size, dtype=kind_of)
-            labeled = [pixels, torch.zeros(images, *size).byte()]
-            more = [labeled[0], labeled[1].int()] if about.unlabeled else []
+
+            def made_up(images: int) -> list[Tensor]:
+                pixels = torch.zeros(images, info.channels, *size, dtype=kind_of)
+                return [pixels, torch.zeros(images, *size).byte()]
+
+            labeled, more = made_up(data.batch_size), []
+            if about.unlabeled:
+                pixels, padding = made_up(data.unlabeled_images)
+                more = [pixels, padding.int()]
             outside = settings.masks.folder is not None
             given = [*labeled, *more] if kind.images != "none" else labeled
             yield batch_of(given, kind, outside), step

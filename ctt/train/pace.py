@@ -51,10 +51,12 @@ def seconds_of_step(plan: Plan, parts: dict[str, int]) -> float | None:
 
 
 def _timed(plan: Plan, images: int) -> float:
+    """Return the seconds of a step of so many labelled images, and its part of unlabelled ones."""
     s = plan.settings
+    beside = max(1, images * s.data.unlabeled_images // s.data.batch_size)
     settings = replace(
         s,
-        data=replace(s.data, batch_size=images, workers=0),
+        data=replace(s.data, batch_size=images, unlabeled_batch_size=beside, workers=0),
         train=replace(s.train, accumulate=1, compile="off", cuda_graph=False, profile=0),
     )
     plan = replace(plan, settings=settings, origins=[])

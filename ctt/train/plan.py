@@ -81,6 +81,9 @@ class Plan:
         if settings.data.crop == FITTING:
             crop = fitting_crop(source, labeled, settings.data.resize)
             settings = replace(settings, data=replace(settings.data, crop=crop))
+        if about.paired:
+            data = replace(settings.data, unlabeled_batch_size=0)
+            settings = replace(settings, data=data)
         pairs = settings.pairs or about.pairs
         masks = outside_masks(settings, source, unlabeled)
         parts = (about, pairs, device, source, labeled, unlabeled)
@@ -157,7 +160,10 @@ class Plan:
         weights = sum(p.numel() for p in method.students[0].parameters()) / 1e6
         backbone = f" with {', '.join(model.backbone)}" if model.backbone else ""
         networks = " and ".join(dict.fromkeys(model.names))
-        beside = " and as many unlabelled" if self.about.unlabeled else ""
+        beside = ""
+        if self.about.unlabeled:
+            same = s.data.unlabeled_images == s.data.batch_size
+            beside = f" and {'as many' if same else s.data.unlabeled_images} unlabelled"
         text = (
             f"Network {networks}{backbone} ({weights:.1f} million weights), crops of "
             f"{s.data.crop[0]}x{s.data.crop[1]} pixels, {s.data.batch_size} labelled{beside} "
@@ -303,15 +309,15 @@ def finished(network: M, settings: Settings, device: torch.device) -> M:
 
 def images_at_once(settings: Settings, unlabeled: bool) -> int:
     """Return how many images a student of one process sees in one forward."""
-    images = settings.data.batch_size // settings.train.accumulate
-    return 2 * images if unlabeled else images
+    images = settings.data.batch_size + (settings.data.unlabeled_images if unlabeled else 0)
+    return images // settings.train.accumulate
 
 
 def check_batch_norm(student: SegmentationModel, settings: Settings, unlabeled: bool) -> None:
     """Refuse a batch of which a batch norm of the student gets a single value for a channel.
 
     Args:
-        unlabeled: whether as many unlabelled images as labelled ones are in it.
+        unlabeled: whether there are unlabelled images in it.
     """
     if images_at_once(settings, unlabeled) > 1:
         return

@@ -60,7 +60,7 @@ class Streams:
         dataset = ViewDataset(images, ids, view, labeled, s.seed, purpose, rare)
         steps = engine.rounds.starts[number + 1] - engine.iteration
         share = (engine.world.rank, engine.world.size)
-        draws = (len(ids), d.batch_size, engine.drawn, steps)
+        draws = (len(ids), self._batch(purpose), self._first(purpose), steps)
         sampler = DrawSampler(*draws, s.seed, purpose, *share, rare)
         stream = load(dataset, sampler, d.workers, pin_memory=engine.device.type == "cuda")
         self._opened.append(stream)
@@ -69,13 +69,22 @@ class Streams:
     def drawn(self, steps: int) -> Iterator[str]:
         """Return a line for each of the last steps and each list: the images of all processes."""
         engine, settings = self.engine, self.plan.settings
-        images = settings.data.batch_size * engine.world.size
-        start = engine.drawn - steps * images
         for purpose, ids in self.lists().items():
-            draws = (len(ids), images, start, steps)
+            images = self._batch(purpose) * engine.world.size
+            draws = (len(ids), images, self._first(purpose) - steps * images, steps)
             sampler = DrawSampler(*draws, settings.seed, purpose, rare=self._rare(purpose))
             for i, batch in enumerate(sampler, engine.iteration - steps + 1):
                 yield f"iteration {i}, {purpose}: {', '.join(ids[k] for k, _ in batch)}\n"
+
+    def _batch(self, purpose: str) -> int:
+        """Return how many images of the list a process takes a step."""
+        data = self.plan.settings.data
+        return data.batch_size if purpose == "labeled" else data.unlabeled_images
+
+    def _first(self, purpose: str) -> int:
+        """Return the number of the draw that the next step begins with, on rank 0."""
+        shares = self.engine.drawn // self.plan.settings.data.batch_size  # of a process
+        return shares * self._batch(purpose)
 
     def _rare(self, purpose: str) -> RareClasses | None:
         """Return which draws are made for a class."""

@@ -168,3 +168,14 @@ def test_the_time_left_is_told_early_where_nothing_must_be_waited_for(
         assert bool(shown) == (engine.iteration == told_after)
         left = round((1000 - engine.iteration) * 1.25 / 60)
         assert not shown or shown == f"About {left} minutes to go, without evaluation."
+
+
+def test_images_of_a_step_are_told(tiny: Settings) -> None:
+    more = update(tiny, {"data": {"unlabeled_batch_size": 5}}, "test")
+    for settings, told in (
+        (tiny, "3 labelled and as many unlabelled images a step"),
+        (more, "3 labelled and 5 unlabelled images a step"),
+        (more.with_method("c3-semiseg"), "3 labelled and as many unlabelled images a step"),
+    ):
+        plan = Plan.of(settings, None)
+        assert told in plan.sketch(plan.build())

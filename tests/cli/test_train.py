@@ -57,6 +57,14 @@ def run(arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
             "--train.cuda-graph records the work of one process on a GPU",
         ),
         ("--train.cuda-graph --train.profile 3", "excludes --train.profile"),
+        (
+            "--data.unlabeled-batch-size 7 --train.accumulate 2",
+            "--train.accumulate must divide --data.batch-size 12 and --data.unlabeled-batch-size 7",
+        ),
+        (
+            "--method supervised --data.unlabeled-batch-size 7",
+            "--data.unlabeled-batch-size changes nothing with --method supervised",
+        ),
         ("--train.accumulate 5", "--train.accumulate must divide --data.batch-size 12"),
         (
             "--method mean-teacher --loss.hc 5",

@@ -151,7 +151,7 @@ class Noisy(Fixed):
     present=st.lists(st.integers(0, 10), max_size=4, unique=True),
     known=st.integers(1, 11),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_scores_equal_an_independent_computation(seed: int, present: list[int], known: int) -> None:
     source, network, cpu = Random(seed, present), Noisy(seed, known), torch.device("cpu")
     protocol = EvalSettings(batch_pixels=1)

@@ -89,7 +89,7 @@ class Scene:
 
     def drawn(self, name: str) -> Tensor:
         """Return the random numbers of the step."""
-        return self.engine.step._random[name]
+        return torch.cat(self.engine.step._random[name])
 
     def check(self, terms: dict[str, tuple[float, Tensor]]) -> None:
         """Compare the rendering's weights and values, and the gradients of all that is trained."""

@@ -24,6 +24,7 @@ from tests.train.processes import finish, shown, start
 from tests.train.steps import (
     CPU,
     batch,
+    beside_labeled,
     double,
     exactly,
     make,
@@ -160,7 +161,7 @@ def test_nothing_but_ignored_pixels_teaches_nothing(tiny: Settings, name: str) -
     engine = in_last_round(make(settings_of(name, tiny)))
     run(engine, 4, 2)  # so that banks and running numbers hold something
     images, label = batch(4)
-    more, padding = unlabelled(4)
+    more, padding = unlabelled(beside_labeled(engine, 4))
     terms = engine(
         (images, torch.full_like(label, IGNORE)), (more, torch.full_like(padding, IGNORE))
     )

@@ -30,7 +30,7 @@ def undecided(engine: Engine, b: Batch) -> None:
             weight *= 0 if name.endswith("bias") else 3
         p = scores(student, torch.cat([b["images"], b["unlabeled"]])).softmax(dim=1)
         made = torch.cat([p[len(b["label"]) :], b["unlabeled"]], dim=1)
-        draw = engine.step.rand("dropout-0", (4, 56, 3), 2)[0].T
+        draw = engine.step.rand_each("dropout-0", [(56, 3)] * 4, 1)[0].T
         critic.score.bias -= critic(made, draw)[0][1:].mean()
 
 
@@ -54,7 +54,7 @@ def test_the_objective_is_that_of_the_equations(
     b["padding"][0] = True
     engine, terms = objective(settings, b, iteration, lambda engine: undecided(engine, b))
     (student,), (critic,) = engine.method.students, engine.method.critics
-    kept = engine.step.rand("dropout-0", (4, 56, 3), 2).permute(0, 2, 1) >= 0.5
+    kept = [draw.T >= 0.5 for draw in engine.step.rand_each("dropout-0", [(56, 3)] * 4, 1)]
     y, n = b["label"], 3
     logits = scores(student, torch.cat([b["images"], b["unlabeled"]]))
     p = logits[n:].softmax(dim=1)

@@ -94,7 +94,7 @@ def test_every_term_and_gradient(tiny: Settings, mix: str) -> None:
         p = p.movedim(1, -1).flatten(0, 2)
     mine = student(torch.cat([scene.images, images])).features
     mine = method.heads[0](mine).movedim(1, -1).flatten(0, 2)
-    ticket = scene.drawn("anchors 0").movedim(1, 0).flatten()
+    ticket = scene.drawn("anchors 0").flatten()
     draw, losses = scene.drawn("negatives 0"), []
     for c in range(11):
         of_class = (own == c).nonzero().flatten().tolist()

@@ -1,15 +1,9 @@
-"""Poison for what an operation forgets to write, and one setting of hypothesis."""
+"""Poison for what an operation forgets to write."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-
-settings.register_profile(
-    "ctt", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("ctt")
 
 
 @pytest.fixture(autouse=True)

@@ -111,20 +111,30 @@ def double(build: Callable[..., T], *arguments: Any) -> T:
         torch.set_default_dtype(torch.float32)
 
 
+def beside_labeled(engine: Engine, size: int) -> int:
+    """Return how many unlabelled images come with labelled ones: more, where they need not be as
+    many."""
+    return size if methods.get(engine.settings.method).paired else size + 2
+
+
 def run(engine: Engine, size: int, steps: int, first: int = 0) -> list[dict[str, Tensor]]:
-    """Train on batches of `size` images, of which this process takes its own.
+    """Train on batches of `size` labelled images, of which this process takes its own.
 
     Returns:
         what each step gives, summed over the processes.
     """
     world, seen = engine.world, []
-    own = slice(world.rank * size // world.size, (world.rank + 1) * size // world.size)
+    beside = beside_labeled(engine, size)
+    own, others = (
+        slice(world.rank * n // world.size, (world.rank + 1) * n // world.size)
+        for n in (size, beside)
+    )
     for i in range(first, first + steps):
         images = engine.rounds.rounds[engine.rounds.at(engine.iteration)].images
         packed = images == "kept" or engine.settings.masks.folder is not None
-        more = kept(size, seed=100 + i) if packed else unlabelled(size, seed=100 + i)
+        more = kept(beside, seed=100 + i) if packed else unlabelled(beside, seed=100 + i)
         labeled = [x[own] for x in batch(size, seed=i)]
-        unlabeled = None if images == "none" else (more[0][own], more[1][own])
+        unlabeled = None if images == "none" else (more[0][others], more[1][others])
         terms = engine((labeled[0], labeled[1]), unlabeled)
         seen.append({name: world.total(value) for name, value in terms.items()})
     return seen

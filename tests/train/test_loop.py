@@ -75,6 +75,7 @@ def test_a_resumed_run_ends_bit_equal(
     tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     settings = with_teacher(dataclasses.replace(tiny, method=method), tmp_path)
+    settings = update(settings, {"data": {"unlabeled_batch_size": 4}}, "test")  # beside three
     whole = train(settings, out=tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -88,6 +89,9 @@ def test_a_resumed_run_ends_bit_equal(
         del state["seconds"], state["waited"]
     assert_equal_states(*states)
     assert whole["miou"] == parts["miou"]
+    about = methods.get(method)
+    beside = 6 * 3 if about.paired else 6 * 4 if about.unlabeled else 0
+    assert whole["images_drawn"] == 6 * 3 + beside
     rows = []
     for name in ("whole", "parts"):
         with (tmp_path / name / "metrics.csv").open() as file:

@@ -126,10 +126,12 @@ def test_activations_grow_with_the_batch_and_shrink_with_its_parts(tiny: Setting
             {"data": {"batch_size": 4}},
             {"data": {"batch_size": 8}},
             {"data": {"batch_size": 8}, "train": {"accumulate": 2}},
+            {"data": {"batch_size": 4, "unlabeled_batch_size": 12}},
         )
     ]
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.05)
     assert sizes[2] == pytest.approx(sizes[0], rel=0.05)
+    assert sizes[3] == pytest.approx(sizes[1], rel=0.1)
 
 
 def test_contrast_takes_memory(tiny: Settings) -> None:
