@@ -83,7 +83,7 @@ def test_a_large_network_on_a_cpu_is_told(tmp_path: Path) -> None:
     change = {"data_root": str(root), "train": {"device": "cpu", "threads": 1}}
     settings = update(update(Settings(), recipes.load("folder"), "recipe"), change, "test")
     warnings = Plan.of(settings, None).warnings()
-    assert any("there is no GPU for deeplabv3plus. --recipe folder-small" in w for w in warnings)
+    assert any("there is no GPU for deeplabv3plus. `recipe` folder-small" in w for w in warnings)
 
 
 @pytest.mark.parametrize(
