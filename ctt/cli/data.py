@@ -1,4 +1,4 @@
-"""ctt-data: check, convert and describe data, draw splits, fetch what may be fetched."""
+"""ctt-data: check, convert, describe and cut data, draw splits, fetch what may be fetched."""
 
 from __future__ import annotations
 
@@ -121,12 +121,14 @@ def _main(arguments: list[str]) -> int:
 
     from ctt.cli.coco_masks import CocoMasks, coco_masks
     from ctt.cli.stats import Stats, stats
+    from ctt.cli.tiles import Tiles, tiles
 
     command = tyro.extras.subcommand_cli_from_dict(
         {
             "check": Check,
             "convert": Convert,
             "stats": Stats,
+            "tiles": Tiles,
             "split": Split,
             "fetch": Fetch,
             "coco-masks": CocoMasks,
@@ -141,6 +143,8 @@ def _main(arguments: list[str]) -> int:
         return convert(command)
     if isinstance(command, Stats):
         return stats(command)
+    if isinstance(command, Tiles):
+        return tiles(command)
     if isinstance(command, CocoMasks):
         return coco_masks(command)
     return split(command) if isinstance(command, Split) else fetch(command)

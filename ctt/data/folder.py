@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +15,7 @@ from ctt.data.files import FileSource, list_names, require_root, same_name
 from ctt.data.labels import LabelMap
 from ctt.data.options import SourceOptions
 from ctt.data.pictures import STATS
+from ctt.data.remarks import of_size
 from ctt.data.source import IGNORE
 from ctt.data.split import NO_MASK, read_lines, readings
 from ctt.errors import UserError
@@ -189,6 +190,11 @@ class Folder(FileSource):
             for name in walk(self.root, "")
             if name.lower().endswith(MASK_SUFFIXES) and not name.startswith(own)
         }
+
+    def remarks(self, names: Iterable[str], threads: int = 1) -> list[str]:
+        listed = [*names]
+        large = of_size((self.image_path(name) for name in listed), threads)
+        return [*super().remarks(listed, threads), *large]
 
     def label_map(self, mask: Path) -> LabelMap:
         return self.labels

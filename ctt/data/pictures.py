@@ -108,7 +108,8 @@ def too_large(path: Path, width: int, height: int) -> UserError:
     return UserError(
         f"{path}: the image has {width}x{height} pixels, and {most_pixels():,} are read at most, "
         f"so that a small file cannot fill the memory. If it is as large as that, set the "
-        f"environment variable {MOST_PIXELS_VARIABLE}={width * height}."
+        f"environment variable {MOST_PIXELS_VARIABLE}={width * height}; of a TIFF file "
+        f"`ctt-data tiles` makes pieces without it."
     )
 
 

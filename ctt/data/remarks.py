@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -14,7 +15,9 @@ from PIL import Image
 
 from ctt.data.pictures import is_turned, open_picture, pages
 from ctt.data.pixels import WORD
+from ctt.data.rasters import Raster
 
+LARGE = 50_000_000  # pixels of an image from which on it takes most of the time of a step
 PAGED = (".tif", ".tiff", ".webp")  # endings of formats that often have several pages
 
 
@@ -89,6 +92,38 @@ def of_channels(images: list[Traits]) -> list[str]:
         "Warning: {} of the {} images looked at have transparent pixels, such as {}: they are "
         "shown on white.",
     )
+
+
+def of_size(paths: Iterable[Path], threads: int = 1) -> list[str]:
+    """Return a warning if some images are so large that reading them takes long.
+
+    Args:
+        threads: files opened at a time; 0: one for each core.
+    """
+    files = list(paths)
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        sizes = pool.map(_pixels, files)
+        large = [path for path, size in zip(files, sizes, strict=True) if size > LARGE]
+    return (
+        [
+            f"Warning: {len(large)} of the {len(files)} images looked at have more than {LARGE:,} "
+            f"pixels, such as {large[0]}. Training reads all of one for each crop of it. "
+            f"`ctt-data tiles` cuts a folder into pieces."
+        ]
+        if large
+        else []
+    )
+
+
+def _pixels(path: Path) -> int:
+    """Return the size of an image; 0 if it cannot be opened, which its reading tells."""
+    try:
+        with open_picture(path) as file:
+            return file.width * file.height
+    except Exception:  # such as a TIFF of channels that Pillow does not know
+        with contextlib.suppress(Exception), Raster(path) as raster:
+            return int(raster.width * raster.height)
+    return 0
 
 
 def of_turning(images: list[Traits]) -> list[str]:
