@@ -23,6 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--seconds", type=float, default=5.0, help="time for the rounds of one comparison"
     )
+    group.addoption(
+        "--methods", default="", help="comma-separated methods of test_methods.py; by default all"
+    )
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out")
     group.addoption("--no-record", action="store_true", help="do not append to benchmarks/results")
 

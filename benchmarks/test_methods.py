@@ -76,7 +76,11 @@ def test_methods(
     seconds: float,
     record: Callable[[list[Row]], None],
     note: Callable[[str], None],
+    request: pytest.FixtureRequest,
 ) -> None:
+    chosen = request.config.getoption("--methods")
+    # distill needs a finished run, and costs what its teachers' forward passes do
+    names = chosen.split(",") if chosen else [n for n in methods.names() if n != "distill"]
     settings = settings_of(BASELINE, size)
     batches = make_batches(settings, 11, device)
     count, (height, width) = settings.data.batch_size, settings.data.crop
@@ -84,9 +88,7 @@ def test_methods(
     shape = f"{count}+{count}x{height}x{width} {network}"
     setting = Setting("method", size, shape, "float32", device)
     lines = [f"cost of a step, {shape} ({device_name(device)})"]
-    for name in methods.names():
-        if name == "distill":
-            continue  # it needs a finished run, and costs what its teachers' forward passes do
+    for name in names:
         # two at a time, because all networks together would fill the memory
         runs = {BASELINE: step_of(BASELINE, size, device, batches)}
         runs[name] = step_of(name, size, device, batches)

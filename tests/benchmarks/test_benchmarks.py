@@ -142,6 +142,7 @@ def test_every_way_of_the_benchmarks_is_right() -> None:
         [
             *(sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider"),
             *("--sizes", "tiny", "--seconds", "0", "--no-compile", "--no-record"),
+            *("--methods", "cross-teacher,self-training"),
         ],
         capture_output=True,
         text=True,
