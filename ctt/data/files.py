@@ -78,7 +78,7 @@ class FileSource(Source):
             self.notes = tuple(self._held_out() if n == before else n for n in self.notes)
 
     def _held_out(self) -> str:
-        return f"{len(self._eval)} of the images with masks are held out and evaluated on."
+        return f"Evaluated on: {len(self._eval)} of the images with masks, which are held out."
 
     def _draw(self, share: float) -> tuple[list[str], list[str]]:
         """Names to evaluate on and to train on, at least one of each.

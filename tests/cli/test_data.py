@@ -338,7 +338,7 @@ def test_the_held_out_part_shows_every_class_or_it_is_told(tmp_path: Path, call:
     settings = Settings(dataset="folder", data_root=root, ratio="5", method="supervised")
     plan = Plan.of(settings, None)
     assert any(text in warning for warning in plan.warnings())
-    assert "--ratio 5 takes 5 of the 18 training images with masks" in plan.source.notes[-1]
+    assert "`ratio` 5 takes 5 of the 18 training images with masks" in plan.source.notes[-1]
 
 
 def test_equal_faults_are_told_once(tmp_path: Path, call: Call) -> None:

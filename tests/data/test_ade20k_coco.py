@@ -164,6 +164,6 @@ def test_annotations_of_other_classes_are_refused(tree: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ade20k", "coco"])
 def test_fetch_says_where_to_take_them(name: str) -> None:
-    with pytest.raises(UserError, match="`data_root`"):
+    with pytest.raises(UserError, match="--data-root"):
         data_program(["fetch", name])
     assert dataclasses.is_dataclass(OPTIONS)

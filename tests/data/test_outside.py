@@ -110,13 +110,13 @@ def test_packed_values_come_back() -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("missing", r"no such file, but --masks.folder must hold a mask of every"),
+        ("missing", r"no such file, but `masks.folder` must hold a mask of every"),
         ("size", r"has 7x5 pixels, but its image has 40x40"),
         ("class", r"holds numbers that are no class: 77"),
-        ("sure", r"--masks.confidence must hold a map of confidence of every"),
+        ("sure", r"`masks.confidence` must hold a map of confidence of every"),
         ("deep", r"a map of confidence is a grey image of 8 bits"),
         ("unequal", r"has 7x5 pixels, but its mask has 40x40"),
-        ("folder", r"--masks.folder .*nowhere: there is no such folder"),
+        ("folder", r"`masks.folder` .*nowhere: there is no such folder"),
     ],
 )
 def test_what_is_wrong_is_refused_before_training(
@@ -150,9 +150,9 @@ def test_what_is_wrong_is_refused_before_training(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--masks.weight 2", "--masks.weight changes nothing without --masks.folder"),
-        ("--method supervised --masks.folder x", "--masks.folder changes nothing with --method"),
-        ("--masks.folder x --masks.fade 2", "--masks.fade must be in 0..1"),
+        ("--masks.weight 2", "`masks.weight` changes nothing without `masks.folder`"),
+        ("--method supervised --masks.folder x", "`masks.folder` changes nothing with `method`"),
+        ("--masks.folder x --masks.fade 2", "`masks.fade` must be in 0..1"),
     ],
 )
 def test_settings_without_effect_are_refused(arguments: str, message: str) -> None:

@@ -225,9 +225,9 @@ def test_the_papers_methods_are_all_there() -> None:
         ("tau --seed 3", "--seed is not for all runs of an experiment. Give --seeds"),
         ("tau --ratio 1/4", "Give --shares"),
         ("tau table5", "table5: this belongs to no option"),
-        ("tau --train.iterations 0", "--train.iterations must be at least 1"),
-        ("tau --shares few", "--ratio few is no ratio"),
-        ("tau --seeds -1", "--seed must be in 0"),
+        ("tau --train.iterations 0", "`train.iterations` must be at least 1"),
+        ("tau --shares few", "`ratio` few is no ratio"),
+        ("tau --seeds -1", "`seed` must be in 0"),
     ],
 )
 def test_bad_input_is_told(arguments: str, text: str, tmp_path: Path) -> None:

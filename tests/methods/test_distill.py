@@ -90,10 +90,10 @@ def _two_classes(root: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--method distill", "--method distill needs --teacher"),
+        ("--method distill", "`method` distill needs `teacher`"),
         ("--method distill --teacher nowhere", "nowhere"),
-        ("--method supervised --teacher x", "--teacher changes nothing with --method supervised"),
-        ("--method distill --options.temperature 0", "--options.temperature must be above 0"),
+        ("--method supervised --teacher x", "`teacher` changes nothing with `method` supervised"),
+        ("--method distill --options.temperature 0", "`options.temperature` must be above 0"),
     ],
 )
 def test_bad_arguments_are_told(arguments: str, message: str, tmp_path: Path) -> None:

@@ -218,9 +218,9 @@ def test_a_run_keeps_the_weights_that_it_began_with(tiny: Settings, out: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--labeled.focal 0.5", "--labeled.focal must be 0 or at least 1"),
-        ("--labeled.weights -1 2", "--labeled.weights must be at least 0"),
-        ("--labeled.beta 1", "--labeled.beta"),
+        ("--labeled.focal 0.5", "`labeled.focal` must be 0 or at least 1"),
+        ("--labeled.weights -1 2", "`labeled.weights` must be at least 0"),
+        ("--labeled.beta 1", "`labeled.beta`"),
         ("--labeled.weights 1 2", "has 2 numbers, but the data has 11 classes"),
         ("--labeled.weights 1 2 --labeled.class-weights enet", "changes nothing with"),
     ],

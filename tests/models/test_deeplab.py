@@ -223,7 +223,7 @@ def test_frozen_batch_norms_stay() -> None:
     ("backbone", "text"),
     [
         ("resnet1O1", r"no such model\. Near: .*resnet101"),
-        ("halonet26t", "cannot serve this --model.name: it takes no images of 65 x 65"),
+        ("halonet26t", "cannot serve this `model.name`: it takes no images of 65 x 65"),
         ("hf-hub:timm/resnet18", "no such model"),
     ],
 )

@@ -74,7 +74,7 @@ def test_the_library_is_asked_for_where_it_is_missing(
     [
         ("smp:unot", "resnet18", "smp:unot: no such architecture. Known: .*smp:unet"),
         ("smp:unet", "mit_b9", "Near: .*mit_b"),
-        ("smp:linknet", "mit_b0", "cannot be built on --model.backbone mit_b0"),
+        ("smp:linknet", "mit_b0", "cannot be built on `model.backbone` mit_b0"),
         ("smp:unet", "swin_tiny_patch4_window7_224", "cannot be built on"),
     ],
 )

@@ -194,8 +194,8 @@ def test_the_number_of_iterations_of_rounds_is_fixed(tiny: Settings, tmp_path: P
     settings = settings_of("self-training", tiny)
     train(settings, out=tmp_path / "run")
     for change, message in (
-        ({"train": {"iterations": 30}}, r"--train.iterations 30: this run was started with 24"),
-        ({"options": {"first": 0.5}}, r"--options.first 0.5: this run was started with 0.3"),
+        ({"train": {"iterations": 30}}, r"`train.iterations` 30: this run was started with 24"),
+        ({"options": {"first": 0.5}}, r"`options.first` 0.5: this run was started with 0.3"),
     ):
         with pytest.raises(UserError, match=message):
             train(update(settings, change, "test"), resume=tmp_path / "run")
