@@ -230,7 +230,7 @@ def test_folder_without_val_holds_images_out(tmp_path: Path) -> None:
     root = trees.write_folder(tmp_path, labeled=10, evaluation=0)
     source = opened("folder", root, holdout=0.3)
     assert (len(source.train_ids()), len(source.eval_ids())) == (7, 3)
-    assert "3 of the images with masks are held out" in source.notes[0]
+    assert "3 of the images with masks, which are held out" in source.notes[0]
     assert opened("folder", root, holdout=0.3).eval_ids() == source.eval_ids()
 
 
