@@ -72,7 +72,7 @@ def ending(
         f"{plan.settings.train.iterations} iterations in {seconds:.0f} s of training. Everything "
         f"is in {folder}\n"
         f"Best network: {best['network']} after iteration {best['iteration']}, mIoU "
-        f"{miou:.1f} over {classes} on {evaluated} images.\n"
+        f"{miou:.1f} over {classes} on {evaluated} image{'s' * (evaluated != 1)}.\n"
         f"Next: ctt-predict {quoted} IMAGES --out masks"
     )
 
