@@ -87,7 +87,7 @@ def recipes_of(values: dict[str, Any], source: str, given: Given) -> list[str]:
 
 
 def _group(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the settings of a group in a file; none if it holds something else, which is told."""
+    """Return the settings of a group in a file; none if it holds what `update` refuses."""
     group = values.get(name)
     return group if isinstance(group, dict) else {}
 

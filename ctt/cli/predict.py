@@ -56,7 +56,7 @@ class Arguments:
     rank: bool = False
     """Write which of the images to label next, and no masks of the others: rank.csv, a sheet of the
     first ones (rank.png), their files and their masks. Without images, those that the run has
-    without labels. The run's teachers are asked, whatever --network says."""
+    without labels. The run's teachers rate them, whatever --network says."""
     first: int = 20
     """rank: how many images are copied out with their masks, to be labelled."""
     annotations: tuple[Literal["coco", "labelme", "cvat"], ...] = ("coco",)
@@ -271,7 +271,7 @@ def segment(jobs: list[Job], predict: Predict, info: DatasetInfo, parsed: Argume
     """Write the results of every image that can be read; images of one size go together.
 
     Returns:
-        what is to be said of the others.
+        messages about the others.
     """
     import torch
     from rich.progress import Progress
@@ -326,7 +326,7 @@ def segment_rasters(
     """Write the results of every raster that can be read, tile by tile.
 
     Returns:
-        what is to be said of the others.
+        messages about the others.
     """
     from rich.progress import Progress
 

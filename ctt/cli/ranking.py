@@ -195,7 +195,7 @@ def images_of(
 def rated(
     committee: Committee, entries: list[Entry], read: Callable[[Entry], Tensor], workers: int
 ) -> tuple[list[Entry], list[Rating], list[str]]:
-    """Return the images that can be read, their ratings, and what is to be said of the others."""
+    """Return the images that can be read, their ratings, and messages about the others."""
     from rich.progress import Progress
 
     kept, ratings, failures = [], [], []

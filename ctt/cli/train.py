@@ -50,7 +50,7 @@ class Arguments(Settings):
     """Check settings, data, weights and folders, tell how much memory and time the run takes, and
     write nothing."""
     card: str = ""
-    """With --dry-run: GPU for which hours are told, such as rtx4090, a100 or h100; by default all
+    """With --dry-run: GPU whose hours are estimated, such as rtx4090, a100 or h100; by default all
     that are known."""
     cards: int = 0
     """With --dry-run: how many of them, beside one; by default as many as there are processes."""

@@ -26,7 +26,7 @@ LAYOUT = "holds ADEChallengeData2016 with images and annotations"
 PLACES = ("", "ADEChallengeData2016")
 IMAGES, MASKS = "images", "annotations"
 TRAIN, EVALUATION = 20_210, 2000
-LOOKED_AT = 100  # masks from which it is told what their numbers mean
+LOOKED_AT = 100  # masks that show what their numbers mean
 
 CLASSES = tuple(
     """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
@@ -56,8 +56,8 @@ class Ade20k(FileSource):
     """Names are those of the files: `ADE_train_00000001`.
 
     In the masks of the archive 0 means `other`, which is ignored, and c + 1 is class c. Masks that
-    other programs have shifted hold class c as c and 255 for `other`. Which of the two is told from
-    the numbers in a hundred of them, and said in `notes`.
+    other programs have shifted hold class c as c and 255 for `other`. The
+    numbers in a hundred of them show which of the two they are, and `notes` says so.
 
     Args:
         root: ADEChallengeData2016, or the folder around it.
@@ -105,7 +105,9 @@ class Ade20k(FileSource):
         shifted ones do."""
         for name in names[:: max(1, len(names) // LOOKED_AT)][:LOOKED_AT]:
             path = self.mask_path(name)
-            with contextlib.suppress(UserError):  # a missing or broken one is told when it is read
+            with contextlib.suppress(
+                UserError
+            ):  # a broken one is reported when it is read
                 values = read_mask(path).values if path.is_file() else np.zeros(1)
                 if (values == IGNORE).any():
                     return True

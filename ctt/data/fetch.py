@@ -32,7 +32,7 @@ Progress = Callable[[int, int | None], None]  # bytes so far, and in all where t
 
 @dataclass(frozen=True)
 class Archive:
-    """A file to be had, and its SHA-256 in hexadecimal digits."""
+    """A file to download, and its SHA-256 in hexadecimal digits."""
 
     url: str
     sha256: str

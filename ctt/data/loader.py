@@ -235,7 +235,7 @@ def reraise_full_shared_memory() -> Iterator[None]:
 
 
 def lost_worker(error: Exception) -> str:
-    """Return what is to be said if a process that loads images has ended; else an empty text.
+    """Return the message if a process that loads images has ended, else an empty text.
 
     PyTorch may raise the error at any place of the main thread, or find the connection to that
     process broken.

@@ -104,7 +104,7 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
 
 
 def too_large(path: Path, width: int, height: int) -> UserError:
-    """Return what is to be said of an image of more pixels than `most_pixels`."""
+    """Return the message about an image of more pixels than `most_pixels`."""
     return UserError(
         f"{path}: the image has {width}x{height} pixels, and {most_pixels():,} are read at most, "
         f"so that a small file cannot fill the memory. If it is as large as that, set the "
@@ -265,7 +265,7 @@ def _whole(path: Path, values: np.ndarray[tuple[int, ...], np.dtype[np.floating]
 
 
 def broken(path: Path, what: str, error: Exception) -> UserError:
-    """Return what is to be said of a file that cannot be read as `what`."""
+    """Return the message about a file that cannot be read as `what`."""
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path}: there is no such file.")
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -95,7 +95,7 @@ class Source(ABC):
 
     @abstractmethod
     def label(self, name: str) -> Tensor:
-        """Return (H, W) uint8, class or 255. Never asked for of an unlabelled image."""
+        """Return (H, W) uint8, class or 255. Never called for an unlabelled image."""
 
     def test_ids(self) -> list[str]:
         """Return names of the test images, whose labels only the benchmark's server has; sorted."""
@@ -139,7 +139,7 @@ class Source(ABC):
         return None
 
     def evaluate_on(self, names: Iterable[str]) -> None:  # noqa: B027 (most datasets fix it)
-        """Hold these training images out, where a drawn part of them is held out now."""
+        """Hold out these training images instead of the part of them that was drawn."""
 
     def line(self, name: str) -> str:
         """Return the image in a split list for other programs: the paths of image and mask."""

@@ -53,7 +53,7 @@ class Place:
 
 
 class Committee:
-    """The networks of a run that are asked, and how each sees an image.
+    """The networks of a run that rate images, and how each sees an image.
 
     These are the teachers of a run with several pairs, else all its networks.
 

@@ -53,6 +53,7 @@ class Networks(Modules[SegmentationModel]):
 
 
 def unchanged(network: M) -> M:
+    """Return the network as it is."""
     return network
 
 
@@ -88,6 +89,7 @@ class Setup:
 
     @property
     def classes(self) -> int:
+        """Return C, how many classes the dataset has."""
         return len(self.info.classes)
 
     def student(self, k: int, attempt: int = 0) -> SegmentationModel:
@@ -165,7 +167,7 @@ class Round:
 
 
 class Labeler(Protocol):
-    """What the engine lends a method between two rounds.
+    """What the engine offers a method between two rounds.
 
     Attributes:
         unlabeled: names of the unlabelled images.
@@ -198,16 +200,16 @@ class Labeler(Protocol):
 
 
 class Step(Protocol):
-    """What the engine lends a method during a step. See `StepContext`."""
+    """What the engine offers a method during a step. See `StepContext`."""
 
     iteration: int
     """Steps before this one."""
     rank: int
     """Number of this process, from 0."""
     processes: int
-    """How many share the batch."""
+    """How many processes share the batch."""
     alone: bool
-    """Whether it is one; then `total` and `roll` need no messages."""
+    """Whether this is the only process; then `total` and `roll` need no messages."""
 
     def __getitem__(self, name: str) -> float | Tensor:
         """Return the number of this step from the schedule of that name."""
@@ -282,8 +284,8 @@ class Method(nn.Module):
     """A training method: networks, the terms of its objective, and what follows a step.
 
     Whatever it registers (networks, banks, a discriminator) is on the device, in the checkpoint and
-    averaged over processes without another line. The engine calls `prepare`, `losses` for each part
-    of the batch with a backward pass each, and `after_step`.
+    averaged over processes without any further code. The engine calls `prepare`, then `losses` and a
+    backward pass for each part of the batch, then `after_step`.
 
     The batch holds `images` (B, 3, H, W) in 0..1 and `label` (B, H, W) int64 with 255 for ignored
     pixels. If the method takes unlabelled images, it holds as many of them, `unlabeled`
@@ -350,8 +352,10 @@ class Method(nn.Module):
         return self.losses(b, step)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Return the optimisers by name. Each group has an `lr_factor`, which times the run's
-        learning rate is its own."""
+        """Return the optimisers by name.
+
+        The learning rate of a group is that of the run times its `lr_factor`.
+        """
         return {"students": make_optimizer(self.students, self.settings)}
 
     def schedules(self) -> dict[str, Schedule]:
@@ -365,7 +369,7 @@ class Method(nn.Module):
     def begin_round(self, labeler: Labeler) -> None:
         """Choose and label images for the round `self.round`, which is not the first.
 
-        Called without gradient. If the run is stopped meanwhile, it is called anew.
+        The engine calls this without gradient, and once more if the run was stopped meanwhile.
         """
 
     def stage(self, iteration: int) -> int:

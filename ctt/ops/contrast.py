@@ -47,7 +47,7 @@ def info_nce(
     Returns:
         () or (N,), in float32 (float64 for float64 queries). 0 with zero gradient where no pixel
         counts. Half-precision inputs are accumulated in float32, under autocast too. The gradient
-        is made together with the loss: a second derivative is not offered, asking for one raises.
+        is computed together with the loss; asking for a second derivative raises an error.
         torch.func.grad works, and vmap as a loop over its batch.
 
     Raises:

@@ -29,8 +29,8 @@ def ema_update_(
     Args:
         teacher: tensors of any shapes, all on one device, as a list, tuple or other iterable;
             written in place. Or a module, of which all parameters and buffers are taken, or a state
-            dict. The same list of the same tensors call after call, not new views of them, spares
-            the host most: a module is walked through at each call.
+            dict. Pass the same list of the same tensor objects, not new views of them, in every
+            call to spare the host: their checks are cached, but a module is walked through anew.
         student: as many tensors, pairwise of the same shape (of modules and state dicts: of the
             same name); a student in half precision may feed a teacher in float32. A teacher in half
             precision loses steps that are smaller than its rounding: keep teachers in float32.

@@ -1,4 +1,4 @@
-"""What the engine lends a method during a step: networks, random numbers, counts, schedules."""
+"""What the engine offers a method during a step: networks, random numbers, counts, schedules."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def dry_run(
     No file is written.
 
     Args:
-        card: for which hours are told, see `ctt.train.cost.CARDS`; empty: all of them.
+        card: whose hours are estimated, see `ctt.train.cost.CARDS`; empty: all of them.
         cards: how many, beside one; 0: as many as there are processes.
 
     Raises:

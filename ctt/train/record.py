@@ -63,7 +63,7 @@ class Recorder:
     def _tell(self, what: Callable[[Logger], None]) -> None:
         """Do the same with every logger; one that fails is left out from then on.
 
-        A server that does not answer must not end a run of days; a full disk is told at once.
+        A server that does not answer must not end a run of days; a full disk is reported at once.
         """
         for logger in list(self.loggers):
             try:
