@@ -105,9 +105,7 @@ class Ade20k(FileSource):
         shifted ones do."""
         for name in names[:: max(1, len(names) // LOOKED_AT)][:LOOKED_AT]:
             path = self.mask_path(name)
-            with contextlib.suppress(
-                UserError
-            ):  # a broken one is reported when it is read
+            with contextlib.suppress(UserError):  # a broken one is reported when it is read
                 values = read_mask(path).values if path.is_file() else np.zeros(1)
                 if (values == IGNORE).any():
                     return True

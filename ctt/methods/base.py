@@ -284,7 +284,7 @@ class Method(nn.Module):
     """A training method: networks, the terms of its objective, and what follows a step.
 
     Whatever it registers (networks, banks, a discriminator) is on the device, in the checkpoint and
-    averaged over processes without any further code. The engine calls `prepare`, then `losses` and a
+    averaged over processes without further code. The engine calls `prepare`, then `losses` and a
     backward pass for each part of the batch, then `after_step`.
 
     The batch holds `images` (B, 3, H, W) in 0..1 and `label` (B, H, W) int64 with 255 for ignored
