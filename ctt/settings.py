@@ -324,11 +324,11 @@ class TrainSettings:
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Automatic mixed precision."""
     compile: Literal["off", "network", "blocks"] = "off"
-    """Compile the networks by torch.compile: as a whole, or only the blocks that repeat in them,
-    which starts sooner and is not as fast later. Evaluation runs them as they are."""
+    """Compile the networks by torch.compile: as a whole, or each repeated block once, which gives a
+    faster start and slightly slower steps. Evaluation runs them as they are."""
     gradient_checkpointing: bool = False
-    """Keep of the blocks that repeat in a student their inputs alone, and compute the rest again in
-    the backward pass: much less memory for about a third more time. Gradients are the same."""
+    """Keep only the inputs of a student's repeated blocks, and compute the rest again in the
+    backward pass: much less memory for about a third more time. Gradients are the same."""
     shard_optimizer: bool = False
     """Share the states of the optimiser out among the processes (ZeRO, stage 1): each remembers its
     part of the weights alone, which N processes then hold an N-th of. Without effect in one."""

@@ -33,6 +33,7 @@ PARAMETERS = (
     "form",
     "images",
     "network",
+    "only",
     "out",
     "push",
     "recipe",

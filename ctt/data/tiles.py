@@ -177,9 +177,9 @@ def cut(
     """
     source = _Whole(root, SourceOptions())
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--to {target} holds something already. Give a new folder.")
+        raise UserError(f"`to` {target} holds something already. Give a new folder.")
     if target.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"--to {target} lies in {root}, whose images are cut. Give another folder.")
+        raise UserError(f"`to` {target} lies in {root}, whose images are cut. Give another folder.")
     result = Cut()
     parts = (source.train_ids(), source.unlabeled_ids(), source.eval_ids())
     names = [*itertools.chain(*parts)]

@@ -65,7 +65,7 @@ class Experiment:
         known = {variant.name: variant for variant in self.variants}
         for name in names:
             if name not in known:
-                raise UserError(f"--only {name}: no such row. Rows: {', '.join(known)}.")
+                raise UserError(f"`only` {name}: no such row. Rows: {', '.join(known)}.")
         return [v for v in self.variants if not names or v.name in names]
 
     def iterations(self, variant: Variant, base: int) -> Iterator[tuple[str, int]]:

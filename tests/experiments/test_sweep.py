@@ -220,7 +220,7 @@ def test_the_papers_methods_are_all_there() -> None:
     ("arguments", "text"),
     [
         ("nothing", "no such experiment. Experiments: shares, table4"),
-        ("tau --only 3", "--only 3: no such row. Rows: 0.05, 0.1"),
+        ("tau --only 3", "`only` 3: no such row. Rows: 0.05, 0.1"),
         ("tau --jobs 0", "--jobs must be at least 1"),
         ("tau --seed 3", "--seed is not for all runs of an experiment. Give --seeds"),
         ("tau --ratio 1/4", "Give --shares"),
