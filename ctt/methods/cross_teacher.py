@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from ctt.methods.base import Batch, Modules, Setup, Step, Terms
 from ctt.methods.losses import to_grid
 from ctt.methods.optim import make_optimizer
 from ctt.methods.pseudo_labels import PseudoLabels
+from ctt.methods.teacher_banks import TeacherBanks
 from ctt.models.base import Output
-from ctt.ops import MemoryBank
 
 
 class CrossTeacher(PseudoLabels):
@@ -30,27 +31,17 @@ class CrossTeacher(PseudoLabels):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        loss, bank = self.settings.loss, self.settings.bank
+        loss = self.settings.loss
         self.contrasts = loss.hc > 0 or loss.lc > 0
-        self.per_class = bank.per_class or max(1, bank.capacity // setup.labeled)
         widths = [student.feature_channels for student in self.students]
-        self.banks = Modules[MemoryBank](
-            MemoryBank(setup.classes, bank.capacity, min(widths)) for _ in self.students
-        )
+        self.banks = TeacherBanks(setup, min(widths))
         self.projects = self.contrasts and len(set(widths)) > 1
         if self.projects:
             self.add_projections(setup, widths)
             self.find_unused = True  # before the contrast begins
         if self.contrasts:
-            self.terms, self.logged = (
-                ("sup", "ct", "hc", "lc", *self.terms[2:]),
-                (
-                    "lost_pixels",
-                    "queues_full",
-                    "keys_alike",
-                    "keys_apart",
-                ),
-            )
+            self.terms = ("sup", "ct", "hc", "lc", *self.terms[2:])
+            self.logged = ("lost_pixels", *TeacherBanks.LOGGED)
 
     def add_projections(self, setup: Setup, widths: Sequence[int]) -> None:
         with setup.seeded("projections"):
@@ -153,60 +144,7 @@ class CrossTeacher(PseudoLabels):
     def after_step(self, b: Batch, step: Step) -> None:
         super().after_step(b, step)
         if self.contrasts:
-            self.fill_banks(b, step)
-
-    def fill_banks(self, b: Batch, step: Step) -> None:
-        """Push teacher k's features of well classified labelled pixels into bank k."""
-        bank = self.settings.bank
-        pushes = list(self.pushes(len(b["images"]), step))
-        drawn = bank.random_choice and bank.top_k > self.per_class
-        if drawn:
-            shape = (len(self.banks), len(pushes), self.banks[0].num_classes, bank.top_k)
-            tickets = step.rand("bank", shape)
-        for k, (teacher, queues) in enumerate(zip(self.teachers, self.banks, strict=True)):
-            out = step.forward(teacher, b["images"])
-            with step.phase("banks"):
-                truth = to_grid(b["label"], teacher.grid)
-                features = self.projected("slow_projections", k, out.features, step)
-                confidence, predicted = out.logits.float().softmax(dim=1).max(dim=1)
-                valid = (predicted == truth) & (confidence >= bank.min_confidence)
-                for i, part in enumerate(pushes):
-                    queues.push(
-                        losses.as_pixels(features[part]),
-                        truth[part].flatten(),
-                        confidence[part].flatten(),
-                        valid=valid[part].flatten(),
-                        top_k=bank.top_k if bank.random_choice else self.per_class,
-                        per_class=self.per_class,
-                        ticket=tickets[k, i] if drawn else None,
-                    )
-
-    def pushes(self, images: int, step: Step) -> Iterator[slice]:
-        """Say which of its images a process gives to each push: all, or one of one process."""
-        if not self.settings.bank.per_image:
-            yield slice(None)
-            return
-        for i in range(images * step.processes):
-            rank, image = divmod(i, images)
-            yield slice(image, image + 1) if rank == step.rank else slice(0, 0)
+            self.banks.fill(b, self.teachers, partial(self.projected, "slow_projections"), step)
 
     def report(self) -> dict[str, float]:
-        if not self.contrasts:
-            return {}
-        full = torch.stack([bank.full.float().mean() for bank in self.banks]).mean()
-        similar = torch.stack([torch.stack(similarities(bank)) for bank in self.banks]).mean(dim=0)
-        alike, apart = similar.tolist()
-        return {"queues_full": float(full), "keys_alike": alike, "keys_apart": apart}
-
-
-def similarities(bank: MemoryBank) -> tuple[Tensor, Tensor]:
-    """Return the mean cosine of two keys of one class, and of two classes; 0 of no such two."""
-    sums = bank.keys.sum(dim=1)  # (C, D); places that hold no key are 0
-    count = bank.count.to(sums.dtype)
-    pairs = count * (count - 1)
-    within = ((sums.square().sum(dim=1) - count) / pairs.clamp(min=1))[pairs > 0]
-    means = sums[bank.count > 0] / count[bank.count > 0, None]
-    between = means @ means.T
-    others = len(means) * (len(means) - 1)
-    apart = (between.sum() - between.diagonal().sum()) / max(1, others)
-    return within.sum() / max(1, len(within)), apart
+        return self.banks.report() if self.contrasts else {}

@@ -10,8 +10,7 @@ entropy for which the class is an unlikely one.
 This is the paper's rule; in the program, conditions that contradict each other leave the queues all
 but empty. The representation head is on the features that the classifier reads, not beside the
 decoder. Each push draws up to `pushed` pixels of a class, and queues are shorter than the program's
-30,000. Thresholds of entropy are in steps of 1/1024 of its range. Class masks instead of boxes are
---options.mix classmix-fewer.
+30,000. Thresholds of entropy are in steps of 1/1024 of its range.
 """
 
 from __future__ import annotations

@@ -344,7 +344,8 @@ def test_banks_hold_well_classified_pixels_of_the_teacher(tiny: Settings) -> Non
     shown[labels == 2] = 3  # the teacher will say 3 where the truth is 2
     images = torch.stack([20 * shown, shown, shown], dim=1)
     with torch.no_grad():
-        method.fill_banks({"images": to_unit(images), "label": labels.long()}, engine.step)
+        b = {"images": to_unit(images), "label": labels.long()}
+        method.banks.fill(b, method.teachers, lambda k, features, step: features, engine.step)
     for bank in method.banks:
         held = bank.count.tolist()
         assert held[2] == 0

@@ -13,7 +13,7 @@ from ctt import checkpoint, run
 from ctt.data.digits import Digits
 from ctt.data.source import IGNORE
 from ctt.errors import UserError
-from ctt.methods.cross_teacher import similarities
+from ctt.methods.teacher_banks import similarities
 from ctt.models.base import SegmentationModel
 from ctt.ops import MemoryBank
 from ctt.settings import EvalSettings, Settings, update
