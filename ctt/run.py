@@ -7,7 +7,7 @@ import dataclasses
 import errno
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ctt.data.source import Source
 from ctt.data.split import read_lines
 from ctt.errors import UnwritableError, UserError
 from ctt.files import atomic_write
+from ctt.models.weights import IMAGENET
 from ctt.settings import Settings, to_dict, update
 
 CONFIG = "config.yaml"
@@ -36,6 +37,11 @@ FIXED_IN = {
     "data": ("eval_split", "labeled_pool", "voc_set", "holdout"),
     "bank": ("capacity",),
     "labeled": ("class_weights", "weights"),
+}
+# What the score depends on, by which the run has chosen its best network so far.
+SCORED = {
+    "data": ("eval_images",),
+    "eval": ("protocol", "window", "stride", "fit", "flip", "scales", "amp"),
 }
 
 
@@ -115,6 +121,9 @@ def with_whole_paths(settings: Settings) -> Settings:
     def whole(path: Path | None) -> Path | None:
         return path if path is None or str(path).startswith("~") else path.absolute()
 
+    weights = tuple(
+        w if w in ("none", IMAGENET) else str(whole(Path(w))) for w in settings.model.weights
+    )
     return dataclasses.replace(
         settings,
         data_root=whole(settings.data_root),
@@ -122,6 +131,7 @@ def with_whole_paths(settings: Settings) -> Settings:
         split_unlabeled=whole(settings.split_unlabeled),
         teacher=whole(settings.teacher),
         data=dataclasses.replace(settings.data, cache=whole(settings.data.cache)),
+        model=dataclasses.replace(settings.model, weights=weights),
         masks=dataclasses.replace(
             settings.masks,
             folder=whole(settings.masks.folder),
@@ -263,7 +273,33 @@ def check_resumable(old: Settings, new: Settings) -> None:
         UserError: names the setting, what the run has and what was asked for.
     """
     old, new = with_whole_paths(old), with_whole_paths(new)
-    pairs: list[tuple[str, Any, Any]] = []
+    for name, before, after in [*_fixed(old, new), *_values_in(FIXED_IN, old, new)]:
+        if before != after:
+            raise UserError(
+                f"`{name}` {after}: the run to be resumed has {before}, and its checkpoint fits "
+                f"nothing else. Leave it out, or start a new run."
+            )
+    for name, before, after in _values_in(SCORED, old, new):
+        if before != after:
+            raise UserError(
+                f"`{name}` {after}: the run to be resumed has {before}, and scores by both do not "
+                f"compare, so its best network could not be told. Leave it out; ctt-eval scores "
+                f"the networks of a run by other protocols."
+            )
+
+
+def _values_in(
+    groups: Mapping[str, Sequence[str]], old: Settings, new: Settings
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, old and new value of these settings."""
+    for group, names in groups.items():
+        for name in names:
+            before, after = getattr(getattr(old, group), name), getattr(getattr(new, group), name)
+            yield f"{group}.{name}", before, after
+
+
+def _fixed(old: Settings, new: Settings) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, old and new value of `FIXED`."""
     for name in FIXED:
         before, after = getattr(old, name), getattr(new, name)
         if name == "pairs":  # 0 stands for what the method uses by default
@@ -271,16 +307,6 @@ def check_resumable(old: Settings, new: Settings) -> None:
             before, after = before or default, after or default
         if dataclasses.is_dataclass(before):
             for f in dataclasses.fields(before):
-                pairs.append((f"{name}.{f.name}", getattr(before, f.name), getattr(after, f.name)))
+                yield f"{name}.{f.name}", getattr(before, f.name), getattr(after, f.name)
         else:
-            pairs.append((name, before, after))
-    for group, names in FIXED_IN.items():
-        for name in names:
-            before, after = getattr(getattr(old, group), name), getattr(getattr(new, group), name)
-            pairs.append((f"{group}.{name}", before, after))
-    for name, before, after in pairs:
-        if before != after:
-            raise UserError(
-                f"`{name}` {after}: the run to be resumed has {before}, and its checkpoint fits "
-                f"nothing else. Leave it out, or start a new run."
-            )
+            yield name, before, after

@@ -7,7 +7,7 @@ import pytest
 
 from ctt import run
 from ctt.errors import UserError
-from ctt.settings import DataSettings, Settings
+from ctt.settings import DataSettings, ModelSettings, Settings, update
 from ctt.train.dry_run import dry_run
 from ctt.train.loop import train
 from tests.data import trees
@@ -27,6 +27,33 @@ def test_paths_of_a_run_hold_in_every_folder(
     run.check_resumable(settings, kept)  # a run of a version that kept them as they were given
     with pytest.raises(UserError, match="`split_labeled`"):
         run.check_resumable(kept, dataclasses.replace(settings, split_labeled=Path("other.txt")))
+
+
+def test_weights_of_a_run_are_found_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Self-training starts its students from them again in a later round."""
+    monkeypatch.chdir(tmp_path)
+    model = ModelSettings(weights=("imagenet", "none", "net.pth"))
+    settings = Settings(model=model)
+    kept = run.read_settings(run.create(tmp_path / "run", settings))
+    assert kept.model.weights == ("imagenet", "none", str(tmp_path / "net.pth"))
+    run.check_resumable(kept, settings)
+
+
+@pytest.mark.parametrize(
+    ("option", "change"),
+    [
+        ("--eval.flip True", {"eval": {"flip": True}}),
+        ("--eval.scales", {"eval": {"scales": [0.5, 1.0]}}),
+        ("--data.eval-images 20", {"data": {"eval_images": 20}}),
+    ],
+)
+def test_scores_of_a_run_compare(option: str, change: dict[str, object]) -> None:
+    """The best network so far was chosen by them."""
+    with pytest.raises(UserError, match=rf"^{option}.* scores by both do not compare"):
+        run.check_resumable(Settings(), update(Settings(), change, ""))
+    run.check_resumable(Settings(), update(Settings(), {"eval": {"batch_pixels": 9}}, ""))
 
 
 def test_a_run_goes_on_from_another_folder(

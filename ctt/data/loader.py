@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
+from ctt.data.prepare import Prepared
 from ctt.data.rare import RareClasses, pixel_of
 from ctt.data.seeding import derive_seed, generator
 from ctt.data.source import Source
@@ -95,7 +96,7 @@ class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Prepared,
         ids: list[str],
         view: GeometricView,
         labeled: bool,

@@ -30,8 +30,10 @@ def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(label[None, None], size, mode="nearest-exact")[0, 0]
 
 
-class Prepared(Source):
+class Prepared:
     """The training images of a source, resized, and read from a cache where there is one.
+
+    It reads images that are chosen already; which ones there are is the source's matter.
 
     The cache is a folder of arrays, one file for an image and one for a label, written when they
     are first read. They are mapped into memory: all loader processes, ranks and runs on a machine
@@ -50,19 +52,13 @@ class Prepared(Source):
         in_files = isinstance(source, FileSource)
         self.cache = expanded(cache, "`data.cache`") if in_files and cache else None
 
-    def train_ids(self) -> list[str]:
-        return self.source.train_ids()
-
-    def eval_ids(self) -> list[str]:
-        return self.source.eval_ids()
-
-    def files(self, name: str, labeled: bool) -> list[Path]:
-        return self.source.files(name, labeled)
-
     def image(self, name: str) -> Tensor:
+        """Return an image as `Source.image` does, at the size for training."""
         return self._cached("image", name, lambda: self._resized_image(self.source.image(name)))
 
     def label(self, name: str) -> Tensor:
+        """Return the label that belongs to `image`, which is 255 where that has no data."""
+
         def read() -> Tensor:
             label = self.source.pair(name)[1]  # whose size is the image's
             return label if self.size is None else resize_label(label, self.size)
@@ -70,6 +66,7 @@ class Prepared(Source):
         return self._cached("label", name, read)
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return image (C, H, W) and label (H, W)."""
         if self.cache is not None:
             return self.image(name), self.label(name)
         image, label = self.source.pair(name)
@@ -93,18 +90,23 @@ class Prepared(Source):
         return value
 
     def _key(self, kind: str, name: str) -> str:
-        """Names the bytes that would be read: by the file, when it was written, and how."""
+        """Names the bytes that would be read: by the files, when they were written, and how.
+
+        A label depends on its image, too, which may have pixels without data.
+        """
         assert isinstance(self.source, FileSource)
-        path = self.source.files(name, labeled=kind == "label")[-1]
-        try:
-            state = path.stat()
-        except OSError:
-            raise UserError(f"{path}: there is no such file.") from None
-        parts = [kind, os.fspath(path.resolve()), state.st_mtime_ns, state.st_size, self.size]
-        parts += [self.info.white, self.source.turned, self.info.bands, self.info.ranges]
+        files = self.source.files(name, labeled=kind == "label")
+        parts: list[object] = [kind, self.size, self.info.white, self.source.turned]
+        parts += [self.info.bands, self.info.ranges]
+        for path in files:
+            try:
+                state = path.stat()
+            except OSError:
+                raise UserError(f"{path}: there is no such file.") from None
+            parts += [os.fspath(path.resolve()), state.st_mtime_ns, state.st_size]
         digest = hashlib.blake2b(repr(parts).encode(), digest_size=16)
         if kind == "label":
-            digest.update(self.source.label_map(path).key())
+            digest.update(self.source.label_map(files[-1]).key())
         return digest.hexdigest()
 
     def _keep(self, path: Path, value: Tensor) -> None:
@@ -120,6 +122,8 @@ class Prepared(Source):
         except OSError as error:
             if part is not None:
                 part.unlink(missing_ok=True)
+            if isinstance(error, PermissionError) and path.is_file():
+                return  # Windows: another process wrote it meanwhile, and has it open
             raise UserError(
                 f"`data.cache` {self.cache} cannot be written ({error.strerror}). Give a folder "
                 f"with more room, or leave it out."

@@ -1,6 +1,7 @@
 """Class probabilities of images under a protocol: small functions, each around a simpler one.
 
-A `Predict` maps normalised images (B, 3, H, W) to class probabilities (B, C, H, W) in float32.
+A `Predict` maps images (B, 3, H, W), normalised or as they are read, to class probabilities
+(B, C, H, W) in float32.
 Windows, flips and scales are combined as means of probabilities.
 """
 
@@ -38,13 +39,26 @@ def predictor(network: SegmentationModel, info: DatasetInfo, settings: EvalSetti
     predict: Predict = partial(whole, network, settings.amp)
     if settings.fit == "resize" and network.multiple > 1:
         predict = partial(resized, network, settings.amp)
+    resampled = settings.scales != (1.0,)
+    if not resampled:  # windows are normalised one by one, so that large images stay uint8
+        predict = partial(normalized, predict, info)
     if settings.protocol == "sliding":
         predict = partial(sliding, predict, settings.window, settings.stride, settings.batch_pixels)
     if settings.flip:
         predict = partial(flipped, predict)
-    if settings.scales != (1.0,):
-        predict = partial(multi_scale, predict, settings.scales)
-    return lambda images: predict(normalize(to_unit(images), info))
+    if resampled:
+        predict = partial(normalized, partial(multi_scale, predict, settings.scales), info)
+    return predict
+
+
+def normalized(predict: Predict, info: DatasetInfo, images: Tensor) -> Tensor:
+    """Return `predict` of images (B, C, H, W), normalised by the dataset's statistics.
+
+    Args:
+        images: uint8, or in 0..1 with NaN where there is no data, which becomes the mean.
+    """
+    normal = normalize(to_unit(images), info)
+    return predict(normal.nan_to_num(0) if images.is_floating_point() else normal)
 
 
 def whole(network: SegmentationModel, amp: str, images: Tensor) -> Tensor:
@@ -89,7 +103,7 @@ def sliding(
     rows, columns = starts(size[0], height, stride), starts(size[1], width, stride)
     corners = list(product(rows, columns))
     together = max(1, batch_pixels // (len(images) * height * width))
-    count = images.new_zeros(size)
+    count = torch.zeros(size, device=images.device)
     total: Tensor | None = None  # (B, C, H, W)
     for first in range(0, len(corners), together):
         part = corners[first : first + together]

@@ -101,7 +101,7 @@ class Segmenter(nn.Module):
         several = getattr(images, "ndim", 0) == 4 or (
             isinstance(images, Iterable) and not hasattr(images, "ndim") and not _is_one(images)
         )
-        predict: Predict = self._normalized_probability
+        predict: Predict = self._probability
         if tile is not None:
             window = (tile, tile) if isinstance(tile, int) else tile
             predict = partial(sliding, predict, window, OVERLAP, batch_pixels)
@@ -109,16 +109,20 @@ class Segmenter(nn.Module):
         found = list[Tensor]()
         for group in stacks(pixels, lambda image: image.shape[1:], batch_pixels):
             batch = torch.stack(group).to(self.mean.device)
-            unit = batch if batch.is_floating_point() else batch.float() / 255
-            result = predict(self.normalize(unit).nan_to_num(0))  # without data it is the mean
+            result = predict(batch)
             if not probabilities:
-                missing = unit.isnan().any(dim=1)
-                result = result.argmax(dim=1).masked_fill(missing, IGNORE).to(torch.uint8)
+                result = result.argmax(dim=1)
+                if batch.is_floating_point():
+                    result.masked_fill_(batch.isnan().any(dim=1), IGNORE)
+                result = result.to(torch.uint8)
             found += result.cpu()
         return found if several else found[0]
 
-    def _normalized_probability(self, normalized: Tensor) -> Tensor:
-        return self.logits(normalized).softmax(dim=1)
+    def _probability(self, images: Tensor) -> Tensor:
+        """Return (B, C, H, W) of images as `pixels_of` gives them; without data they are the
+        mean."""
+        unit = images if images.is_floating_point() else images.float() / 255
+        return self.logits(self.normalize(unit).nan_to_num(0)).softmax(dim=1)
 
     def pixels_of(self, image: Any) -> Tensor:
         """Return an image, see `predict`, as the dataset has its images.
@@ -136,7 +140,7 @@ class Segmenter(nn.Module):
 def _is_one(images: Any) -> bool:
     from PIL import Image
 
-    return isinstance(images, str | Path | Image.Image)
+    return isinstance(images, str | bytes | Path | Image.Image)
 
 
 def _rgb_of(image: Any, info: DatasetInfo) -> Tensor:
@@ -145,6 +149,7 @@ def _rgb_of(image: Any, info: DatasetInfo) -> Tensor:
 
     from ctt.data.pixels import to_rgb
 
+    given = type(image).__name__
     if isinstance(image, Tensor):
         pixels = image
     else:
@@ -153,10 +158,17 @@ def _rgb_of(image: Any, info: DatasetInfo) -> Tensor:
             if image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] in ((1,), (4,))):
                 image = Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image)
         array = to_rgb(image, info.white) if isinstance(image, Image.Image) else image
+        if array.dtype.kind not in "uifb":
+            raise ValueError(f"predict takes images or paths of their files; got {given}.")
         # a copy: pictures share memory not to be written
         pixels = torch.from_numpy(np.array(array))
         pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels
-    if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8:
+    if (
+        pixels.ndim != 3
+        or pixels.shape[0] != 3
+        or pixels.dtype != torch.uint8
+        or not pixels.numel()
+    ):
         raise ValueError(
             f"predict takes RGB images of uint8, an array (H, W, 3) or a tensor (3, H, W); "
             f"got {tuple(pixels.shape)} of {pixels.dtype}."
@@ -174,7 +186,8 @@ def _bands_of(image: Any, info: DatasetInfo) -> Tensor:
         values = values[None]
     elif values.ndim == 3 and not isinstance(image, Tensor):
         values = np.moveaxis(values, 2, 0)
-    if values.ndim != 3 or len(values) != info.channels or values.dtype.kind not in "uif":
+    fits = values.ndim == 3 and len(values) == info.channels and values.size > 0
+    if not fits or values.dtype.kind not in "uif":
         raise ValueError(
             f"predict takes images of {info.channels} bands, an array (H, W, {info.channels}) or a "
             f"tensor ({info.channels}, H, W); got {np.shape(image)} of {values.dtype}."

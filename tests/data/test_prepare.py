@@ -74,6 +74,45 @@ def test_a_cache_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> 
         Prepared(source, None, tmp_path / "file").image(source.train_ids()[0])
 
 
+def test_a_file_that_another_process_wrote_and_reads_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows replaces no file that is mapped into memory."""
+    source = data.open_source("voc", trees.write_voc(tmp_path / "data"), SourceOptions())
+    kept, name = Prepared(source, None, tmp_path / "cache"), source.train_ids()[0]
+    replace = Path.replace
+
+    def race(part: Path, path: Path) -> None:
+        replace(part, path)
+        part.touch()
+        raise PermissionError(13, "Access is denied")
+
+    monkeypatch.setattr(Path, "replace", race)
+    assert torch.equal(kept.image(name), source.image(name))
+    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".npy"]
+
+
+def test_a_label_in_the_cache_follows_its_image(tmp_path: Path) -> None:
+    """Where an image of bands has no data, its label is 255."""
+    pytest.importorskip("rasterio")
+    from tests.data.rasters import save, scene
+
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "dataset.yaml").write_text("classes: [a, b]\nbands: [1, 2]\nrange: [0, 3000]\n")
+    image, mask = scene((30, 40), 0)
+    image = image[:2] + 1
+    for name in ("one", "two"):
+        save(tmp_path / "images" / f"{name}.tif", image, nodata=0)
+        trees.save_image(tmp_path / "masks" / f"{name}.png", mask)
+    source = data.open_source("folder", tmp_path, SourceOptions())
+    kept, name = Prepared(source, None, tmp_path / "cache"), source.train_ids()[0]
+    assert not (kept.label(name) == 255).any()
+    image[:, :4] = 0
+    save(source.files(name, labeled=False)[0], image, nodata=0)
+    assert (kept.label(name)[:4] == 255).all()
+
+
 def test_images_in_memory_are_not_cached(tmp_path: Path) -> None:
     source = Digits(3, 1)
     kept = Prepared(source, None, tmp_path / "cache")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctt.data.digits import INFO
+from ctt.data.views import to_unit
 from ctt.inference.predict import (
     Predict,
     for_images,
@@ -93,6 +94,20 @@ def test_flip_changes_only_what_is_not_symmetric() -> None:
     mirrored = probability(network, images.flip(-1), flip).flip(-1)
     torch.testing.assert_close(found, mirrored)
     assert not torch.allclose(found, probability(network, images, plain))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_large_image_is_normalised_window_by_window(
+    flip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole it would take eight times the memory of its pixels."""
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        "ctt.inference.predict.to_unit", lambda x: [to_unit(x), seen.append(x.shape)][0]
+    )
+    settings = EvalSettings(protocol="sliding", window=(16, 16), flip=flip, batch_pixels=512)
+    probability(Pointwise(), pictures((100, 90), 1), settings)
+    assert {shape[2:] for shape in seen} == {(16, 16)}
 
 
 def test_windows_average_where_they_overlap() -> None:

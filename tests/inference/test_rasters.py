@@ -91,6 +91,23 @@ def test_rgb_networks_read_rasters_as_they_read_files(tmp_path: Path, kind: str)
     assert torch.allclose(part, whole[:, 2:12, 4:24])
 
 
+@pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.0)])
+def test_rgb_networks_see_the_mean_where_a_raster_has_no_data(
+    tmp_path: Path, scales: tuple[float, ...]
+) -> None:
+    """What is no number would spread over all that the network sees around it."""
+    image, _ = scene((40, 60), 0)
+    image = (image[:3] // 20).astype(np.uint8) + 1
+    image[:, 3:9, 20:40] = 0
+    save(tmp_path / "a.tif", image, nodata=0)
+    network = models.build("small", 2, 4, 4).eval()
+    found = predictor(network, RGB, EvalSettings(scales=scales))
+    filled = torch.from_numpy(image).float() / 255
+    filled[:, 3:9, 20:40] = 0.5
+    with Raster(tmp_path / "a.tif") as raster, torch.no_grad():
+        torch.testing.assert_close(found(for_network(raster, None, RGB)[None]), found(filled[None]))
+
+
 def test_rasters_of_other_numbers_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "a.tif", np.zeros((3, 8, 8), np.float32))
     with Raster(tmp_path / "a.tif") as raster, pytest.raises(UserError, match="holds float32"):

@@ -65,9 +65,13 @@ def test_what_is_no_image(weights: Path) -> None:
         torch.zeros(3, 5, 5),
         torch.zeros(1, 4, 5, 5, dtype=torch.uint8),
         [torch.zeros(5, 5, dtype=torch.uint8)],
+        np.zeros((0, 5, 3), np.uint8),
     ):
         with pytest.raises(ValueError, match="takes RGB images of uint8"):
             segmenter.predict(bad)
+    for other in (None, b"picture.png", object()):
+        with pytest.raises(ValueError, match=r"takes images .*; got (NoneType|bytes|object)"):
+            segmenter.predict(other)
 
 
 def test_several_images_and_tiles(weights: Path, tmp_path: Path) -> None:
