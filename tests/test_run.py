@@ -44,14 +44,14 @@ def test_weights_of_a_run_are_found_from_every_folder(
 @pytest.mark.parametrize(
     ("option", "change"),
     [
-        ("--eval.flip True", {"eval": {"flip": True}}),
-        ("--eval.scales", {"eval": {"scales": [0.5, 1.0]}}),
-        ("--data.eval-images 20", {"data": {"eval_images": 20}}),
+        ("eval.flip` True", {"eval": {"flip": True}}),
+        ("eval.scales`", {"eval": {"scales": [0.5, 1.0]}}),
+        ("data.eval_images` 20", {"data": {"eval_images": 20}}),
     ],
 )
 def test_scores_of_a_run_compare(option: str, change: dict[str, object]) -> None:
     """The best network so far was chosen by them."""
-    with pytest.raises(UserError, match=rf"^{option}.* scores by both do not compare"):
+    with pytest.raises(UserError, match=rf"^`{option}.* scores by both do not compare"):
         run.check_resumable(Settings(), update(Settings(), change, ""))
     run.check_resumable(Settings(), update(Settings(), {"eval": {"batch_pixels": 9}}, ""))
 

@@ -42,6 +42,28 @@ def tensor(
         raise ValueError(f"{operation}: {name} must be on {device}, got {value.device}")
 
 
+def pairs(operation: str, name: str, what: str, value: object) -> None:
+    """Check a list of pairs.
+
+    Args:
+        what: a pair, as in the message.
+
+    Raises:
+        TypeError: it is no list or tuple of pairs.
+        ValueError: it is empty.
+    """
+    many = (list, tuple)
+    if not isinstance(value, many):
+        found = type(value).__name__
+        raise TypeError(f"{operation}: {name} must be a list of {what}, got {found}")
+    for i, pair in enumerate(value):
+        if not isinstance(pair, many) or len(pair) != 2:
+            found = type(pair).__name__
+            raise TypeError(f"{operation}: {name}[{i}] must be {what}, got {found}")
+    if not value:
+        raise ValueError(f"{operation}: {name} must hold at least one {what}, got none")
+
+
 def number(operation: str, name: str, value: object) -> float:
     """Return a scalar of any usual kind, such as NumPy's, as a number.
 

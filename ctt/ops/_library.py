@@ -99,7 +99,7 @@ def contrast(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, its gradient by the query, and its slope by the temperature, if needed."""
-    name = "info_nce" if positive is None else "pair_info_nce"
+    name = _named(positive)
     tau: float | Tensor = temperature if learned is None else _value(name, learned)
     module = select(name, backend, query.device)
     options = (mask, tau, reduction, need_grad, need_slope)
@@ -111,6 +111,10 @@ def contrast(
     if grad is None:
         grad = query.new_empty(0, dtype=gradient_dtype(query))
     return loss, grad, loss.new_empty(0) if slope is None else slope
+
+
+def _named(positive: Tensor | None) -> str:
+    return "info_nce" if positive is None else "pair_info_nce"
 
 
 def _value(operation: str, temperature: Tensor) -> float | Tensor:
@@ -170,7 +174,8 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, *_, learned = inputs[:8]
+    query, positive, *_, learned = inputs[:8]
+    ctx.operation = _named(positive)
     ctx.dtype, ctx.banks = query.dtype, len(inputs[3])
     ctx.learned = None if learned is None else learned.dtype
     ctx.mark_non_differentiable(*output[1:])
@@ -178,12 +183,19 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.set_materialize_grads(False)
 
 
-@torch.autograd.function.once_differentiable
+def no_second_derivative(operation: str) -> RuntimeError:
+    """Return the error that stands for a derivative that would be wrong: 0 where it is not."""
+    return RuntimeError(
+        f"{operation} has no second derivatives (create_graph=True, torch.func.hessian) and no "
+        f"forward mode; ctt.ops.reference.{operation} has both"
+    )
+
+
 def _scale(
     ctx: Any, grad_loss: Tensor | None, in_place: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the query and the temperature from those that were made with the loss."""
-    grad, slope = ctx.saved_tensors
+    grad, slope = ctx.saved_tensors[:2]
     by_query = by_temperature = None
     if grad_loss is not None and ctx.needs_input_grad[0]:
         factor = grad_loss[:, None] if grad_loss.dim() else grad_loss
@@ -198,6 +210,8 @@ def _scale(
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise no_second_derivative(ctx.operation)
     by_query, by_temperature = _scale(ctx, grad_loss, False)
     lists = ([None] * ctx.banks, [None] * ctx.banks)
     return (by_query, None, None, *lists, None, None, by_temperature, *(None,) * 4)
@@ -217,15 +231,62 @@ class Contrast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # by create_graph=True
+            raise no_second_derivative(ctx.operation)
         by_query, by_temperature = _scale(ctx, grad_loss, not _graph_is_kept())
         return (by_query, *(None,) * 6, by_temperature, *(None,) * 4)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise no_second_derivative(ctx.operation)
+
+
+class FirstDerivative(torch.autograd.Function):
+    """Gradients as they are, which can be had, and not be differentiated again.
+
+    torch.func.grad asks for the graph of every backward, needed or not, so that one cannot refuse.
+    """
+
+    @staticmethod
+    def forward(operation: str, gradient: Tensor, *of: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.operation = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise no_second_derivative(ctx.operation)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise no_second_derivative(ctx.operation)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int | None]:
+        return FirstDerivative.apply(*inputs), in_dims[1]
 
 
 class TransformedContrast(Contrast):
     """The same under torch.func, whose form of a function costs 100 microseconds a call more."""
 
     forward = staticmethod(contrast)  # type: ignore[assignment]
-    setup_context = staticmethod(_keep)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _keep(ctx, inputs, output)
+        of = [x for x in (inputs[0], inputs[7]) if x is not None]
+        ctx.save_for_backward(*output[1:], *of)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+        of = ctx.saved_tensors[2:]
+        by_query, by_temperature = (
+            None if x is None else FirstDerivative.apply(ctx.operation, x, *of)
+            for x in _scale(ctx, grad_loss, False)
+        )
+        return (by_query, *(None,) * 6, by_temperature, *(None,) * 4)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, tuple[int, ...]]:

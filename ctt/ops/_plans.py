@@ -61,7 +61,8 @@ class Plan:
     """Two lists that fit each other, as long as all their tensors live and lie where they are.
 
     Attributes:
-        averaged: positions of the pairs of floating-point tensors. None: all are.
+        averaged: positions of the pairs of floating-point tensors, of tied ones the first. None:
+            all are.
         copied: positions of the others.
         half: the types of half-precision teachers.
         tables: what backends have made for the averaged pairs, by their names.
@@ -70,8 +71,8 @@ class Plan:
     def __init__(self, teacher: Tensors, student: Tensors) -> None:
         self.layout = layout_of(teacher, student)
         self.copied = [i for i, t in enumerate(teacher) if not t.is_floating_point()]
-        kept = set(self.copied)
-        self.averaged = [i for i in range(len(teacher)) if i not in kept] if kept else None
+        others = {*self.copied, *_tied(teacher, student)}
+        self.averaged = [i for i in range(len(teacher)) if i not in others] if others else None
         self.half = {t.dtype for t in teacher} & {torch.float16, torch.bfloat16}
         self.tables: dict[str, Any] = {}
         self._watches = [weakref.ref(t, self._end) for t in (*teacher, *student)]
@@ -106,6 +107,27 @@ def plan_of(teacher: Tensors, student: Tensors) -> Plan:
     _plans.append(plan)
     del _plans[:-PLANS]
     return plan
+
+
+def _tied(teacher: Tensors, student: Tensors) -> list[int]:
+    """Return the positions of teachers that are in the list already, under another name.
+
+    Raises:
+        ValueError: their students are not the same.
+    """
+    first: dict[tuple[Any, ...], int] = {}
+    found = []
+    for i, t in enumerate(teacher):
+        place = tuple(read(t) for read in _attributes)
+        if t.numel() == 0 or (j := first.setdefault(place, i)) == i:
+            continue
+        if any(read(student[i]) != read(student[j]) for read in _attributes):
+            raise ValueError(
+                f"ema_update_: elements {j} and {i} are one teacher, which cannot follow two "
+                f"students; tie the students' weights, or untie the teachers'"
+            )
+        found.append(i)
+    return found
 
 
 def _check(teacher: Tensors, student: Tensors) -> None:

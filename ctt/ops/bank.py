@@ -104,7 +104,8 @@ class MemoryBank(nn.Module):
         """
         _checks.tensor("MemoryBank.push", "features", features, ("N", self.dim), None)
         _checks.tensor("MemoryBank.push", "label", label, (features.shape[0],), torch.int64)
-        _checks.positive_int("MemoryBank.push", "per_class", per_class)
+        for name, value in (("top_k", top_k), ("per_class", per_class)):
+            _checks.positive_int("MemoryBank.push", name, value)
         if ticket is not None:
             shape = (self.num_classes, top_k)
             _checks.tensor("MemoryBank.push", "ticket", ticket, shape, None, features.device)

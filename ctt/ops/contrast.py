@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ctt.ops import _checks
 from ctt.ops._library import Contrast, TransformedContrast, contrast, is_traced
@@ -47,7 +48,8 @@ def info_nce(
     Returns:
         () or (N,), in float32 (float64 for float64 queries). 0 with zero gradient where no pixel
         counts. Half-precision inputs are accumulated in float32, under autocast too. The gradient
-        is computed together with the loss; asking for a second derivative raises an error.
+        is computed together with the loss; asking for a second derivative or forward mode raises
+        RuntimeError.
         torch.func.grad works, and vmap as a loop over its batch.
 
     Raises:
@@ -105,8 +107,7 @@ def pair_info_nce(
     _checks.tensor(name, "query", query, ("N", "D"), None)
     device = query.device
     _checks.tensor(name, "positive", positive, tuple(query.shape), None, device)
-    if len(banks) == 0:
-        raise ValueError(f"{name}: banks must hold at least one (keys, count), got none")
+    _checks.pairs(name, "banks", "(keys, count)", banks)
     classes: int | str = "C"
     for i, (keys, count) in enumerate(banks):
         _checks.tensor(name, f"banks[{i}][0]", keys, (classes, "V", query.shape[1]), None, device)
@@ -153,7 +154,8 @@ def _contrast(
         # requires_grad does not tell of all levels
         run, need_grad, need_slope = TransformedContrast.apply, differentiates, learned is not None
     else:
-        run = Contrast.apply if need_grad or need_slope else contrast
+        forward_mode = forward_ad._current_level >= 0  # which Contrast refuses, where it is used
+        run = Contrast.apply if need_grad or need_slope or forward_mode else contrast
     arguments = (query, positive, label, keys, counts, mask, tau, learned, reduction)
     loss: Tensor = run(*arguments, need_grad, need_slope, backend)[0]
     return loss

@@ -1,7 +1,7 @@
 """Update of the teachers: exponential moving average of the students' tensors."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ def ema_update_(
             written in place. Or a module, of which all parameters and buffers are taken, or a state
             dict. Pass the same list of the same tensor objects, not new views of them, in every
             call to spare the host: their checks are cached, but a module is walked through anew.
+            Tied weights, which a state dict holds under several names, are averaged once.
         student: as many tensors, pairwise of the same shape (of modules and state dicts: of the
             same name); a student in half precision may feed a teacher in float32. A teacher in half
             precision loses steps that are smaller than its rounding: keep teachers in float32.
@@ -40,8 +41,8 @@ def ema_update_(
 
     Raises:
         TypeError: an element is no tensor, or the types of a pair do not fit.
-        ValueError: another number of tensors, unequal names, shapes or devices, or decay outside
-            0..1.
+        ValueError: another number of tensors, unequal names, shapes or devices, an iterator that
+            is used up, or decay outside 0..1.
         RuntimeError: the backend that was asked for cannot run here.
     """
     decay = _checked(decay)
@@ -126,7 +127,13 @@ def _listed(name: str, x: Averaged) -> Sequence[Tensor]:
             f"ema_update_: {name} must be an iterable of tensors, or both teacher and student "
             f"modules or state dicts; got {type(x).__name__}"
         )
-    return list(x)
+    found = list(x)
+    if not found and isinstance(x, Iterator):
+        raise ValueError(
+            f"ema_update_: {name} is an iterator without tensors; one can be walked through once, "
+            f"so give a list, such as list(network.parameters())"
+        )
+    return found
 
 
 def _warn_of_lost_steps(types: set[torch.dtype], decay: float) -> None:

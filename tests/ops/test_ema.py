@@ -294,6 +294,28 @@ def test_teachers_that_cannot_move_are_told_once(
     assert (teacher == 1).all()
 
 
+@pytest.mark.parametrize("backend", available_backends("cpu")["ema_update_"])
+def test_tied_weights_are_averaged_once(backend: str) -> None:
+    teacher, student = (torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in "ab")) for _ in "ts")
+    for network in (teacher, student):
+        network[1].weight = network[0].weight
+    want = torch.lerp(teacher[0].weight, student[0].weight, 0.5).detach()
+    first, second = (list(network.state_dict().values()) for network in (teacher, student))
+    ema_update_(first, second, 0.5, backend=backend)
+    torch.testing.assert_close(teacher[0].weight.detach(), want)
+    with pytest.raises(ValueError, match="elements 0 and 2 are one teacher"):
+        ema_update_(first, [x.clone() for x in second], 0.5, backend=backend)
+
+
+def test_an_iterator_that_is_used_up_is_told() -> None:
+    """Every update but the first would do nothing."""
+    teacher, student = (torch.nn.Linear(2, 2).parameters() for _ in "ts")
+    ema_update_(teacher, student, 0.5)
+    with pytest.raises(ValueError, match="teacher is an iterator without tensors"):
+        ema_update_(teacher, student, 0.5)
+    ema_update_([], [], 0.5)
+
+
 def test_inside_a_transform_it_is_refused() -> None:
     def loss(x: Tensor) -> Tensor:
         ema_update_([x.clone()], [x], 0.5)

@@ -127,6 +127,8 @@ def test_errors_name_the_argument() -> None:
     features, label, confidence = batch(5, 0)
     with pytest.raises(ValueError, match="features must have shape"):
         bank.push(features[:, :3], label, confidence, top_k=2, per_class=2)
+    with pytest.raises(ValueError, match=r"MemoryBank\.push: top_k must be at least 1"):
+        bank.push(features, label, confidence, top_k=0, per_class=2)
     with pytest.raises(ValueError, match="label must have shape"):
         bank.push(features, label[:4], confidence, top_k=2, per_class=2)
     with pytest.raises(ValueError, match="confidence must have shape"):

@@ -202,10 +202,8 @@ def test_operator_refuses_a_second_derivative() -> None:
     """Otherwise its part that goes through the query would be missing without a word."""
     (query, *rest), *_ = info_nce_arguments("cpu")
     loss = torch.ops.ctt.contrast(query, *rest, "auto")[0]
-    weight = torch.ones((), requires_grad=True)
-    (grad,) = torch.autograd.grad(loss * weight, query, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(loss, query, create_graph=True)
 
 
 def test_available_backends() -> None:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import forward_ad
 
-from ctt.ops import pair_info_nce
+from ctt.ops import MemoryBank, pair_info_nce
 from tests.ops.common import (
     BIG,
     DTYPES,
@@ -206,14 +208,27 @@ def test_a_scaled_loss_keeps_small_gradients_of_float16(backend: str, device: st
 
 
 @RUNS
-def test_double_backward_is_refused(backend: str, device: str) -> None:
+def test_other_derivatives_are_refused(backend: str, device: str) -> None:
+    """They would be 0 without a word."""
     case = contrast(9, 3, 4, 16, device=device)
     query = case.query.clone().requires_grad_()
-    weight = torch.ones((), device=device, requires_grad=True)
-    loss = low_level(backend)(query, case, "class") * weight
-    (grad,) = torch.autograd.grad(loss, query, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+
+    def loss(query: Tensor) -> Tensor:
+        return low_level(backend)(query, case, "class")
+
+    def penalty(query: Tensor) -> Tensor:
+        return torch.func.grad(loss)(query).square().sum()
+
+    refused = pytest.raises(RuntimeError, match=r"^pair_info_nce has no second derivatives")
+    with refused:
+        torch.autograd.grad(loss(query), query, create_graph=True)
+    for transform in (torch.func.grad(penalty), torch.func.jacrev(torch.func.jacrev(loss))):
+        with refused:
+            transform(case.query)
+    with refused:
+        torch.func.jvp(loss, (case.query,), (case.query,))
+    with forward_ad.dual_level(), refused:
+        loss(forward_ad.make_dual(case.query, case.query))
 
 
 def test_errors_name_the_argument() -> None:
@@ -233,6 +248,9 @@ def test_errors_name_the_argument() -> None:
         (TypeError, "positive", {"positive": None}),
         (TypeError, "label", {"label": case.label.int()}),
         (ValueError, "banks", {"banks": []}),
+        (TypeError, r"banks must be a list of", {"banks": MemoryBank(3, 5, 16)}),
+        (TypeError, r"banks\[0\] must be \(keys, count\)", {"banks": (case.keys, None)}),
+        (TypeError, r"banks\[0\] must be \(keys, count\)", {"banks": [MemoryBank(3, 5, 16)]}),
         (ValueError, r"banks\[0\]\[0\]", {"banks": [(case.keys[..., :3], None)]}),
         (ValueError, r"banks\[1\]\[0\]", {"banks": [(case.keys, None), (case.keys[:2], None)]}),
         (ValueError, r"banks\[0\]\[1\]", {"banks": [(case.keys, ones[:2])]}),

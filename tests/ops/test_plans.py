@@ -90,10 +90,13 @@ def test_plans_are_few() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_tensor_listed_twice_is_updated_twice(backend: str) -> None:
+def test_two_views_of_one_memory_are_updated_in_turn(backend: str) -> None:
     teacher, student = pair(200_000)
-    ema_update_([teacher, teacher], [student, student], 0.5, backend=backend)
+    views = [[x, x.view(2, -1)] for x in (teacher, student)]
+    ema_update_(*views, 0.5, backend=backend)
     assert (teacher == 0.25).all()
+    ema_update_([teacher, teacher], [student, student], 0.5, backend=backend)
+    assert (teacher == 0.125).all()  # one tensor under two names
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

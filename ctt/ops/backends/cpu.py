@@ -71,7 +71,7 @@ def ema_update_(
 def _ema_table(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> _EmaTable:
     table, listed = _EmaTable([], [], [], [], [], []), set()
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
-        # a tensor that is listed twice is updated twice, and not by two threads at once
+        # two views of one memory are updated one after the other, not by two threads at once
         if t.data_ptr() in listed or not _in_one_order(t, s):
             table.rest.append(i)
             continue

@@ -112,7 +112,7 @@ def ema_update_(
             weight = (decay, 0, 0)
         _launch("ema_update_", device, table.pairs, table.taken, *weight)
     mark_written(teacher)
-    # after the kernel, so that a tensor that is listed twice is updated twice
+    # after the kernel, so that two views of one memory are updated one after the other
     for i in table.irregular:
         reference.ema_update_([teacher[i]], [student[i]], decay)
 

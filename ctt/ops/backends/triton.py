@@ -297,7 +297,7 @@ def _make_ema_table(teacher: Sequence[Tensor], student: Sequence[Tensor], block:
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
         if t.numel() == 0:
             continue
-        # one tensor given twice is updated twice, one after the other
+        # two views of one memory are updated one after the other
         if t.data_ptr() in seen or not _is_one_run(t, s):
             rest.append(i)
             continue
