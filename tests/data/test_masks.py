@@ -261,7 +261,7 @@ def test_masks_of_any_names_are_paired_by_a_list(tmp_path: Path) -> None:
     assert read_list(root / "list.txt", source, labeled=True) == kept
     swapped = f"{kept[0]}\t{masks[images.index(kept[1])]}"
     (root / "list.txt").write_text(swapped, "utf-8")
-    with pytest.raises(UserError, match=r"which is not its mask\..* see `pairs` of dataset\.yaml"):
+    with pytest.raises(UserError, match=r"which is not its mask\..* see `pairs:` of dataset\.yaml"):
         read_list(root / "list.txt", source, labeled=True)
 
 
@@ -336,9 +336,9 @@ def test_a_threshold_makes_two_classes_of_smooth_masks(tmp_path: Path, file: str
         ("classes: [a, b]\nthreshold: 0", "threshold must be the grey"),
         ("classes: [a, b]\nthreshold: many", "threshold must be the grey"),
         ("classes: [a, b]\nthreshold: 9\nid_map: {0: 0}", "without an id_map"),
-        ("names: [a, b]", "`names` is called `classes` here"),
+        ("names: [a, b]", "`names:` is called `classes:` here"),
         ("nc: 2\nnames: [a, b]\ntrain: x", "YOLO's data.yaml and its labels/ there is `ctt-data"),
-        ("classes: [a, b]\ncolors: []", "`colors` is called `palette` here"),
+        ("classes: [a, b]\ncolors: []", "`colors:` is called `palette:` here"),
         ("classes: [a, b]\ncolour: []", r"white\.$"),
     ],
 )
