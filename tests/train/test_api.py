@@ -43,7 +43,7 @@ def test_it_trains_as_the_program_does(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_file_and_what_is_given_over_it(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("loss: {hc: 0, lc: 3}\nseed: 5\n")
-    with pytest.raises(UserError, match=r"loss\.lc must be at least 0, got -1"):
+    with pytest.raises(UserError, match=r"`loss\.lc` must be at least 0, got -1"):
         ctt.train(config=tmp_path / "a.yaml", **{"loss.lc": -1})
     with pytest.raises(UserError, match=r"ctt\.train: there is no setting loss\.lcc"):
         ctt.train(**{"loss.lcc": -1})
