@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ctt.cli.common import BAD_INPUT, run_program
-from ctt.data import IMAGE_SUFFIXES
+from ctt.data import IMAGE_SUFFIXES, other_images
 from ctt.errors import LoaderError, UnwritableError, UserError
 from ctt.settings import EvalSettings, validate_eval
 from ctt.text import say
@@ -215,9 +215,10 @@ def _matching(pattern: str) -> list[Path]:
 
 def _images_below(folder: Path, out: Path, recursive: bool) -> list[Path]:
     """Sorted; neither hidden ones nor those in the folder of the results."""
-    found = []
+    found, seen = [], []
     for parent, folders, names in os.walk(folder):
         here = Path(parent)
+        seen += names
         folders[:] = [
             name
             for name in sorted(folders)
@@ -228,6 +229,8 @@ def _images_below(folder: Path, out: Path, recursive: bool) -> list[Path]:
             for name in sorted(names)
             if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
         ]
+    if text := other_images(sorted(seen)):
+        say(f"{folder} holds {text}", sys.stderr)
     return found
 
 

@@ -7,16 +7,33 @@ from typing import TYPE_CHECKING
 from ctt.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from ctt.data.options import SourceOptions
     from ctt.data.source import Source
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# what telephones, cameras, browsers, microscopes and scanners of bodies write beside these
+OTHER_SUFFIXES = (
+    *(".heic", ".heif", ".avif", ".jfif", ".jpe", ".jp2", ".jxl", ".gif", ".dng", ".cr2", ".cr3"),
+    *(".nef", ".arw", ".czi", ".lif", ".nd2", ".svs", ".ndpi", ".nii", ".nii.gz", ".dcm", ".npy"),
+)
 WITHOUT_FOLDER = {
     "digits": "the embedded dataset digits",
     "earth": "the dataset earth, which is in packages,",
 }
+
+
+def other_images(names: Iterable[str]) -> str:
+    """Return a sentence on files that are images of forms that are not read; empty: none is."""
+    found = [name for name in names if name.lower().endswith(OTHER_SUFFIXES)]
+    if not found:
+        return ""
+    return (
+        f"{len(found):,} file{'s' * (len(found) > 1)} of a form that is not read, such as "
+        f"{found[0]}: convert them, to {', '.join(IMAGE_SUFFIXES)}."
+    )
 
 
 def names() -> list[str]:

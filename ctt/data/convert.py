@@ -20,7 +20,7 @@ from ctt.data.check import content
 from ctt.data.description import DESCRIPTION, read_description
 from ctt.data.exports.base import Export, Item, Size
 from ctt.data.files import same_name
-from ctt.data.folder import MASK_SUFFIXES, walk
+from ctt.data.folder import IMAGE_FOLDERS, MASK_SUFFIXES, walk
 from ctt.data.pictures import ORIENTATION, broken, is_turned, open_picture
 from ctt.data.shapes import Label, Painted
 from ctt.data.source import IGNORE
@@ -29,7 +29,6 @@ from ctt.errors import UserError
 from ctt.files import atomic_write
 
 ANOTHER = "images, for another one of the same name is there already: rename them"
-PARTS = ("unlabeled", "images", "val/images")
 HEAD = "# The numbers in masks/ and what they mean; written by ctt-data convert.\n"
 
 
@@ -242,7 +241,7 @@ def _write(job: Job, target: Path, export: Export, link: bool) -> _Done:
     if _is_taken(image, source):
         return _Done(another=True)
     if item.paint is None:
-        if _there(item, source, target, PARTS) is not None:
+        if _there(item, source, target, IMAGE_FOLDERS) is not None:
             return _Done(present=True)
         stored_size(source)
         _bring(source, image, link)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from ctt.data import IMAGE_SUFFIXES
+from ctt.data import IMAGE_SUFFIXES, other_images
 from ctt.data.channels import UNKNOWN_MEAN, UNKNOWN_STD
 from ctt.data.description import DESCRIPTION, read_description
 from ctt.data.files import FileSource, list_names, require_root, same_name
@@ -21,6 +21,7 @@ from ctt.data.split import NO_MASK, read_lines, readings
 from ctt.errors import UserError
 
 LAYOUT = "holds images/, masks/ and dataset.yaml"
+IMAGE_FOLDERS = ("images", "unlabeled", "val/images")
 PARTS = ("images", "masks", "unlabeled", "val")
 OTHER_NAMES = {  # of the parts, in other programs
     "image": "images",
@@ -64,7 +65,7 @@ class Folder(FileSource):
         if not train:
             raise UserError(
                 f"{self.root / 'images'}: there are no images ({', '.join(IMAGE_SUFFIXES)})."
-                f"{' '.join(self._misnamed())}"
+                f"{' '.join([*self._misnamed(), *self._of_other_forms()])}"
             )
         unlabeled = find_images(self.root, "unlabeled")
         evaluation = find_images(self.root, "val/images")
@@ -88,7 +89,8 @@ class Folder(FileSource):
                 f"{DESCRIPTION} says neither mean nor std of the bands, which are taken for "
                 f"{UNKNOWN_MEAN} and {UNKNOWN_STD}. `{STATS}` finds them.",
             )
-        self.notes += tuple(f"Warning:{text}" for text in self._misnamed())
+        strange = [*self._misnamed(), *self._of_other_forms()]
+        self.notes += tuple(f"Warning:{text}" for text in strange)
         if self._strays:
             stray = self._strays[0].relative_to(self.root)
             self.notes += (
@@ -104,6 +106,11 @@ class Folder(FileSource):
             for name, part in meant.items()
             if part in PARTS and name != part and part not in found
         ]
+
+    def _of_other_forms(self) -> list[str]:
+        """Return a sentence for each folder of images with files of forms that are not read."""
+        found = {part: other_images(walk(self.root, part)) for part in IMAGE_FOLDERS}
+        return [f" {self.root / part} holds {text}" for part, text in found.items() if text]
 
     def _read_pairs(self) -> dict[str, Path]:
         """Return the masks that the list of pairs gives to images.
@@ -159,7 +166,7 @@ class Folder(FileSource):
         return self.root / path.with_name(f"{stem}{self.description.mask_suffix}.png")
 
     def candidate(self, name: str) -> str:
-        """Return a sentence on the file that is likeliest meant as the mask of an image."""
+        """Return a sentence on what is likeliest meant where the mask of an image is missing."""
         stem = PurePosixPath(name).stem
         for path in self._strays:
             shown = path.relative_to(self.root)
@@ -179,7 +186,7 @@ class Folder(FileSource):
                 f" The nearest name is {shown}: rename it, or give a list `pairs:` in "
                 f"{DESCRIPTION}."
             )
-        return ""
+        return " An image without a mask belongs into unlabeled/."
 
     @cached_property
     def _elsewhere(self) -> dict[str, str]:
