@@ -5,7 +5,9 @@ ctt/libctt_cuda.so  csrc/cuda/*.cu, where nvcc is found; a C ABI with the CUDA r
 
 Neither links torch, so one build fits every torch version. Both are built by ninja: all sources at
 once, and again only what has changed (`python setup.py build_ext --inplace`, which needs the
-packages setuptools, ninja and pybind11). Environment variables:
+packages setuptools, ninja and pybind11). `pip install .` compiles all of it each time, because the
+headers of pybind11 lie elsewhere in each isolated build; with --no-build-isolation it does not.
+Environment variables:
 
 CTT_CPU, CTT_CUDA   0: do not build; 1: a build that cannot be done or fails ends the installation
 CTT_CUDA_ARCHS      "80;90": the cards to compile for; PTX of the last one serves later cards
