@@ -37,7 +37,8 @@ def make_optimizer(
         for group in _of_student(student, optim, head):
             groups.append(group | {"lr_factor": factor * group["lr_factor"]})
     for module in extra:
-        groups.append({"params": list(module.parameters()), "lr_factor": optim.head_lr_factor})
+        if parameters := list(module.parameters()):
+            groups.append({"params": parameters, "lr_factor": optim.head_lr_factor})
     if not optim.decay_vectors:
         groups = [part for group in groups for part in _by_decay(group, optim)]
     made = sharded if settings.train.shard_optimizer else _whole

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctt.methods import losses
 from ctt.methods.base import Batch, Modules, Networks, Setup, Step
@@ -34,13 +34,13 @@ class TeacherBanks(Modules[MemoryBank]):
         self,
         b: Batch,
         teachers: Networks,
-        project: Callable[[int, Tensor, Step], Tensor],
+        projections: Iterable[nn.Module],
         step: Step,
     ) -> None:
         """Push teacher k's features of well classified labelled pixels into bank k.
 
         Args:
-            project: returns features (B, D, h, w) of teacher k, its first argument, as keys.
+            projections: of teacher k, which take its features (B, D, h, w) to the width of keys.
         """
         settings = self.settings
         pushes = list(self.pushes(len(b["images"]), step))
@@ -48,11 +48,13 @@ class TeacherBanks(Modules[MemoryBank]):
         if drawn:
             shape = (len(self), len(pushes), self[0].num_classes, settings.top_k)
             tickets = step.rand("bank", shape)
-        for k, (teacher, bank) in enumerate(zip(teachers, self, strict=True)):
+        each = zip(teachers, self, projections, strict=True)
+        for k, (teacher, bank, project) in enumerate(each):
             out = step.forward(teacher, b["images"])
             with step.phase("banks"):
                 truth = to_grid(b["label"], teacher.grid)
-                features = project(k, out.features, step)
+                with step.autocast():
+                    features = project(out.features)
                 confidence, predicted = out.logits.float().softmax(dim=1).max(dim=1)
                 valid = (predicted == truth) & (confidence >= settings.min_confidence)
                 for i, part in enumerate(pushes):

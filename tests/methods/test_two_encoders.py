@@ -100,7 +100,7 @@ def test_features_of_two_widths_are_contrasted_at_the_smaller(tiny: Settings) ->
 
 def test_one_width_has_no_projections(tiny: Settings) -> None:
     method: Any = make(two(tiny, model={"features": 6})).method
-    assert not hasattr(method, "projections")
+    assert not list(method.projections.parameters())
 
 
 def test_before_the_contrast_begins_every_process_goes_on(tiny: Settings, tmp_path: Path) -> None:

@@ -345,7 +345,7 @@ def test_banks_hold_well_classified_pixels_of_the_teacher(tiny: Settings) -> Non
     images = torch.stack([20 * shown, shown, shown], dim=1)
     with torch.no_grad():
         b = {"images": to_unit(images), "label": labels.long()}
-        method.banks.fill(b, method.teachers, lambda k, features, step: features, engine.step)
+        method.banks.fill(b, method.teachers, method.slow_projections, engine.step)
     for bank in method.banks:
         held = bank.count.tolist()
         assert held[2] == 0
