@@ -37,6 +37,9 @@ FEWER_WORKERS = (
 BROKEN_CONNECTION = (ConnectionError, EOFError)
 # of this process; one that nothing else holds has ended, and would keep its pipes open here
 _workers: WeakSet[BaseProcess] = WeakSet()
+# Iterators of loaders that are in use. An error may tie one into a cycle of references, and the
+# garbage collector closes the queues of a cycle before its iterator can end the processes by them.
+_in_use: set[Iterator[Any]] = set()
 
 
 class DrawSampler(Sampler[list[tuple[int, int]]]):
@@ -282,16 +285,20 @@ def _counted(loader: Iterable[T]) -> Iterator[T]:
     before = set(multiprocessing.active_children())
     items = iter(loader)
     _workers.update(set(multiprocessing.active_children()) - before)
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        except (RuntimeError, *BROKEN_CONNECTION) as error:
-            if text := lost_worker(error):
-                raise LoaderError(text) from None
-            raise
-        yield item
+    _in_use.add(items)
+    try:
+        while True:
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            except (RuntimeError, *BROKEN_CONNECTION) as error:
+                if text := lost_worker(error):
+                    raise LoaderError(text) from None
+                raise
+            yield item
+    finally:
+        _in_use.discard(items)
 
 
 @atexit.register

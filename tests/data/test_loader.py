@@ -1,3 +1,4 @@
+import gc
 import multiprocessing
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from ctt.data.digits import INFO
 from ctt.data.loader import DrawSampler, ViewDataset, load, read_in_order
 from ctt.data.source import Source
 from ctt.data.views import GeometricView
-from ctt.errors import LoaderError
+from ctt.errors import LoaderError, UserError
 
 VIEW = GeometricView((8, 8), (0.8, 1.2), True, 10, 0.1, (0.5, 0.5, 0.5))
 
@@ -65,6 +66,22 @@ def test_unlabelled_images_need_no_label_and_tell_their_padding() -> None:
     image, valid = dataset[(3, 17)]
     assert image.shape == (3, 8, 8)
     assert set(valid.unique().tolist()) <= {0, 255}
+
+
+class Broken(Images):
+    def image(self, name: str) -> Tensor:
+        raise UserError(f"The image {name} is broken.")
+
+
+def test_processes_end_when_the_garbage_collector_frees_their_loader() -> None:
+    """As an error does that refers to itself: its traceback holds the frame that holds the loader.
+    PyTorch would wait for each process for ten seconds."""
+    source, others = Broken(), set(multiprocessing.active_children())
+    dataset = ViewDataset(source, source.train_ids(), VIEW, False, 0, "test")
+    with pytest.raises(UserError, match="is broken"):
+        list(load(dataset, sampler(0, 6), 1, False))
+    gc.collect()
+    assert set(multiprocessing.active_children()) <= others
 
 
 @pytest.mark.parametrize("workers", [1, 2])
