@@ -13,6 +13,8 @@ from torch import Tensor
 from ctt.data.source import DatasetInfo
 
 OVERLAY = 0.55  # opacity of the mask's colours over the image
+# pixels that are blended at once: in float32 they take twenty times the memory of the picture
+STRIP = 1 << 20
 
 
 def colorize(label: Tensor, info: DatasetInfo) -> Tensor:
@@ -72,11 +74,26 @@ def overlay(
     image: Tensor, label: Tensor, info: DatasetInfo, opacity: float = OVERLAY
 ) -> Image.Image:
     """Return the image (C, H, W) under the colours of its labels (H, W)."""
-    picture = visible(image, info).permute(1, 2, 0).float()  # (H, W, 3)
+    height, width = label.shape
+    picture = torch.empty(height, width, 3, dtype=torch.uint8)
+    rows = max(1, STRIP // max(1, width))
+    strips = zip(
+        torch.split(picture, rows),
+        torch.split(image, rows, 1),
+        torch.split(label, rows),
+        strict=True,
+    )
+    for into, seen, classes in strips:
+        into.copy_(_overlaid(seen, classes.cpu(), info, opacity))
+    return Image.fromarray(picture.numpy())
+
+
+def _overlaid(image: Tensor, label: Tensor, info: DatasetInfo, opacity: float) -> Tensor:
+    picture = visible(image, info).permute(1, 2, 0).float()  # (h, W, 3)
     coloured = torch.lerp(picture, colorize(label, info).float(), opacity)
     # class 0 is the background of every dataset with one: it stays as it is
-    plain = (label.cpu() == 0)[:, :, None] & (info.classes[0] == "background")
-    return Image.fromarray(torch.where(plain, picture, coloured).round().to(torch.uint8).numpy())
+    plain = (label == 0)[:, :, None] & (info.classes[0] == "background")
+    return torch.where(plain, picture, coloured).round()
 
 
 def confidence_image(confidence: Tensor) -> Image.Image:

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from ctt.data.digits import INFO
+from ctt.inference import render
 from ctt.inference.render import colorize, in_threads, overlay, palette_image, save_png
 
 
@@ -73,6 +74,18 @@ def test_overlay_leaves_the_background() -> None:
     assert np.array(mask).tolist() == [[0, 3]]
     assert np.array(mask.convert("RGB")).tolist() == colorize(label, INFO).tolist()
     assert colorize(torch.tensor([255]), INFO).tolist() == [[255, 255, 255]]
+
+
+@pytest.mark.parametrize("strip", [1, 14, 20])
+def test_an_overlay_is_made_strip_by_strip(monkeypatch: pytest.MonkeyPatch, strip: int) -> None:
+    """At once, one of a photograph of 49 million pixels took 2.3 GiB."""
+    rng = torch.Generator().manual_seed(0)
+    image = torch.randint(256, (3, 9, 7), dtype=torch.uint8, generator=rng)
+    label = torch.randint(11, (9, 7), generator=rng)
+    whole = np.array(overlay(image, label, INFO))
+    monkeypatch.setattr(render, "STRIP", strip)
+    assert np.array_equal(np.array(overlay(image, label, INFO)), whole)
+    assert np.abs(np.diff(whole.astype(int), axis=0)).sum(axis=(1, 2)).min() > 0
 
 
 def test_pixels_without_a_class_stay_so_in_a_file(tmp_path: Path) -> None:
