@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from benchmarks import dense
@@ -290,3 +291,22 @@ def reference_low_level(q: Tensor, case: Contrast, reduction: str) -> Tensor:
 def examples(most: int) -> int:
     """Hypothesis examples of a property; more with CTT_TEST_EXAMPLES=factor in the environment."""
     return most * int(os.environ.get("CTT_TEST_EXAMPLES", "1"))
+
+
+def refuses_other_derivatives(loss: Callable[[Tensor], Tensor], query: Tensor, name: str) -> None:
+    """Check that a loss refuses second derivatives and forward mode."""
+
+    def penalty(query: Tensor) -> Tensor:
+        return torch.func.grad(loss)(query).square().sum()
+
+    refused = pytest.raises(RuntimeError, match=rf"^{name} has no second derivatives")
+    leaf = query.clone().requires_grad_()
+    with refused:
+        torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    for transform in (torch.func.grad(penalty), torch.func.jacrev(torch.func.jacrev(loss))):
+        with refused:
+            transform(query)
+    with refused:
+        torch.func.jvp(loss, (query,), (query,))
+    with forward_ad.dual_level(), refused:
+        loss(forward_ad.make_dual(query, query))

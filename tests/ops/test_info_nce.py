@@ -6,8 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.autograd import forward_ad
 
 from ctt.ops import info_nce
 from tests.ops.common import (
@@ -22,6 +20,7 @@ from tests.ops.common import (
     examples,
     high_level,
     reference_high_level,
+    refuses_other_derivatives,
     runs,
     same_dtype,
     skip_unfit,
@@ -257,24 +256,9 @@ def test_backward_may_run_again(backend: str, device: str, dtype: torch.dtype) -
 def test_other_derivatives_are_refused(backend: str, device: str) -> None:
     """They would be 0 without a word."""
     case = contrast(9, 3, 4, 16, device=device)
-    query = case.query.clone().requires_grad_()
-
-    def loss(query: Tensor) -> Tensor:
-        return high_level(backend)(query, case, "class")
-
-    def penalty(query: Tensor) -> Tensor:
-        return torch.func.grad(loss)(query).square().sum()
-
-    refused = pytest.raises(RuntimeError, match=r"^info_nce has no second derivatives")
-    with refused:
-        torch.autograd.grad(loss(query), query, create_graph=True)
-    for transform in (torch.func.grad(penalty), torch.func.jacrev(torch.func.jacrev(loss))):
-        with refused:
-            transform(case.query)
-    with refused:
-        torch.func.jvp(loss, (case.query,), (case.query,))
-    with forward_ad.dual_level(), refused:
-        loss(forward_ad.make_dual(case.query, case.query))
+    refuses_other_derivatives(
+        lambda query: high_level(backend)(query, case, "class"), case.query, "info_nce"
+    )
 
 
 def test_errors_name_the_argument() -> None:
