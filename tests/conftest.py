@@ -31,9 +31,16 @@ TINY = {
         "threads": 1,
         "deterministic": True,
         "log_every": 2,
+        "eval_every": 3,
         "measured_images": 2,
     },
 }
+
+
+def leave_out_figures(patch: pytest.MonkeyPatch) -> None:
+    """Write empty files in place of the figures of a run."""
+    patch.setattr("ctt.train.loop.draw_curves", lambda folder: (folder / "curves.png").touch())
+    patch.setattr("ctt.train.loop.draw_predictions", lambda plan, engine, path: path.touch())
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +50,13 @@ def seeded() -> None:
 
 
 @pytest.fixture
-def tiny() -> Settings:
-    """Cross-teacher training that takes a second, with contrast from the first steps."""
+def tiny(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Cross-teacher training that takes a second, with contrast from the first steps.
+
+    Its figures would take as long again; they are empty files but in tests marked `figures`.
+    """
+    if request.node.get_closest_marker("figures") is None:
+        leave_out_figures(monkeypatch)
     settings = update(Settings(), recipes.load("digits"), "recipe")
     return update(settings, TINY, "tests")
 

@@ -7,6 +7,8 @@ covering each other, and a texture that can be mistaken for an object. Digits of
 evaluation images come from disjoint scans.
 """
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -93,16 +95,9 @@ class Digits(Source):
 
 def make_canvases(images: int, scans: tuple[int, int], purpose: str) -> tuple[Tensor, Tensor]:
     """Return canvases (n, 3, 40, 40) and labels (n, 40, 40), uint8, of the digits in `scans`."""
-    from sklearn.datasets import load_digits, load_sample_images
-
     rng = generator("digits", purpose)
-    digits = load_digits()
-    glyphs = torch.from_numpy(digits.images[slice(*scans)] / 16).float()  # (n, 8, 8) in 0..1
-    values = torch.from_numpy(digits.target[slice(*scans)])
-    photos = [
-        torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 255
-        for p in load_sample_images().images
-    ]  # (3, H, W) in 0..1
+    glyphs, values, photos = _scans_and_photos()
+    glyphs, values = glyphs[slice(*scans)], values[slice(*scans)]
     pictures = torch.empty(images, 3, CANVAS, CANVAS, dtype=torch.uint8)
     labels = torch.zeros(images, CANVAS, CANVAS, dtype=torch.uint8)
     for i in range(images):
@@ -113,6 +108,19 @@ def make_canvases(images: int, scans: tuple[int, int], purpose: str) -> tuple[Te
         canvas += NOISE * torch.randn(canvas.shape, generator=rng)
         pictures[i] = (canvas.clamp(0, 1) * 255).round().to(torch.uint8)
     return pictures, labels
+
+
+@cache
+def _scans_and_photos() -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return scans (n, 8, 8) in 0..1, their digits (n,) and photographs (3, H, W) in 0..1."""
+    from sklearn.datasets import load_digits, load_sample_images
+
+    digits = load_digits()
+    photos = [
+        torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 255
+        for p in load_sample_images().images
+    ]
+    return torch.from_numpy(digits.images / 16).float(), torch.from_numpy(digits.target), photos
 
 
 def _integer(end: int, rng: torch.Generator) -> int:

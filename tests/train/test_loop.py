@@ -115,6 +115,7 @@ def test_sigterm_stops_like_ctrl_c(
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+@pytest.mark.figures
 def test_run_folder_holds_everything(tiny: Settings, out: Path) -> None:
     summary = train(tiny, out=out)
     assert run.read_settings(out) == tiny
