@@ -1,4 +1,5 @@
 import contextlib
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -6,6 +7,9 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core has one process then; before torch counts them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from ctt import recipes
@@ -38,9 +42,10 @@ TINY = {
 
 
 def leave_out_figures(patch: pytest.MonkeyPatch) -> None:
-    """Write empty files in place of the figures of a run."""
+    """Write empty files in place of the figures of a run and of `ctt-eval`."""
     patch.setattr("ctt.train.loop.draw_curves", lambda folder: (folder / "curves.png").touch())
     patch.setattr("ctt.train.loop.draw_predictions", lambda plan, engine, path: path.touch())
+    patch.setattr("ctt.inference.figures.draw_confusion", lambda path, *_: path.touch())
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,18 @@ from typing import Any
 
 # the server loads the libraries once, and every process starts from there
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["ctt.train.loop", "ctt.data.digits", "sklearn.datasets"])
+CONTEXT.set_forkserver_preload(
+    [
+        "ctt.train.loop",
+        "ctt.data.digits",
+        "sklearn.datasets",
+        # what the first step and the end of a run import
+        "torch._dynamo",
+        "torch._inductor.config",
+        "torch.utils.tensorboard",
+        "matplotlib.pyplot",
+    ]
+)
 
 
 def start(

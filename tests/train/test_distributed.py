@@ -23,6 +23,7 @@ from ctt.settings import Settings, update
 from ctt.train import loop
 from ctt.train.distributed import join
 from ctt.train.engine import Engine
+from tests.conftest import leave_out_figures
 from tests.train.processes import finish, shown, start
 from tests.train.steps import exactly
 
@@ -55,6 +56,7 @@ def record_steps(settings: Settings, folder: Path) -> None:
         __call__ = call
 
     with exactly(), pytest.MonkeyPatch.context() as patch:
+        leave_out_figures(patch)
         patch.setattr(loop, "Engine", Recorded)
         loop.train(settings, out=folder / "run")
     state = {"seen": seen, "method": last[0].method.state_dict()}
@@ -107,6 +109,7 @@ def keep_state(settings: Settings, folder: Path) -> None:
             states.append((self, self.world.rank))
 
     with pytest.MonkeyPatch.context() as patch:
+        leave_out_figures(patch)
         patch.setattr(loop, "Engine", Kept)
         loop.train(settings, out=folder / "run")
     state, rank = states[0]
