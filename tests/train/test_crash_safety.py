@@ -26,6 +26,30 @@ def settings(tiny: Settings) -> Settings:
     return update(tiny, {"train": change}, "test")
 
 
+@pytest.fixture(scope="module")
+def trained() -> list[Path]:
+    """Nothing, or the run of `settings`, once a test has trained it."""
+    return []
+
+
+@pytest.fixture
+def whole(
+    settings: Settings, trained: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run that ended undisturbed, for all tests, which leave it as it is."""
+    if not trained:
+        folder = tmp_path_factory.mktemp("crash") / "whole"
+        train(settings, out=folder)
+        trained.append(folder)
+    return trained[0]
+
+
+@pytest.fixture
+def out(whole: Path, tmp_path: Path) -> Path:
+    """A copy of that run."""
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
 def damage(path: Path, how: str) -> None:
     data = bytearray(path.read_bytes())
     if how == "cut":
@@ -42,20 +66,18 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["cut", "empty", "one bit", "missing"])
 def test_a_broken_checkpoint_is_told_and_the_one_before_serves(
-    settings: Settings, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+    settings: Settings, whole: Path, out: Path, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(settings, out=tmp_path / "whole")
-    train(settings, out=tmp_path / "run")
-    last = tmp_path / "run" / run.CHECKPOINT
+    last = out / run.CHECKPOINT
     damage(last, how)
-    trained = load_trained(tmp_path / "run")
+    trained = load_trained(out)
     assert "after 4 iterations" in trained.origin
     assert "is used instead" in trained.origin
     capsys.readouterr()
-    train(settings, resume=tmp_path / "run")
+    train(settings, resume=out)
     told = " ".join(capsys.readouterr().out.split())
     assert "The checkpoint before it, after iteration 4, is whole and is used instead" in told
-    assert same_ends(tmp_path / "whole", tmp_path / "run")
+    assert same_ends(whole, out)
     assert checkpoint.load(checkpoint.previous(last))["iteration"] == 4
 
 
@@ -79,19 +101,17 @@ def test_no_bit_of_a_checkpoint_changes_unseen(tmp_path: Path) -> None:
     assert seen > 150
 
 
-def test_both_broken_is_an_error(settings: Settings, tmp_path: Path) -> None:
-    train(settings, out=tmp_path / "run")
-    last = tmp_path / "run" / run.CHECKPOINT
+def test_both_broken_is_an_error(settings: Settings, out: Path) -> None:
+    last = out / run.CHECKPOINT
     damage(last, "cut")
     damage(checkpoint.previous(last), "cut")
     with pytest.raises(UserError, match=r"last\.pt is no checkpoint that can be read"):
-        train(settings, resume=tmp_path / "run")
+        train(settings, resume=out)
 
 
-def test_a_run_serves_without_its_best_weights(settings: Settings, tmp_path: Path) -> None:
-    train(settings, out=tmp_path / "run")
-    (tmp_path / "run" / run.WEIGHTS).unlink()
-    trained = load_trained(tmp_path / "run", "teacher_1")
+def test_a_run_serves_without_its_best_weights(settings: Settings, out: Path) -> None:
+    (out / run.WEIGHTS).unlink()
+    trained = load_trained(out, "teacher_1")
     assert trained.info.classes == settings.open_source().info.classes
 
 
@@ -151,21 +171,18 @@ def names_in(line: str) -> list[str]:
 
 
 def test_the_best_network_of_a_finished_run_is_known_when_it_goes_on(
-    settings: Settings, tmp_path: Path
+    whole: Path,
 ) -> None:
-    best = train(settings, out=tmp_path / "run")["best"]
-    saved = checkpoint.load(tmp_path / "run" / run.CHECKPOINT)["best"]
+    best = json.loads((whole / run.SUMMARY).read_text("utf-8"))["best"]
+    saved = checkpoint.load(whole / run.CHECKPOINT)["best"]
     rounded = {name: round(saved[name], 2) for name in ("miou", "miou_of_labeled")}
     assert {**saved, **rounded} == best
 
 
 @pytest.mark.parametrize("lost", ["checkpoints", "split"])
 def test_a_run_without_a_checkpoint_yet_begins_from_the_start(
-    settings: Settings, tmp_path: Path, lost: str, capsys: pytest.CaptureFixture[str]
+    settings: Settings, whole: Path, out: Path, lost: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    train(settings, out=whole)
-    shutil.copytree(whole, out)
     shutil.rmtree(out / "checkpoints")
     with pytest.raises(UserError, match=r"because checkpoints/last\.pt is missing"):
         train(settings, resume=out)  # it is finished, so it had one
@@ -188,7 +205,7 @@ def test_a_run_without_a_checkpoint_yet_begins_from_the_start(
 def test_what_a_run_leaves_in_its_first_moment_is_in_nobodys_way(
     settings: Settings, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
+    out = tmp_path / "new"
     out.mkdir()
     (out / run.UNFINISHED).touch()
     assert train(settings, out=out)["iterations"] == 6
