@@ -168,7 +168,11 @@ def test_a_missing_library_is_told_in_one_line() -> None:
 
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
 def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(
-    tmp_path: Path, number: int, workers: int
+    tmp_path: Path,
+    number: int,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "a run"
     base = [sys.executable, "-c", "from ctt.cli.train import main; main()"]
@@ -188,9 +192,9 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(
     assert found is not None
     assert f"ctt-train --resume {shlex.quote(str(out))}" in shown
     last = int(found[1]) + 3
-    command = [*base, "--resume", str(out), "--train.iterations", str(last)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"going on after iteration {found[1]}" in done.stdout
+    quoted = shlex.quote(str(out))
+    assert run(f"--resume {quoted} --train.iterations {last}", monkeypatch) == 0
+    assert f"going on after iteration {found[1]}" in capsys.readouterr().out
     assert (out / "summary.json").is_file()
 
 
