@@ -20,14 +20,31 @@ def sources(folder: Path) -> Path:
     return Path(shutil.copytree(ROOT, folder / "ctt", ignore=ignored))
 
 
+def wheel_of(folder: Path, **changes: str) -> Path:
+    """Return the wheel of the sdist of the sources, built in isolation in an empty folder."""
+    source = sources(folder)
+    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=source, check=True)
+    (sdist,) = folder.glob("*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
+    environment = os.environ | {"CTT_CUDA": "0", **changes}
+    subprocess.run([*pip, str(folder), str(sdist)], env=environment, check=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package, built from a copy of the sources."""
-    source = sources(tmp_path_factory.mktemp("source"))
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, with the C++ kernels."""
+    return wheel_of(tmp_path_factory.mktemp("source"), CTT_CPU="1")
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package, installed from the wheel."""
     target = tmp_path_factory.mktemp("target")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    environment = os.environ | {"CTT_CUDA": "0"}
-    subprocess.run([*pip, "--target", str(target), str(source)], check=True, env=environment)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--target", str(target), str(wheel)], check=True)
     return target
 
 
@@ -104,19 +121,15 @@ def test_what_has_not_changed_is_not_built_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compiler", [True, False])
-def test_the_wheel_of_the_sdist_in_isolation(tmp_path: Path, compiler: bool) -> None:
+def test_the_wheel_of_the_sdist_in_isolation(
+    tmp_path: Path, compiler: bool, request: pytest.FixtureRequest
+) -> None:
     """Everything that a build needs is in the sdist, and pip fetches the rest by itself."""
-    source = sources(tmp_path)
-    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=source, check=True)
-    (sdist,) = tmp_path.glob("*.tar.gz")
-    changes = {"CTT_CUDA": "0", "CTT_CPU": "1"}
-    if not compiler:
-        changes |= {"CC": "/nowhere/cc", "CXX": "/nowhere/c++", "CTT_CPU": "auto"}
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
-    subprocess.run([*pip, str(tmp_path), str(sdist)], env=os.environ | changes, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    if compiler:
+        built: Path = request.getfixturevalue("wheel")
+    else:
+        built = wheel_of(tmp_path, CC="/nowhere/cc", CXX="/nowhere/c++", CTT_CPU="auto")
+    names = zipfile.ZipFile(built).namelist()
     assert any(name.startswith("ctt/_cpu.cpython") for name in names) is compiler
     assert not any(name.startswith(("csrc", "tests", "benchmarks")) for name in names)
     for room, package in (("ctt", "ctt"), ("kernels", "ctt_kernels")):

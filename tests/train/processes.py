@@ -58,6 +58,8 @@ def _enter(
         "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(count),
     }
+    # loader processes start as under torchrun, not from a server of their own
+    multiprocessing.set_start_method(None, force=True)
     with (folder / f"rank-{rank}.txt").open("w", buffering=1) as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
