@@ -2,7 +2,7 @@
 
 The student sees images that are mixed by a mask, and is drawn to the teacher's probabilities of
 the unmixed ones, mixed by the same mask: squared difference, summed over the classes, its mean over
-the pixels times the share of pixels of which the teacher is sure. CutMix pastes a box of half the
+all pixels times the share of pixels of which the teacher is sure. CutMix pastes a box of half the
 area, CowMix (the paper's first version) blobs; Cutout erases a box, where nothing is learnt.
 
 The program's Adam, frozen batch norms and EMA of 0.99 without warm-up are settings of the run here

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from ctt.methods import losses, ramps
@@ -28,8 +29,8 @@ class SoftLabels(MeanTeacher):
 
     Batch, besides what every method has: `mixed` (B, 3, H, W), what the student sees; for each
     student k `soft k` (B, C, H, W), the teacher's probabilities of it, and `valid k` (B, H, W),
-    where they count; `seen k` (), how many pixels that is, and `factor k` (), by which the term is
-    multiplied.
+    where they count; `seen k` (), the pixels over which the term is a mean, and `factor k` (), by
+    which it is multiplied.
     """
 
     options: SoftOptions
@@ -45,7 +46,11 @@ class SoftLabels(MeanTeacher):
         mix = step.mixer(probability, b["padding"], self.mix)
         return mix(b["unlabeled"]), mix, mix(~b["padding"])
 
-    def factor(self, confidence: Tensor, valid: Tensor, seen: Tensor, step: Step) -> Tensor:
+    def averaged(self, valid: Tensor) -> Tensor:
+        """Return the pixels (B, H, W) over which the term is a mean: where the labels count."""
+        return valid
+
+    def factor(self, confidence: Tensor, seen: Tensor, step: Step) -> Tensor:
         """Return the factor of the term, of the teacher's confidence in the mixed images."""
         return seen.new_ones((), dtype=confidence.dtype)
 
@@ -61,8 +66,8 @@ class SoftLabels(MeanTeacher):
             b |= self.draws(b, step)
             for k, (p, gone) in enumerate(zip(probability, lost, strict=True)):
                 own, soft = valid & ~mix(gone), mix(p)
-                seen = step.total(own.sum()).clamp(min=1)
-                factor = self.factor(soft.amax(dim=1), own, seen, step)
+                seen = step.total(self.averaged(own).sum()).clamp(min=1)
+                factor = self.factor(soft.amax(dim=1), seen, step)
                 b |= {f"soft {k}": soft, f"valid {k}": own}
                 b |= {f"seen {k}": seen, f"factor {k}": factor}
             self.log_lost(lost, b["padding"], step)
@@ -85,9 +90,16 @@ class SureOptions(SoftOptions):
 
 
 class SureSoftLabels(SoftLabels):
-    """Soft labels whose term is multiplied by the share of pixels that the teacher is sure of."""
+    """Soft labels whose term is multiplied by the share of pixels that the teacher is sure of.
+
+    Both the term and the share are means over all pixels, as in the program of French et al.: where
+    nothing is learnt, a pixel adds 0 to the term.
+    """
 
     options: SureOptions
 
-    def factor(self, confidence: Tensor, valid: Tensor, seen: Tensor, step: Step) -> Tensor:
-        return step.total((valid & (confidence >= self.options.threshold)).sum()) / seen
+    def averaged(self, valid: Tensor) -> Tensor:
+        return torch.ones_like(valid)
+
+    def factor(self, confidence: Tensor, seen: Tensor, step: Step) -> Tensor:
+        return step.total((confidence >= self.options.threshold).sum()) / seen

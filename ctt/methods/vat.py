@@ -3,9 +3,9 @@ French et al. (BMVC 2020, arXiv 1906.01916).
 
 The student sees an unlabelled image plus the small change that misleads its teacher most, and is
 drawn to the teacher's prediction for the unchanged one: Kullback-Leibler divergence, its mean over
-pixels and classes, times the share of pixels of which the teacher is sure. One power iteration
-finds the direction of the change: the gradient of that divergence near the image. Its length is
-that of the differences between neighbouring pixels, so that images with little texture change less.
+all pixels, times the share of pixels of which the teacher is sure. One power iteration finds the
+direction of the change: the gradient of that divergence near the image. Its length is that of the
+differences between neighbouring pixels, so that images with little texture change less.
 
 Departures from that program:
 - The step of the power iteration is larger, and its network runs in full precision. The program's
@@ -78,7 +78,7 @@ class Vat(SureSoftLabels):
     def unlabeled_loss(self, k: int, logits: Tensor, b: Batch) -> Tensor:
         grid = self.students[k].grid
         distance = divergence(logits, grid, b[f"soft {k}"], b[f"valid {k}"])
-        return distance / (logits.shape[1] * b[f"seen {k}"]) * b[f"factor {k}"]
+        return distance / b[f"seen {k}"] * b[f"factor {k}"]
 
 
 def unit(x: Tensor) -> Tensor:

@@ -58,10 +58,10 @@ def test_the_objective(tiny: Settings, pairs: int) -> None:
             changed.append(x + radius * gradient[0] / length(gradient))
         out = scores(student, torch.cat([scene.images, torch.stack(changed)]))
         sup += mean_cross_entropy(out[:3], scene.label)
-        divergence = (soft * (soft.log() - log_softmax(out[3:]))).mean(dim=1)  # over the classes
-        share = (soft.max(dim=1).values[valid] >= 0.14).double().mean()
+        divergence = (soft * (soft.log() - log_softmax(out[3:]))).sum(dim=1)  # over the classes
+        share = (soft.max(dim=1).values >= 0.14).double().mean()  # both of all pixels
         assert 0.02 < share < 0.98
-        ct += divergence[valid].mean() * share
+        ct += (divergence * valid).mean() * share
     rise = math.exp(-5 * (1 - (2 / 6) / 0.5) ** 2)  # before the third step of six
     scene.check({"sup": (1.0, sup), "ct": (0.7 * rise, ct)})
 
