@@ -9,8 +9,8 @@ are contrasted with embeddings of the same class and of others.
 Departures: all keys are the teacher's embeddings, of pixels drawn at random; in the program those
 of labelled images are the student's, and keys are the anchors' pixels. Features are those that the
 classifier reads, not the backbone's last. No class is left out of the contrast, as the program
-leaves out class 0, unless --options.background says so. Ramps begin at `start`. Thresholds are in
-steps of 1/1024. Teachers follow from the first step on.
+leaves out class 0, unless --options.background says so. Ramps begin at `start`. Teachers follow
+from the first step on.
 """
 
 from __future__ import annotations

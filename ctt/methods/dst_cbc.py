@@ -7,7 +7,8 @@ is largest in multiples of its threshold, where it reaches it. In training, a pi
 student's present probability of its label, to the power gamma.
 
 The program starts each round from the network that was best on the validation images so far, this
-one from the last. It takes thresholds from every 16th pixel, this one from all, in steps of 1/1024.
+one from the last. It takes thresholds from every 16th pixel, this one from all, in steps of a 512th
+of the doubt, which is 1 minus the confidence.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from ctt.models.base import Grid, upsample
 from ctt.ranges import AT_LEAST_0, Range
 from ctt.settings import EvalSettings
 
-BINS = 1024  # of confidence
+STEPS = 512  # between a doubt and its double
+OCTAVES = 24  # the smallest doubt is 2**-24, that of float32
+BINS = OCTAVES * STEPS + 1
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,27 @@ def class_thresholds(networks: Networks, labeler: Labeler, ratio: float, classes
     given = labeler.probabilities(list(networks), labeler.unlabeled, EvalSettings())
     for _, probabilities in given:
         confidence, label = losses.mean_of(probabilities).max(dim=0)
-        level = (confidence * BINS).long().clamp(0, BINS - 1)  # what is no number is at 0
-        counts += torch.bincount((label * BINS + level).flatten(), minlength=len(counts))
+        counts += torch.bincount(
+            (label * BINS + level_of(confidence)).flatten(), minlength=len(counts)
+        )
     counts = labeler.total(counts).view(classes, BINS)
-    reached = counts.flip(1).cumsum(dim=1).flip(1)  # pixels at least as sure as each level
-    wanted = (ratio * reached[:, :1]).ceil().clamp(min=1)
-    level = (reached >= wanted).sum(dim=1) - 1  # -1 of a class that is nowhere predicted
-    return torch.where(level >= 0, level / BINS, 1.0).clamp(min=1 / BINS)
+    reached = counts.cumsum(dim=1)  # pixels at least as sure as each level
+    wanted = (ratio * reached[:, -1:]).ceil().clamp(min=1)
+    level = (reached < wanted).sum(dim=1)
+    seen = level < BINS  # not of a class that is nowhere predicted
+    return torch.where(seen, 1 - doubt_below(level + 1), 1.0).clamp(min=1 / BINS)
+
+
+def level_of(confidence: Tensor) -> Tensor:
+    """Return the step (0 for the surest) of confidences; steps are finer, the surer a network is.
+
+    Networks are soon sure of most pixels, which even steps would not tell apart.
+    """
+    doubt = (1 - confidence.float()).nan_to_num(1).clamp(2.0**-OCTAVES, 1)
+    # the bits of a float are its exponent and then 23 digits, of which the first nine stay
+    return (doubt.view(torch.int32) >> 14).long() - ((127 - OCTAVES) << 9)
+
+
+def doubt_below(level: Tensor) -> Tensor:
+    """Return the doubt at which a step begins."""
+    return ((level + ((127 - OCTAVES) << 9)) << 14).int().view(torch.float32)

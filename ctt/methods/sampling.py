@@ -12,7 +12,7 @@ from ctt.methods.losses import as_pixels
 from ctt.ops import MemoryBank
 from ctt.ops.push import queue_push_
 
-BINS = 1024  # of values in 0..1
+BINS = 1024  # of each of the three digits by which a value is found
 NOBODY = -1  # the number of a pixel that is not in a sample
 
 
@@ -23,7 +23,7 @@ def entropy(scores: Tensor) -> Tensor:
 
 
 def quantile(values: Tensor, valid: Tensor, share: float | Tensor, step: Step) -> Tensor:
-    """Return the value () below which a share of the valid ones lies, in steps of 1 / `BINS`.
+    """Return the value () of which a share of the valid ones is below; infinite for all of them.
 
     Args:
         values: in 0..1, of any shape.
@@ -37,16 +37,31 @@ def class_quantiles(
 ) -> tuple[Tensor, Tensor]:
     """Return `quantile` of the values of each class (C,), and whether it has any (C,).
 
+    They are exact, out of the values of all processes in float32: numbers of networks that are sure
+    crowd together near 0 or 1, where no histogram of even steps tells them apart.
+
     Args:
         own: of the same shape as the values; those of no class count for none.
     """
-    level = (values * BINS).long().clamp(0, BINS - 1)
-    code = torch.where(own < classes, own * BINS + level, classes * BINS).flatten()
-    counts = torch.zeros(classes * BINS + 1, dtype=torch.int64, device=values.device)
-    counts = step.total(counts.scatter_add_(0, code, torch.ones_like(code)))[:-1]
-    counts = counts.view(classes, BINS)
-    whole = counts.sum(dim=1, keepdim=True)
-    return (counts.cumsum(dim=1) <= share * whole).sum(dim=1) / BINS, whole[:, 0] > 0
+    # floats that are not negative have the order of their bits, here three digits of ten bits
+    bits = values.float().clamp(0, 1).view(torch.int32).long().flatten()
+    belongs, own = (own < classes).flatten(), own.flatten().clamp(0, classes - 1)
+    found = bits.new_zeros(classes)  # the digits so far
+    before = whole = found  # how many of the class come before, and how many there are
+    for digit in (20, 10, 0):
+        counted = belongs & (bits >> (digit + 10) == found[own])
+        code = torch.where(counted, own * BINS + (bits >> digit) % BINS, classes * BINS)
+        counts = bits.new_zeros(classes * BINS + 1).scatter_add_(0, code, torch.ones_like(code))
+        counts = step.total(counts)[:-1].view(classes, BINS)
+        if digit == 20:
+            whole = counts.sum(dim=1)
+            before = (share * whole).long()
+        place = (counts.cumsum(dim=1) <= before[:, None]).sum(dim=1).clamp(max=BINS - 1)
+        lower = counts.cumsum(dim=1) - counts
+        before = before - lower.gather(1, place[:, None])[:, 0]
+        found = found * BINS + place
+    value = found.int().view(torch.float32)
+    return value.masked_fill((share * whole).long() >= whole, math.inf), whole > 0
 
 
 def highest(member: Tensor, count: int, ticket: Tensor) -> tuple[Tensor, Tensor]:

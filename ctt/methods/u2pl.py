@@ -10,7 +10,7 @@ entropy for which the class is an unlikely one.
 This is the paper's rule; in the program, conditions that contradict each other leave the queues all
 but empty. The representation head is on the features that the classifier reads, not beside the
 decoder. Each push draws up to `pushed` pixels of a class, and queues are shorter than the program's
-30,000. Thresholds of entropy are in steps of 1/1024 of its range.
+30,000.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class U2pl(EmbeddingTeacher):
         unsure, valid = entropy(wide(out.logits[n:])), label != IGNORE
         low = quantile(unsure, valid, step["drop"], step)
         high = quantile(unsure, valid, 1 - step["drop"], step)
-        own = torch.cat([truth, label.masked_fill(unsure >= low, IGNORE)])  # (B + U, h, w)
+        own = torch.cat([truth, label.masked_fill(unsure > low, IGNORE)])  # (B + U, h, w)
         member = sampling.class_members(own, self.classes)
         positive = sampling.class_means(features, member, step)
         anchor = member & (o.sure < losses.as_pixels(p).T)

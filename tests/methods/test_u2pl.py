@@ -1,5 +1,6 @@
 """U2PL beside a rendering of its equations, in plain loops."""
 
+import math
 from typing import Any
 
 import pytest
@@ -31,6 +32,24 @@ def test_the_share_of_values_below_a_threshold() -> None:
     for share in (0.0, 0.2, 0.8, 1.0):
         top = sampling.quantile(values, valid, share, ALONE)
         assert float((values[valid] < top).double().mean()) == pytest.approx(share, abs=0.01)
+
+
+def test_thresholds_of_a_network_that_is_sure() -> None:
+    """Its entropies crowd together near 0, its confidences near 1."""
+    rng = torch.Generator().manual_seed(0)
+    margin = torch.where(torch.rand(20000, generator=rng) < 0.85, 11.0, 1.0)
+    logits = torch.zeros(20000, 21)
+    logits[:, 3] = margin + 1.5 * torch.randn(20000, generator=rng)
+    everywhere = torch.ones(20000, dtype=torch.bool)
+    unsure = sampling.entropy(logits[:, :, None])[:, 0]
+    for values in (unsure, logits.softmax(dim=1).amax(dim=1)):
+        for share in (0.05, 0.2, 0.8):
+            top = sampling.quantile(values, everywhere, share, ALONE)
+            assert float((values < top).float().mean()) == pytest.approx(share, abs=0.01)
+            assert float((values <= top).float().mean()) == pytest.approx(share, abs=0.01)
+    same = torch.zeros(7)
+    assert float(sampling.quantile(same, everywhere[:7], 0.5, ALONE)) == 0
+    assert float(sampling.quantile(same, ~everywhere[:7], 0.5, ALONE)) == math.inf
 
 
 def test_members_are_drawn_by_their_numbers() -> None:
@@ -88,7 +107,7 @@ def test_every_term_and_gradient(tiny: Settings, mix: str) -> None:
         grid = entropies(out.logits)[n:]
         truth, more = scene.label[:, ::stride, ::stride], label[:, ::stride, ::stride]
         low = sampling.quantile(grid, more != IGNORE, share, ALONE)
-        own = torch.cat([truth, more.masked_fill(grid >= low, IGNORE)]).flatten()
+        own = torch.cat([truth, more.masked_fill(grid > low, IGNORE)]).flatten()
         rep = method.head_teachers[0](out.features)
         rep = torch.nn.functional.normalize(rep, dim=1).movedim(1, -1).flatten(0, 2)
         p = p.movedim(1, -1).flatten(0, 2)

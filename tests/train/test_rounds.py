@@ -84,13 +84,16 @@ class Fixed:
         return values
 
 
+@pytest.mark.parametrize("scale", [0.3, 3, 8])  # of logits: networks that are ever surer
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 1.0])
-def test_thresholds_keep_their_share_of_each_class(tiny: Settings, ratio: float) -> None:
+def test_thresholds_keep_their_share_of_each_class(
+    tiny: Settings, ratio: float, scale: float
+) -> None:
     from ctt.methods.base import Networks
     from tests.train.steps import student
 
     rng = torch.Generator().manual_seed(0)
-    given = [torch.randn(3, 40, 50, generator=rng).mul(3).softmax(dim=0) for _ in range(3)]
+    given = [torch.randn(3, 40, 50, generator=rng).mul(scale).softmax(dim=0) for _ in range(3)]
     given = [torch.cat([p, torch.zeros(1, 40, 50)]) for p in given]  # a class nowhere predicted
     labeler: Any = Fixed(given)
     threshold = class_thresholds(Networks([student(tiny)]), labeler, ratio, 4)
