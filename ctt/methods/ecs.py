@@ -28,7 +28,7 @@ from ctt.methods.base import Batch, Schedule, Setup, Step
 from ctt.methods.critics import Judged, counted, frozen
 from ctt.methods.optim import make_optimizer
 from ctt.methods.options import Options
-from ctt.models.base import Grid, Output, SegmentationModel, upsample
+from ctt.models.base import BackboneModel, Grid, Output, SegmentationModel, upsample
 from ctt.ranges import AT_LEAST_0, SHARE
 
 
@@ -63,6 +63,9 @@ class Ecs(Judged):
         whole = torch.cat([first.weight.detach(), read], dim=1)
         first.weight = nn.Parameter(whole.contiguous(memory_format=torch.channels_last))
         first.in_channels += setup.classes
+        if isinstance(network, BackboneModel) and network.own_input:
+            # the backbone's own normalisation is one of the image's channels alone
+            network.widen_own_input(setup.classes)
         return network
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:

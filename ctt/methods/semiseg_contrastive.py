@@ -6,10 +6,14 @@ holds the teacher's projected features of labelled pixels that it classifies rig
 each class two selectors weigh the pairs, one by the feature and one by the memory.
 
 Departures: the memory takes the pixels that its selector ranks highest, as the paper says; the
-program takes the lowest. A class takes part with up to `pixels` pixels of a step, drawn at random.
-Selectors have a layer norm where the program has a batch norm, which would mix in places without a
-pixel. Each image is seen once, not in two views of half as many. Left out: the class weights for
-Cityscapes, and the program's return to the weights that were best on the validation images.
+program takes the lowest. It takes as many in a step as there are images times capacity / labelled
+images, out of all images together; the program takes them image by image, and on VOC seven times as
+many. Teachers follow with the run's decay, in the program with one that rises from 0.995 to 1. A
+class takes part with up to `pixels` pixels of a step, drawn at random. Selectors have a layer norm
+where the program has a batch norm, which would mix in places without a pixel. Each image is seen
+once, not in two views of half as many. Left out: the class weights for Cityscapes, and the
+program's return to the weights that were best on the validation images. With `train.accumulate` the
+contrast is the mean over the parts.
 """
 
 from __future__ import annotations
@@ -78,7 +82,7 @@ class SemiSegContrastive(MeanTeacher):
         self.confidence_weight, self.unlabeled_mean = "none", "all"
         dims = [student.feature_channels for student in self.students]
         self.drawn = (setup.classes, self.options.pixels)  # classes, and pixels of each
-        self.per_class = max(1, round(self.options.capacity / setup.labeled))
+        self.per_class = max(1, round(self.options.capacity / setup.labeled))  # of an image
         with setup.seeded("heads"):
             self.projections, self.predictions = (
                 Modules[nn.Module](setup.finish(normed_embedding(dim, 1)) for dim in dims)
@@ -145,7 +149,9 @@ class SemiSegContrastive(MeanTeacher):
             with step.phase("contrast"):
                 contrast.append(self.contrast(k, maps, b, step))
         terms["entropy"] = (o.entropy, losses.sum_of(unsure))
-        terms["contrast"] = (o.contrast * step["on"], losses.sum_of(contrast))
+        # weights are of a part of the batch: the term is the mean over the parts
+        mean = losses.sum_of(contrast) / self.settings.train.accumulate
+        terms["contrast"] = (o.contrast * step["on"], mean)
         return terms
 
     def contrast(self, k: int, out: Output, b: Batch, step: Step) -> Tensor:
@@ -173,4 +179,5 @@ class SemiSegContrastive(MeanTeacher):
             own = truth.masked_fill((predicted != truth) | ~(p > self.options.sure), IGNORE)
             number = number_each(f"memory {k}", own, *self.drawn, step)
             sample = sample_of(maps, own, number, *self.drawn)
-            self.memories[k].push(*sample, self.per_class)
+            images = len(b["images"]) * step.processes
+            self.memories[k].push(*sample, min(self.options.capacity, images * self.per_class))

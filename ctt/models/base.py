@@ -219,6 +219,12 @@ class BackboneModel(SegmentationModel):
         self.input_scale.copy_(std / own_std)
         self.input_shift.copy_((mean - own_mean) / own_std)
 
+    def widen_own_input(self, channels: int) -> None:
+        """Let further channels, which follow those of an image, reach the backbone as they are."""
+        for name, value in (("input_scale", 1.0), ("input_shift", 0.0)):
+            old = getattr(self, name)
+            setattr(self, name, torch.cat([old, old.new_full((channels, 1, 1), value)]))
+
     def adapted(self, images: Tensor) -> Tensor:
         """Return images (B, 3, H, W), normalised as the network gets them, for the backbone."""
         return images * self.input_scale + self.input_shift if self.own_input else images

@@ -86,3 +86,15 @@ def test_both_networks_are_trained(settings: Settings) -> None:
     engine(batch(), unlabelled())
     for name, weight in engine.method.named_parameters():
         assert not torch.equal(weight, before[name]), name
+
+
+def test_a_backbone_with_its_own_normalisation_corrects_too(tiny: Settings) -> None:
+    """Which is one of the image's channels, not of the probabilities that come with them."""
+    model = {"name": "deeplabv3plus", "backbone": ["test_resnet"], "normalization": "weights"}
+    engine = make(update(tiny.with_method("ecs"), {"model": model}, "test"))
+    corrector = engine.method.critics[0]
+    image, maps = torch.rand(2, 3, 24, 24), torch.rand(2, 11, 24, 24)
+    expected = torch.cat([engine.method.students[0].adapted(image), maps], dim=1)
+    assert torch.equal(corrector.adapted(torch.cat([image, maps], dim=1)), expected)
+    terms = engine(batch(), unlabelled())
+    assert all(bool(value.isfinite()) for value in terms.values())

@@ -9,9 +9,10 @@ from torch import Tensor
 from ctt.data import mixing
 from ctt.data.source import IGNORE
 from ctt.methods.class_memory import Selectors, part_of_weighted_mean
-from ctt.settings import Settings
+from ctt.settings import Settings, update
 from tests.methods.rendering import Scene, cross_entropies, mean_cross_entropy, mixed, scores
 from tests.methods.test_u2pl import ALONE
+from tests.train.steps import batch, make, unlabelled
 
 
 def test_equal_weights_give_the_mean() -> None:
@@ -125,3 +126,29 @@ def test_the_memory_takes_what_the_selectors_rank_highest(tiny: Settings) -> Non
                 torch.testing.assert_close(memory.bank.keys[c, old + i].double(), f[i])
             pushed += held
     assert pushed > 0
+
+
+def test_the_contrast_of_equal_parts_is_that_of_one(tiny: Settings) -> None:
+    change = {
+        "views": {"mix": "none", "jitter": 0, "blur_probability": 0},
+        "optim": {"lr": 1e-9},
+        "options": {"start": 0.0, "sure": 0.0, "mix": 0.0, "pixels": 4096, "capacity": 8},
+    }
+    settings = update(tiny.with_method("semiseg-contrastive"), change, "test")
+    found = []
+    for parts in (1, 2, 4):
+        engine = make(update(settings, {"train": {"accumulate": parts}}, "test"))
+        engine.method.eval()
+        for i in range(3):
+            four = [torch.cat([x] * 4) for x in (*batch(1, seed=i), *unlabelled(1, seed=i))]
+            terms = engine((four[0], four[1]), (four[2], four[3]))
+        found.append(float(terms["contrast"]))
+    assert found[0] > 0
+    assert found == pytest.approx([found[0]] * 3, rel=1e-4)
+
+
+def test_the_memory_takes_pixels_for_every_image(tiny: Settings) -> None:
+    options = {"start": 0.0, "sure": 0.0, "capacity": 6}  # of 6 labelled images: one of each
+    engine = make(update(tiny.with_method("semiseg-contrastive"), {"options": options}, "test"))
+    engine(batch(3), unlabelled(3))
+    assert int(engine.method.memories[0].bank.count.max()) == 3
