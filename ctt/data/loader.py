@@ -91,10 +91,10 @@ class DrawSampler(Sampler[list[tuple[int, int]]]):
 
 
 class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Weak views: (image (3, h, w) uint8, label (h, w) uint8).
+    """Weak views: (image (3, h, w) uint8, of bands (C, h, w) float32; label (h, w) uint8).
 
-    Without labels the second tensor is 0 where there is image and 255 where there is padding; no
-    label is ever asked for.
+    Without labels the second tensor is 0 where there is image and 255 where there is padding or no
+    data; no label is ever asked for.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
             image, label = self.source.pair(name)
         else:
             image = self.source.image(name)
-            label = torch.zeros_like(image[0])
+            label = torch.zeros(image.shape[1:], dtype=torch.uint8)  # images may be of float
         seed = derive_seed("view", self.purpose, self.seed, draw)
         chosen = self.rare and self.rare(draw)
         point = pixel_of(label, chosen[1], seed) if chosen else None

@@ -12,9 +12,12 @@ from torch import Tensor
 from ctt.data import loader
 from ctt.data.digits import INFO
 from ctt.data.loader import DrawSampler, ViewDataset, load, read_in_order
+from ctt.data.prepare import Prepared
 from ctt.data.source import Source
 from ctt.data.views import GeometricView
 from ctt.errors import LoaderError, UserError
+from ctt.methods.base import Round
+from ctt.train.engine import batch_of
 
 VIEW = GeometricView((8, 8), (0.8, 1.2), True, 10, 0.1, (0.5, 0.5, 0.5))
 
@@ -66,6 +69,30 @@ def test_unlabelled_images_need_no_label_and_tell_their_padding() -> None:
     image, valid = dataset[(3, 17)]
     assert image.shape == (3, 8, 8)
     assert set(valid.unique().tolist()) <= {0, 255}
+
+
+class Bands(Images):
+    """Float images of five bands without data in their first two rows."""
+
+    def image(self, name: str) -> Tensor:
+        image = torch.rand(5, 8, 8, generator=torch.Generator().manual_seed(int(name)))
+        image[:, :2] = torch.nan
+        return image
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_unlabelled_bands_tell_their_padding_and_where_they_have_no_data(prepared: bool) -> None:
+    bands = Bands()
+    source = Prepared(bands, (8, 8), None) if prepared else bands
+    view = GeometricView((8, 12), (1.0, 1.0), False, 0, 0, (0.5,) * 5)
+    dataset = ViewDataset(source, bands.train_ids(), view, False, 0, "test")
+    images, label = next(iter(load(dataset, sampler(0, 1), 0, False)))
+    batch = batch_of([images, label, images, label], Round(1.0))
+    assert (images.dtype, label.dtype) == (torch.float32, torch.uint8)
+    assert batch["padding"][:, :2].all()  # no data
+    padded = batch["padding"][:, 4].sum(dim=1)  # columns outside of the image
+    assert padded.tolist() == [4] * len(padded)
+    assert set(label.unique().tolist()) == {0, 255}
 
 
 class Broken(Images):
