@@ -94,9 +94,8 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
     Raises:
         UserError: it has more pixels than `most_pixels`.
     """
-    with _no_limit:
-        opened = Image.open(path)
-    with opened as file:
+    # also while it is open: Pillow checks the size of a TIFF again before it reads the pixels
+    with _no_limit, Image.open(path) as file:
         width, height = file.size
         if width * height > most_pixels():
             raise too_large(path, width, height)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -308,6 +309,36 @@ def test_large_images_are_read_up_to_a_stated_number_of_pixels(
     monkeypatch.setenv("CTT_MAX_PIXELS", "many")
     with pytest.raises(UserError, match="CTT_MAX_PIXELS=many: this must be a number"):
         read_image(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_the_pixels_of_large_tiffs_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    Image.new("RGB", (50, 50), "red").save(tmp_path / "a.tif", compression=compression)
+    Image.new("L", (50, 50), 1).save(tmp_path / "mask.tif", compression=compression)
+    assert read_image(tmp_path / "a.tif").shape == (3, 50, 50)
+    assert read_mask(tmp_path / "mask.tif").values.shape == (50, 50)
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+def test_the_limit_of_pillow_is_back_after_errors_and_once_no_thread_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    Image.new("RGB", (50, 50)).save(tmp_path / "a.tif", compression="tiff_lzw")
+    Image.new("RGB", (50, 50)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    for _ in range(2):
+        with pytest.raises(UserError, match="cannot be read"):
+            read_image(tmp_path / "cut.png")
+        assert Image.MAX_IMAGE_PIXELS == 1000
+    with open_picture(tmp_path / "a.tif"), ThreadPoolExecutor(4) as pool:
+        shapes = {image.shape for image in pool.map(read_image, [tmp_path / "a.tif"] * 20)}
+        assert shapes == {(3, 50, 50)}
+        assert Image.MAX_IMAGE_PIXELS is None  # this thread still has one open
+    assert Image.MAX_IMAGE_PIXELS == 1000
 
 
 @pytest.mark.parametrize("file", ["a.png", "a.jpg"])
