@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 K = TypeVar("K")
 LABELED = 500  # images with labels, of which the others are told apart
 SHEET = 16  # images on the sheet
+RESULTS = ("rank.csv", "rank.png", "images", "annotations.json", "cvat.zip")  # in --out
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def rank(parsed: Arguments, protocol_of: Callable[[EvalSettings], EvalSettings])
     validate_eval(protocol)
     source, known = of_run(parsed.weights, trained)
     entries = given(parsed) if parsed.images else unlabeled(parsed.weights, source)
+    check_copies(parsed.out, entries, source)
     committee = Committee(trained, device, protocol)
     read = partial(read_entry, source, trained)
     kept, ratings, failures = rated(committee, entries, read, parsed.workers)
@@ -86,16 +88,37 @@ def rank(parsed: Arguments, protocol_of: Callable[[EvalSettings], EvalSettings])
 
 
 def check(parsed: Arguments) -> None:
-    """Refuse options that do not fit, and to write over an order that is there."""
+    """Refuse options that do not fit, and to write over what is there."""
     if parsed.first < 1:
         raise UserError(f"--first {parsed.first} must be at least 1.")
     if parsed.geotiff:
         raise UserError("--geotiff writes masks, and --rank an order. Leave one of them out.")
     if parsed.workers < 0:
         raise UserError(f"--workers {parsed.workers} must be at least 0.")
-    path = parsed.out / "rank.csv"
-    if path.exists() and not parsed.overwrite:
-        raise UserError(f"{path} is there already. Give another --out, or --overwrite.")
+    there = [parsed.out / name for name in RESULTS if (parsed.out / name).exists()]
+    if there and not parsed.overwrite:
+        raise UserError(f"{there[0]} is there already. Give another --out, or --overwrite.")
+
+
+def check_copies(out: Path, entries: list[Entry], source: Source | None) -> None:
+    """Refuse, even with --overwrite, to write over an image that is ranked or in the dataset.
+
+    Raises:
+        UserError: names the file.
+    """
+    from ctt.data.check import identity, image_files
+
+    targets = [out / "rank.png", *(out / "images" / entry.place for entry in entries)]
+    there = {identity(target): target for target in targets if target.exists()}
+    if not there:
+        return
+    files = [entry.file for entry in entries if entry.file is not None]
+    if source is not None:
+        names = (source.train_ids(), source.unlabeled_ids(), source.eval_ids())
+        files += [path for part in image_files(source, *names).values() for path in part]
+    for file in files:
+        if target := there.get(identity(file)):
+            raise UserError(f"{target} is one of the images. Give another --out.")
 
 
 def of_run(weights: Path, trained: TrainedNetworks) -> tuple[Source | None, list[str]]:
@@ -271,10 +294,12 @@ def copy(entry: Entry, image: torch.Tensor, target: Path) -> None:
     """Put an image where it is labelled."""
     from PIL import Image
 
+    from ctt.files import atomic_write
     from ctt.inference.render import save_png
 
     target.parent.mkdir(parents=True, exist_ok=True)
     if entry.file is not None:
-        shutil.copyfile(entry.file, target)
+        with atomic_write(target) as part:
+            shutil.copyfile(entry.file, part)
     else:
         save_png(Image.fromarray(image.permute(1, 2, 0).numpy()), target)

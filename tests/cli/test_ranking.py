@@ -118,6 +118,51 @@ def test_what_cannot_be_ranked(run: Path, tmp_path: Path) -> None:
         predict._main([str(run / "best.safetensors"), "--rank", *out])
 
 
+@pytest.mark.parametrize(
+    ("images", "more", "message"),
+    [
+        ("photos", [], "images is there already"),
+        ("mine/images", [], "images is there already"),
+        ("mine/images", ["--overwrite"], "1.png is one of the images"),
+        (None, ["--overwrite"], "images/photo 0.jpg is one of the images"),
+    ],
+)
+def test_images_of_the_user_are_never_written_over(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    images: str | None,
+    more: list[str],
+    message: str,
+) -> None:
+    """`--out` is a training folder; without images on the command line that of the run."""
+    mine = tmp_path / "mine"
+    given = [str(tmp_path / images)] if images else []
+    weights = run
+    for folder in (tmp_path / "photos", mine / "images"):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (24, 20), (len(folder.name), 9, 9)).save(folder / "1.png")
+    if images is None:  # an unlabelled image has the name of a labelled one
+        weights = tmp_path / "run"
+        shutil.copytree(run, weights)
+        shutil.copytree(run.parent / "data", mine, dirs_exist_ok=True)
+        (mine / "images" / "1.png").unlink()
+        (mine / "unlabeled" / "photo 0.JPG").rename(mine / "unlabeled" / "photo 0.jpg")
+        config = weights / "config.yaml"
+        config.write_text(config.read_text("utf-8").replace(str(run.parent / "data"), str(mine)))
+        names = weights / "split" / "unlabeled.txt"
+        names.write_text(names.read_text("utf-8").replace("/photo 0.JPG", "/photo 0.jpg"), "utf-8")
+    before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    arguments = [str(weights), *given, "--rank", "--out", str(mine), "--workers", "0", *more]
+    monkeypatch.setattr("sys.argv", ["ctt-predict", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        predict.main()
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert before == {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+
+
 def test_the_loop_of_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path(__file__).resolve().parents[2] / "examples" / "active_learning.py"
     out = tmp_path / "active"
