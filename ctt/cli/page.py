@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ctt.cli.page_ranking import ranking
 from ctt.data.rasters import read_as
-from ctt.data.source import DatasetInfo
+from ctt.data.source import IGNORE, DatasetInfo
 from ctt.errors import UserError
 from ctt.inference.load import TrainedNetworks
-from ctt.inference.predict import protocol_text
+from ctt.inference.predict import best_class, protocol_text
 from ctt.inference.render import OVERLAY, colorize, overlay
 from ctt.settings import EvalSettings
 from ctt.text import printable
@@ -73,12 +73,12 @@ class Viewer:
         self.predict = lru_cache(KEPT)(self._predict)
 
     def _predict(self, file: str, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Image (C, H, W), labels (H, W) uint8 and confidence (H, W) on the CPU."""
+        """Image (C, H, W), and labels and confidence (H, W) of `best_class`, on the CPU."""
         image = read_as(Path(file), self.info)
         predict = self.trained.choose([name]).predictor(self.device, self.settings)
         with torch.no_grad():
-            confidence, label = predict(image[None])[0].max(dim=0)
-        return image, label.to(torch.uint8).cpu(), confidence.cpu()
+            confidence, label = best_class(predict(image[None])[0], image)
+        return image, label.cpu(), confidence.cpu()
 
     def show(self, file: str | None, opacity: float, *names: str) -> list[Any]:
         """Return overlay, mask and confidence of each network, and the legend."""
@@ -155,12 +155,17 @@ def enlarged(picture: Image.Image) -> Image.Image:
 
 
 def legend(names: tuple[str, ...] | list[str], labels: list[Tensor], info: DatasetInfo) -> str:
-    """Return HTML: colour and name of each class, and its share of the pixels by network."""
+    """Return HTML: colour and name of each class, and its share of the pixels by network.
+
+    Args:
+        labels: (H, W) uint8 of each network, 255 where the image has no data; these do not count.
+    """
+    labels = [label[label != IGNORE] for label in labels]
     counts = [torch.bincount(label.flatten(), minlength=len(info.classes)) for label in labels]
     head = "".join(f"<th>{html.escape(readable(name))}</th>" for name in names)
     rows = []
     for c, name in enumerate(info.classes):
-        shares = [float(count[c]) / float(count.sum()) for count in counts]
+        shares = [float(count[c]) / max(1, int(count.sum())) for count in counts]
         cells = "".join(f"<td>{share:.1%}</td>" if share else "<td>-</td>" for share in shares)
         colour = "#{:02x}{:02x}{:02x}".format(*info.palette[c])
         kind = ' class="absent"' if shares and not any(shares) else ""
@@ -169,7 +174,7 @@ def legend(names: tuple[str, ...] | list[str], labels: list[Tensor], info: Datas
             f"{html.escape(name)}</td>{cells}</tr>"
         )
     agree = ""
-    if len(labels) > 1:
+    if len(labels) > 1 and len(labels[0]):
         share = float((labels[0] == labels[1]).float().mean())
         agree = f"<p>Both see the same class in <b>{share:.1%}</b> of the pixels.</p>"
     return f"{agree}<table><tr><th>class</th>{head}</tr>{''.join(rows)}</table>"

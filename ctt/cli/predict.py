@@ -279,7 +279,7 @@ def segment(jobs: list[Job], predict: Predict, info: DatasetInfo, parsed: Argume
     import torch
     from rich.progress import Progress
 
-    from ctt.inference.predict import reraise_out_of_memory, stacks
+    from ctt.inference.predict import best_class, reraise_out_of_memory, stacks
     from ctt.inference.render import in_threads
 
     failures: list[str] = []
@@ -290,7 +290,8 @@ def segment(jobs: list[Job], predict: Predict, info: DatasetInfo, parsed: Argume
         for group in stacks(pictures, lambda pair: pair[1].shape[1:], parsed.eval.batch_pixels):
             try:
                 with reraise_out_of_memory(parsed.eval):
-                    results = predict(torch.stack([image for _, image in group])).max(dim=1)
+                    images = torch.stack([image for _, image in group])
+                    results = best_class(predict(images), images)
             except UserError as error:
                 failures += [f"{job.file}: {error}" for job, _ in group]
                 continue

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ctt.data.source import DatasetInfo, Source
 from ctt.files import atomic_write
-from ctt.inference.predict import predictor
+from ctt.inference.predict import best_class, predictor
 from ctt.inference.render import colorize, visible
 from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings
@@ -43,9 +43,9 @@ def draw_samples(
     network.eval()
     predict = predictor(network, source.info, settings)
     for column, name in enumerate(ids):
-        image, label = source.image(name), source.label(name)
+        image, label = source.pair(name)
         probability = predict(image[None].to(device))[0]
-        confidence, predicted = probability.cpu().max(dim=0)
+        confidence, predicted = best_class(probability.cpu(), image)
         shown = (
             visible(image, source.info).permute(1, 2, 0),
             colorize(label, source.info),

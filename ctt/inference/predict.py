@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctt.data.prepare import resize_image, resize_label
-from ctt.data.source import DatasetInfo
+from ctt.data.source import IGNORE, DatasetInfo
 from ctt.data.views import normalize, to_unit
 from ctt.errors import UserError
 from ctt.models.base import SegmentationModel, upsample
@@ -153,6 +153,23 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     if images.shape[-2:] == size:
         return images
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def best_class(probability: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest probability (..., H, W) and its class (..., H, W) uint8.
+
+    Where an image has no data they are 0 and 255.
+
+    Args:
+        probability: (..., C, H, W).
+        images: (..., bands, H, W) that it belongs to, as they are read: NaN where there is no data.
+    """
+    confidence, label = probability.max(dim=-3)
+    label = label.to(torch.uint8)
+    if images.is_floating_point():
+        missing = images.isnan().any(dim=-3).to(label.device)
+        confidence, label = confidence.masked_fill(missing, 0), label.masked_fill(missing, IGNORE)
+    return confidence, label
 
 
 def mean_of(predicts: Sequence[Predict]) -> Predict:

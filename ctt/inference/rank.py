@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ctt.data.views import normalize, to_unit
 from ctt.inference.load import TrainedNetworks
-from ctt.inference.predict import for_images, predictor, reraise_out_of_memory
+from ctt.inference.predict import best_class, for_images, predictor, reraise_out_of_memory
 from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings
 
@@ -87,8 +87,8 @@ class Committee:
                 within = within + entropy(probability) / len(self.predicts)
         whole = entropy(total)
         missing = image.isnan().any(dim=0)
+        _, label = best_class(total, image)
         maps = [((whole - within) / self.largest).clamp(min=0), whole / self.largest]
-        label = total.argmax(dim=0).to(torch.uint8).masked_fill(missing, 255)
         return label, maps[0].masked_fill(missing, 0), maps[1].masked_fill(missing, 0)
 
     @torch.no_grad()

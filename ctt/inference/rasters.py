@@ -18,7 +18,7 @@ from ctt.data.rasters import Raster, Values, scaled
 from ctt.data.source import IGNORE, DatasetInfo
 from ctt.errors import UserError
 from ctt.files import atomic_write
-from ctt.inference.predict import Predict
+from ctt.inference.predict import Predict, best_class
 
 MULTIPLE = 16  # of the sides of a GeoTIFF's blocks
 TILE, MARGIN = 512, 64
@@ -87,12 +87,8 @@ def predict_raster(
             inner = tuple(
                 slice(o.start - a.start, o.stop - a.start) for o, a in zip(own, around, strict=True)
             )
-            confidence, label = probability[:, *inner].max(dim=0)
-            missing = image[:, *inner].isnan().any(dim=0).to(label.device)
-            results = {
-                "mask": label.masked_fill(missing, IGNORE),
-                "confidence": (255 * confidence).round().masked_fill(missing, 0),
-            }
+            confidence, label = best_class(probability[:, *inner], image[:, *inner])
+            results = {"mask": label, "confidence": (255 * confidence).round()}
             for kind, output in outputs.items():
                 values = results[kind].to(torch.uint8).cpu().numpy()
                 output.write(values, 1, window=Window.from_slices(*own))

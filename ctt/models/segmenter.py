@@ -15,7 +15,6 @@ from ctt.models.base import SegmentationModel, upsample
 if TYPE_CHECKING:
     from ctt.data.source import DatasetInfo
 
-IGNORE = 255  # of pixels without data
 BATCH_PIXELS = 2**18  # of images of one size that go through the network together
 OVERLAP = 2 / 3  # step from tile to tile, as a share of a tile
 
@@ -95,8 +94,7 @@ class Segmenter(nn.Module):
             ValueError: another shape or type of numbers.
             ctt.errors.UserError: a file that cannot be read.
         """
-        from ctt.data.source import IGNORE
-        from ctt.inference.predict import Predict, sliding, stacks
+        from ctt.inference.predict import Predict, best_class, sliding, stacks
 
         several = getattr(images, "ndim", 0) == 4 or (
             isinstance(images, Iterable) and not hasattr(images, "ndim") and not _is_one(images)
@@ -111,10 +109,7 @@ class Segmenter(nn.Module):
             batch = torch.stack(group).to(self.mean.device)
             result = predict(batch)
             if not probabilities:
-                result = result.argmax(dim=1)
-                if batch.is_floating_point():
-                    result.masked_fill_(batch.isnan().any(dim=1), IGNORE)
-                result = result.to(torch.uint8)
+                result = best_class(result, batch)[1]
             found += result.cpu()
         return found if several else found[0]
 

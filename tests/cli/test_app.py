@@ -100,6 +100,25 @@ def test_names_are_escaped() -> None:
     assert "&lt;b&gt;" in page.legend(["<b>"], [torch.zeros(2, 2, dtype=torch.uint8)], INFO)
 
 
+def test_pixels_without_data_have_no_class_on_the_page(
+    viewer: page.Viewer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = torch.rand(3, 24, 24)
+    image[:, :12] = torch.nan
+    monkeypatch.setattr(page, "read_as", lambda *_: image)
+    viewer.info = dataclasses.replace(INFO, bands=(1, 2, 3))
+    *_, table = viewer.show("a.tif", 0.5, "student_1", "student_2")
+    _, label, confidence = viewer.predict("a.tif", "student_1")
+    assert (label[:12] == 255).all()
+    assert not confidence[:12].any()
+    counts = torch.bincount(label[12:].flatten())
+    assert f"<td>{float(counts.max() / counts.sum()):.1%}</td>" in table
+    agree = label[12:] == viewer.predict("a.tif", "student_2")[1][12:]
+    assert f"<b>{float(agree.float().mean()):.1%}</b>" in table
+    empty = page.legend(["a", "b"], [torch.full((2, 2), 255, dtype=torch.uint8)] * 2, INFO)
+    assert "%" not in empty
+
+
 def test_large_pictures_shrink_and_small_ones_grow() -> None:
     for size, expected in (((40, 30), (320, 240)), ((4000, 100), (1280, 32)), ((500, 9), (500, 9))):
         assert page.enlarged(Image.new("RGB", size)).size == expected

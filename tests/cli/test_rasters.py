@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from ctt.cli import data, predict, train
 from ctt.errors import UserError
-from tests.data.rasters import write_rasters
+from tests.data.rasters import save, scene, write_rasters
 
 rasterio = pytest.importorskip("rasterio")
 
@@ -15,6 +17,9 @@ def test_from_rasters_to_masks_with_coordinates(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = write_rasters(tmp_path / "d", unlabeled=2)
+    image, _ = scene((48, 48), 4)
+    image[:, :5] = 0
+    save(root / "unlabeled" / "tile 4.tif", image, (0, 4 * 48), nodata=0)
     check = ["check", "--dataset", "folder", "--data-root", str(root), "--threads", "1"]
     with pytest.raises(UserError):
         data._main(check)
@@ -38,6 +43,10 @@ def test_from_rasters_to_masks_with_coordinates(
     assert predict._main(common) == 0
     assert "--geotiff keeps them" in capsys.readouterr().out
     assert (out / "tile 4_overlay.png").is_file()
+    masks = [np.array(Image.open(out / f"tile {i}_mask.png")) for i in (4, 5)]
+    assert (masks[0][:5] == 255).all()
+    assert not (masks[0][5:] == 255).any()
+    assert not (masks[1] == 255).any()
     tiled = [*common, "--geotiff", "--confidence", "--tile", "32", "--margin", "16"]
     assert predict._main(tiled) == 0
     for file in sorted((root / "unlabeled").glob("*.tif")):

@@ -10,6 +10,7 @@ from ctt.data.digits import INFO
 from ctt.data.views import to_unit
 from ctt.inference.predict import (
     Predict,
+    best_class,
     for_images,
     multi_scale,
     predictor,
@@ -163,6 +164,19 @@ def test_half_and_centre() -> None:
     for protocol in ("whole", "sliding"):
         same = prepare(image, label, EvalSettings(protocol))  # type: ignore[arg-type]
         assert torch.equal(same[1], label)
+
+
+def test_there_is_no_class_where_an_image_has_no_data() -> None:
+    images = pictures((5, 6)).float() / 255
+    images[1, 2, 3, 4] = torch.nan  # in one band
+    found = torch.rand(2, 5, 5, 6).softmax(dim=1)
+    confidence, label = best_class(found, images)
+    assert (label.dtype, label[1, 3, 4], confidence[1, 3, 4]) == (torch.uint8, 255, 0)
+    assert int((label == 255).sum()) == 1
+    whole, classes = best_class(found, pictures((5, 6)))  # uint8
+    assert torch.equal(whole, found.amax(dim=1))
+    assert torch.equal(classes, found.argmax(dim=1).to(torch.uint8))
+    assert torch.equal(best_class(found[1], images[1])[1], label[1])
 
 
 def test_stacks_hold_neighbours_of_one_size() -> None:
