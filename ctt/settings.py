@@ -209,6 +209,7 @@ class ModelSettings:
 class OptimSettings:
     name: Literal["sgd", "adamw"] = "sgd"
     lr: Annotated[float, ABOVE_0] = 2.5e-4
+    """Learning rate of the students, at the start of its schedule."""
     pair_lr: Annotated[tuple[float, ...], ABOVE_0] = ()
     """Learning rates of the pairs instead of --optim.lr, where they differ: pair k takes the k-th,
     and after the last one the first again."""
@@ -263,7 +264,9 @@ class LossSettings:
     lc: Annotated[float, AT_LEAST_0] = 0.1
     """Weight of the low-level contrast, equation (8)."""
     tau_hc: Annotated[float, ABOVE_0] = 0.5
+    """Temperature of the high-level contrast."""
     tau_lc: Annotated[float, ABOVE_0] = 0.5
+    """Temperature of the low-level contrast."""
     gamma: Annotated[float, SHARE] = 0.75
     """Confidence from which a pixel belongs to the high-level contrast, equation (7)."""
     hc_confidence: Literal["student", "teacher"] = "student"
@@ -351,8 +354,8 @@ class TrainSettings:
     measured_images: Annotated[int, AT_LEAST_0] = 16
     """Unlabelled images on which each evaluation also measures how sure the teachers are, how often
     they and the students agree, and, where the dataset knows the labels that are hidden from
-    training, how often the teachers are right: see "Inside" in the README. Nothing learns from it;
-    0: none."""
+    training, how often the teachers are right: see "Look inside a run" in docs/training.md. Nothing
+    learns from it; 0: none."""
     tensorboard: bool = True
     """Write TensorBoard events into the run folder."""
     loggers: tuple[Literal["wandb", "mlflow"], ...] = ()
@@ -406,6 +409,7 @@ class Settings:
     pairs: Annotated[int, Range(0, 8)] = 0
     """K, pairs of student and teacher; 0: what the method uses by default."""
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0
+    """Of the choice of labelled images, the first weights and the augmentation."""
     data: DataSettings = field(default_factory=DataSettings)
     views: ViewSettings = field(default_factory=ViewSettings)
     model: ModelSettings = field(default_factory=ModelSettings)

@@ -37,7 +37,7 @@ class Arguments:
     normalized: bool = False
     """The graph takes images that are normalised already, by the mean and std in its metadata."""
     size: tuple[int, int] | None = None
-    """Height and width of the images; by default any. Vision transformers and networks with
+    """Height and width of the images; by default any. Some vision transformers and networks with
     TensorFlow's padding (tf_..., ConvNeXts) need it."""
     overwrite: bool = False
     """Replace a file that is there already."""

@@ -24,7 +24,7 @@ class Stats:
     """
 
     dataset: str = "folder"
-    """One of `ctt.data.names()`."""
+    """Name of the dataset; `ctt-train --help` lists them."""
     data_root: Path | None = None
     """Folder of the images, for datasets that have one."""
     write: bool = False

@@ -41,7 +41,7 @@ class Arguments:
     experiment: str
     """Name of an experiment; --list prints them."""
     dataset: str = "digits"
-    """One of `ctt.data.names()`."""
+    """Name of the dataset; `ctt-train --help` lists them."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Every run is done with each of them; a seed draws labels, weights and views."""
     shares: tuple[str, ...] = ()

@@ -44,6 +44,6 @@ def grouped(faults: Iterable[Fault]) -> list[str]:
         if others:
             places = ", ".join(fault.place for fault in others[:SHOWN])
             more = ", ..." if len(others) > SHOWN else "."
-            text += f" So it is with {len(others):,} more: {places}{more}"
+            text += f" The same holds for {len(others):,} more: {places}{more}"
         texts.append(text)
     return texts

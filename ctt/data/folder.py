@@ -186,7 +186,7 @@ class Folder(FileSource):
                 f" The nearest name is {shown}: rename it, or give a list `pairs:` in "
                 f"{DESCRIPTION}."
             )
-        return " An image without a mask belongs into unlabeled/."
+        return " Move images without masks to unlabeled/."
 
     @cached_property
     def _elsewhere(self) -> dict[str, str]:

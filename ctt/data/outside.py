@@ -125,7 +125,7 @@ class OutsideMasks:
                 for kind in kinds:
                     self._there(missing[0], kind)
             except UserError as error:
-                more = f" So it is with {len(missing) - 1} more images." if missing[1:] else ""
+                more = f" The same holds for {len(missing) - 1} more images." if missing[1:] else ""
                 raise UserError(f"{error}{more}") from None
         for name in look_at:
             self.pair(name)

@@ -17,7 +17,7 @@ from ctt.text import BYTE_OF_A_NAME, BYTES_AS_THEY_ARE
 
 NO_MASK = "None"  # as the mask of an unlabelled image is written in some lists
 NO_UTF_8 = " The line is no UTF-8: save the list as UTF-8, if its names are."
-PAIRING = " Own images may have masks of any names: see `pairs:` of dataset.yaml in the README."
+PAIRING = " Own images may have masks of any names: see `pairs` in docs/data.md."
 UNLABELED_ALONE = "`split_unlabeled` needs `split_labeled` beside it."
 # first bytes of pickles (protocols 2 to 5), .npy and .npz or .pt
 BINARY = (b"\x80", b"\x93NUMPY", b"PK\x03\x04")

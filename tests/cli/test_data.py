@@ -356,9 +356,9 @@ def test_equal_faults_are_told_once(tmp_path: Path, call: Call) -> None:
     of_values, of_missing = (line for line in out.splitlines() if line.startswith(f"{root}"))
     assert of_values.startswith(f"{masks[0]}: the mask holds numbers that are no class: 40. Exp")
     places = ", ".join(map(str, masks[1:4]))
-    assert of_values.endswith(f" So it is with 19 more: {places}, ...")
+    assert of_values.endswith(f" The same holds for 19 more: {places}, ...")
     assert of_missing.startswith(f"{masks[20]}: there is no such file.")
-    assert of_missing.endswith(f" So it is with 1 more: {masks[21]}.")
+    assert of_missing.endswith(f" The same holds for 1 more: {masks[21]}.")
     _, out, err = call(*base, "--show", 0)
     assert sum(line.startswith(f"{root}/") for line in out.splitlines()) == 22
     assert "22 faults found." in err
@@ -366,4 +366,4 @@ def test_equal_faults_are_told_once(tmp_path: Path, call: Call) -> None:
     wrong.write_text("nobody\nelse\nimages/photo 0.jpg\nimages/photo 0.jpg\n")
     _, out, err = call(*base, "--split-labeled", wrong)
     assert f"{wrong}, line 1: nobody is no training image" in out
-    assert " So it is with 1 more: line 2." in out
+    assert " The same holds for 1 more: line 2." in out

@@ -80,7 +80,7 @@ def test_what_is_wrong_or_not_read_is_told(root: Path, capsys: pytest.CaptureFix
         assert text in shown
     mask.with_suffix(".jpg").unlink()
     source = open_source("folder", root, SourceOptions())
-    with pytest.raises(UserError, match="An image without a mask belongs into unlabeled/"):
+    with pytest.raises(UserError, match="Move images without masks to unlabeled/"):
         source.label("images/grau.jpg")
 
 
