@@ -52,6 +52,7 @@ class FileSource(Source):
     ) -> None:
         self.info, self.base = info, base
         self._train, self._unlabeled, self._eval = map(sorted, names)
+        self._maskless = frozenset(self._unlabeled)
         for name in (*self._train, *self._unlabeled, *self._eval):
             if "\n" in name or "\r" in name:
                 raise UserError(
@@ -167,7 +168,9 @@ class FileSource(Source):
 
     def line(self, name: str) -> str:
         mask = self.mask_path(name)
-        paths = [self.image_path(name), *([mask] if mask.is_file() else [])]
+        # of an unlabelled image it may name another file, such as the image itself
+        there = name not in self._maskless and mask.is_file()
+        paths = [self.image_path(name), *([mask] if there else [])]
         texts = [Path(os.path.relpath(path, self.base)).as_posix() for path in paths]
         return " ".join([*texts, NO_MASK][:2])
 

@@ -140,6 +140,21 @@ def test_written_lists_are_the_split_of_the_same_seed(
     assert (out / "labeled.txt").read_bytes() == before
 
 
+def test_unlabelled_images_are_listed_without_a_mask(tmp_path: Path, call: Call) -> None:
+    """Whatever file has the name that a mask of theirs would have."""
+    root = trees.write_folder(tmp_path / "data", unlabeled=0)
+    for name in ("a.png", "images/a.png", "masks/a.png", "photo 0.png"):
+        trees.save_image(root / "unlabeled" / name, np.zeros((4, 4, 3), np.uint8))
+    out = tmp_path / "lists"
+    options = ("--dataset", "folder", "--data-root", root, "--ratio", "1/1", "--form", "paths")
+    assert call("split", *options, "--out", out)[0] == 0
+    lines = (out / "unlabeled.txt").read_text("utf-8").splitlines()
+    assert [line.startswith("unlabeled/") for line in lines] == [True] * 4
+    assert [line.endswith(".png None") for line in lines] == [True] * 4
+    source = data.open_source("folder", root, SourceOptions())
+    assert len(make_split(source, "1", 0, out / "labeled.txt", out / "unlabeled.txt")[1]) == 4
+
+
 def test_options_are_looked_at(tmp_path: Path, call: Call) -> None:
     trees.write_folder(tmp_path)
     base = ("--dataset", "folder", "--data-root", tmp_path)
