@@ -25,13 +25,13 @@ class Losses:
     def clear(self) -> None:
         """Begin a new row."""
         self.sums: dict[str, Tensor] = {}
-        self.steps = 0  # in the sums
+        self.counts: dict[str, int] = {}  # steps in each sum; rounds differ in their terms
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Add the losses of a step."""
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.steps += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def total(self) -> dict[str, float]:
         """Return the sums over the steps since the last row and over all processes.
@@ -47,12 +47,12 @@ class Losses:
         sums = dict(zip(self.sums, values, strict=True))
         if not math.isfinite(sums["total"]):
             bad = ", ".join(f"{name} {value}" for name, value in sums.items())
-            raise self._diverged(f"the loss is NaN or infinite ({bad})", self.steps)
+            raise self._diverged(f"the loss is NaN or infinite ({bad})", self.counts["total"])
         return sums
 
     def means(self) -> dict[str, float]:
-        """Return `total` as means over the steps, and begin a new row."""
-        means = {name: value / self.steps for name, value in self.total().items()}
+        """Return `total` as means over the steps that had each loss, and begin a new row."""
+        means = {name: value / self.counts[name] for name, value in self.total().items()}
         self.clear()
         return means
 
@@ -83,16 +83,23 @@ class Losses:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds of them."""
-        return {"sums": self.total(), "summed": self.steps}
+        return {"sums": self.total(), "summed": self.counts}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from a checkpoint; those of earlier versions have no sums."""
-        own = self.engine.world.is_main  # one process goes on with the sums of all
-        self.sums = {
+        """Go on from a checkpoint, without the losses that new settings have switched off.
+
+        Checkpoints of earlier versions have no sums, or one number of steps for all of them.
+        """
+        method, own = self.engine.method, self.engine.world.is_main
+        kept = {*method.terms, *method.logged, "total"}
+        sums = {name: value for name, value in saved.get("sums", {}).items() if name in kept}
+        self.sums = {  # one process goes on with the sums of all
             name: torch.tensor(
                 value if own else 0.0, dtype=torch.float32, device=self.engine.device
             )
-            for name, value in saved.get("sums", {}).items()
+            for name, value in sums.items()
         }
-        self.steps = int(saved.get("summed", 0))
+        summed = saved.get("summed", 0)
+        counts = summed if isinstance(summed, dict) else dict.fromkeys(sums, summed)
+        self.counts = {name: int(counts[name]) for name in sums}
         self.sound = self.engine.iteration

@@ -17,7 +17,8 @@ class Recorder:
 
     `measured` are columns beside those of the method, and `warn` tells of a logger that fails.
 
-    Going on from a checkpoint drops the rows after `iteration`: they will be written again.
+    Going on from a checkpoint drops the rows after `iteration`: they will be written again. Columns
+    of a term that is switched off by then stay, after the others.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class Recorder:
         # a line that a crash cut short has no number
         rows = [row for row in read_rows(self.path) if (row["iteration"] or "").isdecimal()]
         kept = [row for row in rows if int(row["iteration"]) <= iteration]
+        if kept:  # None: what stands beyond the last column
+            self.columns += [c for c in kept[0] if c is not None and c not in self.columns]
         with atomic_write(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()

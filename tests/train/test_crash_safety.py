@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from ctt.errors import UserError
 from ctt.inference.load import load_trained
 from ctt.settings import Settings, update
 from ctt.train.distributed import World
+from ctt.train.divergence import Losses
 from ctt.train.dry_run import dry_run
 from ctt.train.engine import Engine
 from ctt.train.loop import Trainer, train
@@ -244,6 +246,37 @@ def test_a_finished_run_that_is_resumed_changes_nothing(settings: Settings, tmp_
     again = train(settings, resume=tmp_path / "run")
     assert again == json.loads(json.dumps(summary))
     assert contents(tmp_path / "run") == before
+
+
+def test_a_term_is_switched_off_between_two_rows(settings: Settings, out: Path) -> None:
+    """The checkpoint holds a loss that the method no longer has; rows before it keep theirs."""
+    before, saved = rows(out), checkpoint.load(out / run.CHECKPOINT)
+    sums = {"sup": 2.0, "hc": 1.0, "lc": 1.0, "total": 4.0, "queues_gone": 1.0}
+    checkpoint.save(out / run.CHECKPOINT, saved | {"sums": sums, "summed": dict.fromkeys(sums, 1)})
+    change = {"loss": {"hc": 0, "lc": 0}, "train": {"iterations": 7}, "data": {"workers": 0}}
+    train(update(settings, change, "test"), resume=out)
+    *kept, row, evaluated = rows(out)
+    assert kept == before
+    assert kept[0]["loss_hc"]
+    assert (row["iteration"], row["loss_hc"], row["loss_lc"]) == ("7", "", "")
+    assert float(row["loss_sup"]) > 1
+    assert evaluated["miou_teacher_1"]
+
+
+def test_a_new_loss_has_the_mean_of_its_own_steps() -> None:
+    """Whether new settings or another round bring it; old checkpoints count steps for all sums."""
+    method = SimpleNamespace(terms=("sup", "ct"), logged=("lost_pixels",))
+    engine: Any = SimpleNamespace(
+        method=method, world=World(), device=torch.device("cpu"), iteration=2
+    )
+    losses = Losses(SimpleNamespace(engine=engine, folder=Path()))  # type: ignore[arg-type]
+    losses.load_state_dict({"sums": {"sup": 2.0, "hc": 9.0, "total": 11.0}, "summed": 2})
+    one = torch.tensor(1.0)
+    losses.add({"sup": 4 * one, "ct": 5 * one, "total": 7 * one})
+    saved = losses.state_dict()
+    losses.load_state_dict(saved)
+    assert losses.means() == {"sup": 2.0, "ct": 5.0, "total": 6.0}
+    assert losses.means() == {}
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
