@@ -35,8 +35,8 @@ def compile_all(arch: int, words: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def lines() -> dict[int, list[dict[str, Any]]]:
-    # kernels without a row are the same for every card; see the slow test below
-    words = [() if arch == 90 else ("contrast ",) for arch in ARCHITECTURES]
+    # kernels without a row are the same for every card of a generation
+    words = [("contrast ",) if arch == 86 else () for arch in ARCHITECTURES]
     with ThreadPoolExecutor(max_workers=2) as pool:
         return dict(zip(ARCHITECTURES, pool.map(compile_all, ARCHITECTURES, words), strict=True))
 
@@ -45,28 +45,10 @@ def lines() -> dict[int, list[dict[str, Any]]]:
 def test_fits_the_card(lines: dict[int, list[dict[str, Any]]], arch: int) -> None:
     rows = sum(key[0] == arch for key in tiles.TILES)
     assert sum(line["case"].startswith("contrast ") for line in lines[arch]) == 2 * rows
-    assert_fits(lines[arch], arch)
-
-
-@pytest.mark.slow
-def test_every_kernel_fits_the_80() -> None:
-    lines = compile_all(80)
-    assert len({line["case"] for line in lines if not line["case"].startswith("contrast ")}) > 20
-    assert_fits(lines, 80)
-    assert_loads_wide(lines)
-
-
-def assert_fits(lines: list[dict[str, Any]], arch: int) -> None:
-    for line in lines:
+    for line in lines[arch]:
         assert line["shared"] <= tiles.SHARED_LIMIT[arch], line
         assert line["registers"] <= 255, line
         assert line["stack"] <= HARMLESS_STACK, line
-
-
-def assert_loads_wide(lines: list[dict[str, Any]]) -> None:
-    for line in lines:
-        if line["case"].startswith("ema") and "aligned" in line["case"]:
-            assert line["wide_loads"] > 0, line
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -74,7 +56,8 @@ def test_uses_the_card(lines: dict[int, list[dict[str, Any]]], arch: int) -> Non
     for line in lines[arch]:
         if line["case"].startswith("contrast "):
             assert line["tensor_core"] > 0, line
-    assert_loads_wide(lines[arch])
+        if line["case"].startswith("ema") and "aligned" in line["case"]:
+            assert line["wide_loads"] > 0, line
 
 
 def test_every_dimension_has_a_row() -> None:
