@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from ctt.data.pixels import is_deep, to_rgb
@@ -28,6 +28,8 @@ SPREAD = {"L;2": 85, "L;4": 17}
 REDUCED = 1  # bit of a TIFF page that is a small copy of another one
 SUBFILE_TYPE = 254  # its tag
 ORIENTATION = 0x0112
+TURNED = range(2, 9)  # its values that are not upright
+BIG_TIFF, BIG_ENDIAN_BIG_TIFF, PNG = b"II+\0", b"MM\0+", b"\x89PNG"
 STATS = "ctt-data stats --data-root FOLDER --write"
 Array = np.ndarray[tuple[int, ...], np.dtype[np.integer]]
 Colour = tuple[int, int, int]
@@ -154,7 +156,30 @@ def raw_mode(file: Image.Image) -> str:
 
 def is_turned(file: Image.Image) -> bool:
     """Return whether a camera's note in the file (EXIF) says that viewers turn or mirror it."""
-    return file.getexif().get(ORIENTATION, 1) in range(2, 9)
+    return file.getexif().get(ORIENTATION, 1) in TURNED
+
+
+def orientation(path: Path) -> int:
+    """Return how viewers turn a TIFF or PNG file, 1: not at all; its pixels are not read.
+
+    Also of TIFFs whose channels Pillow does not know. Of big-endian BigTIFFs, whose tags it does
+    not read, 1.
+    """
+    with path.open("rb") as stream:
+        head = stream.read(8)
+        if head.startswith(PNG):
+            with _no_limit, Image.open(path) as file:
+                note = Image.Exif()
+                note.load(file.info.get("exif", b""))
+                return int(note.get(ORIENTATION, 1))
+        if head.startswith(BIG_ENDIAN_BIG_TIFF):
+            return 1
+        if head.startswith(BIG_TIFF):
+            head += stream.read(8)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(head)
+        stream.seek(tags.next)
+        tags.load(stream)
+        return int(tags.get(ORIENTATION, 1))
 
 
 def pages(file: Image.Image) -> int:

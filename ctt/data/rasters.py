@@ -16,9 +16,11 @@ from torch import Tensor
 from ctt.data.pictures import (
     STATS,
     TIFF,
+    TURNED,
     broken,
     most_pixels,
     open_picture,
+    orientation,
     raw_mode,
     read_image,
     too_large,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from rasterio.io import DatasetReader
     from rasterio.windows import Window
 
+FORMATS = (*TIFF, ".png")  # of `Raster`
 CACHE = 64  # megabytes of blocks that GDAL keeps; its own choice is a share of the memory
 Values = np.ndarray[tuple[int, int, int], np.dtype[Any]]
 
@@ -141,7 +144,8 @@ class Raster:
         height, width, count: of pixels and of channels.
 
     Raises:
-        UserError: no such file, a broken one, or several pages that are no channels.
+        UserError: no such file, a broken one, another format, one that viewers turn, or several
+            pages that are no channels.
     """
 
     def __init__(self, path: Path) -> None:
@@ -151,11 +155,24 @@ class Raster:
         with _told(path), self._stack, warnings.catch_warnings():
             if not path.is_file():
                 raise FileNotFoundError(path)
+            if path.suffix.lower() not in FORMATS:
+                raise UserError(
+                    f"{path}: as a raster only TIFF and PNG files are read ({', '.join(FORMATS)}). "
+                    f"Save it as one of these; ctt-predict takes other formats without --geotiff."
+                )
             # of files without coordinates, which are images too
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             self._stack.enter_context(rasterio.Env(GDAL_CACHEMAX=CACHE))
             first = self._open(path)
             pages = first.subdatasets
+            if (turn := orientation(path)) in TURNED:  # which GDAL does not look at
+                raise UserError(
+                    f"{path}: a tag in the file says that viewers turn or mirror it (orientation "
+                    f"{turn}), but rasters are read as they are stored. If it is right as it is "
+                    f"stored, as files with coordinates are, remove the tag (`exiftool "
+                    f"-Orientation= FILE`); else write it again upright (`magick FILE -auto-orient "
+                    f"NEW`)."
+                )
             self.files: list[DatasetReader] = [self._open(p) for p in pages] or [first]
             self.first = self.files[0]
             self._stack = self._stack.pop_all()

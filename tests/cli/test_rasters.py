@@ -60,6 +60,9 @@ def test_from_rasters_to_masks_with_coordinates(
     with pytest.raises(UserError, match="must be a multiple of 16"):
         predict._main([*tiled[:-4], "--tile", "100"])
     (root / "unlabeled" / "broken.tif").write_text("no image")
+    Image.new("RGB", (48, 48)).save(root / "unlabeled" / "photo.jpg")
     assert predict._main([*tiled, "--skip-existing"]) == 2
-    assert "broken.tif" in capsys.readouterr().err
+    told = " ".join(capsys.readouterr().err.split())
+    assert "broken.tif cannot be read" in told
+    assert "photo.jpg: as a raster only TIFF and PNG files are read" in told
     assert not list(out.glob("*.part"))

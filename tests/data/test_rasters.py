@@ -12,6 +12,7 @@ from ctt import data
 from ctt.data.channel_statistics import lines, statistics
 from ctt.data.channels import channels_of
 from ctt.data.options import SourceOptions
+from ctt.data.pictures import ORIENTATION
 from ctt.data.rasters import Raster, read_as, read_bands
 from ctt.data.source import IGNORE, DatasetInfo, Source
 from ctt.data.views import GeometricView, PhotometricView, normalize
@@ -133,6 +134,38 @@ def test_what_is_no_raster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("CTT_MAX_PIXELS", "80")
     with pytest.raises(UserError, match="has 9x9 pixels"):
         read_bands(tmp_path / "b.tif")
+
+
+@pytest.mark.parametrize("kind", ["jpg", "webp", "bmp"])
+def test_other_formats_are_no_rasters(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / f"a.{kind}"
+    Image.new("RGB", (6, 4)).save(file)
+    with pytest.raises(UserError, match=r"only TIFF and PNG files are read .*without --geotiff"):
+        Raster(file)
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_rasters_that_viewers_turn_are_refused(tmp_path: Path, big: bool) -> None:
+    picture = Image.new("RGB", (6, 4), "red")
+    for turn in range(1, 9):
+        picture.save(tmp_path / "a.tif", tiffinfo={ORIENTATION: turn}, big_tiff=big)
+        if turn == 1:
+            assert read_bands(tmp_path / "a.tif")[0].shape == (3, 4, 6)
+            continue
+        with pytest.raises(UserError, match=rf"orientation {turn}\).*exiftool.*-auto-orient"):
+            read_bands(tmp_path / "a.tif")
+    # of which the tag cannot be read
+    save(tmp_path / "b.tif", np.ones((5, 4, 6), np.uint16), BIGTIFF="YES", ENDIANNESS="BIG")
+    assert read_bands(tmp_path / "b.tif")[0].shape == (5, 4, 6)
+
+
+def test_pngs_that_viewers_turn_are_no_rasters(tmp_path: Path) -> None:
+    note = Image.Exif()
+    note[ORIENTATION] = 6
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.png", exif=note)
+    with pytest.raises(UserError, match="orientation 6"):
+        Raster(tmp_path / "a.png")
+    assert read_bands(tmp_path / "a.png")[0].shape == (3, 6, 4)  # turned, by Pillow
 
 
 def test_a_window_is_a_part_of_the_whole(tmp_path: Path) -> None:
