@@ -10,6 +10,7 @@ from rich.console import Console
 from torch.profiler import record_function
 
 from ctt import checkpoint, run
+from ctt.data.check import missing_files
 from ctt.inference.class_report import ClassRow, class_rows
 from ctt.inference.evaluate import ENSEMBLE, Score, confusions, sample, score
 from ctt.train import measures
@@ -37,7 +38,7 @@ class Evaluator:
         self.world, self.console = world, console
         self.best: dict[str, Any] | None = None
         self.classes: dict[str, list[ClassRow]] = {}
-        self.measured = sample(plan.unlabeled, plan.settings.train.measured_images)
+        self.measured = sample(unlabeled_at_hand(plan), plan.settings.train.measured_images)
 
     @record_function("evaluation")  # for a trace that it falls into
     def __call__(self, recorder: Recorder | None) -> dict[str, Score]:
@@ -98,3 +99,12 @@ class Evaluator:
         note = f"{name} after {iteration} iterations, {settings.hash()}"
         network = self.engine.method.networks()[name]
         checkpoint.save_network(self.folder / run.WEIGHTS, network, self.plan.source.info, note)
+
+
+def unlabeled_at_hand(plan: Plan) -> list[str]:
+    """Return the unlabelled images of a run, without missing ones if its method takes none."""
+    if plan.about.unlabeled:  # all were there at its start
+        return plan.unlabeled
+    known = [name for name in plan.unlabeled if plan.source.find(name) == name]
+    missing = {name for name, _ in missing_files(plan.source, [], known)}
+    return [name for name in known if name not in missing]

@@ -77,7 +77,7 @@ class Plan:
         if resume is None:
             labeled, unlabeled = new_split(settings, source, about.unlabeled)
         else:
-            labeled, unlabeled = split_of_run(run.find(resume), source)
+            labeled, unlabeled = split_of_run(run.find(resume), source, about.unlabeled)
         if settings.data.crop == FITTING:
             crop = fitting_crop(source, labeled, settings.data.resize)
             settings = replace(settings, data=replace(settings.data, crop=crop))
@@ -273,13 +273,15 @@ def outside_masks(settings: Settings, source: Source, unlabeled: list[str]) -> O
     return masks
 
 
-def split_of_run(folder: Path, source: Source) -> tuple[list[str], list[str]]:
+def split_of_run(folder: Path, source: Source, uses_unlabeled: bool) -> tuple[list[str], list[str]]:
     """Return `new_split` for a run that goes on: the lists that it was started with."""
     run.hold_out(folder, source)
     labeled = read_list(folder / run.LABELED_LIST, source, labeled=True)
     path = folder / run.UNLABELED_LIST
-    unlabeled = read_list(path, source, labeled=False) if path.stat().st_size else []
-    check_quickly(source, labeled, unlabeled)
+    unlabeled = run.read_names(path)
+    if uses_unlabeled and unlabeled:
+        unlabeled = read_list(path, source, labeled=False)
+    check_quickly(source, labeled, unlabeled if uses_unlabeled else [])
     return labeled, unlabeled
 
 

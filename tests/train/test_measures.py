@@ -20,6 +20,9 @@ from ctt.settings import EvalSettings, Settings, update
 from ctt.train import measures
 from ctt.train.distributed import World
 from ctt.train.loop import train
+from ctt.train.plan import Plan
+from ctt.train.record import read_rows
+from tests.data.trees import write_voc
 
 
 class Says(SegmentationModel):
@@ -143,3 +146,32 @@ def test_similarities_of_keys() -> None:
     alike, apart = similarities(bank)
     torch.testing.assert_close(alike, torch.stack(of_class).mean())
     torch.testing.assert_close(apart, torch.stack(between).mean())
+
+
+def test_a_supervised_run_needs_no_unlabelled_image(
+    tiny: Settings, out: Path, tmp_path: Path
+) -> None:
+    """Neither at its start, nor where it measures what happens on them, nor when it goes on."""
+    root = write_voc(tmp_path / "data", classic=2, augmented=3, evaluation=1, size=(24, 30))
+    change = {
+        "dataset": "voc",
+        "data_root": str(root),
+        "ratio": "2",
+        "method": "supervised",
+        "data": {"workers": 0, "batch_size": 2},
+        "train": {"iterations": 1, "tensorboard": False},
+    }
+    settings = update(tiny, change, "test")
+    unlabeled = sorted((root / "JPEGImages").glob("*"))
+    labeled, others = Plan.of(settings, None).labeled, Plan.of(settings, None).unlabeled
+    assert (len(labeled), len(others)) == (2, 3)
+    gone = [path for path in unlabeled if path.stem in others]
+    gone[0].unlink()
+    train(settings, out=out)
+    row = read_rows(out / "metrics.csv")[-1]
+    assert float(row["pseudo_label_accuracy"]) >= 0  # of the two that are left
+    gone[1].unlink()
+    names = out / run.UNLABELED_LIST
+    names.write_text(f"{names.read_text()}2012_000001\n")  # not even in the dataset
+    again = update(settings, {"train": {"iterations": 2}}, "test")
+    assert train(again, resume=out)["iterations"] == 2
