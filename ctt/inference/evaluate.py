@@ -22,6 +22,7 @@ from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings
 from ctt.text import BYTES_AS_THEY_ARE
 
+UNLABELED = "no pixel of the evaluation images has a class: all are ignored"
 ENSEMBLE = "ensemble"  # the mean of the teachers' probabilities
 
 
@@ -213,14 +214,16 @@ def batches(
         yield torch.stack(images), torch.stack(labels)
 
 
+def number(value: float) -> float | None:
+    """Return a score as JSON has it: rounded to 0.01, or null for NaN, which JSON does not know."""
+    return None if value != value else round(value, 2)
+
+
 def as_json(scores: dict[str, Score], info: DatasetInfo, settings: EvalSettings) -> dict[str, Any]:
     """Return `miou`, `class_iou` (null: absent), `absent`, `pixel_accuracy` by network; `protocol`.
 
     Percent, rounded to 0.01.
     """
-
-    def number(value: float) -> float | None:
-        return None if value != value else round(value, 2)
 
     return {
         "miou": {name: number(s.miou) for name, s in scores.items()},
@@ -247,6 +250,8 @@ def score_table(scores: dict[str, Score], info: DatasetInfo) -> Table:
     ]:
         names = ", ".join(predicted)
         captions.append(f"predicted, but labelled nowhere, and 0 in the mean: {names}")
+    if all(len(score.without_label) == len(info.classes) for score in scores.values()):
+        captions.append(f"{UNLABELED}, so these numbers say nothing")
     table = Table(title="IoU, %", caption="\n".join(captions) or None)
     table.add_column("class")
     for name in scores:

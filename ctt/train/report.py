@@ -21,7 +21,7 @@ from rich.progress import (
 
 from ctt import __version__
 from ctt.device import device_name
-from ctt.inference.evaluate import Score, as_json, hash_of_list
+from ctt.inference.evaluate import UNLABELED, Score, as_json, hash_of_list, number
 from ctt.inference.figures import draw_samples
 from ctt.train.engine import Engine
 from ctt.train.plan import Plan
@@ -66,14 +66,20 @@ def ending(
     unseen = scores[best["network"]].without_label
     shown = [name for c, name in enumerate(info.classes) if c not in unseen]
     classes = ", ".join(shown) if len(shown) <= NAMED else f"{len(shown)} classes"
-    miou = best.get("miou_of_labeled", best["miou"])
-    quoted = shlex.quote(str(folder))
+    found = f"Best network: {best['network']} after iteration {best['iteration']}, "
+    if shown:
+        miou = best.get("miou_of_labeled", best["miou"])
+        images = f"{evaluated} image{'s' * (evaluated != 1)}"
+        found += f"mIoU {miou:.1f} over {classes} on {images}."
+    else:
+        found += (
+            f"but without a score: {UNLABELED}. Evaluate on images whose masks show classes "
+            f"(`data.holdout`, or a val/ folder)."
+        )
     return (
         f"{plan.settings.train.iterations} iterations in {seconds:.0f} s of training. Everything "
-        f"is in {folder}\n"
-        f"Best network: {best['network']} after iteration {best['iteration']}, mIoU "
-        f"{miou:.1f} over {classes} on {evaluated} image{'s' * (evaluated != 1)}.\n"
-        f"Next: ctt-predict {quoted} IMAGES --out masks"
+        f"is in {folder}\n{found}\n"
+        f"Next: ctt-predict {shlex.quote(str(folder))} IMAGES --out masks"
     )
 
 
@@ -119,7 +125,7 @@ def summary_of(
         "seed": s.seed,
         "labeled": len(plan.labeled),
         "unlabeled": len(plan.unlabeled) if plan.about.unlabeled else 0,
-        "best": best and {k: round(v, 2) if isinstance(v, float) else v for k, v in best.items()},
+        "best": best and {k: number(v) if isinstance(v, float) else v for k, v in best.items()},
         "iterations": s.train.iterations,
         "images_drawn": images,
         "forwards": {"trained": engine.trained, "untrained": engine.untrained},

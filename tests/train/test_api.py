@@ -1,15 +1,17 @@
 """ctt.train, the program as a function."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 import ctt
 from ctt.errors import UserError
-from tests.data.trees import write_folder
+from tests.data.trees import save_mask, write_folder
 
 TINY: dict[str, Any] = {
     "recipe": "digits",
@@ -39,6 +41,23 @@ def test_it_trains_as_the_program_does(tmp_path: Path, monkeypatch: pytest.Monke
     assert (more["folder"], more["iterations"]) == (done["folder"], 3)
     with pytest.raises(UserError, match="the folder is not empty"):
         ctt.train(**TINY, **where, out=done["folder"])
+
+
+def test_masks_that_are_ignored_everywhere_give_no_score(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_folder(tmp_path / "data", labeled=2, unlabeled=1, evaluation=1, size=(20, 24))
+    for mask in (data / "val" / "masks").rglob("*.png"):
+        save_mask(mask, np.full((20, 24), 255, np.uint8))
+    change = {"dataset": "folder", "data_root": data, "out": tmp_path / "run"}
+    ctt.train(**TINY, **change, method="supervised", **{"train.iterations": 1})
+    text = (tmp_path / "run" / "summary.json").read_text("utf-8")
+    best = json.loads(text, parse_constant=pytest.fail)["best"]
+    assert best["miou"] is None
+    assert best["miou_of_labeled"] is None
+    said = " ".join(capsys.readouterr().out.split())
+    assert "after iteration 1, but without a score: no pixel of the evaluation images" in said
+    assert "nan" not in said.rpartition("Best network")[2]
 
 
 def test_a_file_and_what_is_given_over_it(tmp_path: Path) -> None:
