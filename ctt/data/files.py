@@ -13,7 +13,7 @@ from torch import Tensor
 from ctt.data.labels import LabelMap
 from ctt.data.options import SourceOptions
 from ctt.data.pictures import read_mask
-from ctt.data.rasters import read_as
+from ctt.data.rasters import read_as, size_of
 from ctt.data.remarks import of_channels, of_darkness, of_pages, of_turning, traits
 from ctt.data.source import IGNORE, DatasetInfo, Source
 from ctt.data.split import NO_MASK, draw_split, with_all_classes
@@ -128,6 +128,10 @@ class FileSource(Source):
 
     def image(self, name: str) -> Tensor:
         return read_as(self.image_path(name), self.info, turned=self.turned)
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Return height and width of an image, whose pixels need not be read."""
+        return size_of(self.image_path(name), turned=self.turned)
 
     def remarks(self, names: Iterable[str], threads: int = 1) -> list[str]:
         """Return a sentence for each thing in these images that is allowed and maybe not meant.

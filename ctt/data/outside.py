@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ctt.data.faults import Fault
+from ctt.data.files import FileSource
 from ctt.data.labels import plain_map
 from ctt.data.packed import pack
 from ctt.data.pictures import read_mask
@@ -64,11 +65,11 @@ class OutsideMasks:
         places = [folder / f"{stem}{end}.png" for stem in stems for end in ends]
         return next((place for place in places if place.is_file()), places[0])
 
-    def read(self, name: str, size: tuple[int, ...] | None = None) -> Tensor:
+    def read(self, name: str, size: tuple[int, ...]) -> Tensor:
         """Return mask and confidence of an image in one, see `pack`: (H, W) int32.
 
         Args:
-            size: H and W of the image; None: any.
+            size: H and W of the image.
 
         Raises:
             UserError: a file is missing or broken, holds what is no class, or they are not of one
@@ -76,7 +77,7 @@ class OutsideMasks:
         """
         path = self._there(name, "mask")
         label = self.labels(read_mask(path), path)
-        if size is not None and label.shape != size:
+        if label.shape != size:
             raise UserError(_sizes(path, tuple(label.shape), "image", size))
         if self.sure is None:
             return pack(label, torch.full_like(label, SURE))
@@ -156,16 +157,32 @@ class WithMasks(Prepared):
     ) -> None:
         super().__init__(source, size, cache)
         self.masks = masks
+        self._sizes: dict[str, tuple[int, int]] = {}  # of cached images, before the resize
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the image (3, H, W) and its mask (H, W) as `pack` has it."""
-        if self.size is None and self.cache is None:
-            return self.masks.pair(name)
-        image = self.image(name)
+        """Return the image (3, H, W) and its mask (H, W) as `pack` has it.
+
+        Raises:
+            UserError: they are not of one size before the resize, or cannot be read.
+        """
+        if self.cache is None:
+            image, mask = self.masks.pair(name)
+            image = self._resized_image(image)
+        else:
+            image = self.image(name)
+            mask = self.masks.read(name, self._size_of(name, image))
+        if self.size is not None:
+            mask = resize_label(mask.float(), self.size).to(mask.dtype)
+        return image, mask
+
+    def _size_of(self, name: str, cached: Tensor) -> tuple[int, ...]:
+        """Return height and width of an image as it is in its file."""
         if self.size is None:
-            return image, self.masks.read(name, tuple(image.shape[1:]))
-        mask = self.masks.read(name)
-        return image, resize_label(mask.float(), self.size).to(mask.dtype)
+            return tuple(cached.shape[1:])
+        if name not in self._sizes:
+            assert isinstance(self.source, FileSource)
+            self._sizes[name] = self.source.size(name)
+        return self._sizes[name]
 
 
 def _sizes(path: Path, found: tuple[int, ...], other: str, wanted: tuple[int, ...]) -> str:

@@ -14,6 +14,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ctt.data.pictures import (
+    ON_ITS_SIDE,
+    ORIENTATION,
     STATS,
     TIFF,
     TURNED,
@@ -104,6 +106,28 @@ def read_bands(
         if raster.height * raster.width > most_pixels():
             raise too_large(path, raster.width, raster.height)
         return raster.read(bands)
+
+
+def size_of(path: Path, *, turned: bool) -> tuple[int, int]:
+    """Return height and width of an image, whose pixels need not be read.
+
+    Args:
+        turned: as the camera's note in the file (EXIF) says.
+
+    Raises:
+        UserError: a file that cannot be opened.
+    """
+    with _told(path):
+        try:
+            with open_picture(path) as file:
+                on_its_side = turned and file.getexif().get(ORIENTATION, 1) in ON_ITS_SIDE
+                return (file.width, file.height) if on_its_side else (file.height, file.width)
+        except Exception:
+            if path.suffix.lower() not in TIFF:
+                raise
+        # a TIFF of channels that Pillow does not know
+        with Raster(path) as raster:
+            return raster.height, raster.width
 
 
 def _channels(picture: Image.Image) -> Values:

@@ -15,7 +15,8 @@ from PIL import Image
 
 from ctt.data.pictures import is_turned, open_picture, pages
 from ctt.data.pixels import WORD
-from ctt.data.rasters import Raster
+from ctt.data.rasters import size_of
+from ctt.errors import UserError
 
 LARGE = 50_000_000  # pixels of an image from which on it takes most of the time of a step
 PAGED = (".tif", ".tiff", ".webp")  # endings of formats that often have several pages
@@ -117,12 +118,8 @@ def of_size(paths: Iterable[Path], threads: int = 1) -> list[str]:
 
 def _pixels(path: Path) -> int:
     """Return the size of an image; 0 if it cannot be opened, which its reading tells."""
-    try:
-        with open_picture(path) as file:
-            return file.width * file.height
-    except Exception:  # such as a TIFF of channels that Pillow does not know
-        with contextlib.suppress(Exception), Raster(path) as raster:
-            return int(raster.width * raster.height)
+    with contextlib.suppress(UserError, ModuleNotFoundError):
+        return math.prod(size_of(path, turned=False))
     return 0
 
 

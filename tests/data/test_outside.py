@@ -11,9 +11,12 @@ from PIL import Image
 
 from ctt.cli.data import _main as data_program
 from ctt.cli.train import _main as train_program
+from ctt.data import open_source
 from ctt.data.digits import INFO, Digits
+from ctt.data.options import SourceOptions
 from ctt.data.outside import OutsideMasks, WithMasks
 from ctt.data.packed import pack, unpack
+from ctt.data.pictures import ORIENTATION
 from ctt.data.source import Source
 from ctt.data.views import GeometricView
 from ctt.errors import UserError
@@ -67,9 +70,6 @@ def test_masks_and_their_confidence_are_read(source: Digits, tmp_path: Path, end
 
 def test_masks_are_found_by_the_name_of_the_image_file(tmp_path: Path) -> None:
     root = trees.write_cityscapes(tmp_path / "city")
-    from ctt.data import open_source
-    from ctt.data.options import SourceOptions
-
     city = open_source("cityscapes", root, SourceOptions())
     name = city.train_ids()[0]
     stem = city.files(name, labeled=False)[0].stem
@@ -96,6 +96,31 @@ def test_masks_follow_the_geometry(source: Digits, tmp_path: Path) -> None:
     assert resized.shape == (20, 24)
     kept, known = unpack(resized)[0], source.label(names[0])
     assert torch.isin(kept, known).all()
+
+
+@pytest.mark.parametrize("resize", [None, (16, 24)])
+@pytest.mark.parametrize("cached", [False, True])
+def test_every_mask_is_compared_with_its_image_as_that_is_read(
+    tmp_path: Path, resize: tuple[int, int] | None, cached: bool
+) -> None:
+    own = open_source("folder", trees.write_folder(tmp_path / "d", unlabeled=3), SourceOptions())
+    names = own.unlabeled_ids()
+    note = Image.Exif()
+    note[ORIENTATION] = 6
+    with Image.open(tmp_path / "d" / names[2]) as picture:
+        picture.save(tmp_path / "d" / names[2], exif=note)  # 48 x 40 pixels from now on
+    for name, size in zip(names, ((40, 48), (48, 40), (48, 40)), strict=True):
+        trees.save_mask(tmp_path / "m" / f"{name}.png", np.ones(size, np.uint8), "L")
+    cache = tmp_path / "cache" if cached else None
+    masks = OutsideMasks(own, tmp_path / "m", None)
+    for _ in range(2):  # the cache is written, then read
+        prepared = WithMasks(own, resize, cache, masks)
+        for name, size in ((names[0], (40, 48)), (names[2], (48, 40))):
+            image, mask = prepared.pair(name)
+            assert image.shape[1:] == mask.shape == (resize or size)
+            assert (unpack(mask)[0] == 1).all()
+        with pytest.raises(UserError, match="has 40x48 pixels, but its image has 48x40"):
+            prepared.pair(names[1])
 
 
 def test_packed_values_come_back() -> None:
@@ -164,9 +189,6 @@ def test_ctt_data_check_looks_at_all_masks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = trees.write_folder(tmp_path / "data", unlabeled=3)
-    from ctt.data import open_source
-    from ctt.data.options import SourceOptions
-
     own = open_source("folder", root, SourceOptions())
     names = own.unlabeled_ids()
     for name in names:

@@ -13,7 +13,7 @@ from ctt.data.channel_statistics import lines, statistics
 from ctt.data.channels import channels_of
 from ctt.data.options import SourceOptions
 from ctt.data.pictures import ORIENTATION
-from ctt.data.rasters import Raster, read_as, read_bands
+from ctt.data.rasters import Raster, read_as, read_bands, size_of
 from ctt.data.source import IGNORE, DatasetInfo, Source
 from ctt.data.views import GeometricView, PhotometricView, normalize
 from ctt.errors import UserError
@@ -171,6 +171,7 @@ def test_pngs_that_viewers_turn_are_no_rasters(tmp_path: Path) -> None:
 def test_a_window_is_a_part_of_the_whole(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 200, (3, 40, 50)).astype(np.uint16)
     save(tmp_path / "a.tif", values, tiled=True, blockxsize=16, blockysize=16)
+    assert size_of(tmp_path / "a.tif", turned=True) == (40, 50)
     with Raster(tmp_path / "a.tif") as raster:
         assert raster.has_coordinates
         part, _ = raster.read((2,), rasterio.windows.Window(5, 7, 20, 10))
