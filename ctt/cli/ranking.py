@@ -69,6 +69,7 @@ def rank(parsed: Arguments, protocol_of: Callable[[EvalSettings], EvalSettings])
     validate_eval(protocol)
     source, known = of_run(parsed.weights, trained)
     entries = given(parsed) if parsed.images else unlabeled(parsed.weights, source)
+    check_places(entries)
     check_copies(parsed.out, entries, source)
     committee = Committee(trained, device, protocol)
     read = partial(read_entry, source, trained)
@@ -159,9 +160,11 @@ def unlabeled(weights: Path, source: Source | None) -> list[Entry]:
     entries = []
     for name in names:
         files = source.files(name, labeled=False)
-        place = PurePosixPath(name.removeprefix("unlabeled/"))
-        if not files:  # made in memory
-            place = PurePosixPath(f"{place}.png")
+        place, ending = PurePosixPath(name.removeprefix("unlabeled/")), ".png"
+        if files:  # else made in memory
+            ending = files[0].suffix
+        if place.suffix != ending:  # names of some datasets have none
+            place = place.with_name(f"{place.name}{ending}")
         entries.append(Entry(name, place, files[0] if files else None))
     return entries
 
@@ -173,16 +176,32 @@ def given(parsed: Arguments) -> list[Entry]:
     jobs = find_jobs(parsed.images, parsed.out, parsed.recursive)
     if not jobs:
         raise UserError(f"No image found in {', '.join(parsed.images)}.")
-    entries: dict[Path, Entry] = {}
+    entries = []
     for job in jobs:
-        place = job.stem.relative_to(parsed.out)
+        place = PurePosixPath(job.stem.relative_to(parsed.out).as_posix())
         place = place.with_name(f"{place.name}{job.file.suffix}")
-        if place in entries:
+        entries.append(Entry(str(job.file), place, job.file))
+    return entries
+
+
+def check_places(entries: Iterable[Entry]) -> None:
+    """Refuse images whose names differ in their endings alone, or not at all.
+
+    Masks of both would have one name: LabelMe's files and CVAT's archive leave endings out.
+
+    Raises:
+        UserError: names the first two.
+    """
+    seen: dict[PurePosixPath, Entry] = {}
+    for entry in entries:
+        place = entry.place.with_suffix("")
+        if place in seen:
             raise UserError(
-                f"{entries[place].file} and {job.file} have one name. Rank them into two folders."
+                f"{seen[place].name} and {entry.name}: the masks of both would be named {place}. "
+                f"Rename one of them, or give the images after the run in two calls with an --out "
+                f"each."
             )
-        entries[place] = Entry(str(job.file), PurePosixPath(place.as_posix()), job.file)
-    return list(entries.values())
+        seen[place] = entry
 
 
 def read_entry(source: Source | None, trained: TrainedNetworks, entry: Entry) -> Tensor:

@@ -5,16 +5,18 @@ import json
 import runpy
 import shutil
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ctt.cli import data, predict, train
+from ctt.cli.ranking import Entry, check_places, unlabeled
 from ctt.errors import UserError
 from ctt.inference.annotations import without_specks
-from tests.data.trees import write_folder
+from ctt.settings import Settings
+from tests.data.trees import write_folder, write_voc
 
 TINY = (
     "--dataset folder --recipe digits --ratio 1/1 --model.width 4 --model.features 8 "
@@ -161,6 +163,34 @@ def test_images_of_the_user_are_never_written_over(
     assert ended.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert before == {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+
+
+def test_images_with_one_stem_are_refused(run: Path, tmp_path: Path) -> None:
+    """LabelMe's files and CVAT's masks of both would have one name."""
+    images, out = tmp_path / "photos", tmp_path / "out"
+    images.mkdir()
+    for name in ("x.jpg", "x.png"):
+        Image.new("RGB", (24, 20)).save(images / name)
+    arguments = [str(run), str(images), "--rank", "--out", str(out), "--workers", "0"]
+    with pytest.raises(UserError, match=r"x\.jpg and .*x\.png: the masks of both would be named x"):
+        predict._main([*arguments, "--annotations", "labelme", "cvat"])
+    assert not out.exists()
+    names = ("images/a.jpg", "unlabeled/images/a.jpg")
+    entries = [
+        Entry(name, PurePosixPath(name.removeprefix("unlabeled/")), Path(name)) for name in names
+    ]
+    with pytest.raises(UserError, match=r"images/a\.jpg and unlabeled/images/a\.jpg"):
+        check_places(entries)
+
+
+def test_copies_have_the_endings_of_their_files(tmp_path: Path) -> None:
+    """The names of some datasets have none."""
+    root = write_voc(tmp_path / "data", classic=1, augmented=1, evaluation=1, size=(20, 24))
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split" / "unlabeled.txt").write_text("2007_000039\n")
+    source = Settings(dataset="voc", data_root=root).open_source()
+    (entry,) = unlabeled(tmp_path, source)
+    assert (entry.name, entry.place.name) == ("2007_000039", "2007_000039.jpg")
 
 
 def test_the_loop_of_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
