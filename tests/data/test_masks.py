@@ -262,7 +262,7 @@ def test_masks_of_any_names_are_paired_by_a_list(tmp_path: Path) -> None:
     assert read_list(root / "list.txt", source, labeled=True) == kept
     swapped = f"{kept[0]}\t{masks[images.index(kept[1])]}"
     (root / "list.txt").write_text(swapped, "utf-8")
-    with pytest.raises(UserError, match=r"which is not its mask\..* see `pairs:` of dataset\.yaml"):
+    with pytest.raises(UserError, match=r"which is not its mask\..* see `pairs` in docs"):
         read_list(root / "list.txt", source, labeled=True)
 
 
