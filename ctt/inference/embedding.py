@@ -20,6 +20,7 @@ from ctt.errors import UserError
 from ctt.inference.evaluate import read_known, sample
 from ctt.inference.figures import save_figure
 from ctt.inference.load import TrainedNetworks
+from ctt.inference.predict import best_class
 from ctt.methods.losses import as_pixels, to_grid
 from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings
@@ -150,7 +151,8 @@ def _pixels(
         out = network(normalize(to_unit(image[None].to(device)), source.info))
         classes = to_grid(label[None], network.grid).cpu()
         if bool((label == IGNORE).all()):
-            classes = out.logits.argmax(dim=1).cpu()
+            seen = to_grid(image, network.grid)  # (C, h, w), the bands in the place of a batch
+            classes = best_class(out.logits[0].cpu(), seen)[1].long()
         valid = classes.flatten() != IGNORE
         yield as_pixels(out.features).float().cpu()[valid], classes.flatten()[valid]
 

@@ -2,14 +2,17 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
+from ctt import models
 from ctt.cli import evaluate, report
-from ctt.data.digits import Digits
+from ctt.data.digits import INFO, Digits
 from ctt.errors import UserError
 from ctt.experiments import results
 from ctt.inference import embedding
@@ -60,6 +63,21 @@ def test_pixels_have_the_classes_of_their_labels(folder: Path) -> None:
     assert torch.equal(features, again)
     none, _ = embedding.pixels_of(network, source, [], torch.device("cpu"), EvalSettings())
     assert none.shape == (0, features.shape[1])
+
+
+def test_pixels_without_data_are_not_shown() -> None:
+    class Bands(Digits):
+        info = replace(INFO, bands=(1, 2, 3))
+
+        def image(self, name: str) -> Tensor:
+            image = super().image(name) / 255
+            image[:, ::2] = torch.nan  # in all rows that the network's grid lies on
+            return image
+
+    network = models.build("small", len(INFO.classes), 4, 4).eval()
+    args = (["val-0"], torch.device("cpu"), EvalSettings())
+    assert len(embedding.pixels_of(network, Digits(6, 2), *args)[1])
+    assert not len(embedding.pixels_of(network, Bands(6, 2), *args)[1])
 
 
 def test_two_groups_lie_apart() -> None:
