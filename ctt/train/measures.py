@@ -48,6 +48,8 @@ def measure(
 ) -> dict[str, float]:
     """Return what `names` lists, without the numbers that nothing is known of.
 
+    Pixels without data do not count.
+
     Args:
         networks: students and teachers, all on one device; students label where there is no
             teacher. Their mode is left as it was.
@@ -68,6 +70,10 @@ def measure(
         for name in ids[world.rank :: world.size]:
             image, label = read_known(source, settings, name, hidden=name in known)
             given = {n: p(image[None].to(device))[0] for n, p in predict.items()}  # (C, H, W)
+            if image.is_floating_point():
+                seen = ~image.isnan().any(dim=0)  # pixels with data
+                label = label[seen]
+                given = {n: p[:, seen.to(device)] for n, p in given.items()}  # (C, N)
             for key, value in _of_image(given, label.to(device), threshold):
                 pair = torch.stack([value.sum(), torch.full_like(value.sum(), value.numel())])
                 sums[key] = sums[key] + pair if key in sums else pair
@@ -85,7 +91,11 @@ def measure(
 def _of_image(
     given: Mapping[str, Tensor], label: Tensor, threshold: float
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield numbers whose mean over all pixels and networks is wanted, float64 of any shape."""
+    """Yield numbers whose mean over all pixels and networks is wanted, float64 of any shape.
+
+    Args:
+        given: by network, the probabilities (C, ...) of an image's pixels. label: (...).
+    """
     teachers, students = _of(given, "teacher"), _of(given, "student")
     answers = {name: p.max(dim=0) for name, p in given.items()}
     for name in teachers or students:

@@ -1,6 +1,7 @@
 """Numbers on what training looks like inside: what they are, and that nothing learns from them."""
 
 import csv
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctt import checkpoint, run
-from ctt.data.digits import Digits
+from ctt.data.digits import INFO, Digits
 from ctt.data.source import IGNORE
 from ctt.errors import UserError
 from ctt.methods.teacher_banks import similarities
@@ -73,6 +74,29 @@ def measured(networks: dict[str, list[list[float]]], threshold: float = 0.8) -> 
     assert all(network.training for network in made.values())
     assert set(found) <= set(measures.names(networks))
     return found
+
+
+def test_pixels_without_data_do_not_count() -> None:
+    class Bands(Two):
+        info = replace(INFO, bands=(1, 2, 3))
+
+        def image(self, name: str) -> Tensor:
+            image = super().image(name) / 255
+            image[0, :, 1::2] = torch.nan  # the columns of class 3
+            return image
+
+    made: measures.Networks = {
+        "teacher_1": Says([row(c0=9), row()]),
+        "teacher_2": Says([row(c0=9), row(c3=9)]),
+    }
+    source = Bands()
+    found = measures.measure(made, source, source.train_ids(), EvalSettings(), 0.8, World(0, 1))
+    assert found == {
+        "confident_pixels": 1,
+        "pseudo_label_accuracy": 1,
+        "teachers_agree": 1,
+        "teachers_apart": 0,
+    }
 
 
 def test_numbers_of_two_pairs() -> None:
