@@ -113,7 +113,10 @@ def refuse_unused(settings: Settings, names: list[str]) -> None:
                 f"`{name}` changes nothing with {by}. Leave it out, or choose "
                 f"another {by.split()[0]}."
             )
-        if name.startswith("masks.") and settings.masks.folder is None:
+        group, _, option = name.partition(".")
+        masks = settings.masks
+        # None of a folder leaves it out of a run that is resumed
+        if group == "masks" and masks.folder is None and getattr(masks, option) is not None:
             raise UserError(
                 f"`{name}` changes nothing without `masks.folder`, the folder of the masks."
             )

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ctt.cli.data import _main as data_program
 from ctt.cli.train import _main as train_program
+from ctt.configure import refuse_unused
 from ctt.data import open_source
 from ctt.data.digits import INFO, Digits
 from ctt.data.options import SourceOptions
@@ -20,6 +21,7 @@ from ctt.data.pictures import ORIENTATION
 from ctt.data.source import Source
 from ctt.data.views import GeometricView
 from ctt.errors import UserError
+from ctt.settings import Settings
 from tests.data import trees
 
 SMALL = (
@@ -183,6 +185,10 @@ def test_what_is_wrong_is_refused_before_training(
 def test_settings_without_effect_are_refused(arguments: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         train_program(arguments.split())
+
+
+def test_a_resumed_run_may_leave_its_masks_out() -> None:
+    refuse_unused(Settings(), ["masks.folder", "masks.confidence"])  # which are None then
 
 
 def test_ctt_data_check_looks_at_all_masks(
