@@ -54,9 +54,10 @@ def check_quickly(source: Source, labeled: list[str], unlabeled: list[str]) -> N
     source.notes += tuple(overlaps(image_files(source, labeled, unlabeled, evaluation), identity))
 
 
-def handful(names: list[str]) -> list[str]:
-    """Return up to `HANDFUL` of the names, evenly spread."""
-    return names[:: max(1, len(names) // HANDFUL)][:HANDFUL]
+def handful(names: list[str], count: int = HANDFUL) -> list[str]:
+    """Return up to `count` of the names, evenly spread."""
+    count = min(count, len(names))
+    return [names[i * len(names) // count] for i in range(count)]
 
 
 def histogram(label: Tensor, classes: int) -> Tensor:

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from ctt import __version__
+from ctt.data.check import handful
 from ctt.device import device_name
 from ctt.inference.evaluate import UNLABELED, Score, as_json, hash_of_list, number
 from ctt.inference.figures import draw_samples
@@ -144,14 +145,17 @@ def summary_of(
 
 
 def draw_predictions(plan: Plan, engine: Engine, path: Path) -> None:
-    """Draw predictions of the first teacher, or student, for some evaluation images."""
+    """Draw predictions of the first teacher, or student, for evaluation images.
+
+    They are spread over the list, as neighbours are often alike: frames of a film, tiles of a map.
+    """
     networks = engine.method.networks()
     shown = next((name for name in networks if name.startswith("teacher")), next(iter(networks)))
     draw_samples(
         path,
         networks[shown],
         plan.source,
-        plan.source.eval_ids()[:SAMPLES],
+        handful(plan.source.eval_ids(), SAMPLES),
         plan.device,
         plan.settings.eval,
         f"{shown.replace('_', ' ')} after {plan.settings.train.iterations} iterations",

@@ -15,7 +15,7 @@ from ctt import data, models
 from ctt.checkpoint import save_network
 from ctt.cli import data as program
 from ctt.cli import predict
-from ctt.data.check import check_quickly
+from ctt.data.check import check_quickly, handful
 from ctt.data.options import SourceOptions
 from ctt.data.split import draw_split, make_split
 from ctt.errors import UserError
@@ -382,3 +382,11 @@ def test_equal_faults_are_told_once(tmp_path: Path, call: Call) -> None:
     _, out, err = call(*base, "--split-labeled", wrong)
     assert f"{wrong}, line 1: nobody is no training image" in out
     assert " The same holds for 1 more: line 2." in out
+
+
+def test_a_handful_is_spread_over_all() -> None:
+    """The first ones alone may be frames of one film."""
+    assert handful(list("abcdefghij"), 4) == list("acfh")
+    assert handful(list("abcdefgh"), 5) == list("abdeg")
+    assert handful(list("abc"), 5) == list("abc")
+    assert handful([]) == []
