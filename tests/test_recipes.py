@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from ctt import recipes
+from ctt import data, methods, recipes
 from ctt.cli.train import parse
 from ctt.errors import UserError
 from ctt.settings import Settings, to_dict, update
@@ -140,17 +140,17 @@ def test_the_constants_of_unimatch_v2(name: str, method: str) -> None:
     assert (v.jitter, v.hue, v.jitter_probability, v.grey_probability) == (0.5, 0.25, 0.8, 0.2)
     assert (v.blur_probability, v.blur_sigma, v.mix) == (0.5, (0.1, 2), "small-box")
     assert not v.strong_labeled
-    threshold = s.loss.confidence_threshold
+    threshold, pairs = s.loss.confidence_threshold, s.pairs or methods.get(s.method).pairs
     if method == "unimatch-v2":
-        assert (s.method, s.pairs, s.loss.sup) == ("unimatch-v2", 1, 1)
+        assert (s.method, pairs, s.loss.sup) == ("unimatch-v2", 1, 1)
         assert (s.options.weight, threshold) == (1, 0.968)  # type: ignore[attr-defined]
         threshold = s.options.threshold  # type: ignore[attr-defined]
     else:
         assert (s.loss.confidence_weight, s.loss.unlabeled_mean) == ("threshold", "valid")
     if method == "fixmatch":
-        assert (s.method, s.pairs, s.loss.sup, s.loss.ct) == ("mean-teacher", 1, 0.5, 0.5)
+        assert (s.method, pairs, s.loss.sup, s.loss.ct) == ("mean-teacher", 1, 0.5, 0.5)
     if method == "cross-teacher":
-        assert (s.method, s.pairs) == ("cross-teacher", 2)
+        assert (s.method, pairs) == ("cross-teacher", 2)
         assert (s.loss.sup, s.loss.ct, s.loss.hc, s.loss.lc) == (1, 1, 0.1, 0.1)
     assert threshold == 0.95
     if name == "cityscapes":
@@ -169,3 +169,10 @@ def test_the_frozen_form_differs_in_nothing_else(name: str) -> None:
     assert frozen["model"].pop("freeze_backbone")
     assert not tuned["model"].pop("freeze_backbone")
     assert frozen == tuned
+
+
+@pytest.mark.parametrize("dataset", data.names())
+def test_another_method_has_its_own_pairs(dataset: str) -> None:
+    """Not those of the method of the dataset's recipe: rows of a comparison would be others."""
+    pairs = parse(["--dataset", dataset, "--method", "mean-teacher"]).pairs
+    assert (pairs or methods.get("mean-teacher").pairs) == 1
