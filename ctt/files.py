@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ctt.errors import UnwritableError, UserError
 
+LONGEST_WAIT = 60  # seconds, for a program that writes the same files
+
 
 @contextlib.contextmanager
 def as_write_error(path: Path) -> Iterator[None]:
@@ -69,3 +71,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Keep other programs that write `path` under the same lock waiting until the block ends.
+
+    The lock is the file `.NAME.lock` beside `path`. On a file system without locks nobody waits.
+    """
+    from filelock import FileLock
+
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=LONGEST_WAIT, mode=0o666)
+    with contextlib.suppress(OSError, NotImplementedError):  # also of a wait that is too long
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -14,7 +14,7 @@ from ctt import __version__, run
 from ctt.errors import UserError
 from ctt.experiments import results
 from ctt.experiments.results import CURVES, DONE, FAILED, MISSING, Row
-from ctt.files import atomic_write
+from ctt.files import atomic_write, waiting_lock
 from ctt.settings import WITHOUT_EFFECT, Settings, to_dict
 
 RUNS = "runs"  # the folder of the runs, beside the tables
@@ -133,13 +133,23 @@ def split_settings(runs: Sequence[Run]) -> tuple[dict[str, Any], list[dict[str, 
 def write_results(path: Path, runs: Sequence[Run], command: Sequence[str]) -> list[Row]:
     """Write the table, the scores during the runs beside it and, in a YAML file, what all share.
 
+    Sweeps that write the same table at a time wait for each other.
+
     Args:
         path: the CSV.
         command: that made them.
 
     Returns:
         the rows of the table.
+
+    Raises:
+        UnwritableError: a file cannot be written.
     """
+    with waiting_lock(path):
+        return _write_results(path, runs, command)
+
+
+def _write_results(path: Path, runs: Sequence[Run], command: Sequence[str]) -> list[Row]:
     from ctt.train.record import read_rows
 
     shared, others = split_settings(runs)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,21 @@ def test_a_run_belongs_to_one_program(whole: Path) -> None:
     trained = dataclasses.replace(r, folder=whole / "runs" / settings.hash())
     with run.lock(trained.folder):  # as ctt-train --resume has it
         assert pool.claimed(trained) is None
+
+
+def test_sweeps_may_write_one_table_at_a_time(whole: Path, tmp_path: Path) -> None:
+    settings = run.read_settings(next((whole / "runs").glob("*/config.yaml")).parent)
+    r = runs.Run("table4", "6", "", "all", (), settings, whole / "runs" / settings.hash())
+    table = tmp_path / "table4.csv"
+
+    def write(times: int) -> None:
+        for _ in range(times):
+            assert runs.write_results(table, [r] * 4, ["ctt-sweep"])[0]["status"] == "done"
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(write, [5] * 4)) == [None] * 4
+    assert [row["status"] for row in read(table)] == ["done"] * 4
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_runs_in_common_are_trained_once(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
