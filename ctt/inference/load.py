@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from ctt import checkpoint, models, run
+from ctt.data.fit import FITTING
 from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
 from ctt.files import sha256
 from ctt.inference.evaluate import ENSEMBLE
 from ctt.inference.predict import Predict, mean_of, predictor
 from ctt.models.base import SegmentationModel
-from ctt.settings import EvalSettings, Settings
+from ctt.settings import EvalSettings, Settings, update
 
 PREFIX = "hf:"  # before a repository of the Hugging Face hub
 
@@ -114,6 +115,9 @@ def _of_file(path: Path) -> TrainedNetworks:
 def _of_run(folder: Path) -> TrainedNetworks:
     settings = run.read_settings(folder, serve=True)
     saved, broken = checkpoint.load_last(folder / run.CHECKPOINT)
+    if settings.data.crop == FITTING:  # position embeddings are for the crop that was found
+        data = {"crop": saved["settings"]["data"]["crop"]}
+        settings = update(settings, {"data": data}, str(folder / run.CHECKPOINT))
     info = checkpoint.info_of(saved) or checkpoint.load_network(folder / run.WEIGHTS)[1]
     networks: dict[str, SegmentationModel] = {}
     try:

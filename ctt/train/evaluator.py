@@ -96,7 +96,7 @@ class Evaluator:
             "miou_of_labeled": single[name],
             "chosen_on": settings.data.eval_split,
         }
-        note = f"{name} after {iteration} iterations, {settings.hash()}"
+        note = f"{name} after {iteration} iterations, {self.plan.asked.hash()}"
         network = self.engine.method.networks()[name]
         checkpoint.save_network(self.folder / run.WEIGHTS, network, self.plan.source.info, note)
 

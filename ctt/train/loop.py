@@ -154,7 +154,7 @@ class Trainer:
 
     def _create(self, out: Path | None, resume: Path | None) -> Path:
         if resume is None:
-            folder = run.create(out, self.settings)
+            folder = run.create(out, self.plan.asked)
         else:
             folder = run.find(resume)
             self.source.notes += (NO_CHECKPOINT,)
@@ -179,7 +179,7 @@ class Trainer:
             )
             return finished
         if self.world.is_main:
-            run.write_settings(self.folder, settings)  # for the next time it is resumed
+            run.write_settings(self.folder, self.plan.asked)  # for the next time it is resumed
             if self.broken:  # the next checkpoint must not take the place of the whole one
                 (self.folder / run.CHECKPOINT).unlink(missing_ok=True)
             self.recorder = Recorder(
@@ -234,7 +234,7 @@ class Trainer:
             summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError):
             return None  # it is written anew
-        same = summary.get("settings_hash") == self.settings.hash()
+        same = summary.get("settings_hash") == self.plan.asked.hash()
         return summary if same else None
 
     def _every(self, name: str) -> int:

@@ -39,6 +39,9 @@ class Plan:
     """The parts of a run, for training and for the dry run alike.
 
     Attributes:
+        settings: as they are trained with.
+        asked: as they were asked for, with what the data decides left open, such as a crop that
+            fits. The run folder keeps these, and the run is known by their hash.
         pairs: K.
         labeled, unlabeled: names of the training images; `unlabeled` are all that have no label,
             whether or not the method takes them.
@@ -48,6 +51,7 @@ class Plan:
     """
 
     settings: Settings
+    asked: Settings
     about: methods.About
     pairs: int
     device: torch.device
@@ -78,6 +82,7 @@ class Plan:
             labeled, unlabeled = new_split(settings, source, about.unlabeled)
         else:
             labeled, unlabeled = split_of_run(run.find(resume), source, about.unlabeled)
+        asked = settings
         if settings.data.crop == FITTING:
             crop = fitting_crop(source, labeled, settings.data.resize)
             settings = replace(settings, data=replace(settings.data, crop=crop))
@@ -87,7 +92,7 @@ class Plan:
         pairs = settings.pairs or about.pairs
         masks = outside_masks(settings, source, unlabeled)
         parts = (about, pairs, device, source, labeled, unlabeled)
-        return cls(settings, *parts, resume is None, masks=masks)
+        return cls(settings, asked, *parts, resume is None, masks=masks)
 
     def counted(self, world: World) -> Self:
         """Return the plan with the pixels of each class, and a new run's class weights from them.
@@ -108,8 +113,9 @@ class Plan:
         if weighs:
             counts = (pixels.sum(dim=0).tolist(), (pixels > 0).sum(dim=0).tolist())
             weights = class_weights(labeled.class_weights, *counts, labeled.beta)
-            s = replace(s, labeled=replace(labeled, weights=weights))
-        return replace(self, settings=s, class_pixels=pixels)
+            labeled = replace(labeled, weights=weights)
+        settings, asked = replace(s, labeled=labeled), replace(self.asked, labeled=labeled)
+        return replace(self, settings=settings, asked=asked, class_pixels=pixels)
 
     def build(self, finish: bool = True) -> Method:
         """Return the method with its networks.

@@ -133,7 +133,7 @@ def summary_of(
         "seconds": round(seconds, 1),
         "images_per_second": round(images / seconds, 1) if seconds else None,
         "input_wait": round(waited / seconds, 4) if seconds else None,
-        "settings_hash": s.hash(),
+        "settings_hash": plan.asked.hash(),
         "processes": engine.world.size,
         "device": device_name(plan.device),
         "versions": {

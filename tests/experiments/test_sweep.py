@@ -17,11 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from ctt import methods, run
+from ctt import checkpoint, methods, run
 from ctt.cli import sweep, train
 from ctt.errors import UserError
 from ctt.experiments import catalog, paper, pool, runs
 from ctt.experiments.results import Row, read
+from ctt.inference.load import load_trained
+from tests.conftest import leave_out_figures
+from tests.data import trees
 
 PROGRAM = [sys.executable, "-c", "from ctt.cli.sweep import main; main()"]
 TINY = shlex.split(
@@ -145,6 +148,47 @@ def test_a_run_that_fails_stops_no_other(
     monkeypatch.setattr(pool, "start", start)
     assert sweep._main(command) == 0
     assert {row["status"] for row in read(out / "table4.csv")} == {"done"}
+
+
+def test_settings_that_the_data_decides_belong_to_the_run_they_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_out_figures(monkeypatch)
+    root, out = trees.write_folder(tmp_path / "mine"), tmp_path / "sweep"
+    command = shlex.split(
+        "ladder --dataset folder --only supervised --seeds 0 --recipe folder-small "
+        "--data.batch-size 2 --data.workers 0 --model.width 4 --model.features 8 "
+        "--train.iterations 2 --train.threads 1 --train.device cpu --train.no-tensorboard"
+    )
+    command += ["--data-root", str(root), "--out", str(out)]
+
+    def trained_here(
+        left: list[runs.Run], at: object, done: Callable[[runs.Run, bool], None]
+    ) -> bool:
+        for r in left:
+            done(r, pool.finish(r, train._main(r.command())))
+        return True
+
+    monkeypatch.setattr(pool, "train_all", trained_here)
+    assert sweep._main(command) == 0
+    (row,) = read(out / "ladder.csv")
+    assert row["status"] == "done"
+    folder = out / "runs" / row["settings_hash"]
+    saved, _ = checkpoint.load_last(folder / run.CHECKPOINT)
+    assert saved["settings"]["data"]["crop"] == [40, 48]
+    assert sweep._main(command) == 0
+    assert "1 of 1 runs are finished" in capsys.readouterr().out
+    # it goes on by itself with the same crop, and is known by the hash of what it was asked for
+    assert train._main(["--resume", str(folder)]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert train._main(["--resume", str(folder), "--train.iterations", "3"]) == 0
+    longer = run.read_settings(folder)
+    assert longer.data.crop == (0, 0)
+    summary = json.loads((folder / run.SUMMARY).read_text())
+    assert summary["settings_hash"] == longer.hash() != row["settings_hash"]
+    saved, _ = checkpoint.load_last(folder / run.CHECKPOINT)
+    assert saved["settings"]["data"]["crop"] == [40, 48]
+    assert load_trained(folder).settings.data.crop == (40, 48)
 
 
 def test_a_run_belongs_to_one_program(whole: Path) -> None:
