@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ctt import methods
+from ctt import methods, recipes
 from ctt.cli import train
 from ctt.cli.common import INTERRUPTED, run_program
 from ctt.errors import UserError
@@ -175,7 +175,8 @@ def plan(parsed: Arguments, given: Sequence[str], out: Path) -> Iterator[Run]:
     ways = []
     for variant in experiment.chosen(parsed.only):
         options = [*base, *fitting(given, variant), *variant.options]
-        ways.append((variant, options, train.read(options)[1]))
+        read, settings = train.read(options)
+        ways.append((variant, [*options, *default_recipe(read, given)], settings))
     common = ways[0][2]
     shares = parsed.shares or experiment.shares.get(data_name(common), ()) or (common.ratio,)
     for share in shares:
@@ -203,6 +204,17 @@ def plan(parsed: Arguments, given: Sequence[str], out: Path) -> Iterator[Run]:
                         settings=changed,
                         folder=out / RUNS / changed.hash(),
                     )
+
+
+def default_recipe(read: train.Arguments, given: Sequence[str]) -> list[str]:
+    """Return the option that names the recipe of the dataset, if the user leaves it open.
+
+    What it is may depend on whether the machine has a GPU, and the runs may train on another one.
+    """
+    named = any(text.partition("=")[0] == "--recipe" for text in given)
+    if read.config is not None:
+        named |= bool(recipes.load_file(read.config).get("recipe"))
+    return ["--recipe", read.recipe] if read.recipe and not named else []
 
 
 def fitting(given: Sequence[str], variant: Variant) -> list[str]:

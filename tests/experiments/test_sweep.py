@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from ctt import checkpoint, methods, run
+from ctt import checkpoint, methods, recipes, run
 from ctt.cli import sweep, train
 from ctt.errors import UserError
 from ctt.experiments import catalog, paper, pool, runs
@@ -189,6 +189,23 @@ def test_settings_that_the_data_decides_belong_to_the_run_they_were_asked_for(
     saved, _ = checkpoint.load_last(folder / run.CHECKPOINT)
     assert saved["settings"]["data"]["crop"] == [40, 48]
     assert load_trained(folder).settings.data.crop == (40, 48)
+
+
+@pytest.mark.parametrize("config", ["", "seed: 0", "recipe: [folder]"])
+def test_machines_with_and_without_a_gpu_train_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str
+) -> None:
+    given = ["--train.iterations", "3"]
+    if config:
+        file = tmp_path / "own.yaml"
+        file.write_text(config)
+        given += ["--config", str(file)]
+    parsed = sweep.Arguments("ladder", dataset="folder", seeds=(0,), only=("supervised",))
+    monkeypatch.setattr(recipes, "has_gpu", lambda device: False)
+    (r,) = sweep.plan(parsed, given, tmp_path)
+    assert r.settings.data.crop == ((0, 0) if "recipe" not in config else (321, 321))
+    monkeypatch.setattr(recipes, "has_gpu", lambda device: True)
+    assert train.read(list(r.arguments))[1].hash() == r.folder.name
 
 
 def test_a_run_belongs_to_one_program(whole: Path) -> None:
