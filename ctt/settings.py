@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from ctt import methods
+from ctt import fingerprint, methods
 from ctt.data.options import SourceOptions
 from ctt.errors import UserError
-from ctt.files import expanded, sha256
+from ctt.files import expanded
 from ctt.methods.labeled_settings import LabeledSettings
 from ctt.methods.mask_settings import MaskSettings
 from ctt.methods.options import Check, Options
@@ -453,34 +453,33 @@ class Settings:
         """Return twelve hex digits that name these settings.
 
         The same experiment has the same ones on another machine: what does not change its result,
-        such as the folder of the data, is left out, and files count by what they hold.
+        such as the path of the data, is left out, and files count by what they hold, folders by
+        their images' names and sizes and the content of some. What is not there counts by its name.
         """
         values = to_dict(self)
         place, _, name = self.method.rpartition(":")
-        values["method"] = f"{_content(place)}:{name}" if place.endswith(".py") else self.method
+        values["method"] = (
+            f"{fingerprint.of_file(place)}:{name}" if place.endswith(".py") else self.method
+        )
         with contextlib.suppress(UserError):  # a method of one's own whose file is gone
             values["pairs"] = self.pairs or methods.get(self.method).pairs
         for option in ("split_labeled", "split_unlabeled"):
-            values[option] = values[option] and _content(values[option])
-        values["teacher"] = values["teacher"] and Path(values["teacher"]).name
+            values[option] = values[option] and fingerprint.of_file(values[option])
+        values["teacher"] = values["teacher"] and fingerprint.of_teacher(values["teacher"])
+        masks = values["masks"]
         for option in ("folder", "confidence"):
-            values["masks"][option] = values["masks"][option] and Path(values["masks"][option]).name
-        values["model"]["weights"] = [_content(weights) for weights in self.model.weights]
+            masks[option] = masks[option] and fingerprint.of_folder(masks[option])
+        values["model"]["weights"] = [fingerprint.of_file(w) for w in self.model.weights]
         for group, names in WITHOUT_EFFECT.items():
             for name in names:
                 del (values[group] if group else values)[name]
         if self.labeled.class_weights != "none":  # they follow, once the run begins
             values["labeled"]["weights"] = []
+        root = self.data_root if self.dataset == "folder" else None
+        if root is not None and (data := fingerprint.of_dataset(root)):
+            values["data"]["root"] = data
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _content(path: str) -> str:
-    """Return the checksum of a file; of one that is not there, or no file, its name."""
-    try:
-        return sha256(Path(path))
-    except OSError:
-        return Path(path).name
 
 
 def field_names(owner: type, prefix: str = "") -> Iterator[str]:

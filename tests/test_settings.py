@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from ctt import recipes
 from ctt.errors import UserError
@@ -113,3 +114,56 @@ def test_files_count_in_the_hash_by_what_they_hold(
 
     assert hash_of("a", "# first") == hash_of("b", "# first")
     assert hash_of("a", "# first") != hash_of("b", "# second")
+
+
+def test_folders_count_in_the_hash_by_what_they_hold(tmp_path: Path) -> None:
+    def hash_of(group: dict[str, object]) -> str:
+        return update(Settings(), group, "test").hash()
+
+    for option in ("folder", "confidence"):
+        here, copy, other = (tmp_path / option / place / "masks" for place in "abc")
+        for folder, grey in ((here, 1), (copy, 1), (other, 2)):
+            folder.mkdir(parents=True)
+            Image.new("L", (4, 4), grey).save(folder / "1.png")
+            (folder / ".hidden.png").touch()
+            (folder / "log.txt").write_text(str(folder), "utf-8")
+        one = hash_of({"masks": {option: str(here)}})
+        assert one == hash_of({"masks": {option: str(copy)}})
+        assert one != hash_of({"masks": {option: str(other)}})
+        (copy / "2.png").write_bytes((here / "1.png").read_bytes())
+        assert one != hash_of({"masks": {option: str(copy)}})
+        gone = hash_of({"masks": {option: "/gone/masks"}})
+        assert gone == hash_of({"masks": {option: "/elsewhere/masks"}})
+
+
+def test_a_teacher_counts_in_the_hash_by_its_weights(tmp_path: Path) -> None:
+    def hash_of(place: str, weights: bytes, file: str = "") -> str:
+        folder = tmp_path / place / "run"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "best.safetensors").write_bytes(weights)
+        return update(Settings(), {"teacher": str(folder / file)}, "test").hash()
+
+    assert hash_of("a", b"1") == hash_of("b", b"1") == hash_of("a", b"1", "best.safetensors")
+    assert hash_of("a", b"1") != hash_of("b", b"2")
+
+
+def test_a_folder_of_data_counts_in_the_hash_and_its_path_does_not(tmp_path: Path) -> None:
+    def dataset(place: str, image: str = "images/1.png", grey: int = 0, text: str = "") -> str:
+        root = tmp_path / place
+        for name in (image, "masks/1.png"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (4, 4), grey).save(root / name)
+        (root / "dataset.yaml").write_text(f"classes: [sky, sea]\n{text}", "utf-8")
+        return hash_of(root)
+
+    def hash_of(root: Path, name: str = "folder") -> str:
+        return update(Settings(), {"dataset": name, "data_root": str(root)}, "test").hash()
+
+    one = dataset("a")
+    assert one == dataset("copy")
+    assert one != dataset("b", grey=1)
+    assert one != dataset("c", image="images/2.png")
+    assert one != dataset("d", text="ignore_index: 9\n")
+    assert one != dataset("e", image="unlabeled/1.png")
+    assert hash_of(tmp_path / "gone") == update(Settings(), {"dataset": "folder"}, "").hash()
+    assert hash_of(tmp_path / "a", "voc") == hash_of(tmp_path / "b", "voc")
