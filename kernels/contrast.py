@@ -210,14 +210,15 @@ def gather_queries(
     if first < tl.cdiv(num_rows, BLOCK_M) * BLOCK_M:
         shown = live[:, None] & (d < D)[None, :]
         target = place.to(tl.int64)[:, None] * DIM_PADDED + d[None, :]
-        source = query_ptr + rows[:, None] * query_stride_n + d[None, :] * query_stride_d
+        wide = d.to(tl.int64)  # of a map seen as pixels, D - 1 strides may pass 2**31
+        source = query_ptr + rows[:, None] * query_stride_n + wide[None, :] * query_stride_d
         q = tl.load(source, mask=shown, other=0.0)
         inverse_norm = _inverse_norm(q.to(tl.float32))
         tl.store(gathered_ptr + target, q)
         tl.store(inverse_norm_ptr + place, inverse_norm)
         if PAIR:
             source = positive_ptr + rows[:, None] * positive_stride_n
-            v = tl.load(source + d[None, :] * positive_stride_d, mask=shown, other=0.0)
+            v = tl.load(source + wide[None, :] * positive_stride_d, mask=shown, other=0.0)
             v_inverse_norm = _inverse_norm(v.to(tl.float32))
             u = q.to(tl.float32) * inverse_norm[:, None]
             cosine = tl.sum(u * (v.to(tl.float32) * v_inverse_norm[:, None]), axis=1)

@@ -50,7 +50,8 @@ def queue_push_kernel(
         before += tl.sum(valid.to(tl.int64))
         written = valid & (rank >= pushed - V)
         shown = written[:, None] & (d < D)[None, :]
-        source = features_ptr + index[:, None] * features_stride_n + d[None, :] * features_stride_d
+        column = d.to(tl.int64)[None, :] * features_stride_d  # may pass 2**31
+        source = features_ptr + index[:, None] * features_stride_n + column
         feature = tl.load(source, mask=shown, other=0.0).to(tl.float64 if WIDE else tl.float32)
         squared = tl.sum(feature * feature, axis=1)[:, None]
         # NaN and infinity have none, as in the plain formula

@@ -61,7 +61,7 @@ CTT_INLINE A normalize(A* x, std::int64_t dim) {
   for (std::int64_t d = 0; d < dim; ++d) {
     squared += static_cast<double>(x[d]) * static_cast<double>(x[d]);
   }
-  if (!(squared > kNormEps * kNormEps)) {
+  if (squared <= kNormEps * kNormEps) {  // NaN is no length either, and shows in the loss
     for (std::int64_t d = 0; d < dim; ++d) x[d] = A(0);
     return A(0);
   }

@@ -66,8 +66,11 @@ def gradient_dtype(query: Tensor) -> torch.dtype:
 
 
 def _ema_update_(teacher: list[Tensor], student: list[Tensor], decay: Tensor, backend: str) -> None:
+    plan = plan_of(teacher, student)
+    if plan.averaged is not None:
+        teacher, student = ([x[i] for i in plan.averaged] for x in (teacher, student))
     run = select("ema_update_", backend, teacher[0].device).ema_update_
-    run(teacher, student, decay, plan_of(teacher, student))
+    run(teacher, student, decay, plan)
 
 
 def _class_topk(
@@ -102,6 +105,9 @@ def contrast(
     name = _named(positive)
     tau: float | Tensor = temperature if learned is None else _value(name, learned)
     module = select(name, backend, query.device)
+    # kernels read memory, in which a view that negates it has the other sign
+    query, keys = query.resolve_neg(), [k.resolve_neg() for k in keys]
+    positive = None if positive is None else positive.resolve_neg()
     options = (mask, tau, reduction, need_grad, need_slope)
     with torch.no_grad(), named_range(name, payload=len(query)):
         if positive is None:
@@ -111,6 +117,12 @@ def contrast(
     if grad is None:
         grad = query.new_empty(0, dtype=gradient_dtype(query))
     return loss, grad, loss.new_empty(0) if slope is None else slope
+
+
+def _contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `contrast` does, the gradient in the layout that compilers are told of."""
+    loss, grad, slope = contrast(*arguments)
+    return loss, grad.contiguous(), slope
 
 
 def _named(positive: Tensor | None) -> str:
@@ -128,7 +140,7 @@ for _name, _kernel in (
     ("ema_update_", _ema_update_),
     ("class_topk", _class_topk),
     ("queue_push_", _queue_push_),
-    ("contrast", contrast),
+    ("contrast", _contrast),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
@@ -199,7 +211,7 @@ def _scale(
     by_query = by_temperature = None
     if grad_loss is not None and ctx.needs_input_grad[0]:
         factor = grad_loss[:, None] if grad_loss.dim() else grad_loss
-        if in_place and grad.dtype == grad_loss.dtype:
+        if in_place and grad.dtype == grad_loss.dtype and not _is_batched(grad_loss):
             # nobody reads it again: a second (N, D) costs more than the product itself
             by_query = grad.mul_(factor).to(ctx.dtype)
         else:
@@ -207,6 +219,12 @@ def _scale(
     if grad_loss is not None and ctx.learned is not None and slope.numel():
         by_temperature = (grad_loss * slope).sum().to(ctx.learned)
     return by_query, by_temperature
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Return whether it stands for many tensors (torch.func.vmap, is_grads_batched=True)."""
+    kind = torch._C._functorch
+    return kind.is_batchedtensor(x) or kind.is_legacy_batchedtensor(x)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:

@@ -54,7 +54,7 @@ class MemoryBank(nn.Module):
             _checks.positive_int("MemoryBank", name, value)
         self.num_classes, self.capacity, self.dim = num_classes, capacity, dim
         self.group = _checked(group)
-        self.register_buffer("keys", torch.zeros(num_classes, capacity, dim))
+        self.register_buffer("keys", torch.zeros(num_classes, capacity, dim, dtype=torch.float32))
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("cursor", torch.zeros(num_classes, dtype=torch.int64))
 
@@ -158,7 +158,8 @@ class MemoryBank(nn.Module):
 
     def _tickets(self, index: Tensor, generator: torch.Generator | None) -> Tensor:
         """Uniform random numbers (C, k), on every rank those of the group's rank 0."""
-        ticket = torch.rand(index.shape, generator=generator, device=index.device)
+        shape, dtype = index.shape, torch.float32
+        ticket = torch.rand(shape, generator=generator, dtype=dtype, device=index.device)
         if self._ranks() > 1:
             group = self._process_group
             first = 0 if group is None else dist.get_global_rank(group, 0)

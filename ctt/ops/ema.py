@@ -75,7 +75,11 @@ def _traced(
         if not t.is_floating_point():
             t.copy_(s)
     if averaged:
-        value = decay if isinstance(decay, Tensor) else torch.tensor(decay, dtype=torch.float64)
+        value = (
+            decay
+            if isinstance(decay, Tensor)
+            else torch.tensor(decay, dtype=torch.float64, device="cpu")
+        )
         teacher, student = ([pair[i] for pair in averaged] for i in range(2))
         torch.ops.ctt.ema_update_(teacher, student, value, backend)
 

@@ -43,7 +43,7 @@ def queue_push_(
     _checks.tensor("queue_push_", "cursor", cursor, (num_classes,), torch.int64, device)
     _checks.tensor("queue_push_", "features", features, ("N", dim), None, device)
     _checks.tensor("queue_push_", "index", index, (num_classes, "k"), torch.int64, device)
-    features = features.detach()
+    features = features.detach().resolve_neg()
     if _library.is_traced(features):
         torch.ops.ctt.queue_push_(keys, count, cursor, features, index, backend)
         return

@@ -125,7 +125,7 @@ def pair_info_nce(
 def normalize(x: Tensor) -> Tensor:
     """Return x / |x| along the last dimension; a vector of length 0 gives 0, gradient 0."""
     squared = x.square().sum(dim=-1, keepdim=True)
-    has_direction = squared > NORM_EPS**2
+    has_direction = ~(squared <= NORM_EPS**2)  # NaN shows
     norm = torch.where(has_direction, squared, 1).sqrt()
     return torch.where(has_direction, x / norm, torch.zeros((), dtype=x.dtype, device=x.device))
 

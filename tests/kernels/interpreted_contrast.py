@@ -178,3 +178,13 @@ def test_what_the_kernels_leave_to_others(dtype: torch.dtype) -> None:
     ours = info_nce(query, label, plain(keys).to(dtype), count, backend="triton", **options)
     truth = reference.info_nce(query, label, plain(keys).to(dtype), count, **options)
     torch.testing.assert_close(ours, truth)
+
+
+def test_a_first_bank_without_places() -> None:
+    query, positive, label, keys, _, mask = case((30, 3, 4, 8), torch.float32, seed=6)
+    query, keys = query.detach(), plain(keys).float()
+    banks = [(keys[:, :0], None), (keys, None)]
+    options = {"temperature": 0.1, "mask": mask}
+    ours = pair_info_nce(query, positive, label, banks, backend="triton", **options)
+    truth = reference.pair_info_nce(query, positive, label, banks, **options)
+    torch.testing.assert_close(ours, truth, rtol=2e-3, atol=1e-4)

@@ -71,8 +71,10 @@ def ema_update_(
 def _ema_table(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> _EmaTable:
     table, listed = _EmaTable([], [], [], [], [], []), set()
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
-        # two views of one memory are updated one after the other, not by two threads at once
-        if t.data_ptr() in listed or not _in_one_order(t, s):
+        # two views of one memory are updated one after the other, not by two threads at once;
+        # tensors without memory of their own, such as DTensor, are at address 0
+        places = t.data_ptr(), s.data_ptr()
+        if places[0] in listed or 0 in places or not _in_one_order(t, s):
             table.rest.append(i)
             continue
         listed.add(t.data_ptr())
@@ -247,7 +249,7 @@ def _select_pixels(
 def _class_weight(pixels: Tensor, reduction: str) -> Tensor:
     """(C,) float64: what the loss of one pixel of each class counts in the result."""
     if reduction == "none":
-        return torch.ones(pixels.shape, dtype=torch.float64)
+        return torch.ones(pixels.shape, dtype=torch.float64, device=pixels.device)
     if reduction == "mean":
         return (1 / pixels.sum().clamp(min=1).double()).expand(pixels.shape).contiguous()
     return 1 / (pixels.clamp(min=1) * (pixels > 0).sum().clamp(min=1)).double()
@@ -265,7 +267,7 @@ def _held(keys: Tensor, count: Tensor | None) -> Tensor:
     """(C,) keys held by each queue."""
     num_classes, capacity, _ = keys.shape
     if count is None:
-        return torch.full((num_classes,), capacity)
+        return torch.full((num_classes,), capacity, device=keys.device)
     return count.clamp(0, capacity)
 
 
@@ -274,7 +276,7 @@ def _keys_held(keys: Tensor, held: Tensor, dtype: torch.dtype) -> Tensor:
     num_classes, capacity, dim = keys.shape
     if int(held.sum()) == num_classes * capacity:
         return keys.reshape(num_classes * capacity, dim).to(dtype).contiguous()
-    return keys[torch.arange(capacity) < held[:, None]].to(dtype)
+    return keys[torch.arange(capacity, device=keys.device) < held[:, None]].to(dtype)
 
 
 def _matrix(x: Tensor) -> tuple[int, int, int, int]:

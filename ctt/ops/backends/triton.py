@@ -298,7 +298,8 @@ def _make_ema_table(teacher: Sequence[Tensor], student: Sequence[Tensor], block:
         if t.numel() == 0:
             continue
         # two views of one memory are updated one after the other
-        if t.data_ptr() in seen or not _is_one_run(t, s):
+        places = t.data_ptr(), s.data_ptr()  # 0 of tensors without memory of their own (DTensor)
+        if places[0] in seen or 0 in places or not _is_one_run(t, s):
             rest.append(i)
             continue
         seen.add(t.data_ptr())
@@ -320,7 +321,7 @@ def _is_one_run(t: Tensor, s: Tensor) -> bool:
 
 def _chunks(t: Tensor, s: Tensor, block: int) -> Tensor:
     """(3, chunks) int64: address in the teacher, address in the student, values."""
-    start = torch.arange(0, t.numel(), block)
+    start = torch.arange(0, t.numel(), block, device="cpu")
     return torch.stack(
         [
             t.data_ptr() + start * t.element_size(),
@@ -510,7 +511,7 @@ def _pack(
     for bank, k in enumerate(keys):
         _launch(
             _kernels("contrast").pack_keys,
-            (num_classes, _cdiv(k.shape[1], block)),
+            (num_classes, max(1, _cdiv(k.shape[1], block))),  # the first also writes `start`
             k,
             held,
             packed,
@@ -563,7 +564,7 @@ def _order(
     )
     ends = histogram.flatten().cumsum(0, dtype=torch.int32)
     order = torch.empty_like(bucket)
-    weight = torch.empty(num_classes, device=label.device)
+    weight = torch.empty(num_classes, dtype=torch.float32, device=label.device)
     _launch(
         kernels.order_rows,
         (num_blocks,),
