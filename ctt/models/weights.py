@@ -252,9 +252,7 @@ def published_input(backbone: str) -> tuple[Sequence[float], Sequence[float]]:
     Raises:
         UserError: none are published.
     """
-    import timm
-
-    facts = timm.models.get_pretrained_cfg(backbone)
+    facts = _facts(backbone)
     if facts is None:
         raise UserError(
             f"`model.normalization` weights: timm publishes no weights for {backbone}, whose mean "
@@ -285,11 +283,21 @@ def fetch_published(backbone: str) -> Path:
         ) from None
 
 
+def _facts(backbone: str) -> Any:
+    """Return what timm says of the weights of a backbone; None if it publishes none."""
+    import timm
+
+    try:
+        return timm.models.get_pretrained_cfg(backbone)
+    except RuntimeError:  # a network that timm has, with a tag of weights that it has not
+        return None
+
+
 def _repository(backbone: str) -> str:
     """Where on the hub the weights of a backbone are."""
     import timm
 
-    facts = timm.models.get_pretrained_cfg(backbone)
+    facts = _facts(backbone)
     if facts is not None and facts.hf_hub_id:
         return str(facts.hf_hub_id)
     if not timm.is_model(backbone):  # so it is one of segmentation_models_pytorch's own

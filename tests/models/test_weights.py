@@ -105,6 +105,10 @@ def test_published_weights_without_network_or_cache(
         weights.fetch_published("resnet18")
     with pytest.raises(UserError, match="none are published for efficientnet_b6"):
         weights.published("efficientnet_b6")
+    with pytest.raises(UserError, match=r"none are published for resnet18\.no_tag"):
+        weights.fetch_published("resnet18.no_tag")
+    with pytest.raises(UserError, match=r"no weights for resnet18\.no_tag"):
+        weights.published_input("resnet18.no_tag")
     with pytest.raises(UserError, match="of smp-hub/mit_b0"):
         weights.published("mit_b0")
 
