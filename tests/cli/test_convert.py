@@ -413,6 +413,7 @@ def test_a_bad_entry_costs_itself_alone(
         ("yolo", "data.yaml", "names: 7\n", "names must be a list"),
         ("yolo", "data.yaml", "names: [&a [*a]]\n", "names must be a list"),
         ("masks", "labelmap.txt", "a:1,2,3::\nb:1,2,3::\n", "have the same colour"),
+        ("masks", "labelmap.txt", "a:1,2,3::\n3, b\n", "give all classes colours, or all numbers"),
         ("masks", "labelmap.txt", "a:1,2,999::\n", "is no colour or number"),
         ("masks", "labelmap.txt", "\na\n", "is no class and its colour"),
         ("masks", "labelmap.txt", "#\n", "names no classes"),

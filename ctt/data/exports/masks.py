@@ -76,7 +76,8 @@ def read_table(path: Path) -> list[tuple[str, Key]]:
     """Return the names of the classes and their colours or numbers, in the order of the file.
 
     Raises:
-        UserError: it cannot be read, names no class, or one colour twice.
+        UserError: it cannot be read, names no class, or one colour twice, or both colours and
+            numbers.
     """
     entries = _of_json(path) if path.suffix.lower() == ".json" else [*_of_text(path)]
     keys: dict[Key, str] = {}
@@ -90,6 +91,13 @@ def read_table(path: Path) -> list[tuple[str, Key]]:
         raise UserError(
             f"{path} names no classes. A line must hold a name and three numbers, such as "
             f"`cat:128,0,0::`, or a number and a name, such as `1, cat`."
+        )
+    kinds = {isinstance(key, tuple): (name, key) for name, key in reversed(entries)}
+    if len(kinds) > 1:
+        (coloured, colour), (numbered, number) = kinds[True], kinds[False]
+        raise UserError(
+            f"{path}: {coloured} has the colour {brief(colour)}, but {numbered} the number "
+            f"{number}. Masks hold one or the other: give all classes colours, or all numbers."
         )
     return entries
 
