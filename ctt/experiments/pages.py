@@ -139,8 +139,10 @@ def section(file: Path, embeddings: bool = False) -> Section:
         found.tables += [by_share(done, budget) for budget in budgets]
         found.charts.append(score_by_share(done))
     if len(budgets) > 1:
-        found.charts.append(score_by_cost(done, "forwards"))
-        found.charts.append(score_by_cost(done, "seconds"))
+        for share in shares:
+            own = [row for row in done if row["share"] == share]
+            of = f", --ratio {share}" if len(shares) > 1 else ""
+            found.charts += [score_by_cost(own, column, of) for column in ("forwards", "seconds")]
     for (share, budget), chosen in results.groups(done, "share", "budget").items():
         found.tables.append(comparison(chosen, share, budget, baseline))
         found.tables += by_class(chosen, found.tables[-1].title)
@@ -298,11 +300,15 @@ def score_by_share(rows: Sequence[Row]) -> Chart:
     return draw("mIoU and labelled images", "labelled images", body)
 
 
-def score_by_cost(rows: Sequence[Row], column: str) -> Chart:
-    """Return the chart of scores over the cost of training, counted or measured."""
+def score_by_cost(rows: Sequence[Row], column: str, place: str = "") -> Chart:
+    """Return the chart of scores over the cost of training, counted or measured.
+
+    Args:
+        rows: of one share of labels. place: that share, for the title.
+    """
     costly = [row for row in rows if row["budget"] != EQUAL_ITERATIONS]
     of = {"forwards": "forward passes of images", "seconds": "seconds of training"}[column]
-    return draw(f"mIoU and {of}", of, lambda axes: lines(axes, costly, column), log=True)
+    return draw(f"mIoU and {of}{place}", of, lambda axes: lines(axes, costly, column), log=True)
 
 
 def curves(file: Path) -> list[Chart]:

@@ -3,7 +3,9 @@
 import base64
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scipy.stats import ttest_rel
@@ -98,6 +100,28 @@ def test_costs_have_charts_of_their_own(tmp_path: Path) -> None:
     ]
     titles = [table.title.rpartition(", ")[2] for table in part.tables]
     assert set(titles) == {"equal iterations", "cost 1/2", "cost 1"}
+
+
+def test_costs_have_a_chart_for_each_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = results.read(TABLE)
+    for i, row in enumerate(rows):
+        budget = ("cost 1/2", "cost 1")[i % 2]
+        row |= {"experiment": "cost", "share": ("50", "100")[i // 2 % 2], "budget": budget}
+    results.write(tmp_path / "cost.csv", rows, results.COLUMNS)
+    drawn: list[set[str]] = []
+    lines = pages.lines
+
+    def seen(axes: Any, rows: Sequence[results.Row], across: str) -> None:
+        if across != "labeled":
+            drawn.append({row["share"] for row in rows})
+        lines(axes, rows, across)
+
+    monkeypatch.setattr(pages, "lines", seen)
+    (part,) = pages.sections(tmp_path)
+    assert drawn == [{"50"}, {"50"}, {"100"}, {"100"}]
+    titles = [chart.title for chart in part.charts]
+    assert "mIoU and seconds of training, --ratio 50" in titles
+    assert "mIoU and seconds of training, --ratio 100" in titles
 
 
 def test_bad_input_is_told(tmp_path: Path) -> None:
