@@ -112,7 +112,10 @@ def finish(r: Run, code: int) -> bool:
     if code not in (INTERRUPTED, -signal.SIGINT):
         said = last_words(r.log) or f"The program ended with code {code}."
         if code == 0:
-            said = f"There is no {run.SUMMARY} of these settings, though the program ended well."
+            said = (
+                f"There is no {run.SUMMARY} of these settings in {r.folder}, though the program "
+                f"ended well. Remove this folder to train the run anew."
+            )
         r.error.write_text(said, "utf-8")
     return False
 

@@ -73,7 +73,7 @@ class Run:
 
     def command(self) -> list[str]:
         """Return the arguments of `ctt-train` that start the run, or go on with it."""
-        if run.has_checkpoint(self.folder):
+        if (self.folder / run.CONFIG).is_file():  # without a checkpoint it begins from the start
             return ["--resume", str(self.folder)]
         return [*self.arguments, "--out", str(self.folder)]
 

@@ -60,7 +60,7 @@ def test_a_folder_on_a_cpu_is_trained_and_told_of_from_start_to_end(
     best = rf"Best network: \w+ after iteration \d, mIoU \d+\.\d over {classes} on 2 images\."
     assert re.search(rf"{best} Next: ctt-predict '{out}' IMAGES --out masks$", shown)
     settings = yaml.safe_load((out / "config.yaml").read_text())
-    assert settings["data"]["crop"] == [40, 56]  # which a resumed run keeps
+    assert settings["data"]["crop"] == [0, 0]  # for which a resumed run finds the same
     assert train._main(["--resume", str(out), "--dry-run"]) == 0
     assert "crops of 40x56" in told(capsys)
 

@@ -208,6 +208,26 @@ def test_machines_with_and_without_a_gpu_train_the_same(
     assert train.read(list(r.arguments))[1].hash() == r.folder.name
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_has_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_out_figures(monkeypatch)
+    command = [*FOUR, "--only", "supervised", "--seeds", "0", "--out", str(tmp_path), "--print"]
+    command += ["--train.iterations", "2"]
+    assert sweep._main(command) == 0
+    program, *arguments = shlex.split(capsys.readouterr().out)
+    parsed, settings = train.read(arguments)
+    run.create(parsed.out, settings)  # as far as it came
+    assert sweep._main(command) == 0
+    again = shlex.split(capsys.readouterr().out)
+    assert again == [program, "--resume", str(parsed.out)]
+    assert train._main(again[1:]) == 0
+    capsys.readouterr()
+    assert sweep._main(command) == 0
+    assert capsys.readouterr().out == ""
+    assert [row["status"] for row in read(tmp_path / "table4.csv")] == ["done"]
+
+
 def test_a_run_belongs_to_one_program(whole: Path) -> None:
     settings = run.read_settings(next((whole / "runs").glob("*/config.yaml")).parent)
     r = runs.Run("table4", "6", "", "all", (), settings, whole / "runs" / "none")
