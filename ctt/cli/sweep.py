@@ -153,8 +153,9 @@ def check(parsed: Arguments, given: Sequence[str]) -> None:
         raise UserError(f"--jobs must be at least 1, got {parsed.jobs}.")
     if not parsed.seeds:
         raise UserError("--seeds needs at least one number.")
+    named = {text.partition("=")[0].replace("_", "-") for text in given}
     for name in OWN:
-        if name in given:
+        if name in named:
             instead = {"--seed": ". Give --seeds", "--ratio": ". Give --shares"}.get(name, "")
             raise UserError(f"{name} is not for all runs of an experiment{instead}.")
     if given and not given[0].startswith("--"):
@@ -181,6 +182,11 @@ def plan(parsed: Arguments, given: Sequence[str], out: Path) -> Iterator[Run]:
     shares = parsed.shares or experiment.shares.get(data_name(common), ()) or (common.ratio,)
     for share in shares:
         parse_ratio(share, MANY)
+    if common.split_labeled is not None and len(shares) > 1:
+        raise UserError(
+            f"`split_labeled` {common.split_labeled} is one share of labels, and --shares "
+            f"{' '.join(shares)} would train on it {len(shares)} times. Give one --shares."
+        )
     for seed in parsed.seeds:
         validate(dataclasses.replace(common, seed=seed))
         for share in shares:

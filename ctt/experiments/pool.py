@@ -35,13 +35,14 @@ def places(jobs: int, given: Sequence[str]) -> list[Place]:
     """
     import torch
 
+    named = {text.partition("=")[0] for text in given}
     threads = max(1, torch.get_num_threads() // jobs)
     found = []
     for number in range(jobs):
         arguments: list[str] = []
-        if "--train.threads" not in given:
+        if "--train.threads" not in named:
             arguments += ["--train.threads", str(threads)]
-        if "--train.device" not in given and torch.cuda.device_count() > 1:
+        if "--train.device" not in named and torch.cuda.device_count() > 1:
             arguments += ["--train.device", f"cuda:{number % torch.cuda.device_count()}"]
         found.append(tuple(arguments))
     return found

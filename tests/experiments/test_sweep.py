@@ -191,6 +191,17 @@ def test_settings_that_the_data_decides_belong_to_the_run_they_were_asked_for(
     assert load_trained(folder).settings.data.crop == (40, 48)
 
 
+def test_the_users_threads_and_device_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [place[2:] for place in pool.places(2, [])] == [
+        ("--train.device", "cuda:0"),
+        ("--train.device", "cuda:1"),
+    ]
+    for given in (["--train.threads=1", "--train.device=cpu"], shlex.split("--train.threads 1")):
+        assert all("--train.threads" not in place for place in pool.places(2, given))
+    assert pool.places(1, ["--train.threads=1", "--train.device=cpu"]) == [()]
+
+
 @pytest.mark.parametrize("config", ["", "seed: 0", "recipe: [folder]"])
 def test_machines_with_and_without_a_gpu_train_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str
@@ -321,6 +332,10 @@ def test_the_papers_methods_are_all_there() -> None:
         ("tau --jobs 0", "--jobs must be at least 1"),
         ("tau --seed 3", "--seed is not for all runs of an experiment. Give --seeds"),
         ("tau --ratio 1/4", "Give --shares"),
+        ("tau --seed=3", "--seed is not for all runs of an experiment. Give --seeds"),
+        ("tau --method=mean-teacher", "--method is not for all runs"),
+        ("tau --dry_run", "--dry-run is not for all runs"),
+        ("tau --shares 6 12 --split-labeled few.txt", "few.txt is one share of labels"),
         ("tau table5", "table5: this belongs to no option"),
         ("tau --train.iterations 0", "`train.iterations` must be at least 1"),
         ("tau --shares few", "`ratio` few is no ratio"),
