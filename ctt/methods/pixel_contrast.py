@@ -27,8 +27,6 @@ class PixelContrast(PseudoLabels):
     running averages of these.
     """
 
-    following = ("teachers", "slow_projections")
-
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         loss = self.settings.loss
@@ -41,6 +39,7 @@ class PixelContrast(PseudoLabels):
             self.logged = ("lost_pixels", *TeacherBanks.LOGGED)
             if len(set(widths)) > 1:
                 self.find_unused = True  # before the contrast begins
+                self.following = ("teachers", "slow_projections")
                 with setup.seeded("projections"):
                     self.projections = Modules[nn.Module](
                         setup.finish(nn.Conv2d(width, min(widths), 1)) for width in widths

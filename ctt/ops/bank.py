@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class MemoryBank(nn.Module):
     """Queues Q_c of at most `capacity` L2-normalised keys for each of `num_classes` classes.
 
-    Buffers (saved in the state dict): `keys` (C, V, D) float32, `count` (C,) int64 keys held,
-    `cursor` (C,) int64 next place to write. Pass `keys` and `count` to `info_nce` and
-    `pair_info_nce`.
+    Buffers (saved in the state dict): `keys` (C, V, D) of PyTorch's default dtype, which is
+    float32, `count` (C,) int64 keys held, `cursor` (C,) int64 next place to write. Pass `keys` and
+    `count` to `info_nce` and `pair_info_nce`.
 
     Args:
         num_classes: C, at least 1.
@@ -54,7 +54,7 @@ class MemoryBank(nn.Module):
             _checks.positive_int("MemoryBank", name, value)
         self.num_classes, self.capacity, self.dim = num_classes, capacity, dim
         self.group = _checked(group)
-        self.register_buffer("keys", torch.zeros(num_classes, capacity, dim, dtype=torch.float32))
+        self.register_buffer("keys", torch.zeros(num_classes, capacity, dim))
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("cursor", torch.zeros(num_classes, dtype=torch.int64))
 
