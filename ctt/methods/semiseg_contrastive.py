@@ -6,14 +6,12 @@ holds the teacher's projected features of labelled pixels that it classifies rig
 each class two selectors weigh the pairs, one by the feature and one by the memory.
 
 Departures: the memory takes the pixels that its selector ranks highest, as the paper says; the
-program takes the lowest. It takes as many in a step as there are images times capacity / labelled
-images, out of all images together; the program takes them image by image, and on VOC seven times as
-many. Teachers follow with the run's decay, in the program with one that rises from 0.995 to 1. A
-class takes part with up to `pixels` pixels of a step, drawn at random. Selectors have a layer norm
-where the program has a batch norm, which would mix in places without a pixel. Each image is seen
-once, not in two views of half as many. Left out: the class weights for Cityscapes, and the
-program's return to the weights that were best on the validation images. With `train.accumulate` the
-contrast is the mean over the parts.
+program takes the lowest. The program takes capacity / labelled images vectors of each image (on VOC
+seven times as many), this one as many of all together. Its EMA decay rises from 0.995 to 1. A class
+takes part with up to `pixels` pixels of a step, drawn at random. Selectors have a layer norm in
+place of a batch norm, which would mix in empty places. Each image is seen once, not in two views of
+half as many. Left out: class weights for Cityscapes, and the return to the weights that were best
+in validation. The contrast is a mean over the parts of a step.
 """
 
 from __future__ import annotations
@@ -149,7 +147,6 @@ class SemiSegContrastive(MeanTeacher):
             with step.phase("contrast"):
                 contrast.append(self.contrast(k, maps, b, step))
         terms["entropy"] = (o.entropy, losses.sum_of(unsure))
-        # weights are of a part of the batch: the term is the mean over the parts
         mean = losses.sum_of(contrast) / self.settings.train.accumulate
         terms["contrast"] = (o.contrast * step["on"], mean)
         return terms
