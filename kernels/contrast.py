@@ -99,9 +99,9 @@ def assign_buckets(
     OWN_MUST_HOLD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A pixel counts when mask and label say so, another class holds a key and, if asked, its own.
+    """Put each pixel that counts into the bucket of its class, the others into bucket C.
 
-    Its bucket is then its class, else C.
+    It counts when mask and label say so, another class holds a key and, if asked, its own.
     """
     block = tl.program_id(0)
     pixel = block * BLOCK + tl.arange(0, BLOCK)

@@ -6,12 +6,12 @@ holds the teacher's projected features of labelled pixels that it classifies rig
 each class two selectors weigh the pairs, one by the feature and one by the memory.
 
 Departures: the memory takes the pixels that its selector ranks highest, as the paper says; the
-program takes the lowest. The program takes capacity / labelled images vectors of each image (on VOC
-seven times as many), this one as many of all together. Its EMA decay rises from 0.995 to 1. A class
-takes part with up to `pixels` pixels of a step, drawn at random. Selectors have a layer norm in
-place of a batch norm, which would mix in empty places. Each image is seen once, not in two views of
-half as many. Left out: class weights for Cityscapes, and the return to the weights that were best
-in validation. The contrast is a mean over the parts of a step.
+program takes the lowest. The program picks capacity / labelled images vectors in each image (on VOC
+seven times as many); here as many are picked from all images together. The program's EMA decay
+rises to 1. A class takes part with up to `pixels` pixels of a step, drawn at random. Selectors have
+a layer norm in place of a batch norm, which would mix in empty places. Each image is seen once, not
+in two views of half as many. Left out: class weights for Cityscapes, and the return to the weights
+that were best in validation. The contrast is a mean over the parts of a step.
 """
 
 from __future__ import annotations
