@@ -100,6 +100,11 @@ CROSS_TEACHER = Variant("cross teacher", NO_CONTRAST, cost=14)
 # a bank of each pair is filled with what its teacher gives for the labelled images
 ALL = Variant("cross teacher and contrast", cost=16)
 LADDER = (SUPERVISED, MEAN_TEACHER, ENSEMBLE, CROSS_TEACHER, ALL)
+# encoders whose ImageNet weights Python packages bring
+IMAGENET_ENCODERS = (
+    *("--model.name", "deeplabv3plus", "--model.output-stride", "16"),
+    *("--model.weights", "imagenet", "--model.normalization", "weights"),
+)
 WITHOUT_CT = ("--loss.ct", "0")  # what Tables 7 to 9 vary is measured without the cross teacher
 
 EXPERIMENTS = {
@@ -254,6 +259,18 @@ EXPERIMENTS = {
         "what each step from supervised to cross-teacher training with contrast is worth",
         "Open question",
         LADDER,
+    ),
+    "encoders": Experiment(
+        "whether two different encoders teach each other better than two of the same kind",
+        "Open question",
+        tuple(
+            Variant(name, (*IMAGENET_ENCODERS, "--model.backbone", *backbones))
+            for name, *backbones in (
+                ("one of each", "tf_efficientnet_lite0", "mobilenetv2_100"),
+                ("two EfficientNet-Lite0", "tf_efficientnet_lite0"),
+                ("two MobileNetV2", "mobilenetv2_100"),
+            )
+        ),
     ),
     "cost": Experiment(
         "what a method is worth for the same iterations, and for the same cost",

