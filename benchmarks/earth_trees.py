@@ -19,8 +19,8 @@ import torch
 from scipy.ndimage import uniform_filter
 from sklearn.ensemble import HistGradientBoostingClassifier
 
+from ctt.data.dataset import IGNORE
 from ctt.data.earth import Earth
-from ctt.data.source import IGNORE
 from ctt.data.split import make_split
 from ctt.experiments.results import groups, numbers, spread
 from ctt.inference.evaluate import count, score
@@ -41,12 +41,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     rows = []
-    source = Earth(arguments.eval_split)
+    dataset = Earth(arguments.eval_split)
     for share in arguments.shares:
         for seed in arguments.seeds:
-            labeled, _ = make_split(source, share, seed, None, None)
+            labeled, _ = make_split(dataset, share, seed, None, None)
             start = time.perf_counter()
-            miou = train_and_score(source, labeled, seed)
+            miou = train_and_score(dataset, labeled, seed)
             values = (share, seed, len(labeled), f"{miou:.2f}")
             seconds = f"{time.perf_counter() - start:.1f}"
             rows.append(
@@ -63,9 +63,9 @@ def main() -> None:
         print(f"| {tiles} | {spread(numbers(own, 'miou'))} | {spread(numbers(own, 'seconds'))} |")
 
 
-def train_and_score(source: Earth, labeled: list[str], seed: int) -> float:
+def train_and_score(dataset: Earth, labeled: list[str], seed: int) -> float:
     """mIoU in percent on the images to evaluate on."""
-    x, y = zip(*(pixels(source, name) for name in labeled), strict=True)
+    x, y = zip(*(pixels(dataset, name) for name in labeled), strict=True)
     features, label = np.concatenate(x), np.concatenate(y)
     known = np.flatnonzero(label != IGNORE)
     rng = np.random.default_rng(seed)
@@ -75,18 +75,18 @@ def train_and_score(source: Earth, labeled: list[str], seed: int) -> float:
     chosen = chosen[shown[label[chosen]] > 1]
     trees = HistGradientBoostingClassifier(early_stopping=True, random_state=seed)
     trees.fit(features[chosen], label[chosen])
-    classes = len(source.info.classes)
+    classes = len(dataset.info.classes)
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
-    for name in source.eval_ids():
-        x_one, y_one = pixels(source, name)
+    for name in dataset.eval_ids():
+        x_one, y_one = pixels(dataset, name)
         predicted = torch.from_numpy(trees.predict(x_one).astype(np.int64))
         count(matrix, predicted, torch.from_numpy(y_one.astype(np.int64)))
     return score(matrix).miou
 
 
-def pixels(source: Earth, name: str) -> tuple[np.ndarray, np.ndarray]:
+def pixels(dataset: Earth, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Features (N, 21) float32 and labels (N,) uint8 of the N pixels of a tile."""
-    image, label = source.pair(name)
+    image, label = dataset.pair(name)
     channels = image.numpy().astype(np.float32) / 255  # (3, H, W)
     found = [channels]
     for window in WINDOWS:

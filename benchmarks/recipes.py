@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks.test_step import make_batches
 from ctt import data, methods, recipes
 from ctt.console import plain_console
-from ctt.data.source import DatasetInfo
+from ctt.data.dataset import DatasetInfo
 from ctt.device import device_name, pick_device
 from ctt.methods.base import Setup
 from ctt.settings import Settings, update

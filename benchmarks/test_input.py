@@ -21,10 +21,10 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.harness import Row, Run, Setting
 from ctt import data
+from ctt.data.dataset import IGNORE, Dataset
 from ctt.data.loader import ViewDataset
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.data.prepare import Prepared
-from ctt.data.source import IGNORE, Source
 from ctt.data.views import GeometricView
 from tests.data import trees
 
@@ -53,7 +53,7 @@ PAPER = [name for name in SIZES if name != "tiny"]
 GROUPS = {"default": PAPER, "paper": PAPER, "series": []}
 
 
-def write_files(root: Path, case: Case) -> Source:
+def write_files(root: Path, case: Case) -> Dataset:
     """Real photographs in the files of a made-up dataset, so that decoding costs what it does."""
     from sklearn.datasets import load_sample_images
 
@@ -61,21 +61,21 @@ def write_files(root: Path, case: Case) -> Source:
         trees.write_voc(root, classic=2, augmented=IMAGES - 2, size=case.image)
     else:
         trees.write_cityscapes(root, train=IMAGES, size=case.image)
-    source = data.open_source(case.dataset, root, SourceOptions())
+    dataset = data.open_dataset(case.dataset, root, DatasetOptions())
     height, width = case.image
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
-    for i, name in enumerate(source.train_ids()):
+    for i, name in enumerate(dataset.train_ids()):
         photo = photos[i % 2].rotate(i // 2 * 180).resize((width, height), Image.Resampling.BICUBIC)
-        photo.save(source.files(name, labeled=False)[0], quality=92)
-    return source
+        photo.save(dataset.files(name, labeled=False)[0], quality=92)
+    return dataset
 
 
-def pillow_chain(source: Source, case: Case, name: str, seed: int) -> tuple[Tensor, Tensor]:
+def pillow_chain(dataset: Dataset, case: Case, name: str, seed: int) -> tuple[Tensor, Tensor]:
     rng = random.Random(seed)
-    files = source.files(name, labeled=True)
+    files = dataset.files(name, labeled=True)
     with Image.open(files[0]) as file:
         image = file.convert("RGB")
-    mask = Image.fromarray(source.label(name).numpy())
+    mask = Image.fromarray(dataset.label(name).numpy())
     if case.resize is not None:
         image = image.resize(case.resize[::-1], Image.Resampling.BILINEAR)
         mask = mask.resize(case.resize[::-1], Image.Resampling.NEAREST)
@@ -117,24 +117,24 @@ def test_input(
     record: Callable[[list[Row]], None],
 ) -> None:
     case = SIZES[size]
-    source = write_files(tmp_path / "data", case)
-    names = source.train_ids()[:IMAGES]
-    view = GeometricView(case.crop, case.scale, True, ROTATION, TRANSLATION, source.info.mean)
+    dataset = write_files(tmp_path / "data", case)
+    names = dataset.train_ids()[:IMAGES]
+    view = GeometricView(case.crop, case.scale, True, ROTATION, TRANSLATION, dataset.info.mean)
 
     def ours(cache: Path | None) -> ViewDataset:
-        prepared = Prepared(source, case.resize, cache)
+        prepared = Prepared(dataset, case.resize, cache)
         return ViewDataset(prepared, names, view, True, 0, "benchmark")
 
     keys = [(i, i) for i in range(len(names))]
     plain, cached = ours(None), ours(tmp_path / "cache")
     runs: dict[str, Run] = {
-        harness.REFERENCE: lambda: [pillow_chain(source, case, names[i], i) for i, _ in keys],
+        harness.REFERENCE: lambda: [pillow_chain(dataset, case, names[i], i) for i, _ in keys],
         "ctt": partial(plain.__getitems__, keys),
         "ctt, cached": partial(cached.__getitems__, keys),
-        "decode alone": lambda: [source.pair(name) for name in names],
+        "decode alone": lambda: [dataset.pair(name) for name in names],
     }
-    check(runs, source, case)
-    bytes_each = [source.files(n, labeled=False)[0].stat().st_size for n in names]
+    check(runs, dataset, case)
+    bytes_each = [dataset.files(n, labeled=False)[0].stat().st_size for n in names]
     shape = f"{case.image[0]}x{case.image[1]}, {sum(bytes_each) // len(names) // 1000} kB"
     setting = Setting(
         "training image", size, f"{shape} -> {case.crop[0]}x{case.crop[1]}", "uint8", CPU
@@ -145,9 +145,9 @@ def test_input(
     benchmark.pedantic(runs["ctt"], rounds=2)
 
 
-def check(runs: dict[str, Run], source: Source, case: Case) -> None:
+def check(runs: dict[str, Run], dataset: Dataset, case: Case) -> None:
     """Raises where a way gives something else than crops with the classes of the masks."""
-    classes = {*range(len(source.info.classes)), IGNORE}
+    classes = {*range(len(dataset.info.classes)), IGNORE}
     results = {name: run() for name, run in runs.items()}
     for name in (harness.REFERENCE, "ctt", "ctt, cached"):
         for image, label in results[name]:  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from benchmarks import harness
 from benchmarks.harness import REFERENCE, Row, Run, Setting
 from benchmarks.plain_step import PlainStep
 from ctt import methods, recipes
-from ctt.data.source import DatasetInfo
+from ctt.data.dataset import DatasetInfo
 from ctt.data.views import normalize, to_unit
 from ctt.device import device_name
 from ctt.methods.base import Setup

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ctt import models
-from ctt.data.source import DatasetInfo
+from ctt.data.dataset import DatasetInfo
 from ctt.errors import UserError
 from ctt.files import atomic_write
 from ctt.models.base import SegmentationModel

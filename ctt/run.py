@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ctt import checkpoint, methods, recipes
-from ctt.data.source import Source
+from ctt.data.dataset import Dataset
 from ctt.data.split import read_lines
 from ctt.errors import UnwritableError, UserError
 from ctt.files import atomic_write
@@ -212,26 +212,26 @@ def has_checkpoint(folder: Path) -> bool:
     return last.is_file() or checkpoint.previous(last).is_file()
 
 
-def hold_out(folder: Path, source: Source) -> None:
+def hold_out(folder: Path, dataset: Dataset) -> None:
     """Evaluate on the images that the run in `folder` held out, whatever came to the data since.
 
-    Leaves `source` as it is where none of those images is in it: it is another dataset then.
+    Leaves `dataset` as it is where none of those images is in it: it is another dataset then.
 
     Raises:
         UserError: an image to evaluate on is one that the run was trained with.
     """
     if (folder / EVALUATION_LIST).is_file():
         held_out = read_names(folder / EVALUATION_LIST)
-        source.evaluate_on(held_out)
-        if not set(source.eval_ids()) & {source.find(name) for name in held_out}:
+        dataset.evaluate_on(held_out)
+        if not set(dataset.eval_ids()) & {dataset.find(name) for name in held_out}:
             return
     learned = {
-        source.find(name)
+        dataset.find(name)
         for path in (LABELED_LIST, UNLABELED_LIST)
         if (folder / path).is_file()
         for name in read_names(folder / path)
     }
-    both = sorted(set(source.eval_ids()) & learned)
+    both = sorted(set(dataset.eval_ids()) & learned)
     if both:
         raise UserError(
             f"{both[0]} is an image to evaluate on, but the run in {folder} was trained with it "

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from ctt import fingerprint, methods
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.errors import UserError
 from ctt.files import expanded
 from ctt.methods.labeled_settings import LabeledSettings
@@ -37,7 +37,7 @@ from ctt.ranges import (
 from ctt.text import brief
 
 if TYPE_CHECKING:
-    from ctt.data.source import Source
+    from ctt.data.dataset import Dataset
 
 # settings that say where and how a run is computed, not what
 WITHOUT_EFFECT = {
@@ -61,7 +61,7 @@ PROFILE_WARM_UP = 10  # steps of a run before those that are looked at
 
 
 @dataclass(frozen=True)
-class DataSettings(SourceOptions):
+class DataSettings(DatasetOptions):
     crop: tuple[int, int] = (321, 321)
     """Height and width of the training crop, in pixels; 0 0: what fits the images, their median
     height and width, at most 96 each."""
@@ -435,7 +435,7 @@ class Settings:
         """Return the settings with another method, whose own options have their defaults."""
         return dataclasses.replace(self, method=name)
 
-    def open_source(self) -> Source:
+    def open_dataset(self) -> Dataset:
         """Return the dataset.
 
         Raises:
@@ -443,7 +443,7 @@ class Settings:
         """
         from ctt import data
 
-        return data.open_source(self.dataset, self.data_root, self.data)
+        return data.open_dataset(self.dataset, self.data_root, self.data)
 
     def network(self, k: int) -> dict[str, Any]:
         """Return the arguments of `ctt.models.build` for the networks of pair k, from 0 on."""

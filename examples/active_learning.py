@@ -17,9 +17,9 @@ import torch
 import yaml
 
 import ctt
-from ctt.data import open_source
-from ctt.data.options import SourceOptions
-from ctt.data.source import Source
+from ctt.data import open_dataset
+from ctt.data.dataset import Dataset
+from ctt.data.options import DatasetOptions
 from ctt.inference.load import load_trained
 from ctt.inference.rank import Committee, order
 from ctt.settings import EvalSettings
@@ -40,30 +40,30 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    source = open_source("digits", None, SourceOptions(labeled_pool=options.pool))
+    dataset = open_dataset("digits", None, DatasetOptions(labeled_pool=options.pool))
     options.out.mkdir(parents=True)
     with (options.out / "scores.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["seed", "choice", "labels", "student", "teacher", "ensemble"])
         for seed in options.seeds:
-            for row in rows_of(seed, source, options):
+            for row in rows_of(seed, dataset, options):
                 writer.writerow(row)
                 file.flush()
                 print(*row, flush=True)
 
 
-def rows_of(seed: int, source: Source, options: argparse.Namespace) -> list[tuple[object, ...]]:
+def rows_of(seed: int, dataset: Dataset, options: argparse.Namespace) -> list[tuple[object, ...]]:
     """Return what one seed gives for both ways to choose."""
     rng = random.Random(seed)
-    first = rng.sample(source.train_ids(), options.labels)
+    first = rng.sample(dataset.train_ids(), options.labels)
     begun = train(first, seed, options.out / f"{seed}-first", options)
     rows: list[tuple[object, ...]] = [(seed, "first", len(first), *begun)]
     for choice in ("rank", "random"):
         labeled, run = list(first), options.out / f"{seed}-first"
         for round_number in range(1, options.rounds + 1):
-            left = sorted(set(source.train_ids()) - set(labeled))
+            left = sorted(set(dataset.train_ids()) - set(labeled))
             if choice == "rank":
-                labeled += ranked(run, source, labeled, left)[: options.labels]
+                labeled += ranked(run, dataset, labeled, left)[: options.labels]
             else:
                 labeled += rng.sample(left, options.labels)
             run = options.out / f"{seed}-{choice}-{round_number}"
@@ -99,11 +99,11 @@ def train(labeled: list[str], seed: int, out: Path, options: argparse.Namespace)
     return [student, teacher, miou["ensemble"]]
 
 
-def ranked(run: Path, source: Source, labeled: list[str], left: list[str]) -> list[str]:
+def ranked(run: Path, dataset: Dataset, labeled: list[str], left: list[str]) -> list[str]:
     """Return the unlabelled images, the one to label first in front."""
     committee = Committee(load_trained(run), torch.device("cpu"), EvalSettings())
-    ratings = [committee.rate(source.image(name)) for name in left]
-    known = [committee.features(source.image(name)) for name in labeled]
+    ratings = [committee.rate(dataset.image(name)) for name in left]
+    known = [committee.features(dataset.image(name)) for name in labeled]
     return [left[place.image] for place in order(ratings, known)]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ctt.cli.common import run_program
 from ctt.cli.convert import Convert, convert
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.errors import UserError
 from ctt.settings import DataSettings, Settings, validate
 from ctt.text import say
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from ctt.cli.stats import Stats
     from ctt.data.check import Report
+    from ctt.data.dataset import Dataset
     from ctt.data.faults import Fault
-    from ctt.data.source import Source
 
 FETCH_BY_HAND = {
     "cityscapes": (
@@ -70,7 +70,7 @@ class Check:
     """Files read at a time; 0: one for each core."""
     show: int = 20
     """Most kinds of faults that are printed, of each the first one; 0: every single fault."""
-    data: SourceOptions = field(default_factory=SourceOptions)
+    data: DatasetOptions = field(default_factory=DatasetOptions)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Split:
     form: Literal["names", "paths"] = "names"
     """A line is the name of an image, or the paths of image and mask with a space between them, as
     other programs have them."""
-    data: SourceOptions = field(default_factory=SourceOptions)
+    data: DatasetOptions = field(default_factory=DatasetOptions)
 
 
 @dataclass(frozen=True)
@@ -158,28 +158,28 @@ def check(command: Check) -> int:
     from ctt.data.check import check_all, examine_split
     from ctt.data.faults import grouped
 
-    source = open_source(command)
+    dataset = open_dataset(command)
     labeled, unlabeled, faults = examine_split(
-        source, command.split_labeled, command.split_unlabeled
+        dataset, command.split_labeled, command.split_unlabeled
     )
     console = plain_console()
     with Progress(console=console, transient=True) as progress:
-        total = len(labeled) + len(unlabeled) + len(source.eval_ids())
+        total = len(labeled) + len(unlabeled) + len(dataset.eval_ids())
         bar = progress.add_task("reading", total=total)
         report = check_all(
-            source, labeled, unlabeled, command.threads, lambda: progress.advance(bar)
+            dataset, labeled, unlabeled, command.threads, lambda: progress.advance(bar)
         )
-    console.print(class_table(source, report))
-    evaluation = len(source.eval_ids())
+    console.print(class_table(dataset, report))
+    evaluation = len(dataset.eval_ids())
     counts = (
         f"{len(labeled):,} images with masks for training, {len(unlabeled):,} without, "
         f"{evaluation:,} for evaluation."
     )
-    for line in (counts, *source.notes, *report.warnings):
+    for line in (counts, *dataset.notes, *report.warnings):
         console.print(line, soft_wrap=True)
     faults += report.faults
     if command.masks is not None:
-        found, counted = check_masks(command, source, labeled, unlabeled)
+        found, counted = check_masks(command, dataset, labeled, unlabeled)
         console.print(counted, soft_wrap=True)
         faults += found
     elif command.mask_confidence is not None:
@@ -198,7 +198,7 @@ def check(command: Check) -> int:
 
 
 def check_masks(
-    command: Check, source: Source, labeled: list[str], unlabeled: list[str]
+    command: Check, dataset: Dataset, labeled: list[str], unlabeled: list[str]
 ) -> tuple[list[Fault], str]:
     """Return what is wrong with masks that another model made, and how many were looked at."""
     from rich.progress import Progress
@@ -208,7 +208,7 @@ def check_masks(
 
     assert command.masks is not None
     options = ("--masks", "--mask-confidence")
-    masks = OutsideMasks(source, command.masks, command.mask_confidence, options)
+    masks = OutsideMasks(dataset, command.masks, command.mask_confidence, options)
     names = unlabeled
     if command.split_labeled is None:
         names = [n for n in (*labeled, *unlabeled) if masks.path(n).is_file()]
@@ -223,25 +223,25 @@ def check_masks(
     return faults, f"{len(names):,} images have masks of another model in {masks.folder}."
 
 
-def open_source(command: Check | Split | Stats) -> Source:
+def open_dataset(command: Check | Split | Stats) -> Dataset:
     """Return the dataset, after a look at the options."""
     from ctt import data
 
     options = DataSettings(**dataclasses.asdict(command.data))
     validate(Settings(data=options))
-    return data.open_source(command.dataset, command.data_root, options)
+    return data.open_dataset(command.dataset, command.data_root, options)
 
 
-def class_table(source: Source, report: Report) -> Table:
+def class_table(dataset: Dataset, report: Report) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"{source.info.name}: images with masks")
+    table = Table(title=f"{dataset.info.name}: images with masks")
     table.add_column("class")
     table.add_column("images", justify="right")
     table.add_column("pixels", justify="right")
     total = max(1, sum(report.pixels))
     for name, images, pixels in zip(
-        [*source.info.classes, "(ignored)"], report.images, report.pixels, strict=True
+        [*dataset.info.classes, "(ignored)"], report.images, report.pixels, strict=True
     ):
         table.add_row(name, str(images), f"{100 * pixels / total:.2f} %")
     return table
@@ -251,15 +251,15 @@ def split(command: Split) -> int:
     """Write both lists, or none."""
     from ctt.data.split import make_split, write_list
 
-    source = open_source(command)
-    labeled, unlabeled = make_split(source, command.ratio, command.seed, None, None)
+    dataset = open_dataset(command)
+    labeled, unlabeled = make_split(dataset, command.ratio, command.seed, None, None)
     ratio = command.ratio.strip().replace("/", "of")
     out = command.out or Path(f"split-{command.dataset}-{ratio}-{command.seed}")
     parts = {out / "labeled.txt": labeled, out / "unlabeled.txt": unlabeled}
     for path in parts:
         if path.exists():
             raise UserError(f"{path} is there already. Give another --out.")
-    line: Callable[[str], str] = source.line if command.form == "paths" else str
+    line: Callable[[str], str] = dataset.line if command.form == "paths" else str
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path, names in parts.items():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ctt.data.source import DatasetInfo, Source
+    from ctt.data.dataset import Dataset, DatasetInfo
     from ctt.inference.load import TrainedNetworks
     from ctt.models.base import SegmentationModel
 
@@ -72,17 +72,17 @@ def _main(arguments: list[str]) -> int:
     trained = load_trained(parsed.path)
     parsed = _parse(arguments, trained.settings.eval)
     validate_eval(parsed.eval)
-    source, settings = _open_source(trained, parsed)
+    dataset, settings = _open_dataset(trained, parsed)
     if parsed.submission is not None:
-        _submit(trained, source, device, parsed, parsed.submission)
+        _submit(trained, dataset, device, parsed, parsed.submission)
         return 0
     if parsed.embedding is not None:
-        _draw_embedding(trained, source, device, parsed, parsed.embedding)
+        _draw_embedding(trained, dataset, device, parsed, parsed.embedding)
         return 0
     networks = (trained.choose(parsed.network) if parsed.network else trained).networks
-    ids = source.eval_ids()
-    matrices, images = _confusions(networks, trained.info, source, ids, device, parsed)
-    _report(matrices, images, trained, source, ids, settings, parsed)
+    ids = dataset.eval_ids()
+    matrices, images = _confusions(networks, trained.info, dataset, ids, device, parsed)
+    _report(matrices, images, trained, dataset, ids, settings, parsed)
     return 0
 
 
@@ -99,7 +99,7 @@ def _check_new(option: str, folder: Path | None) -> None:
         raise UserError(f"{option} {folder}: this is there already. Give a new or an empty folder.")
 
 
-def _open_source(trained: TrainedNetworks, parsed: Arguments) -> tuple[Source, Settings]:
+def _open_dataset(trained: TrainedNetworks, parsed: Arguments) -> tuple[Dataset, Settings]:
     from ctt import data, run
 
     settings = trained.settings
@@ -115,18 +115,18 @@ def _open_source(trained: TrainedNetworks, parsed: Arguments) -> tuple[Source, S
         )
     values = {"data": {"eval_split": parsed.split}} if parsed.split else {}
     settings = update(settings, values, "--split")
-    source = settings.open_source()
-    if source.info.classes != trained.info.classes:
+    dataset = settings.open_dataset()
+    if dataset.info.classes != trained.info.classes:
         raise UserError(
             f"{trained.origin} knows the {len(trained.info.classes)} classes of "
-            f"{trained.info.name}, but {settings.dataset} has {len(source.info.classes)} of its "
-            f"own: {_first_difference(trained.info, source.info)}. Give the dataset that the "
+            f"{trained.info.name}, but {settings.dataset} has {len(dataset.info.classes)} of its "
+            f"own: {_first_difference(trained.info, dataset.info)}. Give the dataset that the "
             f"network was trained on."
         )
-    _check_held_out(trained, source, settings)
+    _check_held_out(trained, dataset, settings)
     if settings.dataset == trained.settings.dataset:
-        run.hold_out(parsed.path if parsed.path.is_dir() else parsed.path.parent, source)
-    return source, settings
+        run.hold_out(parsed.path if parsed.path.is_dir() else parsed.path.parent, dataset)
+    return dataset, settings
 
 
 def _first_difference(trained: DatasetInfo, found: DatasetInfo) -> str:
@@ -136,15 +136,15 @@ def _first_difference(trained: DatasetInfo, found: DatasetInfo) -> str:
     return f"{len(trained.classes)} and {len(found.classes)} classes"
 
 
-def _check_held_out(trained: TrainedNetworks, source: Source, settings: Settings) -> None:
+def _check_held_out(trained: TrainedNetworks, dataset: Dataset, settings: Settings) -> None:
     """Refuse to tune on images that the run, which held none out, was trained on."""
     before = trained.settings
     if (settings.data.eval_split, before.data.eval_split) != ("tune", "val"):
         return
     if settings.dataset != before.dataset:
         return
-    as_trained = dataclasses.replace(settings, data=before.data).open_source()
-    if source.eval_ids() != as_trained.eval_ids():  # a folder without val/ holds out always
+    as_trained = dataclasses.replace(settings, data=before.data).open_dataset()
+    if dataset.eval_ids() != as_trained.eval_ids():  # a folder without val/ holds out always
         raise UserError(
             f"--split tune: the networks of {trained.origin} were trained with those images. "
             f"Train with --data.eval-split tune to hold them out."
@@ -152,7 +152,11 @@ def _check_held_out(trained: TrainedNetworks, source: Source, settings: Settings
 
 
 def _submit(
-    trained: TrainedNetworks, source: Source, device: torch.device, parsed: Arguments, folder: Path
+    trained: TrainedNetworks,
+    dataset: Dataset,
+    device: torch.device,
+    parsed: Arguments,
+    folder: Path,
 ) -> None:
     from rich.progress import Progress
 
@@ -167,39 +171,39 @@ def _submit(
         raise UserError("--submission is of one network: give one name to --network.")
     name = parsed.network[0] if parsed.network else trained.names()[-1]
     protocol = for_images(parsed.eval)
-    total = len(images_to_submit(source)[1])
+    total = len(images_to_submit(dataset)[1])
     with Progress(transient=True) as bar:
         task = bar.add_task("segmenting", total=total)
         write_submission(
             trained.choose([name]).predictor(device, protocol),
-            source,
+            dataset,
             folder,
             protocol,
             parsed.workers,
             lambda images: bar.advance(task, images),
         )
     say(
-        f"{trained.origin}: {total} test images of {source.info.name} as {name} sees them, "
+        f"{trained.origin}: {total} test images of {dataset.info.name} as {name} sees them, "
         f"protocol {protocol_text(protocol)}, are in {folder}"
     )
 
 
 def _draw_embedding(
-    trained: TrainedNetworks, source: Source, device: torch.device, parsed: Arguments, path: Path
+    trained: TrainedNetworks, dataset: Dataset, device: torch.device, parsed: Arguments, path: Path
 ) -> None:
     from ctt.inference.embedding import draw_run
 
     if len(parsed.network) > 1:
         raise UserError("--embedding is of one network: give one name to --network.")
     name = parsed.network[0] if parsed.network else ""
-    shown = draw_run(path, parsed.path, trained, source, device, parsed.eval, name)
+    shown = draw_run(path, parsed.path, trained, dataset, device, parsed.eval, name)
     say(f"{trained.origin}: the features of {shown} are drawn in {path}")
 
 
 def _confusions(
     networks: dict[str, SegmentationModel],
     info: DatasetInfo,
-    source: Source,
+    dataset: Dataset,
     ids: list[str],
     device: torch.device,
     parsed: Arguments,
@@ -210,14 +214,14 @@ def _confusions(
 
     from ctt.inference.evaluate import confusions
 
-    shown = torch.zeros(len(source.info.classes), dtype=torch.int64, device=device)
+    shown = torch.zeros(len(dataset.info.classes), dtype=torch.int64, device=device)
     for network in networks.values():
         network.to(device)
     with Progress(transient=True) as bar:
         task = bar.add_task("evaluating", total=len(ids))
         found = confusions(
             networks,
-            source,
+            dataset,
             ids,
             device,
             parsed.eval,
@@ -234,7 +238,7 @@ def _report(
     matrices: dict[str, Tensor],
     images: Tensor,
     trained: TrainedNetworks,
-    source: Source,
+    dataset: Dataset,
     ids: list[str],
     settings: Settings,
     parsed: Arguments,
@@ -249,8 +253,8 @@ def _report(
 
     scores = {name: score(matrix) for name, matrix in matrices.items()}
     console = plain_console()
-    console.print(score_table(scores, source.info))
-    classes = {name: class_rows(matrix, images, source.info) for name, matrix in matrices.items()}
+    console.print(score_table(scores, dataset.info))
+    classes = {name: class_rows(matrix, images, dataset.info) for name, matrix in matrices.items()}
     last = list(classes)[-1]  # the ensemble, if it is among them
     console.print(class_table(classes[last], last))
     split = settings.data.eval_split
@@ -262,7 +266,7 @@ def _report(
     if parsed.out is None:
         return
     result: dict[str, Any] = {
-        **as_json(scores, source.info, parsed.eval),
+        **as_json(scores, dataset.info, parsed.eval),
         **classes_as_json(classes),
         "dataset": settings.dataset,
         "eval_split": split,
@@ -273,8 +277,8 @@ def _report(
     }
     parsed.out.mkdir(parents=True, exist_ok=True)
     for name, matrix in matrices.items():
-        write_confusion(parsed.out / f"confusion_{name}.csv", matrix, source.info)
-        draw_confusion(parsed.out / f"confusion_{name}.png", matrix, source.info, name)
+        write_confusion(parsed.out / f"confusion_{name}.csv", matrix, dataset.info)
+        draw_confusion(parsed.out / f"confusion_{name}.png", matrix, dataset.info, name)
     write_json(parsed.out / run.SUMMARY, result)
     write_classes(parsed.out / run.CLASSES, classes)
     console.print(f"Everything is in {parsed.out}", soft_wrap=True)

@@ -20,8 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
 from ctt.cli.page_ranking import ranking
+from ctt.data.dataset import IGNORE, DatasetInfo
 from ctt.data.rasters import read_as
-from ctt.data.source import IGNORE, DatasetInfo
 from ctt.errors import UserError
 from ctt.inference.load import TrainedNetworks
 from ctt.inference.predict import best_class, protocol_text
@@ -101,13 +101,13 @@ class Viewer:
     def examples(self, folder: Path) -> list[str]:
         """Return files of some evaluation images, if the dataset is at hand."""
         try:
-            source = self.trained.settings.open_source()
-            ids = source.eval_ids()[:EXAMPLES]
+            dataset = self.trained.settings.open_dataset()
+            ids = dataset.eval_ids()[:EXAMPLES]
             files = []
-            if source.info.bands:  # of which a picture would hold three
-                return [str(file) for name in ids for file in source.files(name, labeled=False)]
+            if dataset.info.bands:  # of which a picture would hold three
+                return [str(file) for name in ids for file in dataset.files(name, labeled=False)]
             for number, name in enumerate(ids):
-                picture = Image.fromarray(source.image(name).permute(1, 2, 0).numpy())
+                picture = Image.fromarray(dataset.image(name).permute(1, 2, 0).numpy())
                 files.append(str(folder / f"{number}.png"))
                 picture.save(files[-1])
         except (UserError, OSError):

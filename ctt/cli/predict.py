@@ -22,7 +22,7 @@ from ctt.text import say
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ctt.data.source import DatasetInfo
+    from ctt.data.dataset import DatasetInfo
     from ctt.inference.predict import Predict
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ctt.cli.predict import Arguments
-    from ctt.data.source import Source
+    from ctt.data.dataset import Dataset
     from ctt.inference.load import TrainedNetworks
     from ctt.inference.rank import Committee, Place, Rating
 
@@ -67,17 +67,17 @@ def rank(parsed: Arguments, protocol_of: Callable[[EvalSettings], EvalSettings])
     else:
         protocol = protocol_of(trained.settings.eval)
     validate_eval(protocol)
-    source, known = of_run(parsed.weights, trained)
-    entries = given(parsed) if parsed.images else unlabeled(parsed.weights, source)
+    dataset, known = of_run(parsed.weights, trained)
+    entries = given(parsed) if parsed.images else unlabeled(parsed.weights, dataset)
     check_places(entries)
-    check_copies(parsed.out, entries, source)
+    check_copies(parsed.out, entries, dataset)
     committee = Committee(trained, device, protocol)
-    read = partial(read_entry, source, trained)
+    read = partial(read_entry, dataset, trained)
     kept, ratings, failures = rated(committee, entries, read, parsed.workers)
     features = []
-    if source is not None:
+    if dataset is not None:
         # an image that cannot be read any more tells nothing apart
-        images = images_of(partial(read_name, source), known, parsed.workers)
+        images = images_of(partial(read_name, dataset), known, parsed.workers)
         features = [committee.features(x) for x in images if not isinstance(x, UserError)]
     places = order(ratings, features)
     for line in said(committee, kept, features):
@@ -101,7 +101,7 @@ def check(parsed: Arguments) -> None:
         raise UserError(f"{there[0]} is there already. Give another --out, or --overwrite.")
 
 
-def check_copies(out: Path, entries: list[Entry], source: Source | None) -> None:
+def check_copies(out: Path, entries: list[Entry], dataset: Dataset | None) -> None:
     """Refuse, even with --overwrite, to write over an image that is ranked or in the dataset.
 
     Raises:
@@ -114,15 +114,15 @@ def check_copies(out: Path, entries: list[Entry], source: Source | None) -> None
     if not there:
         return
     files = [entry.file for entry in entries if entry.file is not None]
-    if source is not None:
-        names = (source.train_ids(), source.unlabeled_ids(), source.eval_ids())
-        files += [path for part in image_files(source, *names).values() for path in part]
+    if dataset is not None:
+        names = (dataset.train_ids(), dataset.unlabeled_ids(), dataset.eval_ids())
+        files += [path for part in image_files(dataset, *names).values() for path in part]
     for file in files:
         if target := there.get(identity(file)):
             raise UserError(f"{target} is one of the images. Give another --out.")
 
 
-def of_run(weights: Path, trained: TrainedNetworks) -> tuple[Source | None, list[str]]:
+def of_run(weights: Path, trained: TrainedNetworks) -> tuple[Dataset | None, list[str]]:
     """Return the dataset of a run and up to `LABELED` of its labelled images, where both are at
     hand."""
     from ctt import run
@@ -130,16 +130,16 @@ def of_run(weights: Path, trained: TrainedNetworks) -> tuple[Source | None, list
 
     path = weights / run.LABELED_LIST
     try:
-        source = trained.settings.open_source()
-        if source.info.bands != trained.info.bands or not path.is_file():
+        dataset = trained.settings.open_dataset()
+        if dataset.info.bands != trained.info.bands or not path.is_file():
             return None, []
-        names = read_list(path, source, labeled=True)
+        names = read_list(path, dataset, labeled=True)
     except UserError:
         return None, []
-    return source, names[:: math.ceil(len(names) / LABELED)]
+    return dataset, names[:: math.ceil(len(names) / LABELED)]
 
 
-def unlabeled(weights: Path, source: Source | None) -> list[Entry]:
+def unlabeled(weights: Path, dataset: Dataset | None) -> list[Entry]:
     """Return the images that a run has without labels.
 
     Raises:
@@ -149,17 +149,17 @@ def unlabeled(weights: Path, source: Source | None) -> list[Entry]:
     from ctt.data.split import read_list
 
     path = weights / run.UNLABELED_LIST
-    if source is None or not path.is_file():
+    if dataset is None or not path.is_file():
         raise UserError(
             f"{weights}: the dataset of the run is not at hand. Give images, folders or patterns "
             f"after the weights."
         )
-    names = read_list(path, source, labeled=False) if path.stat().st_size else []
+    names = read_list(path, dataset, labeled=False) if path.stat().st_size else []
     if not names:
         raise UserError(f"{weights}: the run has no unlabelled images. Give some after the run.")
     entries = []
     for name in names:
-        files = source.files(name, labeled=False)
+        files = dataset.files(name, labeled=False)
         place, ending = PurePosixPath(name.removeprefix("unlabeled/")), ".png"
         if files:  # else made in memory
             ending = files[0].suffix
@@ -204,18 +204,18 @@ def check_places(entries: Iterable[Entry]) -> None:
         seen[place] = entry
 
 
-def read_entry(source: Source | None, trained: TrainedNetworks, entry: Entry) -> Tensor:
+def read_entry(dataset: Dataset | None, trained: TrainedNetworks, entry: Entry) -> Tensor:
     """Return an image as networks take it."""
     from ctt.data.rasters import read_as
 
     if entry.file is not None:
         return read_as(entry.file, trained.info)
-    assert source is not None
-    return source.image(entry.name)
+    assert dataset is not None
+    return dataset.image(entry.name)
 
 
-def read_name(source: Source, name: str) -> Tensor:
-    return source.image(name)
+def read_name(dataset: Dataset, name: str) -> Tensor:
+    return dataset.image(name)
 
 
 def images_of(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,14 +32,14 @@ class Stats:
     cut: tuple[float, float] = (0.1, 99.9)
     """Percentiles of each channel that become 0 and 1, where dataset.yaml names no range and the
     images have more than 8 bits; 0 100 cuts nothing off."""
-    data: SourceOptions = field(default_factory=SourceOptions)
+    data: DatasetOptions = field(default_factory=DatasetOptions)
 
 
 def stats(command: Stats) -> int:
     """Print a table, and print or write the lines."""
     from rich.progress import Progress
 
-    from ctt.cli.data import open_source
+    from ctt.cli.data import open_dataset
     from ctt.console import plain_console
     from ctt.data.channel_statistics import append, lines, statistics
     from ctt.data.description import DESCRIPTION
@@ -49,21 +49,21 @@ def stats(command: Stats) -> int:
     low, high = command.cut
     if not 0 <= low < high <= 100:
         raise UserError(f"--cut {low} {high}: these must be two percentages, the lower first.")
-    source = open_source(command)
-    if command.write and not isinstance(source, Folder):
+    dataset = open_dataset(command)
+    if command.write and not isinstance(dataset, Folder):
         raise UserError(
-            f"--write: the dataset {source.info.name} has no dataset.yaml. Leave it out."
+            f"--write: the dataset {dataset.info.name} has no dataset.yaml. Leave it out."
         )
     console = plain_console()
     with Progress(console=console, transient=True) as progress:
-        total = len(source.train_ids()) + len(source.unlabeled_ids())
+        total = len(dataset.train_ids()) + len(dataset.unlabeled_ids())
         bar = progress.add_task("reading", total=total)
-        found = statistics(source, command.cut, lambda: progress.advance(bar))
+        found = statistics(dataset, command.cut, lambda: progress.advance(bar))
     console.print(channel_table(found))
     console.print(f"{found.pixels:,} pixels of {found.images:,} images were looked at.")
-    if not isinstance(source, Folder):
+    if not isinstance(dataset, Folder):
         return 0
-    path = source.root / DESCRIPTION
+    path = dataset.root / DESCRIPTION
     known = list(from_yaml(path.read_text("utf-8-sig"), str(path)))
     text = lines(found, known)
     if not text:

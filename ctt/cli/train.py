@@ -104,7 +104,7 @@ def list_methods() -> None:
     from ctt.console import plain_console
 
     table = Table(title="training methods", caption=METHODS_CAPTION)
-    for column in ("method", "source", "students", "beside students and teachers", "cost"):
+    for column in ("method", "dataset", "students", "beside students and teachers", "cost"):
         right = column in ("students", "cost")
         table.add_column(column, justify="right" if right else "left", no_wrap=column == "method")
     for name in [*methods.names(), *methods.installed()]:

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from ctt.data.options import SourceOptions
-    from ctt.data.source import Source
+    from ctt.data.dataset import Dataset
+    from ctt.data.options import DatasetOptions
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # what telephones, cameras, browsers, microscopes and scanners of bodies write beside these
@@ -37,11 +37,11 @@ def other_images(names: Iterable[str]) -> str:
 
 
 def names() -> list[str]:
-    """Return the datasets that `open_source` knows."""
+    """Return the datasets that `open_dataset` knows."""
     return ["digits", "earth", "voc", "cityscapes", "ade20k", "coco", "folder"]
 
 
-def open_source(name: str, root: Path | None, options: SourceOptions) -> Source:
+def open_dataset(name: str, root: Path | None, options: DatasetOptions) -> Dataset:
     """Return the dataset of that name.
 
     Args:

@@ -8,17 +8,17 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ctt.data.channels import IMAGENET_MEAN, IMAGENET_STD
+from ctt.data.dataset import IGNORE, DatasetInfo
 from ctt.data.files import (
-    FileSource,
+    FileDataset,
     first_with,
     list_names,
     require_root,
     same_name,
 )
 from ctt.data.labels import LabelMap, plain_map
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.data.pictures import read_mask
-from ctt.data.source import IGNORE, DatasetInfo
 from ctt.data.voc import bit_palette
 from ctt.errors import UserError
 
@@ -52,7 +52,7 @@ INFO = DatasetInfo(
 )
 
 
-class Ade20k(FileSource):
+class Ade20k(FileDataset):
     """Names are those of the files: `ADE_train_00000001`.
 
     In the masks of the archive 0 means `other`, which is ignored, and c + 1 is class c. Masks that
@@ -66,7 +66,7 @@ class Ade20k(FileSource):
         UserError: the layout is not complete.
     """
 
-    def __init__(self, root: Path | None, options: SourceOptions) -> None:
+    def __init__(self, root: Path | None, options: DatasetOptions) -> None:
         root = require_root(root, "ade20k", LAYOUT)
         folder = first_with(root, PLACES, f"{IMAGES}/training")
         if folder is None:

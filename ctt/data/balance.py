@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ctt.data.check import histogram
+from ctt.data.dataset import Dataset
 from ctt.data.loader import read_in_order, reraise_user_errors
-from ctt.data.source import Source
 
 
-def class_pixels(source: Source, names: Sequence[str], workers: int) -> Tensor:
+def class_pixels(dataset: Dataset, names: Sequence[str], workers: int) -> Tensor:
     """Return the pixels (N, C) int64 of each class in each of these labelled images.
 
     Args:
@@ -22,13 +22,13 @@ def class_pixels(source: Source, names: Sequence[str], workers: int) -> Tensor:
     Raises:
         UserError: a mask is missing or broken.
     """
-    classes = len(source.info.classes)
-    read = partial(_histogram_of, source)
+    classes = len(dataset.info.classes)
+    read = partial(_histogram_of, dataset)
     found = [
         pixels[:classes] for pixels in reraise_user_errors(read_in_order(read, names, workers))
     ]
     return torch.stack(found) if found else torch.zeros(0, classes, dtype=torch.int64)
 
 
-def _histogram_of(source: Source, name: str) -> Tensor:
-    return histogram(source.label(name), len(source.info.classes))
+def _histogram_of(dataset: Dataset, name: str) -> Tensor:
+    return histogram(dataset.label(name), len(dataset.info.classes))

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ctt.data.files import FileSource
+from ctt.data.dataset import Dataset
+from ctt.data.files import FileDataset
 from ctt.data.pictures import TIFF
 from ctt.data.rasters import Raster, read_bands
 from ctt.data.seeding import derive_seed
-from ctt.data.source import Source
 from ctt.errors import UserError
 from ctt.files import atomic_write
 
@@ -47,7 +47,7 @@ class Statistics:
 
 
 def statistics(
-    source: Source, cut: tuple[float, float], advance: Callable[[], object] = lambda: None
+    dataset: Dataset, cut: tuple[float, float], advance: Callable[[], object] = lambda: None
 ) -> Statistics:
     """Return the statistics of the images that a dataset trains on, labelled or not.
 
@@ -62,16 +62,16 @@ def statistics(
     Raises:
         UserError: a file that cannot be read, or files of different channels.
     """
-    names = [*source.train_ids(), *source.unlabeled_ids()]
+    names = [*dataset.train_ids(), *dataset.unlabeled_ids()]
     found: list[np.ndarray[Any, Any]] = []
     low, high = np.inf, -np.inf
     for name in names:
         rng = np.random.default_rng(derive_seed("statistics", name))
-        for values, pixels in _parts(source, name):
+        for values, pixels in _parts(dataset, name):
             if found and len(values) != len(found[0]):
                 raise UserError(
-                    f"{_path(source, name)}: the image has {len(values)} channels, and "
-                    f"{_path(source, names[0])} has {len(found[0])}. Say in dataset.yaml which "
+                    f"{_path(dataset, name)}: the image has {len(values)} channels, and "
+                    f"{_path(dataset, names[0])} has {len(found[0])}. Say in dataset.yaml which "
                     f"`bands` of the files are read, or take one of the two out."
                 )
             if values.shape[1]:
@@ -86,17 +86,17 @@ def statistics(
     sample = np.concatenate(found, axis=1)
     if not sample.shape[1]:
         raise UserError("The images have no pixel with data.")
-    return _of_sample(source, sample, np.broadcast_to([low, high], (2, len(sample))), cut, names)
+    return _of_sample(dataset, sample, np.broadcast_to([low, high], (2, len(sample))), cut, names)
 
 
 def _of_sample(
-    source: Source,
+    dataset: Dataset,
     sample: np.ndarray[Any, Any],
     ends: np.ndarray[Any, Any],
     cut: tuple[float, float],
     names: list[str],
 ) -> Statistics:
-    info, kind = source.info, sample.dtype
+    info, kind = dataset.info, sample.dtype
     ranges: Ranges = info.ranges
     if not ranges and kind == np.uint8:
         ranges = [(0.0, 255.0)] * len(sample)
@@ -120,20 +120,20 @@ def _of_sample(
     )
 
 
-def _path(source: Source, name: str) -> Path | str:
-    files = source.files(name, labeled=False)
+def _path(dataset: Dataset, name: str) -> Path | str:
+    files = dataset.files(name, labeled=False)
     return files[0] if files else name
 
 
-def _parts(source: Source, name: str) -> Iterator[tuple[np.ndarray[Any, Any], int]]:
+def _parts(dataset: Dataset, name: str) -> Iterator[tuple[np.ndarray[Any, Any], int]]:
     """Yield pixels with data (C, n) of an image, a part at a time, and how many pixels it has."""
-    if not isinstance(source, FileSource):
-        image = source.image(name).numpy()
+    if not isinstance(dataset, FileDataset):
+        image = dataset.image(name).numpy()
         yield image.reshape(len(image), -1), image[0].size
         return
-    path = source.image_path(name)
+    path = dataset.image_path(name)
     if path.suffix.lower() not in TIFF:
-        values, _ = read_bands(path, source.info.bands, turned=source.turned)
+        values, _ = read_bands(path, dataset.info.bands, turned=dataset.turned)
         yield values.reshape(len(values), -1), values[0].size
         return
     from rasterio.windows import Window
@@ -142,7 +142,7 @@ def _parts(source: Source, name: str) -> Iterator[tuple[np.ndarray[Any, Any], in
         for row in range(0, raster.height, SIDE):
             for column in range(0, raster.width, SIDE):
                 size = (min(SIDE, raster.width - column), min(SIDE, raster.height - row))
-                values, missing = raster.read(source.info.bands, Window(column, row, *size))
+                values, missing = raster.read(dataset.info.bands, Window(column, row, *size))
                 yield values[:, ~missing], raster.height * raster.width
 
 

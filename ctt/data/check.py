@@ -13,45 +13,45 @@ from pathlib import Path, PurePath
 import torch
 from torch import Tensor
 
+from ctt.data.dataset import IGNORE, Dataset
 from ctt.data.faults import Fault
-from ctt.data.files import FileSource
-from ctt.data.source import IGNORE, Source
+from ctt.data.files import FileDataset
 from ctt.data.split import UNLABELED_ALONE, all_others, examine_list, without_labeled
 from ctt.errors import UserError
 
 HANDFUL = 5  # pairs read by the quick check, of the labelled and of the evaluation images
 
 
-def check_quickly(source: Source, labeled: list[str], unlabeled: list[str]) -> None:
+def check_quickly(dataset: Dataset, labeled: list[str], unlabeled: list[str]) -> None:
     """Check that all files exist, and that a handful of images and masks can be read.
 
-    What is allowed and probably not meant becomes one of the notes of `source`.
+    What is allowed and probably not meant becomes one of the notes of `dataset`.
 
     Raises:
         UserError: names the first missing file, or the broken one, or what the masks seem to mean.
     """
-    evaluation = source.eval_ids()
-    missing = list(missing_files(source, [*labeled, *evaluation], unlabeled))
+    evaluation = dataset.eval_ids()
+    missing = list(missing_files(dataset, [*labeled, *evaluation], unlabeled))
     if missing:
         name, path = missing[0]
         more = f" {len(missing)} files are missing in all." if len(missing) > 1 else ""
-        near = source.candidate(name) if isinstance(source, FileSource) else ""
+        near = dataset.candidate(name) if isinstance(dataset, FileDataset) else ""
         raise UserError(
             f"{path}: there is no such file, but the dataset needs it.{near}{more} Complete the "
             f"dataset, or train with lists of the images that are there (`split_labeled`, "
             f"`split_unlabeled`). Images without a mask can only be unlabelled ones."
         )
-    pixels = torch.zeros(len(source.info.classes) + 1, dtype=torch.int64)
+    pixels = torch.zeros(len(dataset.info.classes) + 1, dtype=torch.int64)
     for names in (labeled, evaluation):
         for name in handful(names):
-            pixels += histogram(source.pair(name)[1], len(source.info.classes))
-    if fault := ignored_class(source, pixels.tolist()):
+            pixels += histogram(dataset.pair(name)[1], len(dataset.info.classes))
+    if fault := ignored_class(dataset, pixels.tolist()):
         raise UserError(fault)
     for name in unlabeled[:1]:
-        source.image(name)
-    if isinstance(source, FileSource):
-        source.notes += tuple(source.remarks(handful([*labeled, *unlabeled])))
-    source.notes += tuple(overlaps(image_files(source, labeled, unlabeled, evaluation), identity))
+        dataset.image(name)
+    if isinstance(dataset, FileDataset):
+        dataset.notes += tuple(dataset.remarks(handful([*labeled, *unlabeled])))
+    dataset.notes += tuple(overlaps(image_files(dataset, labeled, unlabeled, evaluation), identity))
 
 
 def handful(names: list[str], count: int = HANDFUL) -> list[str]:
@@ -69,13 +69,13 @@ def histogram(label: Tensor, classes: int) -> Tensor:
     return torch.cat([counts[:classes], counts[IGNORE:]])
 
 
-def ignored_class(source: Source, pixels: list[int]) -> str:
+def ignored_class(dataset: Dataset, pixels: list[int]) -> str:
     """Return what is wrong if one of two classes has no pixel and the masks hold 255 instead.
 
     Args:
         pixels: of each class and of what is ignored.
     """
-    value, classes = source.assumed_ignore, source.info.classes
+    value, classes = dataset.assumed_ignore, dataset.info.classes
     if value is None or len(classes) != 2 or not pixels[2] or min(pixels[:2]) > 0:
         return ""
     missing = pixels.index(0)
@@ -89,14 +89,14 @@ def ignored_class(source: Source, pixels: list[int]) -> str:
     )
 
 
-def classes_without_pixel(source: Source, pixels: list[int]) -> list[str]:
+def classes_without_pixel(dataset: Dataset, pixels: list[int]) -> list[str]:
     """Return a sentence if there are masks and some class has no pixel in them."""
-    missing = [n for n, count in zip(source.info.classes, pixels, strict=False) if not count]
+    missing = [n for n, count in zip(dataset.info.classes, pixels, strict=False) if not count]
     if not missing or not sum(pixels):
         return []
     ignored = (
-        f" {source.assumed_ignore} is ignored unless dataset.yaml says otherwise (id_map)."
-        if pixels[-1] and source.assumed_ignore is not None
+        f" {dataset.assumed_ignore} is ignored unless dataset.yaml says otherwise (id_map)."
+        if pixels[-1] and dataset.assumed_ignore is not None
         else ""
     )
     return [
@@ -153,23 +153,23 @@ def content(path: Path) -> Hashable:
 
 
 def image_files(
-    source: Source, labeled: list[str], unlabeled: list[str], evaluation: list[str]
+    dataset: Dataset, labeled: list[str], unlabeled: list[str], evaluation: list[str]
 ) -> dict[str, list[Path]]:
     """Return the images' files by what they are for; none of images in memory."""
     parts = {"with masks": labeled, "without masks": unlabeled, "to evaluate on": evaluation}
     return {
-        part: [path for name in names for path in source.files(name, labeled=False)]
+        part: [path for name in names for path in dataset.files(name, labeled=False)]
         for part, names in parts.items()
     }
 
 
 def missing_files(
-    source: Source, labeled: list[str], unlabeled: list[str]
+    dataset: Dataset, labeled: list[str], unlabeled: list[str]
 ) -> Iterator[tuple[str, Path]]:
     """Yield the name of each image of which a file is missing, and that file."""
     for names, has_mask in ((labeled, True), (unlabeled, False)):
         for name in names:
-            for path in source.files(name, has_mask):
+            for path in dataset.files(name, has_mask):
                 if not path.is_file():
                     yield name, path
 
@@ -191,7 +191,7 @@ class Report:
 
 
 def examine_split(
-    source: Source, labeled_list: Path | None, unlabeled_list: Path | None
+    dataset: Dataset, labeled_list: Path | None, unlabeled_list: Path | None
 ) -> tuple[list[str], list[str], list[Fault]]:
     """Read the split lists (or, without lists, take all images) and collect every fault in them.
 
@@ -202,14 +202,14 @@ def examine_split(
         UserError: a list cannot be read or is empty, or that of the labelled images is missing.
     """
     if labeled_list is None and unlabeled_list is None:
-        return source.train_ids(), source.unlabeled_ids(), []
+        return dataset.train_ids(), dataset.unlabeled_ids(), []
     if labeled_list is None:
         raise UserError(UNLABELED_ALONE)
-    labeled, faults = examine_list(labeled_list, source, labeled=True)
+    labeled, faults = examine_list(labeled_list, dataset, labeled=True)
     if unlabeled_list is None:
-        return labeled, all_others(source, labeled), faults
-    unlabeled, more = examine_list(unlabeled_list, source, labeled=False)
-    return labeled, without_labeled(source, labeled, unlabeled), faults + more
+        return labeled, all_others(dataset, labeled), faults
+    unlabeled, more = examine_list(unlabeled_list, dataset, labeled=False)
+    return labeled, without_labeled(dataset, labeled, unlabeled), faults + more
 
 
 def fault_of_files(files: list[Path], name: str, text: str) -> Fault:
@@ -219,7 +219,7 @@ def fault_of_files(files: list[Path], name: str, text: str) -> Fault:
 
 
 def check_all(
-    source: Source,
+    dataset: Dataset,
     labeled: list[str],
     unlabeled: list[str],
     threads: int,
@@ -231,19 +231,19 @@ def check_all(
         threads: files read at a time; 0: one for each core.
         advance: called after each image.
     """
-    classes = len(source.info.classes)
-    evaluation = source.eval_ids()
+    classes = len(dataset.info.classes)
+    evaluation = dataset.eval_ids()
     images, learned, scored = torch.zeros(3, classes + 1, dtype=torch.int64)  # the last: pixels
     faults = []
 
     def look(name: str, has_mask: bool) -> Tensor | Fault:
         try:
             if not has_mask:
-                source.image(name)
+                dataset.image(name)
                 return torch.zeros(classes + 1, dtype=torch.int64)
-            return histogram(source.pair(name)[1], classes)
+            return histogram(dataset.pair(name)[1], classes)
         except UserError as error:
-            return fault_of_files(source.files(name, has_mask), name, str(error))
+            return fault_of_files(dataset.files(name, has_mask), name, str(error))
 
     names = [*labeled, *evaluation, *unlabeled]
     masks = [i < len(labeled) + len(evaluation) for i in range(len(names))]
@@ -260,15 +260,15 @@ def check_all(
         finally:
             pool.shutdown(cancel_futures=True)
     pixels = learned + scored
-    fault = ignored_class(source, pixels.tolist())
-    warnings = [] if fault else classes_without_pixel(source, pixels.tolist())
+    fault = ignored_class(dataset, pixels.tolist())
+    warnings = [] if fault else classes_without_pixel(dataset, pixels.tolist())
     unscored = ((learned > 0) & (scored == 0))[:-1].tolist()
-    missing = [n for n, left_out in zip(source.info.classes, unscored, strict=True) if left_out]
+    missing = [n for n, left_out in zip(dataset.info.classes, unscored, strict=True) if left_out]
     if evaluation and missing:
         warnings.append(not_evaluated(len(evaluation), missing))
-    if isinstance(source, FileSource):
-        warnings += source.remarks(names, threads)
-    warnings += overlaps(image_files(source, labeled, unlabeled, evaluation), content)
+    if isinstance(dataset, FileDataset):
+        warnings += dataset.remarks(names, threads)
+    warnings += overlaps(image_files(dataset, labeled, unlabeled, evaluation), content)
     if fault:
         faults.append(Fault(fault, "the masks"))
     return Report(faults, warnings, images.tolist(), pixels.tolist())

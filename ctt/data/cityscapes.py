@@ -7,10 +7,10 @@ from fractions import Fraction
 from pathlib import Path, PurePosixPath
 
 from ctt.data.channels import IMAGENET_MEAN, IMAGENET_STD
-from ctt.data.files import FileSource, first_with, list_names, require_root, same_name
+from ctt.data.dataset import IGNORE, DatasetInfo, Submission
+from ctt.data.files import FileDataset, first_with, list_names, require_root, same_name
 from ctt.data.labels import LabelMap, plain_map
-from ctt.data.options import SourceOptions
-from ctt.data.source import IGNORE, DatasetInfo, Submission
+from ctt.data.options import DatasetOptions
 from ctt.errors import UserError
 
 LAYOUT = "holds leftImg8bit and gtFine"
@@ -51,7 +51,7 @@ INFO = DatasetInfo(
 )
 
 
-class Cityscapes(FileSource):
+class Cityscapes(FileDataset):
     """Names are city, sequence and frame: `aachen_000000_000019`.
 
     Args:
@@ -65,7 +65,7 @@ class Cityscapes(FileSource):
         tuple(number for number, _ in CLASSES.values()), "_labelIds.png", False, f"{IMAGES}/test"
     )
 
-    def __init__(self, root: Path | None, options: SourceOptions) -> None:
+    def __init__(self, root: Path | None, options: DatasetOptions) -> None:
         root = require_root(root, "cityscapes", LAYOUT)
         self.images = self._find(root, IMAGES)
         self.masks = self._find(root, MASKS)

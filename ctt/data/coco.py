@@ -11,17 +11,17 @@ from PIL import Image
 
 from ctt.data.channels import IMAGENET_MEAN, IMAGENET_STD
 from ctt.data.coco_json import CocoFile, CocoImage, Key, read_coco
+from ctt.data.dataset import IGNORE, DatasetInfo
 from ctt.data.files import (
-    FileSource,
+    FileDataset,
     first_with,
     list_names,
     require_root,
     same_name,
 )
 from ctt.data.labels import LabelMap, plain_map
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.data.shapes import paint
-from ctt.data.source import IGNORE, DatasetInfo
 from ctt.data.voc import bit_palette
 from ctt.errors import UserError
 from ctt.files import atomic_write
@@ -46,7 +46,7 @@ CLASSES = (
 INFO = DatasetInfo("coco", CLASSES, bit_palette(len(CLASSES)), IMAGENET_MEAN, IMAGENET_STD)
 
 
-class Coco(FileSource):
+class Coco(FileDataset):
     """Names are those of the files: `000000391895`.
 
     Masks are PNG files in masks/train2017 and masks/val2017, or in masks alone, as `write_masks`
@@ -59,7 +59,7 @@ class Coco(FileSource):
         UserError: the layout is not complete, or there are no masks.
     """
 
-    def __init__(self, root: Path | None, options: SourceOptions) -> None:
+    def __init__(self, root: Path | None, options: DatasetOptions) -> None:
         root = require_root(root, "coco", LAYOUT)
         self.images, self.masks = folders(root)
         if not any((self.masks / part).is_dir() for part in PARTS) and not list_names(self.masks):

@@ -17,13 +17,13 @@ from PIL import Image, ImageOps
 
 from ctt.data import IMAGE_SUFFIXES
 from ctt.data.check import content
+from ctt.data.dataset import IGNORE
 from ctt.data.description import DESCRIPTION, read_description
 from ctt.data.exports.base import Export, Item, Size
 from ctt.data.files import same_name
 from ctt.data.folder import IMAGE_FOLDERS, MASK_SUFFIXES, walk
 from ctt.data.pictures import ORIENTATION, broken, is_turned, open_picture
 from ctt.data.shapes import Label, Painted
-from ctt.data.source import IGNORE
 from ctt.data.voc import bit_palette
 from ctt.errors import UserError
 from ctt.files import atomic_write

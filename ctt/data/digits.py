@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ctt.data.dataset import Dataset, DatasetInfo
 from ctt.data.seeding import generator
-from ctt.data.source import DatasetInfo, Source
 from ctt.errors import UserError
 
 CANVAS = 40  # pixels; with smaller objects on larger canvases nothing is learnt in minutes
@@ -46,7 +46,7 @@ INFO = DatasetInfo(
 )
 
 
-class Digits(Source):
+class Digits(Dataset):
     """`train` images for training and `evaluation` images to evaluate on, of 40x40 pixels.
 
     Args:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ctt.data.source import IGNORE, DatasetInfo, Source
+from ctt.data.dataset import IGNORE, Dataset, DatasetInfo
 from ctt.errors import UserError
 
 TILE = 64  # pixels of 1/15 degree
@@ -63,7 +63,7 @@ INFO = DatasetInfo(
 )
 
 
-class Earth(Source):
+class Earth(Dataset):
     """Tiles of 64x64 pixels with at least 30 % land, named by row and column: `tile-04-041`.
 
     542 are for training; 173 of other regions are evaluated on, or 228 of yet others to choose

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ctt.data.dataset import IGNORE, Dataset, DatasetInfo
 from ctt.data.labels import LabelMap
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.data.pictures import read_mask
 from ctt.data.rasters import read_as, size_of
 from ctt.data.remarks import of_channels, of_darkness, of_pages, of_turning, traits
-from ctt.data.source import IGNORE, DatasetInfo, Source
 from ctt.data.split import NO_MASK, draw_split, with_all_classes
 from ctt.errors import UserError
 from ctt.files import expanded
@@ -24,7 +24,7 @@ FEW = 300  # images with masks that are read through at the start
 NO_SUCH_MASK = "An image without a mask can only be used as unlabelled."
 
 
-class FileSource(Source):
+class FileDataset(Dataset):
     """A dataset in files; its subclasses know the layout.
 
     Args:
@@ -47,7 +47,7 @@ class FileSource(Source):
         info: DatasetInfo,
         base: Path,
         names: tuple[Iterable[str], Iterable[str], Iterable[str]],
-        options: SourceOptions,
+        options: DatasetOptions,
         published: tuple[int, int] | None = None,
     ) -> None:
         self.info, self.base = info, base

@@ -10,13 +10,13 @@ from pathlib import Path, PurePosixPath
 
 from ctt.data import IMAGE_SUFFIXES, other_images
 from ctt.data.channels import UNKNOWN_MEAN, UNKNOWN_STD
+from ctt.data.dataset import IGNORE
 from ctt.data.description import DESCRIPTION, read_description
-from ctt.data.files import FileSource, list_names, require_root, same_name
+from ctt.data.files import FileDataset, list_names, require_root, same_name
 from ctt.data.labels import LabelMap
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.data.pictures import STATS
 from ctt.data.remarks import of_size
-from ctt.data.source import IGNORE
 from ctt.data.split import NO_MASK, read_lines, readings
 from ctt.errors import UserError
 
@@ -38,7 +38,7 @@ JOINTS = "_-. "  # with which programs add to the name of an image
 COMPARED = 1000  # names of masks among which the nearest one is searched
 
 
-class Folder(FileSource):
+class Folder(FileDataset):
     """Names are paths below the root: `images/photo 1.jpg`, whose mask is `masks/photo 1.png`.
 
     Subfolders of images/ are found and mirrored in masks/. The images of unlabeled/ have no masks.
@@ -53,7 +53,7 @@ class Folder(FileSource):
 
     turned = True
 
-    def __init__(self, root: Path | None, options: SourceOptions) -> None:
+    def __init__(self, root: Path | None, options: DatasetOptions) -> None:
         self.root = require_root(root, "folder", LAYOUT)
         path = self.root / DESCRIPTION
         self.description = description = read_description(path)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ctt.data.dataset import IGNORE
 from ctt.data.pictures import Array, Colour, Mask
-from ctt.data.source import IGNORE
 from ctt.errors import UserError
 
 VALUES = 2**16  # that a mask may hold

@@ -16,12 +16,13 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Sampler, default_collate, get_worker_info
+from torch.utils.data import Dataset as TorchDataset
 
+from ctt.data.dataset import Dataset
 from ctt.data.prepare import Prepared
 from ctt.data.rare import RareClasses, pixel_of
 from ctt.data.seeding import derive_seed, generator
-from ctt.data.source import Source
 from ctt.data.views import GeometricView
 from ctt.errors import LoaderError, UserError
 
@@ -90,7 +91,7 @@ class DrawSampler(Sampler[list[tuple[int, int]]]):
             yield batch
 
 
-class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
+class ViewDataset(TorchDataset[tuple[Tensor, Tensor]]):
     """Weak views: (image (3, h, w) uint8, of bands (C, h, w) float32; label (h, w) uint8).
 
     Without labels the second tensor is 0 where there is image and 255 where there is padding or no
@@ -99,7 +100,7 @@ class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(
         self,
-        source: Source | Prepared,
+        dataset: Dataset | Prepared,
         ids: list[str],
         view: GeometricView,
         labeled: bool,
@@ -107,7 +108,7 @@ class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
         purpose: str,
         rare: RareClasses | None = None,
     ) -> None:
-        self.source, self.ids, self.view, self.labeled = source, ids, view, labeled
+        self.dataset, self.ids, self.view, self.labeled = dataset, ids, view, labeled
         self.seed, self.purpose, self.rare = seed, purpose, rare
 
     def __len__(self) -> int:
@@ -117,9 +118,9 @@ class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
         index, draw = key
         name = self.ids[index]
         if self.labeled:
-            image, label = self.source.pair(name)
+            image, label = self.dataset.pair(name)
         else:
-            image = self.source.image(name)
+            image = self.dataset.image(name)
             label = torch.zeros(image.shape[1:], dtype=torch.uint8)  # images may be of float
         seed = derive_seed("view", self.purpose, self.seed, draw)
         chosen = self.rare and self.rare(draw)
@@ -161,7 +162,7 @@ def load(
     yield from reraise_user_errors(_counted(loader))
 
 
-class InOrder(Dataset[T | UserError], Generic[K, T]):
+class InOrder(TorchDataset[T | UserError], Generic[K, T]):
     """Return `read` of a key, or its UserError, as `Batches` does."""
 
     def __init__(self, read: Callable[[K], T], keys: Sequence[K]) -> None:

@@ -9,8 +9,8 @@ from ctt.ranges import AT_LEAST_1, Range
 
 
 @dataclass(frozen=True)
-class SourceOptions:
-    """What `ctt.data.open_source` needs beside the name and the folder of a dataset."""
+class DatasetOptions:
+    """What `ctt.data.open_dataset` needs beside the name and the folder of a dataset."""
 
     voc_set: Literal["aug", "classic"] = "aug"
     """voc: which images may be labelled. `aug`: the 10,582 with masks in SegmentationClassAug.

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ctt.data.dataset import Dataset
 from ctt.data.faults import Fault
-from ctt.data.files import FileSource
+from ctt.data.files import FileDataset
 from ctt.data.labels import plain_map
 from ctt.data.packed import pack
 from ctt.data.pictures import read_mask
 from ctt.data.prepare import Prepared, resize_label
-from ctt.data.source import Source
 from ctt.errors import UserError
 from ctt.files import expanded
 
@@ -36,18 +36,18 @@ class OutsideMasks:
 
     def __init__(
         self,
-        source: Source,
+        dataset: Dataset,
         folder: Path,
         confidence: Path | None,
         options: tuple[str, str] = FIELDS,
     ) -> None:
-        self.source, self.options = source, options
+        self.dataset, self.options = dataset, options
         self.folder = expanded(folder, options[0])
         self.sure = expanded(confidence, options[1]) if confidence is not None else None
         for option, place in zip(options, (self.folder, self.sure), strict=True):
             if place is not None and not place.is_dir():
                 raise UserError(f"{option} {place}: there is no such folder.")
-        info = source.info
+        info = dataset.info
         colours = {colour: c for c, colour in enumerate(info.palette)}
         self.labels = plain_map(info.classes, colours=colours)
 
@@ -55,7 +55,7 @@ class OutsideMasks:
         """Return the file of an image, or where it would be; `kind` is mask or confidence."""
         folder = self.folder if kind == "mask" else self.sure
         assert folder is not None
-        files = self.source.files(name, labeled=False)
+        files = self.dataset.files(name, labeled=False)
         stems = [name]
         if files:  # by which ctt-predict names what it writes
             stems.append(str(PurePosixPath(name).with_name(files[0].stem)))
@@ -98,7 +98,7 @@ class OutsideMasks:
         Raises:
             UserError: they are not of one size, or cannot be read.
         """
-        image = self.source.image(name)
+        image = self.dataset.image(name)
         return image, self.read(name, tuple(image.shape[1:]))
 
     def _there(self, name: str, kind: str) -> Path:
@@ -150,12 +150,12 @@ class WithMasks(Prepared):
 
     def __init__(
         self,
-        source: Source,
+        dataset: Dataset,
         size: tuple[int, int] | None,
         cache: Path | None,
         masks: OutsideMasks,
     ) -> None:
-        super().__init__(source, size, cache)
+        super().__init__(dataset, size, cache)
         self.masks = masks
         self._sizes: dict[str, tuple[int, int]] = {}  # of cached images, before the resize
 
@@ -180,8 +180,8 @@ class WithMasks(Prepared):
         if self.size is None:
             return tuple(cached.shape[1:])
         if name not in self._sizes:
-            assert isinstance(self.source, FileSource)
-            self._sizes[name] = self.source.size(name)
+            assert isinstance(self.dataset, FileDataset)
+            self._sizes[name] = self.dataset.size(name)
         return self._sizes[name]
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ctt.data.files import FileSource
-from ctt.data.source import Source
+from ctt.data.dataset import Dataset
+from ctt.data.files import FileDataset
 from ctt.errors import UserError
 from ctt.files import expanded
 
@@ -31,9 +31,9 @@ def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class Prepared:
-    """The training images of a source, resized, and read from a cache where there is one.
+    """The training images of a dataset, resized, and read from a cache where there is one.
 
-    It reads images that are chosen already; which ones there are is the source's matter.
+    It reads images that are chosen already; which ones there are is the dataset's matter.
 
     The cache is a folder of arrays, one file for an image and one for a label, written when they
     are first read. They are mapped into memory: all loader processes, ranks and runs on a machine
@@ -46,21 +46,21 @@ class Prepared:
         cache: a folder, or None.
     """
 
-    def __init__(self, source: Source, size: tuple[int, int] | None, cache: Path | None) -> None:
-        self.source, self.size = source, size
-        self.info = source.info
-        in_files = isinstance(source, FileSource)
+    def __init__(self, dataset: Dataset, size: tuple[int, int] | None, cache: Path | None) -> None:
+        self.dataset, self.size = dataset, size
+        self.info = dataset.info
+        in_files = isinstance(dataset, FileDataset)
         self.cache = expanded(cache, "`data.cache`") if in_files and cache else None
 
     def image(self, name: str) -> Tensor:
-        """Return an image as `Source.image` does, at the size for training."""
-        return self._cached("image", name, lambda: self._resized_image(self.source.image(name)))
+        """Return an image as `Dataset.image` does, at the size for training."""
+        return self._cached("image", name, lambda: self._resized_image(self.dataset.image(name)))
 
     def label(self, name: str) -> Tensor:
         """Return the label that belongs to `image`, which is 255 where that has no data."""
 
         def read() -> Tensor:
-            label = self.source.pair(name)[1]  # whose size is the image's
+            label = self.dataset.pair(name)[1]  # whose size is the image's
             return label if self.size is None else resize_label(label, self.size)
 
         return self._cached("label", name, read)
@@ -69,7 +69,7 @@ class Prepared:
         """Return image (C, H, W) and label (H, W)."""
         if self.cache is not None:
             return self.image(name), self.label(name)
-        image, label = self.source.pair(name)
+        image, label = self.dataset.pair(name)
         if self.size is not None:
             label = resize_label(label, self.size)
         return self._resized_image(image), label
@@ -94,9 +94,9 @@ class Prepared:
 
         A label depends on its image, too, which may have pixels without data.
         """
-        assert isinstance(self.source, FileSource)
-        files = self.source.files(name, labeled=kind == "label")
-        parts: list[object] = [kind, self.size, self.info.white, self.source.turned]
+        assert isinstance(self.dataset, FileDataset)
+        files = self.dataset.files(name, labeled=kind == "label")
+        parts: list[object] = [kind, self.size, self.info.white, self.dataset.turned]
         parts += [self.info.bands, self.info.ranges]
         for path in files:
             try:
@@ -106,7 +106,7 @@ class Prepared:
             parts += [os.fspath(path.resolve()), state.st_mtime_ns, state.st_size]
         digest = hashlib.blake2b(repr(parts).encode(), digest_size=16)
         if kind == "label":
-            digest.update(self.source.label_map(files[-1]).key())
+            digest.update(self.dataset.label_map(files[-1]).key())
         return digest.hexdigest()
 
     def _keep(self, path: Path, value: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ctt.data.dataset import DatasetInfo
 from ctt.data.pictures import (
     ON_ITS_SIDE,
     ORIENTATION,
@@ -28,7 +29,6 @@ from ctt.data.pictures import (
     too_large,
 )
 from ctt.data.pixels import is_deep
-from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.errors import UserError
 
 IGNORED = ""  # as the label of a shape: its pixels belong to no class

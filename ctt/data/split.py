@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from ctt.data.dataset import Dataset
 from ctt.data.faults import Fault
 from ctt.data.seeding import generator
-from ctt.data.source import Source
 from ctt.errors import UserError
 from ctt.files import atomic_write
 from ctt.text import BYTE_OF_A_NAME, BYTES_AS_THEY_ARE
@@ -176,21 +176,21 @@ def belongs(mask: str, image: str) -> bool:
     return PurePosixPath(mask).name.startswith(stem)
 
 
-def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str], list[Fault]]:
+def examine_list(path: Path, dataset: Dataset, *, labeled: bool) -> tuple[list[str], list[Fault]]:
     """Return names in a split list of any form that `resolve` reads, and all that is wrong with it.
 
     Raises:
         UserError: it cannot be read or is empty.
     """
-    labelable = set(source.train_ids())
-    evaluation, test = set(source.eval_ids()), set(source.test_ids())
-    example = next(iter([*source.train_ids(), *source.eval_ids()]), "none")
+    labelable = set(dataset.train_ids())
+    evaluation, test = set(dataset.eval_ids()), set(dataset.test_ids())
+    example = next(iter([*dataset.train_ids(), *dataset.eval_ids()]), "none")
     lines_of: dict[str, int] = {}
     faults = []
     for number, line in read_lines(path).items():
         name, fault = "", ""
         try:
-            name, mask = resolve(line, source.find, source.is_mask) or ("", "")
+            name, mask = resolve(line, dataset.find, dataset.is_mask) or ("", "")
         except UserError as error:
             fault = str(error)
         else:
@@ -219,14 +219,14 @@ def examine_list(path: Path, source: Source, *, labeled: bool) -> tuple[list[str
     return list(lines_of), faults
 
 
-def read_list(path: Path, source: Source, *, labeled: bool) -> list[str]:
+def read_list(path: Path, dataset: Dataset, *, labeled: bool) -> list[str]:
     """Return names of the images in a split list of any form that `resolve` reads.
 
     Raises:
         UserError: it cannot be read, is empty, repeats a name, or names an image that may not be
             labelled, or not be trained on, in this dataset.
     """
-    names, faults = examine_list(path, source, labeled=labeled)
+    names, faults = examine_list(path, dataset, labeled=labeled)
     if faults:
         more = f" {len(faults)} lines of the list are wrong in all." if len(faults) > 1 else ""
         raise UserError(f"{faults[0].text} Take it out of the list, or correct it.{more}")
@@ -240,7 +240,7 @@ def write_list(path: Path, lines: Iterable[str]) -> None:
 
 
 def make_split(
-    source: Source, ratio: str, seed: int, labeled_list: Path | None, unlabeled_list: Path | None
+    dataset: Dataset, ratio: str, seed: int, labeled_list: Path | None, unlabeled_list: Path | None
 ) -> tuple[list[str], list[str]]:
     """Return the labelled and the unlabelled names.
 
@@ -250,31 +250,31 @@ def make_split(
     if labeled_list is None:
         if unlabeled_list is not None:
             raise UserError(UNLABELED_ALONE)
-        ids = source.train_ids()
+        ids = dataset.train_ids()
         if not ids:
-            raise UserError(f"The dataset {source.info.name} has no image that may be labelled.")
-        labeled, rest = draw_split(ids, parse_ratio(ratio, len(ids), source.paper_counts), seed)
-        return labeled, sorted(rest + source.unlabeled_ids())
-    labeled = read_list(labeled_list, source, labeled=True)
+            raise UserError(f"The dataset {dataset.info.name} has no image that may be labelled.")
+        labeled, rest = draw_split(ids, parse_ratio(ratio, len(ids), dataset.paper_counts), seed)
+        return labeled, sorted(rest + dataset.unlabeled_ids())
+    labeled = read_list(labeled_list, dataset, labeled=True)
     if unlabeled_list is None:
-        return labeled, all_others(source, labeled)
-    unlabeled = read_list(unlabeled_list, source, labeled=False)
-    return labeled, without_labeled(source, labeled, unlabeled)
+        return labeled, all_others(dataset, labeled)
+    unlabeled = read_list(unlabeled_list, dataset, labeled=False)
+    return labeled, without_labeled(dataset, labeled, unlabeled)
 
 
-def all_others(source: Source, labeled: list[str]) -> list[str]:
+def all_others(dataset: Dataset, labeled: list[str]) -> list[str]:
     """Return the training images that are not labelled, sorted."""
-    return sorted({*source.train_ids(), *source.unlabeled_ids()} - set(labeled))
+    return sorted({*dataset.train_ids(), *dataset.unlabeled_ids()} - set(labeled))
 
 
-def without_labeled(source: Source, labeled: list[str], unlabeled: list[str]) -> list[str]:
+def without_labeled(dataset: Dataset, labeled: list[str], unlabeled: list[str]) -> list[str]:
     """Return the unlabelled names that are not labelled too, as in some published lists.
 
-    Such names become one of the notes of `source`.
+    Such names become one of the notes of `dataset`.
     """
     both = sorted(set(labeled) & set(unlabeled))
     if both:
-        source.notes += (
+        dataset.notes += (
             f"{len(both)} of the images are in the list of labelled and in that of unlabelled "
             f"images, such as {both[0]}: they are labelled ones.",
         )

@@ -15,13 +15,13 @@ import numpy as np
 import yaml
 from PIL import Image, ImageOps
 
+from ctt.data.dataset import IGNORE
 from ctt.data.description import DESCRIPTION
 from ctt.data.folder import Folder
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.data.pictures import TIFF, open_picture, raw_mode, read_mask
 from ctt.data.pixels import is_deep
 from ctt.data.rasters import Raster
-from ctt.data.source import IGNORE
 from ctt.errors import UserError
 from ctt.files import as_write_error, atomic_write
 from ctt.text import from_yaml
@@ -175,46 +175,46 @@ def cut(
     Raises:
         UserError: a file that cannot be read, a mask of another size, or a target with files in it.
     """
-    source = _Whole(root, SourceOptions())
+    dataset = _Whole(root, DatasetOptions())
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"`to` {target} holds something already. Give a new folder.")
     if target.resolve().is_relative_to(root.resolve()):
         raise UserError(f"`to` {target} lies in {root}, whose images are cut. Give another folder.")
     result = Cut()
-    parts = (source.train_ids(), source.unlabeled_ids(), source.eval_ids())
+    parts = (dataset.train_ids(), dataset.unlabeled_ids(), dataset.eval_ids())
     names = [*itertools.chain(*parts)]
     unlabeled = {*parts[1]}
     for name in names:
-        for share in _cut_one(source, name, name not in unlabeled, target, side, result):
+        for share in _cut_one(dataset, name, name not in unlabeled, target, side, result):
             advance(share / len(names))
     with atomic_write(target / DESCRIPTION) as part:
-        part.write_text(_description(source), "utf-8")
+        part.write_text(_description(dataset), "utf-8")
     return result
 
 
 def _cut_one(
-    source: Folder, name: str, is_labeled: bool, target: Path, side: int, result: Cut
+    dataset: Folder, name: str, is_labeled: bool, target: Path, side: int, result: Cut
 ) -> Iterator[float]:
     """Write the tiles of an image; yields the share of it that each is."""
     with contextlib.ExitStack() as stack:
-        image = stack.enter_context(_opened(source.image_path(name)))
+        image = stack.enter_context(_opened(dataset.image_path(name)))
         mask = None
         if is_labeled:
-            path = source.mask_path(name)
-            mask = stack.enter_context(_opened(path, source.lossy))
+            path = dataset.mask_path(name)
+            mask = stack.enter_context(_opened(path, dataset.lossy))
             if (mask.height, mask.width) != (image.height, image.width):
                 raise UserError(
                     f"{path}: the mask has {mask.width}x{mask.height} pixels, but its image has "
                     f"{image.width}x{image.height}. Both must be of one size."
                 )
         for window in windows(image.height, image.width, side):
-            _cut_tile(source, name, image, mask, window, target, result)
+            _cut_tile(dataset, name, image, mask, window, target, result)
             rows, columns = (part.stop - part.start for part in window)
             yield rows * columns / (image.height * image.width)
 
 
 def _cut_tile(
-    source: Folder,
+    dataset: Folder,
     name: str,
     image: _Picture | _Raster,
     mask: _Picture | _Raster | None,
@@ -222,7 +222,7 @@ def _cut_tile(
     target: Path,
     result: Cut,
 ) -> None:
-    said, path = source.description, PurePosixPath(name)
+    said, path = dataset.description, PurePosixPath(name)
     stem = f"{path.stem.removesuffix(said.image_suffix)}_{window[0].start}_{window[1].start}"
     place = path.with_name(f"{stem}{said.image_suffix}{image.suffix}")
     file = _with_folder(target / place)
@@ -230,7 +230,7 @@ def _cut_tile(
         result.left_out += 1
     elif mask is None:
         result.unlabeled += 1
-    elif _save_mask(source, mask, window, target / masks_of(path), stem):
+    elif _save_mask(dataset, mask, window, target / masks_of(path), stem):
         result.evaluation += name.startswith("val/")
         result.labeled += not name.startswith("val/")
     elif name.startswith("val/"):
@@ -243,12 +243,12 @@ def _cut_tile(
 
 
 def _save_mask(
-    source: Folder, mask: _Picture | _Raster, window: Window, folder: Path, stem: str
+    dataset: Folder, mask: _Picture | _Raster, window: Window, folder: Path, stem: str
 ) -> bool:
     """Write a part of a mask, if it shows a class; returns whether it does."""
-    file = _with_folder(folder / f"{stem}{source.description.mask_suffix}{mask.suffix}")
+    file = _with_folder(folder / f"{stem}{dataset.description.mask_suffix}{mask.suffix}")
     mask.save(window, file)
-    label = source.label_map(file)(read_mask(file, lossy=source.lossy), file)
+    label = dataset.label_map(file)(read_mask(file, lossy=dataset.lossy), file)
     shows_class = bool((label != IGNORE).any())
     if not shows_class:
         file.unlink()
@@ -275,11 +275,11 @@ def windows(height: int, width: int, side: int) -> Iterator[Window]:
         yield slice(*rows), slice(*columns)
 
 
-def _description(source: Folder) -> str:
+def _description(dataset: Folder) -> str:
     """Return the text of dataset.yaml, without a list of pairs, for masks get the images' names."""
-    path = source.root / DESCRIPTION
+    path = dataset.root / DESCRIPTION
     text = path.read_text("utf-8-sig")
-    if not source.description.pairs:
+    if not dataset.description.pairs:
         return text
     values = from_yaml(text, str(path))
     del values["pairs"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ctt.data.source import DatasetInfo
+from ctt.data.dataset import DatasetInfo
 
 # luma and chroma of the NTSC standard, and back
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))

@@ -7,10 +7,10 @@ from fractions import Fraction
 from pathlib import Path, PurePosixPath
 
 from ctt.data.channels import IMAGENET_MEAN, IMAGENET_STD
-from ctt.data.files import FileSource, first_with, list_names, require_root, same_name
+from ctt.data.dataset import IGNORE, DatasetInfo, Submission
+from ctt.data.files import FileDataset, first_with, list_names, require_root, same_name
 from ctt.data.labels import LabelMap, plain_map
-from ctt.data.options import SourceOptions
-from ctt.data.source import IGNORE, DatasetInfo, Submission
+from ctt.data.options import DatasetOptions
 from ctt.data.split import read_lines, resolve
 from ctt.errors import UserError
 
@@ -62,7 +62,7 @@ BORDER = (224, 224, 192)  # the colour of the pixels to ignore
 INFO = DatasetInfo("voc", CLASSES, bit_palette(len(CLASSES)), IMAGENET_MEAN, IMAGENET_STD)
 
 
-class Voc(FileSource):
+class Voc(FileDataset):
     """Names are those of the lists: `2007_000032`.
 
     Args:
@@ -74,7 +74,7 @@ class Voc(FileSource):
 
     submission = Submission(tuple(range(len(CLASSES))), ".png", True, f"{LISTS / 'test.txt'}")
 
-    def __init__(self, root: Path | None, options: SourceOptions) -> None:
+    def __init__(self, root: Path | None, options: DatasetOptions) -> None:
         root = require_root(root, "voc", LAYOUT)
         folder = first_with(root, PLACES, "JPEGImages")
         if folder is None:

@@ -363,10 +363,10 @@ def embedding(folder: Path) -> bytes:
     from ctt.inference.load import load_trained
 
     trained = load_trained(folder)
-    source = trained.settings.open_source()
+    dataset = trained.settings.open_dataset()
     with tempfile.TemporaryDirectory() as made:
         path = Path(made) / "embedding.png"
-        draw_run(path, folder, trained, source, pick_device("auto", ""), trained.settings.eval)
+        draw_run(path, folder, trained, dataset, pick_device("auto", ""), trained.settings.eval)
         return path.read_bytes()
 
 

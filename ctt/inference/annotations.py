@@ -16,7 +16,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from ctt.data.source import DatasetInfo
+from ctt.data.dataset import DatasetInfo
 from ctt.files import atomic_write
 from ctt.inference.render import colorize
 

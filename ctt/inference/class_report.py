@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
-from ctt.data.source import DatasetInfo
+from ctt.data.dataset import DatasetInfo
 from ctt.files import atomic_write
 
 

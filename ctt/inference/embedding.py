@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctt import run
-from ctt.data.source import IGNORE, Source
+from ctt.data.dataset import IGNORE, Dataset
 from ctt.data.views import normalize, to_unit
 from ctt.errors import UserError
 from ctt.inference.evaluate import read_known, sample
@@ -34,7 +34,7 @@ def draw_run(
     path: Path,
     folder: Path,
     trained: TrainedNetworks,
-    source: Source,
+    dataset: Dataset,
     device: torch.device,
     settings: EvalSettings,
     name: str = "",
@@ -45,7 +45,7 @@ def draw_run(
         path: the PNG that is written.
         folder: of the run.
         trained: its networks.
-        source: the dataset that it was trained on.
+        dataset: the dataset that it was trained on.
         name: of the network; by default the first teacher, or the first student where there is
             none.
 
@@ -65,18 +65,18 @@ def draw_run(
             f"{lists[1].name}). Give the folder of a run."
         )
     labeled, unlabeled = (
-        [found for n in run.read_names(file) if (found := source.find(n)) is not None]
+        [found for n in run.read_names(file) if (found := dataset.find(n)) is not None]
         for file in lists
     )
     title = f"{shown} of {folder.name}"
-    draw_embedding(path, network, source, labeled, unlabeled, device, settings, title)
+    draw_embedding(path, network, dataset, labeled, unlabeled, device, settings, title)
     return shown
 
 
 def draw_embedding(
     path: Path,
     network: SegmentationModel,
-    source: Source,
+    dataset: Dataset,
     labeled: Sequence[str],
     unlabeled: Sequence[str],
     device: torch.device,
@@ -100,8 +100,8 @@ def draw_embedding(
     training = network.training
     network.to(device).eval()
     kinds = {
-        "labelled": pixels_of(network, source, sample(labeled, IMAGES), device, settings),
-        "unlabelled": pixels_of(network, source, sample(unlabeled, IMAGES), device, settings),
+        "labelled": pixels_of(network, dataset, sample(labeled, IMAGES), device, settings),
+        "unlabelled": pixels_of(network, dataset, sample(unlabeled, IMAGES), device, settings),
     }
     network.train(training)
     features = torch.cat([own for own, _ in kinds.values()])
@@ -113,25 +113,25 @@ def draw_embedding(
     counts = [len(classes) for _, classes in kinds.values()]
     places = in_two_dimensions(features).split_with_sizes(counts)
     shown = {name: (xy, kinds[name][1]) for name, xy in zip(kinds, places, strict=True)}
-    _draw(path, shown, source, title)
+    _draw(path, shown, dataset, title)
 
 
 @torch.no_grad()
 def pixels_of(
     network: SegmentationModel,
-    source: Source,
+    dataset: Dataset,
     ids: Sequence[str],
     device: torch.device,
     settings: EvalSettings,
 ) -> tuple[Tensor, Tensor]:
     """Return features (N, D) of length 1 and classes (N,) of some pixels of each class."""
-    found = list(_pixels(network, source, ids, device, settings))
+    found = list(_pixels(network, dataset, ids, device, settings))
     if not found:
         return torch.zeros(0, network.classifier.in_channels), torch.zeros(0, dtype=torch.int64)
     features, classes = (torch.cat(parts) for parts in zip(*found, strict=True))
     generator = torch.Generator().manual_seed(0)
     chosen = []
-    for c in range(len(source.info.classes)):
+    for c in range(len(dataset.info.classes)):
         own = (classes == c).nonzero().flatten()
         chosen.append(own[torch.randperm(len(own), generator=generator)[:PIXELS]])
     index = torch.cat(chosen)
@@ -140,15 +140,15 @@ def pixels_of(
 
 def _pixels(
     network: SegmentationModel,
-    source: Source,
+    dataset: Dataset,
     ids: Sequence[str],
     device: torch.device,
     settings: EvalSettings,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    known = set(source.train_ids())
+    known = set(dataset.train_ids())
     for name in ids:
-        image, label = read_known(source, settings, name, hidden=name in known)
-        out = network(normalize(to_unit(image[None].to(device)), source.info))
+        image, label = read_known(dataset, settings, name, hidden=name in known)
+        out = network(normalize(to_unit(image[None].to(device)), dataset.info))
         classes = to_grid(label[None], network.grid).cpu()
         if bool((label == IGNORE).all()):
             seen = to_grid(image, network.grid)  # (C, h, w), the bands in the place of a batch
@@ -166,14 +166,16 @@ def in_two_dimensions(features: Tensor) -> Tensor:
     return torch.from_numpy(tsne.fit_transform(features.numpy()))
 
 
-def _draw(path: Path, shown: dict[str, tuple[Tensor, Tensor]], source: Source, title: str) -> None:
+def _draw(
+    path: Path, shown: dict[str, tuple[Tensor, Tensor]], dataset: Dataset, title: str
+) -> None:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot()
     marks = {"labelled": ("o", 14), "unlabelled": ("x", 10)}
-    colours = torch.tensor(source.info.palette, dtype=torch.float32) / 255
+    colours = torch.tensor(dataset.info.palette, dtype=torch.float32) / 255
     present = sorted({c for _, classes in shown.values() for c in classes.tolist()})
     for name, (xy, classes) in shown.items():
         mark, size = marks[name]
@@ -185,7 +187,7 @@ def _draw(path: Path, shown: dict[str, tuple[Tensor, Tensor]], source: Source, t
     ]
     handles += [
         Line2D([], [], color=tuple(colours[c].tolist()), marker="s", linestyle="", label=text)
-        for c, text in ((c, source.info.classes[c]) for c in present)
+        for c, text in ((c, dataset.info.classes[c]) for c in present)
     ]
     figure.legend(handles=handles, loc="outside right upper", fontsize="small")
     axes.set(title=title, xticks=[], yticks=[])

@@ -13,8 +13,8 @@ from rich.table import Table
 from torch import Tensor
 
 from ctt.data.check import histogram
+from ctt.data.dataset import IGNORE, Dataset, DatasetInfo
 from ctt.data.loader import read_in_order, reraise_user_errors
-from ctt.data.source import IGNORE, DatasetInfo, Source
 from ctt.errors import UserError
 from ctt.files import atomic_write
 from ctt.inference.predict import predictor, prepare, protocol_dict, reraise_out_of_memory, stacks
@@ -74,7 +74,7 @@ def score(confusion: Tensor) -> Score:
 @torch.no_grad()
 def confusions(
     networks: dict[str, SegmentationModel],
-    source: Source,
+    dataset: Dataset,
     ids: Iterable[str],
     device: torch.device,
     settings: EvalSettings | None = None,
@@ -93,7 +93,7 @@ def confusions(
         networks: on `device`; their mode is left as it was.
         settings: the protocol; by default whole images at their own size.
         workers: processes that load images; 0 loads in this one.
-        trained_on: the dataset whose normalisation the networks expect; by default `source`'s.
+        trained_on: the dataset whose normalisation the networks expect; by default `dataset`'s.
         progress: called with the number of images after each batch.
         shown: (C,) int64 on `device`, to which is added how many images show each class.
 
@@ -101,8 +101,8 @@ def confusions(
         UserError: a label that is no class, a file that cannot be read, or too little memory.
     """
     settings = settings or EvalSettings()
-    classes = len(source.info.classes)
-    info = trained_on or source.info
+    classes = len(dataset.info.classes)
+    info = trained_on or dataset.info
     predictors = {name: predictor(net, info, settings) for name, net in networks.items()}
     teachers = [name for name in networks if name.startswith("teacher")]
     names = names_of_scores(networks)
@@ -112,7 +112,7 @@ def confusions(
     try:
         for network in networks.values():
             network.eval()
-        for images, label in batches(source, ids, settings, workers):
+        for images, label in batches(dataset, ids, settings, workers):
             images, label = images.to(device), label.to(device).long()
             if shown is not None:
                 shown += torch.stack([histogram(one, classes)[:-1] > 0 for one in label]).sum(0)
@@ -150,14 +150,14 @@ def count(matrix: Tensor, predicted: Tensor, label: Tensor) -> None:
     matrix += counts[:-1].view(classes, classes)
 
 
-def read_pair(source: Source, settings: EvalSettings, name: str) -> tuple[Tensor, Tensor]:
+def read_pair(dataset: Dataset, settings: EvalSettings, name: str) -> tuple[Tensor, Tensor]:
     """Return image (3, H, W) uint8 and label (H, W) uint8 as the protocol needs them.
 
     Raises:
         UserError: they cannot be read, or hold what is no class.
     """
-    image, label = source.pair(name)
-    check_label(label, name, source.info)
+    image, label = dataset.pair(name)
+    check_label(label, name, dataset.info)
     return prepare(image, label, settings)
 
 
@@ -168,7 +168,7 @@ def sample(ids: Sequence[str], count: int) -> list[str]:
 
 
 def read_known(
-    source: Source, settings: EvalSettings, name: str, hidden: bool
+    dataset: Dataset, settings: EvalSettings, name: str, hidden: bool
 ) -> tuple[Tensor, Tensor]:
     """Return image (3, H, W) uint8 and label (H, W) int64 of a training image.
 
@@ -178,11 +178,11 @@ def read_known(
     """
     if hidden:
         try:
-            image, label = read_pair(source, settings, name)
+            image, label = read_pair(dataset, settings, name)
             return image, label.long()
         except UserError:
             pass  # a mask that training never reads must not end it
-    image = source.image(name)
+    image = dataset.image(name)
     nothing = torch.full(image.shape[1:], IGNORE, dtype=torch.uint8)
     image, label = prepare(image, nothing, settings)
     return image, label.long()
@@ -203,11 +203,11 @@ def check_label(label: Tensor, name: str, info: DatasetInfo) -> None:
 
 
 def batches(
-    source: Source, ids: Iterable[str], settings: EvalSettings, workers: int = 0
+    dataset: Dataset, ids: Iterable[str], settings: EvalSettings, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images (B, 3, H, W) and labels (B, H, W), neighbours of one size together."""
     pairs = reraise_user_errors(
-        read_in_order(partial(read_pair, source, settings), list(ids), workers)
+        read_in_order(partial(read_pair, dataset, settings), list(ids), workers)
     )
     for group in stacks(pairs, lambda pair: pair[1].shape, settings.batch_pixels):
         images, labels = zip(*group, strict=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctt.data.source import DatasetInfo, Source
+from ctt.data.dataset import Dataset, DatasetInfo
 from ctt.files import atomic_write
 from ctt.inference.predict import best_class, predictor
 from ctt.inference.render import colorize, visible
@@ -23,7 +23,7 @@ LETTERS = 24  # of a name on it
 def draw_samples(
     path: Path,
     network: SegmentationModel,
-    source: Source,
+    dataset: Dataset,
     ids: list[str],
     device: torch.device,
     settings: EvalSettings,
@@ -41,15 +41,15 @@ def draw_samples(
     )
     training = network.training
     network.eval()
-    predict = predictor(network, source.info, settings)
+    predict = predictor(network, dataset.info, settings)
     for column, name in enumerate(ids):
-        image, label = source.pair(name)
+        image, label = dataset.pair(name)
         probability = predict(image[None].to(device))[0]
         confidence, predicted = best_class(probability.cpu(), image)
         shown = (
-            visible(image, source.info).permute(1, 2, 0),
-            colorize(label, source.info),
-            colorize(predicted, source.info),
+            visible(image, dataset.info).permute(1, 2, 0),
+            colorize(label, dataset.info),
+            colorize(predicted, dataset.info),
         )
         for row, picture in enumerate(shown):
             axes[row, column].imshow(picture.numpy(), interpolation="nearest")

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from ctt import checkpoint, models, run
+from ctt.data.dataset import DatasetInfo
 from ctt.data.fit import FITTING
-from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
 from ctt.files import sha256
 from ctt.inference.evaluate import ENSEMBLE

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ctt.data.dataset import IGNORE, DatasetInfo
 from ctt.data.prepare import resize_image, resize_label
-from ctt.data.source import IGNORE, DatasetInfo
 from ctt.data.views import normalize, to_unit
 from ctt.errors import UserError
 from ctt.models.base import SegmentationModel, upsample

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ctt.data.dataset import IGNORE, DatasetInfo
 from ctt.data.pixels import WORD
 from ctt.data.rasters import Raster, Values, scaled
-from ctt.data.source import IGNORE, DatasetInfo
 from ctt.errors import UserError
 from ctt.files import atomic_write
 from ctt.inference.predict import Predict, best_class

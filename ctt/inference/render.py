@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ctt.data.source import DatasetInfo
+from ctt.data.dataset import DatasetInfo
 
 OVERLAY = 0.55  # opacity of the mask's colours over the image
 # pixels that are blended at once: in float32 they take twenty times the memory of the picture

@@ -8,29 +8,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ctt.data.dataset import Dataset, DatasetInfo, Submission
 from ctt.data.loader import read_in_order, reraise_user_errors
-from ctt.data.source import DatasetInfo, Source, Submission
 from ctt.errors import UserError
 from ctt.inference.predict import Predict, reraise_out_of_memory, stacks
 from ctt.inference.render import in_threads, palette_image, save_png
 from ctt.settings import EvalSettings
 
 
-def images_to_submit(source: Source) -> tuple[Submission, list[str]]:
+def images_to_submit(dataset: Dataset) -> tuple[Submission, list[str]]:
     """Return how to write predictions of the test images, and their names.
 
     Raises:
         UserError: the dataset has no server, or its test images are not there.
     """
-    wanted, ids = source.submission, source.test_ids()
+    wanted, ids = dataset.submission, dataset.test_ids()
     if wanted is None:
         raise UserError(
-            f"`submission`: there is no server that evaluates {source.info.name}. Segment its "
+            f"`submission`: there is no server that evaluates {dataset.info.name}. Segment its "
             f"images with ctt-predict."
         )
     if not ids:
         raise UserError(
-            f"`submission`: {source.info.name} has no test images here. Unpack those of the "
+            f"`submission`: {dataset.info.name} has no test images here. Unpack those of the "
             f"official archive below `data_root`, so that {wanted.images} is there."
         )
     return wanted, ids
@@ -39,7 +39,7 @@ def images_to_submit(source: Source) -> tuple[Submission, list[str]]:
 @torch.no_grad()
 def write_submission(
     predict: Predict,
-    source: Source,
+    dataset: Dataset,
     folder: Path,
     settings: EvalSettings,
     workers: int,
@@ -53,21 +53,21 @@ def write_submission(
     Raises:
         UserError: see `images_to_submit`; or an image cannot be read, or memory is too little.
     """
-    wanted, ids = images_to_submit(source)
+    wanted, ids = images_to_submit(dataset)
     folder.mkdir(parents=True, exist_ok=True)
-    images = reraise_user_errors(read_in_order(partial(_read, source), ids, workers))
+    images = reraise_user_errors(read_in_order(partial(_read, dataset), ids, workers))
     with in_threads(workers) as call:
         for group in stacks(images, lambda pair: pair[1].shape[1:], settings.batch_pixels):
             with reraise_out_of_memory(settings):
                 labels = predict(torch.stack([image for _, image in group])).argmax(dim=1).cpu()
             for (name, _), label in zip(group, labels, strict=True):
                 file = folder / f"{name}{wanted.ending}"
-                call(save_png, server_mask(label, wanted, source.info), file)
+                call(save_png, server_mask(label, wanted, dataset.info), file)
             progress(len(group))
 
 
-def _read(source: Source, name: str) -> tuple[str, Tensor]:
-    return name, source.image(name)
+def _read(dataset: Dataset, name: str) -> tuple[str, Tensor]:
+    return name, dataset.image(name)
 
 
 def server_mask(label: Tensor, wanted: Submission, info: DatasetInfo) -> Image.Image:

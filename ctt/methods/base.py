@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ctt import models
+from ctt.data.dataset import DatasetInfo
 from ctt.data.seeding import derive_seed
-from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
 from ctt.methods.catalog import About
 from ctt.methods.labeled import LabeledLoss

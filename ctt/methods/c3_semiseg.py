@@ -21,8 +21,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from ctt.data.dataset import IGNORE
 from ctt.data.mixing import half_area_mask
-from ctt.data.source import IGNORE
 from ctt.methods import losses, ramps
 from ctt.methods.base import Batch, Schedule, Setup, Step, Terms
 from ctt.methods.heads import EmbeddingTeacher, embed, embedding

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.methods import followers
 from ctt.methods.base import Setup, Step
 from ctt.methods.losses import as_pixels

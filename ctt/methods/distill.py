@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ctt.data.source import IGNORE, DatasetInfo
+from ctt.data.dataset import IGNORE, DatasetInfo
 from ctt.data.views import constant
 from ctt.errors import UserError
 from ctt.methods import followers, losses

@@ -21,7 +21,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.errors import UserError
 from ctt.methods.base import Batch, Labeler, Networks, Round, Setup
 from ctt.methods.dst_cbc import DstCbc, DstCbcOptions, class_thresholds, log_probability

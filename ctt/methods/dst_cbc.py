@@ -20,7 +20,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.methods import losses
 from ctt.methods.base import Batch, Labeler, Networks, Round, Setup, Step
 from ctt.methods.self_training import SelfTraining, SelfTrainingOptions

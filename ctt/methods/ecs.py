@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.methods import losses, ramps
 from ctt.methods.base import Batch, Schedule, Setup, Step
 from ctt.methods.critics import Judged, counted, frozen

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.data.views import gaussian_blur
 from ctt.errors import UserError
 from ctt.methods import losses, ramps

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.methods.base import Batch, Step
 from ctt.methods.sampling import gathered, half_of_each, highest, put_first
 from ctt.ops import info_nce

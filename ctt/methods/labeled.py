@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.errors import UserError
 from ctt.methods.losses import pixel_cross_entropy
 from ctt.models.base import Grid, upsample

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.models.base import Grid, subsample, upsample
 from ctt.ops import MemoryBank, info_nce, pair_info_nce
 

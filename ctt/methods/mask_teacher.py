@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn import functional as F
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.methods.mask_settings import MaskSettings
 from ctt.models.base import Grid, upsample
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.methods import losses
 from ctt.methods.base import Batch, Modules, Setup, Step, Terms
 from ctt.methods.followers import evaluating

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.methods import followers, losses
 from ctt.methods.base import Batch, Modules, Setup, Step
 from ctt.methods.losses import to_grid

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.data.views import PhotometricView
 from ctt.methods import followers, losses
 from ctt.methods.base import Batch, Method, Networks, Schedule, Setup, Step, Terms

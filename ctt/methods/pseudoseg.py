@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctt.data import mixing
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.data.views import constant
 from ctt.methods import losses
 from ctt.methods.activation_maps import Refiner, on_grid, read

@@ -20,7 +20,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.methods import losses
 from ctt.methods.base import Batch, Schedule, Setup, Step
 from ctt.methods.critics import Adversarial, CriticOptions, ImageCritic, frozen, judged, one_hot

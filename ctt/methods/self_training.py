@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.methods import losses
 from ctt.methods.base import Batch, Labeler, Round, Schedule, Setup, Step
 from ctt.methods.options import Options

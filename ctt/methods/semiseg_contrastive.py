@@ -24,7 +24,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.methods import followers, losses, ramps
 from ctt.methods.base import Batch, Modules, Schedule, Setup, Step, Terms
 from ctt.methods.class_memory import ClassMemory

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ctt.data import mixing
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.methods import followers
 from ctt.methods.base import Batch, Labeler, Round, Setup, Step
 from ctt.methods.options import Check

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.methods import losses
 from ctt.methods.base import Batch, Setup, Step, Terms
 from ctt.methods.mask_teacher import TERM

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.methods import losses, sampling
 from ctt.methods.base import Batch, Modules, Schedule, Setup, Step, Terms
 from ctt.methods.class_memory import negatives

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ctt.models.base import SegmentationModel, upsample
 
 if TYPE_CHECKING:
-    from ctt.data.source import DatasetInfo
+    from ctt.data.dataset import DatasetInfo
 
 BATCH_PIXELS = 2**18  # of images of one size that go through the network together
 OVERLAP = 2 / 3  # step from tile to tile, as a share of a tile

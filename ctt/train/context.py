@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ctt.data import mixing
+from ctt.data.dataset import IGNORE, DatasetInfo
 from ctt.data.seeding import generator
-from ctt.data.source import IGNORE, DatasetInfo
 from ctt.data.views import PhotometricView, normalize
 from ctt.methods.base import Schedule
 from ctt.methods.losses import mean_of, valid_pixels

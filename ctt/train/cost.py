@@ -9,7 +9,7 @@ from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ctt.data.source import DatasetInfo
+from ctt.data.dataset import DatasetInfo
 from ctt.errors import UserError
 from ctt.methods import About
 from ctt.methods.base import Method

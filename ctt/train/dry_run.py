@@ -51,7 +51,7 @@ def dry_run(
     settings = plan.settings
     method = plan.build(finish=False)
     sketch = plan.sketch(method)
-    parts = estimate(settings, method, plan.source.info, plan.about)
+    parts = estimate(settings, method, plan.dataset.info, plan.about)
     console = plain_console()
     console.print(
         f"{settings.method} with {plan.pairs} pairs on {settings.dataset} would {start} with "
@@ -63,7 +63,7 @@ def dry_run(
         soft_wrap=True,
     )
     console.print(memory_table(shared(parts, settings, processes), settings, plan.device))
-    operations = step_operations(settings, method, plan.source.info, plan.about)
+    operations = step_operations(settings, method, plan.dataset.info, plan.about)
     del method
     left = settings.train.iterations - done
     if operations is not None and ACTIVATIONS in parts:

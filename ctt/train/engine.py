@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ctt.data.dataset import IGNORE, DatasetInfo
 from ctt.data.packed import unpack
 from ctt.data.seeding import derive_seed
-from ctt.data.source import IGNORE, DatasetInfo
 from ctt.data.views import to_unit
 from ctt.methods.base import Batch, Method, Round
 from ctt.methods.optim import learning_rate

@@ -47,14 +47,14 @@ class Evaluator:
         Args:
             recorder: takes a row of them; None in all processes but the first.
         """
-        source, settings, world = self.plan.source, self.plan.settings, self.world
+        dataset, settings, world = self.plan.dataset, self.plan.settings, self.world
         networks = self.engine.method.networks()
-        showing = torch.zeros(len(source.info.classes), dtype=torch.int64, device=self.plan.device)
+        showing = torch.zeros(len(dataset.info.classes), dtype=torch.int64, device=self.plan.device)
         with images_of_any_size(settings.train.compile):
             matrices = confusions(
                 networks,
-                source,
-                source.eval_ids()[world.rank :: world.size],
+                dataset,
+                dataset.eval_ids()[world.rank :: world.size],
                 self.plan.device,
                 settings.eval,
                 settings.data.workers,
@@ -62,7 +62,7 @@ class Evaluator:
             )
             measured = measures.measure(
                 networks,
-                source,
+                dataset,
                 self.measured,
                 settings.eval,
                 settings.loss.confidence_threshold,
@@ -71,7 +71,7 @@ class Evaluator:
         matrices = {name: world.total(matrix) for name, matrix in matrices.items()}
         scores = {name: score(matrix) for name, matrix in matrices.items()}
         images = world.total(showing).cpu()
-        self.classes = {n: class_rows(m, images, source.info) for n, m in matrices.items()}
+        self.classes = {n: class_rows(m, images, dataset.info) for n, m in matrices.items()}
         if recorder is not None:
             mious = {f"miou_{name}": score.miou for name, score in scores.items()}
             recorder.write(self.engine.iteration, mious | measured)
@@ -98,13 +98,13 @@ class Evaluator:
         }
         note = f"{name} after {iteration} iterations, {self.plan.asked.hash()}"
         network = self.engine.method.networks()[name]
-        checkpoint.save_network(self.folder / run.WEIGHTS, network, self.plan.source.info, note)
+        checkpoint.save_network(self.folder / run.WEIGHTS, network, self.plan.dataset.info, note)
 
 
 def unlabeled_at_hand(plan: Plan) -> list[str]:
     """Return the unlabelled images of a run, without missing ones if its method takes none."""
     if plan.about.unlabeled:  # all were there at its start
         return plan.unlabeled
-    known = [name for name in plan.unlabeled if plan.source.find(name) == name]
-    missing = {name for name, _ in missing_files(plan.source, [], known)}
+    known = [name for name in plan.unlabeled if plan.dataset.find(name) == name]
+    missing = {name for name, _ in missing_files(plan.dataset, [], known)}
     return [name for name in known if name not in missing]

@@ -134,9 +134,9 @@ class Trainer:
         begun = run.begun(resume)
         self.plan = plan = Plan.of(settings, begun, world.size).counted(world)
         self.settings = settings = plan.settings
-        self.source, self.device = plan.source, plan.device
+        self.dataset, self.device = plan.dataset, plan.device
         self.method = plan.build()
-        self.engine = Engine(self.method, settings, self.source.info, self.device, world)
+        self.engine = Engine(self.method, settings, self.dataset.info, self.device, world)
         self.seconds, self.waited = 0.0, 0.0  # of training, and of it without a batch
         self.recorder: Recorder | None = None
         self.broken = ""  # what is wrong with the last checkpoint
@@ -157,11 +157,11 @@ class Trainer:
             folder = run.create(out, self.plan.asked)
         else:
             folder = run.find(resume)
-            self.source.notes += (NO_CHECKPOINT,)
+            self.dataset.notes += (NO_CHECKPOINT,)
         (folder / run.LABELED_LIST).parent.mkdir(exist_ok=True)
         write_list(folder / run.LABELED_LIST, self.plan.labeled)
         write_list(folder / run.UNLABELED_LIST, self.plan.unlabeled)
-        write_list(folder / run.EVALUATION_LIST, self.source.eval_ids())
+        write_list(folder / run.EVALUATION_LIST, self.dataset.eval_ids())
         own = Path(self.settings.method.rpartition(":")[0])
         if own.suffix == ".py":
             shutil.copyfile(own, folder / "method.py")
@@ -289,7 +289,7 @@ class Trainer:
             f"images in {folder_of(self.folder, number)}",
             soft_wrap=True,
         )
-        where = (self.source, self.plan.unlabeled, self.folder, number, self.device, self.world)
+        where = (self.dataset, self.plan.unlabeled, self.folder, number, self.device, self.world)
         with images_of_any_size(self.settings.train.compile):
             engine.begin_round(Labeling(self.settings, *where))
 
@@ -309,7 +309,7 @@ class Trainer:
             {
                 **self.engine.state_dict(),
                 "settings": to_dict(self.settings),
-                "info": checkpoint.facts(self.source.info),
+                "info": checkpoint.facts(self.dataset.info),
                 "seconds": self.seconds,
                 "waited": self.waited,
                 "best": self.evaluator.best,
@@ -345,7 +345,7 @@ class Trainer:
         draw_curves(self.folder)
         with images_of_any_size(self.settings.train.compile):
             draw_predictions(plan, engine, self.folder / "samples.png")
-        self.console.print(score_table(scores, self.source.info))
+        self.console.print(score_table(scores, self.dataset.info))
         assert best is not None  # the last evaluation has chosen one
         chosen = ENSEMBLE if ENSEMBLE in scores else best["network"]
         self.console.print(class_table(classes[chosen], chosen))

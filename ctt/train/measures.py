@@ -8,7 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ctt.data.source import IGNORE, Source
+from ctt.data.dataset import IGNORE, Dataset
 from ctt.inference.evaluate import read_known
 from ctt.inference.predict import predictor
 from ctt.models.base import SegmentationModel
@@ -40,7 +40,7 @@ def names(networks: Iterable[str]) -> list[str]:
 @torch.no_grad()
 def measure(
     networks: Networks,
-    source: Source,
+    dataset: Dataset,
     ids: Sequence[str],
     settings: EvalSettings,
     threshold: float,
@@ -60,15 +60,15 @@ def measure(
     if not ids:
         return {}
     device = next(next(iter(networks.values())).parameters()).device
-    known = set(source.train_ids())  # whose labels the dataset has
-    predict = {name: predictor(net, source.info, settings) for name, net in networks.items()}
+    known = set(dataset.train_ids())  # whose labels the dataset has
+    predict = {name: predictor(net, dataset.info, settings) for name, net in networks.items()}
     modes = {name: net.training for name, net in networks.items()}
     sums: dict[str, Tensor] = {}
     try:
         for network in networks.values():
             network.eval()
         for name in ids[world.rank :: world.size]:
-            image, label = read_known(source, settings, name, hidden=name in known)
+            image, label = read_known(dataset, settings, name, hidden=name in known)
             given = {n: p(image[None].to(device))[0] for n, p in predict.items()}  # (C, H, W)
             if image.is_floating_point():
                 seen = ~image.isnan().any(dim=0)  # pixels with data

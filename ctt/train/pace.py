@@ -60,7 +60,7 @@ def _timed(plan: Plan, images: int) -> float:
         train=replace(s.train, accumulate=1, compile="off", cuda_graph=False, profile=0),
     )
     plan = replace(plan, settings=settings, origins=[])
-    engine = Engine(plan.build(), settings, plan.source.info, plan.device)
+    engine = Engine(plan.build(), settings, plan.dataset.info, plan.device)
     streams = Streams(plan, engine, Path())
     times = []
     try:

@@ -16,10 +16,10 @@ from torch import Tensor
 from ctt import methods, run
 from ctt.data.balance import class_pixels
 from ctt.data.check import check_quickly, handful, not_evaluated
+from ctt.data.dataset import IGNORE, Dataset, DatasetInfo
 from ctt.data.files import FEW
 from ctt.data.fit import FITTING, fitting_crop
 from ctt.data.outside import OutsideMasks
-from ctt.data.source import IGNORE, DatasetInfo, Source
 from ctt.data.split import make_split, read_list
 from ctt.device import pick_device
 from ctt.errors import UserError
@@ -55,7 +55,7 @@ class Plan:
     about: methods.About
     pairs: int
     device: torch.device
-    source: Source
+    dataset: Dataset
     labeled: list[str]
     unlabeled: list[str]
     fresh: bool
@@ -77,21 +77,21 @@ class Plan:
         check_cuda_graph(settings, device, processes)
         set_up_torch(settings)
         about = methods.get(settings.method)
-        source = settings.open_source()
+        dataset = settings.open_dataset()
         if resume is None:
-            labeled, unlabeled = new_split(settings, source, about.unlabeled)
+            labeled, unlabeled = new_split(settings, dataset, about.unlabeled)
         else:
-            labeled, unlabeled = split_of_run(run.find(resume), source, about.unlabeled)
+            labeled, unlabeled = split_of_run(run.find(resume), dataset, about.unlabeled)
         asked = settings
         if settings.data.crop == FITTING:
-            crop = fitting_crop(source, labeled, settings.data.resize)
+            crop = fitting_crop(dataset, labeled, settings.data.resize)
             settings = replace(settings, data=replace(settings.data, crop=crop))
         if about.paired:
             data = replace(settings.data, unlabeled_batch_size=0)
             settings = replace(settings, data=data)
         pairs = settings.pairs or about.pairs
-        masks = outside_masks(settings, source, unlabeled)
-        parts = (about, pairs, device, source, labeled, unlabeled)
+        masks = outside_masks(settings, dataset, unlabeled)
+        parts = (about, pairs, device, dataset, labeled, unlabeled)
         return cls(settings, asked, *parts, resume is None, masks=masks)
 
     def counted(self, world: World) -> Self:
@@ -107,8 +107,8 @@ class Plan:
         if not weighs and not s.data.rare_crops:
             return self
         own = slice(world.rank, None, world.size)
-        pixels = torch.zeros(len(self.labeled), len(self.source.info.classes), dtype=torch.int64)
-        pixels[own] = class_pixels(self.source, self.labeled[own], s.data.workers)
+        pixels = torch.zeros(len(self.labeled), len(self.dataset.info.classes), dtype=torch.int64)
+        pixels[own] = class_pixels(self.dataset, self.labeled[own], s.data.workers)
         pixels = world.total(pixels.to(self.device)).cpu()
         if weighs:
             counts = (pixels.sum(dim=0).tolist(), (pixels > 0).sum(dim=0).tolist())
@@ -130,12 +130,12 @@ class Plan:
         ready = partial(finished, settings=settings, device=self.device)
         setup = Setup(
             settings,
-            self.source.info,
+            self.dataset.info,
             self.pairs,
             len(self.labeled),
             self.fresh,
             finish=ready if finish else unchanged,
-            taught=taught_by(settings, self.source.info),
+            taught=taught_by(settings, self.dataset.info),
             origins=self.origins,
         )
         made = self.about.load()
@@ -158,7 +158,7 @@ class Plan:
             broken: what is wrong with the last checkpoint, if anything.
         """
         told = [f"Warning: {broken}"] if broken else []
-        return [*told, *self.source.notes, *self.warnings(), *dict.fromkeys(self.origins)]
+        return [*told, *self.dataset.notes, *self.warnings(), *dict.fromkeys(self.origins)]
 
     def sketch(self, method: Method) -> str:
         """Return the network, the crop and the batch of the run, and when its contrast begins."""
@@ -205,19 +205,19 @@ class Plan:
                 f"Warning: there is no GPU for {networks[0]}. `recipe` folder-small trains a small "
                 f"network in minutes."
             )
-        if missing := classes_without_label(self.source, self.labeled):
+        if missing := classes_without_label(self.dataset, self.labeled):
             found.append(
                 f"Warning: none of the {len(self.labeled)} labelled images shows "
                 f"{', '.join(missing)}, so no network can learn it. Give more labelled images or "
                 f"`split_labeled`, or check the masks by ctt-data check."
             )
-        if missing := classes_without_label(self.source, self.source.eval_ids()):
-            found.append(not_evaluated(len(self.source.eval_ids()), missing))
+        if missing := classes_without_label(self.dataset, self.dataset.eval_ids()):
+            found.append(not_evaluated(len(self.dataset.eval_ids()), missing))
         return found
 
 
 def new_split(
-    settings: Settings, source: Source, uses_unlabeled: bool
+    settings: Settings, dataset: Dataset, uses_unlabeled: bool
 ) -> tuple[list[str], list[str]]:
     """Return the labelled and unlabelled images of a new run, after a quick look at their files.
 
@@ -225,11 +225,11 @@ def new_split(
         UserError: lists or files that cannot be used, or nothing left to learn from.
     """
     s = settings
-    labeled, unlabeled = make_split(source, s.ratio, s.seed, s.split_labeled, s.split_unlabeled)
-    check_quickly(source, labeled, unlabeled if uses_unlabeled else [])
-    masks = len(source.train_ids())
+    labeled, unlabeled = make_split(dataset, s.ratio, s.seed, s.split_labeled, s.split_unlabeled)
+    check_quickly(dataset, labeled, unlabeled if uses_unlabeled else [])
+    masks = len(dataset.train_ids())
     if s.dataset == "folder" and s.split_labeled is None and len(labeled) < masks:
-        source.notes += (
+        dataset.notes += (
             f"`ratio` {s.ratio} takes {len(labeled)} of the {masks} training images with masks as "
             f"labelled, and leaves the masks of the others unused; `ratio` 1/1 uses all.",
         )
@@ -265,7 +265,9 @@ def taught_by(
     return list(trained.networks.values()), trained.info
 
 
-def outside_masks(settings: Settings, source: Source, unlabeled: list[str]) -> OutsideMasks | None:
+def outside_masks(
+    settings: Settings, dataset: Dataset, unlabeled: list[str]
+) -> OutsideMasks | None:
     """Return the masks that another model made of the unlabelled images, after a quick look.
 
     Raises:
@@ -274,24 +276,26 @@ def outside_masks(settings: Settings, source: Source, unlabeled: list[str]) -> O
     s = settings.masks
     if s.folder is None:
         return None
-    masks = OutsideMasks(source, s.folder, s.confidence)
+    masks = OutsideMasks(dataset, s.folder, s.confidence)
     masks.check(unlabeled, handful(unlabeled))
     return masks
 
 
-def split_of_run(folder: Path, source: Source, uses_unlabeled: bool) -> tuple[list[str], list[str]]:
+def split_of_run(
+    folder: Path, dataset: Dataset, uses_unlabeled: bool
+) -> tuple[list[str], list[str]]:
     """Return `new_split` for a run that goes on: the lists that it was started with."""
-    run.hold_out(folder, source)
-    labeled = read_list(folder / run.LABELED_LIST, source, labeled=True)
+    run.hold_out(folder, dataset)
+    labeled = read_list(folder / run.LABELED_LIST, dataset, labeled=True)
     path = folder / run.UNLABELED_LIST
     unlabeled = run.read_names(path)
     if uses_unlabeled and unlabeled:
-        unlabeled = read_list(path, source, labeled=False)
-    check_quickly(source, labeled, unlabeled if uses_unlabeled else [])
+        unlabeled = read_list(path, dataset, labeled=False)
+    check_quickly(dataset, labeled, unlabeled if uses_unlabeled else [])
     return labeled, unlabeled
 
 
-def classes_without_label(source: Source, names: list[str]) -> list[str]:
+def classes_without_label(dataset: Dataset, names: list[str]) -> list[str]:
     """Return the names of the classes that the masks of none of these images show.
 
     Only lists of up to `FEW` images are read through; in longer ones a class is seldom missing, and
@@ -301,10 +305,10 @@ def classes_without_label(source: Source, names: list[str]) -> list[str]:
         return []
     seen: set[int] = set()
     for name in names:
-        seen.update(torch.bincount(source.label(name).flatten()).nonzero().flatten().tolist())
-        if len(seen - {IGNORE}) == len(source.info.classes):
+        seen.update(torch.bincount(dataset.label(name).flatten()).nonzero().flatten().tolist())
+        if len(seen - {IGNORE}) == len(dataset.info.classes):
             break
-    return [name for c, name in enumerate(source.info.classes) if c not in seen]
+    return [name for c, name in enumerate(dataset.info.classes) if c not in seen]
 
 
 def finished(network: M, settings: Settings, device: torch.device) -> M:

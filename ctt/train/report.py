@@ -63,7 +63,7 @@ def ending(
     Args:
         best: the best network. seconds: of training.
     """
-    info, evaluated = plan.source.info, len(plan.source.eval_ids())
+    info, evaluated = plan.dataset.info, len(plan.dataset.eval_ids())
     unseen = scores[best["network"]].without_label
     shown = [name for c, name in enumerate(info.classes) if c not in unseen]
     classes = ", ".join(shown) if len(shown) <= NAMED else f"{len(shown)} classes"
@@ -113,7 +113,7 @@ def summary_of(
         seconds: of training.
         waited: of them without a batch.
     """
-    s, info, evaluated = plan.settings, plan.source.info, plan.source.eval_ids()
+    s, info, evaluated = plan.settings, plan.dataset.info, plan.dataset.eval_ids()
     images = engine.images
     return {
         **as_json(scores, info, s.eval),
@@ -154,8 +154,8 @@ def draw_predictions(plan: Plan, engine: Engine, path: Path) -> None:
     draw_samples(
         path,
         networks[shown],
-        plan.source,
-        handful(plan.source.eval_ids(), SAMPLES),
+        plan.dataset,
+        handful(plan.dataset.eval_ids(), SAMPLES),
         plan.device,
         plan.settings.eval,
         f"{shown.replace('_', ' ')} after {plan.settings.train.iterations} iterations",

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ctt.data.dataset import Dataset, DatasetInfo
 from ctt.data.loader import read_in_order, reraise_user_errors
 from ctt.data.packed import pack
 from ctt.data.pictures import open_picture, read_mask
 from ctt.data.prepare import Prepared
-from ctt.data.source import DatasetInfo, Source
 from ctt.data.split import write_list
 from ctt.errors import UserError
 from ctt.inference.predict import Predict, predictor
@@ -74,9 +74,9 @@ class KeptLabels(Prepared):
     """
 
     def __init__(
-        self, source: Source, size: tuple[int, int] | None, cache: Path | None, folder: Path
+        self, dataset: Dataset, size: tuple[int, int] | None, cache: Path | None, folder: Path
     ) -> None:
-        super().__init__(source, size, cache)
+        super().__init__(dataset, size, cache)
         self.folder = folder
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ class Labeling:
     def __init__(
         self,
         settings: Settings,
-        source: Source,
+        dataset: Dataset,
         unlabeled: list[str],
         folder: Path,
         number: int,
@@ -107,8 +107,8 @@ class Labeling:
         world: World,
     ) -> None:
         self.settings, self.unlabeled, self.device, self.world = settings, unlabeled, device, world
-        self.source = Prepared(source, settings.data.resize, settings.data.cache)
-        self.info: DatasetInfo = source.info
+        self.dataset = Prepared(dataset, settings.data.resize, settings.data.cache)
+        self.info: DatasetInfo = dataset.info
         self.folder, self.before = folder_of(folder, number), folder_of(folder, number - 1)
         self.names: list[str] = []
         listed = (self.before / LIST).is_file()
@@ -122,7 +122,7 @@ class Labeling:
         training = [net.training for net in networks]
         for net in networks:
             net.eval()
-        read = read_in_order(self.source.image, own, self.settings.data.workers)
+        read = read_in_order(self.dataset.image, own, self.settings.data.workers)
         for name, image in zip(own, reraise_user_errors(read), strict=True):
             batch = image[None].to(self.device)
             yield name, [predict(batch)[0] for predict in predicts]

@@ -47,22 +47,22 @@ class Streams:
     def open(self, purpose: str, ids: list[str]) -> Generator[Batch]:
         """Return the batches of a list of images, until the end of the round."""
         s, d, engine = self.plan.settings, self.plan.settings.data, self.engine
-        source, (number, kind) = self.plan.source, self._round()
+        dataset, (number, kind) = self.plan.dataset, self._round()
         kept = purpose == "unlabeled" and kind.images == "kept"
-        images = Prepared(source, d.resize, d.cache)
+        images = Prepared(dataset, d.resize, d.cache)
         if kept:
-            images = KeptLabels(source, d.resize, d.cache, folder_of(self.folder, number))
+            images = KeptLabels(dataset, d.resize, d.cache, folder_of(self.folder, number))
         elif purpose == "unlabeled" and self.plan.masks is not None:
-            images = WithMasks(source, d.resize, d.cache, self.plan.masks)
-        view = GeometricView(d.crop, d.scale, d.flip, d.rotation, d.translation, source.info.mean)
+            images = WithMasks(dataset, d.resize, d.cache, self.plan.masks)
+        view = GeometricView(d.crop, d.scale, d.flip, d.rotation, d.translation, dataset.info.mean)
         labeled = kept or purpose == "labeled" or isinstance(images, WithMasks)
         rare = self._rare(purpose)
-        dataset = ViewDataset(images, ids, view, labeled, s.seed, purpose, rare)
+        views = ViewDataset(images, ids, view, labeled, s.seed, purpose, rare)
         steps = engine.rounds.starts[number + 1] - engine.iteration
         share = (engine.world.rank, engine.world.size)
         draws = (len(ids), self._batch(purpose), self._first(purpose), steps)
         sampler = DrawSampler(*draws, s.seed, purpose, *share, rare)
-        stream = load(dataset, sampler, d.workers, pin_memory=engine.device.type == "cuda")
+        stream = load(views, sampler, d.workers, pin_memory=engine.device.type == "cuda")
         self._opened.append(stream)
         return stream
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import earth_trees
+from ctt.data.dataset import Dataset
 from ctt.data.earth import INFO
-from ctt.data.source import Source
 
 
-class Stripes(Source):
+class Stripes(Dataset):
     """Tiles whose colour is that of their class."""
 
     info = INFO

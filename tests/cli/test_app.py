@@ -47,8 +47,8 @@ def viewer(folder: Path) -> page.Viewer:
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
     file = tmp_path / "digit.png"
-    source = Digits(2, 1)
-    Image.fromarray(source.image("val-0").permute(1, 2, 0).numpy()).save(file)
+    dataset = Digits(2, 1)
+    Image.fromarray(dataset.image("val-0").permute(1, 2, 0).numpy()).save(file)
     return file
 
 

@@ -16,7 +16,7 @@ from ctt.checkpoint import save_network
 from ctt.cli import data as program
 from ctt.cli import predict
 from ctt.data.check import check_quickly, handful
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.data.split import draw_split, make_split
 from ctt.errors import UserError
 from ctt.settings import Settings
@@ -54,8 +54,8 @@ def test_a_whole_data_set_passes(tmp_path: Path, call: Call) -> None:
 def test_all_that_is_wrong_is_named(tmp_path: Path, call: Call) -> None:
     folder = trees.write_voc(tmp_path)
     images, masks = folder / "JPEGImages", folder / "SegmentationClassAug"
-    source = data.open_source("voc", tmp_path, SourceOptions())
-    truncated, size, label, colours, missing = source.train_ids()[:5]
+    dataset = data.open_dataset("voc", tmp_path, DatasetOptions())
+    truncated, size, label, colours, missing = dataset.train_ids()[:5]
     path = images / f"{truncated}.jpg"
     path.write_bytes(path.read_bytes()[:-200])
     _, values = trees.picture((40, 50), (1,), 0)
@@ -124,9 +124,9 @@ def test_written_lists_are_the_split_of_the_same_seed(
     base = ("split", "--dataset", dataset, "--data-root", tmp_path / "data", "--ratio", "1/3")
     code, shown, _ = call(*base, "--seed", 5, "--out", out, "--form", form)
     assert code == 0
-    source = data.open_source(dataset, tmp_path / "data", SourceOptions())
-    drawn = make_split(source, "1/3", 5, None, None)
-    assert make_split(source, "1", 0, out / "labeled.txt", out / "unlabeled.txt") == drawn
+    images = data.open_dataset(dataset, tmp_path / "data", DatasetOptions())
+    drawn = make_split(images, "1/3", 5, None, None)
+    assert make_split(images, "1", 0, out / "labeled.txt", out / "unlabeled.txt") == drawn
     assert f"{len(drawn[0])} labelled and {len(drawn[1])} unlabelled" in shown
     if form == "paths":
         for line in (out / "labeled.txt").read_text("utf-8").splitlines():
@@ -151,8 +151,8 @@ def test_unlabelled_images_are_listed_without_a_mask(tmp_path: Path, call: Call)
     lines = (out / "unlabeled.txt").read_text("utf-8").splitlines()
     assert [line.startswith("unlabeled/") for line in lines] == [True] * 4
     assert [line.endswith(".png None") for line in lines] == [True] * 4
-    source = data.open_source("folder", root, SourceOptions())
-    assert len(make_split(source, "1", 0, out / "labeled.txt", out / "unlabeled.txt")[1]) == 4
+    dataset = data.open_dataset("folder", root, DatasetOptions())
+    assert len(make_split(dataset, "1", 0, out / "labeled.txt", out / "unlabeled.txt")[1]) == 4
 
 
 def test_options_are_looked_at(tmp_path: Path, call: Call) -> None:
@@ -219,9 +219,9 @@ def test_a_class_that_is_taken_for_the_ignored_pixels_is_refused(
     assert (code, "1 fault found" in err) == (2, True)
     assert "The masks hold 0 and 255 only" in out
     assert "`id_map: {0: 0, 255: 1}`" in out
-    source = data.open_source("folder", root, SourceOptions())
+    dataset = data.open_dataset("folder", root, DatasetOptions())
     with pytest.raises(UserError, match="no pixel is left of class 1, thing"):
-        check_quickly(source, source.train_ids(), [])
+        check_quickly(dataset, dataset.train_ids(), [])
     mapped = write_two_classes(tmp_path / "b", 255, "id_map: {0: 0, 255: 1}\n")
     code, out, _ = call("check", "--dataset", "folder", "--data-root", mapped)
     assert (code, "Nothing is wrong." in out) == (0, True)
@@ -245,13 +245,13 @@ def test_twelve_bits_in_sixteen_are_told_and_can_be_stated(tmp_path: Path, call:
     _, out, _ = call("check", "--dataset", "folder", "--data-root", root)
     assert "Warning: the images of 16 bits hold values up to 4000 only" in out
     assert "such as `white: 4095`" in out
-    source = data.open_source("folder", root, SourceOptions())
-    check_quickly(source, source.train_ids(), [])
-    assert source.notes[-1].startswith("Warning: the images of 16 bits")
+    dataset = data.open_dataset("folder", root, DatasetOptions())
+    check_quickly(dataset, dataset.train_ids(), [])
+    assert dataset.notes[-1].startswith("Warning: the images of 16 bits")
     (root / "dataset.yaml").write_text(f"{description}white: 4095\n", "utf-8")
     _, out, _ = call("check", "--dataset", "folder", "--data-root", root)
     assert "Nothing is wrong." in out
-    stated = data.open_source("folder", root, SourceOptions())
+    stated = data.open_dataset("folder", root, DatasetOptions())
     image = stated.image(stated.train_ids()[0])
     assert image.max() == round(4000 / 4095 * 255)
     network = models.build("small", len(stated.info.classes), width=4, features=8)
@@ -275,9 +275,9 @@ def test_the_same_file_in_two_parts_is_told(tmp_path: Path, call: Call) -> None:
     assert "Warning: 1 of the images to evaluate on are also images with masks, such as " in out
     assert f"{root / 'images' / 'photo 0.jpg'} and {copied}" in out
     assert "Warning: 1 of the images to evaluate on are also images without masks" in out
-    source = data.open_source("folder", root, SourceOptions())
-    check_quickly(source, *make_split(source, "1/1", 0, None, None))
-    assert [str(linked) in note for note in source.notes] == [True]  # copies would take too long
+    dataset = data.open_dataset("folder", root, DatasetOptions())
+    check_quickly(dataset, *make_split(dataset, "1/1", 0, None, None))
+    assert [str(linked) in note for note in dataset.notes] == [True]  # copies would take too long
 
 
 def test_what_is_unusual_in_images_is_told(tmp_path: Path, call: Call) -> None:
@@ -307,9 +307,9 @@ def test_what_is_unusual_in_images_is_told(tmp_path: Path, call: Call) -> None:
     assert code == 0
     assert all(f"1 of the 12 images looked at {text}" in out for text in expected)
     assert "Nothing else is wrong." in out
-    source = data.open_source("folder", root, SourceOptions())
-    check_quickly(source, source.train_ids()[:5], [])
-    assert sum(text in note for note in source.notes for text in expected) == 4
+    dataset = data.open_dataset("folder", root, DatasetOptions())
+    check_quickly(dataset, dataset.train_ids()[:5], [])
+    assert sum(text in note for note in dataset.notes for text in expected) == 4
 
 
 def test_a_mask_of_an_image_that_is_turned(tmp_path: Path, call: Call) -> None:
@@ -329,8 +329,8 @@ def test_a_mask_of_an_image_that_is_turned(tmp_path: Path, call: Call) -> None:
 def test_the_held_out_part_shows_every_class_or_it_is_told(tmp_path: Path, call: Call) -> None:
     root = trees.write_folder(tmp_path, labeled=20, evaluation=0)
     rare = ["images/größer/photo 1.jpg", "images/photo 2.jpg"]
-    options = SourceOptions()
-    plain = draw_split(data.open_source("folder", root, options).train_ids(), 2, "holdout")
+    options = DatasetOptions()
+    plain = draw_split(data.open_dataset("folder", root, options).train_ids(), 2, "holdout")
 
     def draw(names: list[str]) -> None:
         for i in range(20):
@@ -342,8 +342,10 @@ def test_the_held_out_part_shows_every_class_or_it_is_told(tmp_path: Path, call:
 
     assert not set(rare) & set(plain[0])
     draw(rare)
-    source = data.open_source("folder", root, options)
-    assert len(set(rare) & set(source.eval_ids())) == len(set(rare) & set(source.train_ids())) == 1
+    dataset = data.open_dataset("folder", root, options)
+    assert (
+        len(set(rare) & set(dataset.eval_ids())) == len(set(rare) & set(dataset.train_ids())) == 1
+    )
     draw(rare[:1])
     code, out, _ = call("check", "--dataset", "folder", "--data-root", root)
     text = (
@@ -353,7 +355,7 @@ def test_the_held_out_part_shows_every_class_or_it_is_told(tmp_path: Path, call:
     settings = Settings(dataset="folder", data_root=root, ratio="5", method="supervised")
     plan = Plan.of(settings, None)
     assert any(text in warning for warning in plan.warnings())
-    assert "`ratio` 5 takes 5 of the 18 training images with masks" in plan.source.notes[-1]
+    assert "`ratio` 5 takes 5 of the 18 training images with masks" in plan.dataset.notes[-1]
 
 
 def test_equal_faults_are_told_once(tmp_path: Path, call: Call) -> None:

@@ -52,16 +52,16 @@ def test_what_cannot_be_drawn_is_told(folder: Path, tmp_path: Path) -> None:
 
 def test_pixels_have_the_classes_of_their_labels(folder: Path) -> None:
     network = load_trained(folder).networks["teacher_1"]
-    source = Digits(24, 6)
-    args = (network, source, source.train_ids()[:4], torch.device("cpu"), EvalSettings())
+    dataset = Digits(24, 6)
+    args = (network, dataset, dataset.train_ids()[:4], torch.device("cpu"), EvalSettings())
     features, classes = embedding.pixels_of(*args)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(len(features)))
-    shown = {int(c) for name in args[2] for c in source.label(name)[::2, ::2].unique()}
+    shown = {int(c) for name in args[2] for c in dataset.label(name)[::2, ::2].unique()}
     assert set(classes.tolist()) == shown
     assert max(torch.bincount(classes)) == 3
     again, _ = embedding.pixels_of(*args)
     assert torch.equal(features, again)
-    none, _ = embedding.pixels_of(network, source, [], torch.device("cpu"), EvalSettings())
+    none, _ = embedding.pixels_of(network, dataset, [], torch.device("cpu"), EvalSettings())
     assert none.shape == (0, features.shape[1])
 
 

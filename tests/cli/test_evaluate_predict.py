@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ctt import checkpoint, run
 from ctt.cli import evaluate, predict, train
-from ctt.data import open_source
+from ctt.data import open_dataset
 from ctt.data.digits import Digits
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.data.pictures import read_image
 from ctt.inference import predict as inference
 from ctt.inference.load import TrainedNetworks
@@ -34,9 +34,9 @@ SCORES = ("miou", "class_iou", "absent", "pixel_accuracy")
 def images(tmp_path: Path) -> Path:
     folder = tmp_path / "my pictures"
     folder.mkdir()
-    source = Digits(2, 3)
-    for name in source.eval_ids():
-        Image.fromarray(source.image(name).permute(1, 2, 0).numpy()).save(folder / f"{name} ü.png")
+    dataset = Digits(2, 3)
+    for name in dataset.eval_ids():
+        Image.fromarray(dataset.image(name).permute(1, 2, 0).numpy()).save(folder / f"{name} ü.png")
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (33, 57), np.uint8)).save(folder / "grey.jpg")
     (folder / "notes.txt").write_text("no image")
@@ -524,7 +524,7 @@ def test_images_that_came_later_do_not_change_what_is_held_out(
         image, label = trees.picture((40, 48), (1, 2), i)
         trees.save_image(root / "images" / f"later {i}.jpg", image)
         trees.save_mask(root / "masks" / f"later {i}.png", label)
-    drawn_now = open_source("folder", root, SourceOptions()).eval_ids()
+    drawn_now = open_dataset("folder", root, DatasetOptions()).eval_ids()
     assert len(held_out) == 1
     assert drawn_now != held_out
     for weights, scores in ((out, "scores"), (f"{out}/best.safetensors", "scores of a file")):

@@ -14,7 +14,7 @@ from ctt import data, methods, recipes
 from ctt.cli import train
 from ctt.console import plain_console
 from ctt.data import fit
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.errors import UserError
 from ctt.settings import Settings, update
 from ctt.train import pace
@@ -94,10 +94,10 @@ def test_a_crop_that_fits_the_images(
     tmp_path: Path, size: tuple[int, int], crop: tuple[int, int]
 ) -> None:
     root = trees.write_folder(tmp_path, labeled=2, size=(max(9, size[0]), max(9, size[1])))
-    source = data.open_source("folder", root, SourceOptions())
-    assert fit.fitting_crop(source, source.train_ids(), size) == crop
+    dataset = data.open_dataset("folder", root, DatasetOptions())
+    assert fit.fitting_crop(dataset, dataset.train_ids(), size) == crop
     if min(size) >= 9:
-        assert fit.fitting_crop(source, source.train_ids(), None) == crop
+        assert fit.fitting_crop(dataset, dataset.train_ids(), None) == crop
 
 
 def test_a_crop_is_two_numbers_from_8_on_or_fits() -> None:

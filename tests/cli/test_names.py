@@ -14,9 +14,9 @@ from ctt.cli import data as program
 from ctt.cli import evaluate, predict, train
 from ctt.cli.common import run_program
 from ctt.console import plain_console
-from ctt.data import open_source
-from ctt.data.options import SourceOptions
-from ctt.data.source import DatasetInfo
+from ctt.data import open_dataset
+from ctt.data.dataset import DatasetInfo
+from ctt.data.options import DatasetOptions
 from ctt.errors import UserError
 from ctt.inference.figures import draw_confusion
 from ctt.settings import Settings, update, validate
@@ -124,7 +124,7 @@ def test_folders_with_brackets_in_a_pattern(tmp_path: Path, pattern: str) -> Non
 
 def test_home_folders_that_nobody_knows() -> None:
     with pytest.raises(UserError, match="`data_root` ~nobodyknows/x: it is not known which folder"):
-        open_source("folder", Path("~nobodyknows/x"), SourceOptions())
+        open_dataset("folder", Path("~nobodyknows/x"), DatasetOptions())
     with pytest.raises(UserError, match=r"`data\.cache` ~nobodyknows"):
         validate(update(Settings(), {"data": {"cache": "~nobodyknows"}}, "test"))
 

@@ -74,11 +74,18 @@ def test_masks_of_the_first_images_come_back(run: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(out / "cvat.zip").extractall(out / "cvat")
     first = [row["image"].removeprefix("unlabeled/") for row in rows(out / "rank.csv")[:2]]
     found = {}
-    for form, source in (("coco", "annotations.json"), ("labelme", "images"), ("cvat", "cvat")):
+    for form, dataset in (("coco", "annotations.json"), ("labelme", "images"), ("cvat", "cvat")):
         mine = tmp_path / form
         shutil.copytree(run.parent / "data" / "unlabeled", mine / "unlabeled")
         shutil.copy(run.parent / "data" / "dataset.yaml", mine)
-        command = ["convert", str(out / source), "--to", str(mine), "--images", str(out / "images")]
+        command = [
+            "convert",
+            str(out / dataset),
+            "--to",
+            str(mine),
+            "--images",
+            str(out / "images"),
+        ]
         assert data._main(command) == 0
         left = mine / "unlabeled"
         kept = {path.relative_to(left).as_posix() for path in left.rglob("*.JPG")}
@@ -188,8 +195,8 @@ def test_copies_have_the_endings_of_their_files(tmp_path: Path) -> None:
     root = write_voc(tmp_path / "data", classic=1, augmented=1, evaluation=1, size=(20, 24))
     (tmp_path / "split").mkdir()
     (tmp_path / "split" / "unlabeled.txt").write_text("2007_000039\n")
-    source = Settings(dataset="voc", data_root=root).open_source()
-    (entry,) = unlabeled(tmp_path, source)
+    dataset = Settings(dataset="voc", data_root=root).open_dataset()
+    (entry,) = unlabeled(tmp_path, dataset)
     assert (entry.name, entry.place.name) == ("2007_000039", "2007_000039.jpg")
 
 

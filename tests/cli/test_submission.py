@@ -12,8 +12,8 @@ from ctt import checkpoint, data, models
 from ctt.cli import evaluate
 from ctt.cli.common import BAD_INPUT
 from ctt.data import cityscapes, voc
-from ctt.data.options import SourceOptions
-from ctt.data.source import DatasetInfo
+from ctt.data.dataset import DatasetInfo
+from ctt.data.options import DatasetOptions
 from tests.cli.test_evaluate_predict import call
 from tests.data import trees
 
@@ -83,7 +83,7 @@ def test_nothing_is_tuned_on_training_images(
     else:
         write.get(dataset, trees.write_folder)(tmp_path / "data")
     name = dataset.split()[0]
-    info = data.open_source(name, tmp_path / "data", SourceOptions()).info
+    info = data.open_dataset(name, tmp_path / "data", DatasetOptions()).info
     path = weights(tmp_path / "net.safetensors", info)
     arguments = [str(path), "--data-root", str(tmp_path / "data"), "--workers", "0"]
     held_out = dataset == "folder without val"

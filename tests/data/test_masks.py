@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ctt.data import open_source
+from ctt.data import open_dataset
 from ctt.data.check import check_quickly
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.data.pictures import open_picture, read_image, read_mask
 from ctt.data.split import read_list
 from ctt.errors import UserError
@@ -33,7 +33,7 @@ def label_of(root: Path, mask: Image.Image, text: str = COLOURS, file: str = "a.
         Image.new("RGB", mask.size).save(root / "images" / f"{name}.png")
     mask.save(root / "masks" / file)
     (root / "dataset.yaml").write_text(text, "utf-8")
-    return open_source("folder", root, SourceOptions()).label("images/a.png")
+    return open_dataset("folder", root, DatasetOptions()).label("images/a.png")
 
 
 def palette_png(order: list[int]) -> Image.Image:
@@ -228,21 +228,21 @@ def test_masks_of_other_names_are_told_and_their_suffix_can_be_stated(
 ) -> None:
     images, masks = ([name.format(i) for i in range(4)] for name in (image, mask))
     root = folder(tmp_path, images, masks)
-    source = open_source("folder", root, SourceOptions())
+    dataset = open_dataset("folder", root, DatasetOptions())
     with pytest.raises(UserError) as caught:
-        source.label(images[2])
+        dataset.label(images[2])
     assert hint in str(caught.value)
     with pytest.raises(UserError, match="files are missing in all"):
-        check_quickly(source, images[1:], [])
+        check_quickly(dataset, images[1:], [])
     if mask.startswith("masks/"):
         expected = f"4 of the masks belong to no image, such as {masks[0]}."
-        assert any(expected in note for note in source.notes)
+        assert any(expected in note for note in dataset.notes)
     if "suffix" in hint:
         setting = hint.split("`")[1]
         root = folder(tmp_path, images, masks, f"{CLASSES}{setting}\n")
-        source = open_source("folder", root, SourceOptions())
-        assert [int(source.label(name)[0, 0]) for name in images] == [0, 1, 2, 0]
-        assert not any("belong to no image" in note for note in source.notes)
+        dataset = open_dataset("folder", root, DatasetOptions())
+        assert [int(dataset.label(name)[0, 0]) for name in images] == [0, 1, 2, 0]
+        assert not any("belong to no image" in note for note in dataset.notes)
 
 
 def test_masks_of_any_names_are_paired_by_a_list(tmp_path: Path) -> None:
@@ -252,18 +252,18 @@ def test_masks_of_any_names_are_paired_by_a_list(tmp_path: Path) -> None:
     forms = ("{}\t{}", "set/{} /home/me/set/{}", f"{root}/{{}}\t{root}/{{}}", "{} {}")
     lines = [form.format(*pair) for form, *pair in zip(forms, images, masks, strict=True)]
     (root / "pairs.txt").write_text("\n".join(lines).replace("images/im3", "images\\im3"), "utf-8")
-    source = open_source("folder", root, SourceOptions())
-    assert [int(source.label(name)[0, 0]) for name in images] == [0, 1, 2, 0]
-    held_out = source.eval_ids()
+    dataset = open_dataset("folder", root, DatasetOptions())
+    assert [int(dataset.label(name)[0, 0]) for name in images] == [0, 1, 2, 0]
+    held_out = dataset.eval_ids()
     kept = [name for name in images[:3] if name not in held_out]
     (root / "list.txt").write_text(
         "\n".join(line for line, name in zip(lines, images, strict=True) if name in kept), "utf-8"
     )
-    assert read_list(root / "list.txt", source, labeled=True) == kept
+    assert read_list(root / "list.txt", dataset, labeled=True) == kept
     swapped = f"{kept[0]}\t{masks[images.index(kept[1])]}"
     (root / "list.txt").write_text(swapped, "utf-8")
     with pytest.raises(UserError, match=r"which is not its mask\..* see `pairs` in docs"):
-        read_list(root / "list.txt", source, labeled=True)
+        read_list(root / "list.txt", dataset, labeled=True)
 
 
 @pytest.mark.parametrize(
@@ -284,15 +284,15 @@ def test_bad_pairs(tmp_path: Path, line: str, message: str) -> None:
     )
     (root / "pairs.txt").write_text(f"images/b.jpg masks/a.png\n{line}\n", "utf-8")
     with pytest.raises(UserError, match=message):
-        open_source("folder", root, SourceOptions())
+        open_dataset("folder", root, DatasetOptions())
 
 
 def test_two_masks_of_one_image_are_refused(tmp_path: Path) -> None:
     root = folder(tmp_path, ["images/a.jpg", "images/b.jpg"], ["masks/a.png", "masks/a.tif"])
     with pytest.raises(UserError, match="both would be the mask of one image"):
-        open_source("folder", root, SourceOptions())
+        open_dataset("folder", root, DatasetOptions())
     (root / "masks" / "a.tif").rename(root / "masks" / "a.jpg")
-    assert open_source("folder", root, SourceOptions()).label("images/a.jpg").shape == (2, 3)
+    assert open_dataset("folder", root, DatasetOptions()).label("images/a.jpg").shape == (2, 3)
 
 
 def test_large_images_are_read_up_to_a_stated_number_of_pixels(
@@ -381,13 +381,13 @@ def test_keys_that_are_not_meant_so(tmp_path: Path, text: str, message: str) -> 
 def test_folders_of_nearly_the_right_name_are_told(tmp_path: Path) -> None:
     root = folder(tmp_path, ["Images/a.jpg", "Images/b.jpg"], ["Masks/a.png", "Masks/b.png"])
     with pytest.raises(UserError) as caught:
-        open_source("folder", root, SourceOptions())
+        open_dataset("folder", root, DatasetOptions())
     assert f"{root / 'Images'} is not read: is it meant as images/? Rename it." in str(caught.value)
     (root / "Images").rename(root / "images")
     (root / "unlabelled").mkdir()
-    source = open_source("folder", root, SourceOptions())
+    dataset = open_dataset("folder", root, DatasetOptions())
     with pytest.raises(UserError, match=r"Is Masks/a\.png meant\?"):
-        source.label("images/a.jpg")
+        dataset.label("images/a.jpg")
     assert f"Warning: {root / 'unlabelled'} is not read: is it meant as unlabeled/?" in str(
-        source.notes
+        dataset.notes
     )

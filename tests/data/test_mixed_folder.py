@@ -10,8 +10,8 @@ from PIL import Image
 
 from ctt.cli import data as program
 from ctt.cli.predict import find_jobs
-from ctt.data import open_source
-from ctt.data.options import SourceOptions
+from ctt.data import open_dataset
+from ctt.data.options import DatasetOptions
 from ctt.errors import UserError
 from tests.data.trees import picture
 
@@ -51,12 +51,12 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_each_image_meets_its_mask(root: Path) -> None:
-    source = open_source("folder", root, SourceOptions())
-    assert len(source.unlabeled_ids()) == 7
-    names = [*source.train_ids(), *source.eval_ids()]
+    dataset = open_dataset("folder", root, DatasetOptions())
+    assert len(dataset.unlabeled_ids()) == 7
+    names = [*dataset.train_ids(), *dataset.eval_ids()]
     assert {Path(name).name for name in names} == set(NAMES)
     for name in names:
-        image, label = source.pair(name)
+        image, label = dataset.pair(name)
         i = NAMES.index(Path(name).name)
         assert image.shape == (3, *SIZES[i])
         expected = picture(SIZES[i], (1, 2), i)[1] % 255
@@ -79,9 +79,9 @@ def test_what_is_wrong_or_not_read_is_told(root: Path, capsys: pytest.CaptureFix
     ):
         assert text in shown
     mask.with_suffix(".jpg").unlink()
-    source = open_source("folder", root, SourceOptions())
+    dataset = open_dataset("folder", root, DatasetOptions())
     with pytest.raises(UserError, match="Move images without masks to unlabeled/"):
-        source.label("images/grau.jpg")
+        dataset.label("images/grau.jpg")
 
 
 def test_images_to_predict_that_are_not_read_are_told(
@@ -92,4 +92,4 @@ def test_images_to_predict_that_are_not_read_are_told(
     for path in (root / "images").iterdir():
         path.rename(path.with_suffix(".heif"))
     with pytest.raises(UserError, match=r"there are no images .* holds 6 files of a form"):
-        open_source("folder", root, SourceOptions())
+        open_dataset("folder", root, DatasetOptions())

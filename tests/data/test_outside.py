@@ -12,13 +12,13 @@ from PIL import Image
 from ctt.cli.data import _main as data_program
 from ctt.cli.train import _main as train_program
 from ctt.configure import refuse_unused
-from ctt.data import open_source
+from ctt.data import open_dataset
+from ctt.data.dataset import Dataset
 from ctt.data.digits import INFO, Digits
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.data.outside import OutsideMasks, WithMasks
 from ctt.data.packed import pack, unpack
 from ctt.data.pictures import ORIENTATION
-from ctt.data.source import Source
 from ctt.data.views import GeometricView
 from ctt.errors import UserError
 from ctt.settings import Settings
@@ -30,73 +30,73 @@ SMALL = (
 )
 
 
-def write_masks(folder: Path, source: Source, names: Iterable[str], end: str = "") -> Path:
+def write_masks(folder: Path, dataset: Dataset, names: Iterable[str], end: str = "") -> Path:
     """Write the true labels as masks."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        trees.save_mask(folder / f"{name}{end}.png", source.label(name).numpy(), "L")
+        trees.save_mask(folder / f"{name}{end}.png", dataset.label(name).numpy(), "L")
     return folder
 
 
-def write_sure(folder: Path, source: Source, names: Iterable[str]) -> Path:
+def write_sure(folder: Path, dataset: Dataset, names: Iterable[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(names):
-        size = source.label(name).shape
+        size = dataset.label(name).shape
         values = np.random.default_rng(i).integers(0, 256, size).astype(np.uint8)
         Image.fromarray(values, "L").save(folder / f"{name}_confidence.png")
     return folder
 
 
 @pytest.fixture(scope="module")
-def source() -> Digits:
+def dataset() -> Digits:
     return Digits(12, 2)
 
 
 @pytest.mark.parametrize("end", ["", "_mask"])
-def test_masks_and_their_confidence_are_read(source: Digits, tmp_path: Path, end: str) -> None:
-    name = source.train_ids()[3]
-    folder = write_masks(tmp_path, source, [name], end)
-    plain = OutsideMasks(source, folder, None)
+def test_masks_and_their_confidence_are_read(dataset: Digits, tmp_path: Path, end: str) -> None:
+    name = dataset.train_ids()[3]
+    folder = write_masks(tmp_path, dataset, [name], end)
+    plain = OutsideMasks(dataset, folder, None)
     label, sure = unpack(plain.pair(name)[1])
-    assert torch.equal(label, source.label(name).long())
+    assert torch.equal(label, dataset.label(name).long())
     assert (sure == 1).all()
-    write_sure(folder, source, [name])
+    write_sure(folder, dataset, [name])
     stored = np.asarray(Image.open(folder / f"{name}_confidence.png"))
-    label, sure = unpack(OutsideMasks(source, folder, folder).pair(name)[1])
-    assert torch.equal(label, source.label(name).long())
+    label, sure = unpack(OutsideMasks(dataset, folder, folder).pair(name)[1])
+    assert torch.equal(label, dataset.label(name).long())
     torch.testing.assert_close(sure, torch.from_numpy(stored / 255).float())
     (folder / f"{name}_confidence.png").unlink()
     with pytest.raises(UserError, match="must hold a map of confidence"):
-        OutsideMasks(source, folder, folder).pair(name)  # not the mask itself
+        OutsideMasks(dataset, folder, folder).pair(name)  # not the mask itself
 
 
 def test_masks_are_found_by_the_name_of_the_image_file(tmp_path: Path) -> None:
     root = trees.write_cityscapes(tmp_path / "city")
-    city = open_source("cityscapes", root, SourceOptions())
+    city = open_dataset("cityscapes", root, DatasetOptions())
     name = city.train_ids()[0]
     stem = city.files(name, labeled=False)[0].stem
     trees.save_mask(tmp_path / "m" / f"{stem}_mask.png", city.label(name).numpy(), "P")
     assert OutsideMasks(city, tmp_path / "m", None).path(name).name == f"{stem}_mask.png"
 
 
-def test_masks_follow_the_geometry(source: Digits, tmp_path: Path) -> None:
+def test_masks_follow_the_geometry(dataset: Digits, tmp_path: Path) -> None:
     """As labels do, which the tests of views hold to the image."""
-    names = source.train_ids()[:3]
-    masks = OutsideMasks(source, write_masks(tmp_path, source, names), None)
+    names = dataset.train_ids()[:3]
+    masks = OutsideMasks(dataset, write_masks(tmp_path, dataset, names), None)
     view = GeometricView((30, 46), (0.7, 1.4), True, 10.0, 0.1, (0.5, 0.5, 0.5))
     for seed in range(6):
         name = names[seed % 3]
-        image, mask = WithMasks(source, None, None, masks).pair(name)
+        image, mask = WithMasks(dataset, None, None, masks).pair(name)
         picture, moved = view(image, mask, seed)
-        expected, label = view(image, source.label(name), seed)
+        expected, label = view(image, dataset.label(name), seed)
         assert torch.equal(picture, expected)
         assert torch.equal(unpack(moved)[0], label.long())
-        padding = view(image, torch.zeros_like(source.label(name)), seed)[1] == 255
+        padding = view(image, torch.zeros_like(dataset.label(name)), seed)[1] == 255
         assert torch.equal(moved < 0, padding)
         assert padding.any()
-    resized = WithMasks(source, (20, 24), None, masks).pair(names[0])[1]
+    resized = WithMasks(dataset, (20, 24), None, masks).pair(names[0])[1]
     assert resized.shape == (20, 24)
-    kept, known = unpack(resized)[0], source.label(names[0])
+    kept, known = unpack(resized)[0], dataset.label(names[0])
     assert torch.isin(kept, known).all()
 
 
@@ -105,7 +105,7 @@ def test_masks_follow_the_geometry(source: Digits, tmp_path: Path) -> None:
 def test_every_mask_is_compared_with_its_image_as_that_is_read(
     tmp_path: Path, resize: tuple[int, int] | None, cached: bool
 ) -> None:
-    own = open_source("folder", trees.write_folder(tmp_path / "d", unlabeled=3), SourceOptions())
+    own = open_dataset("folder", trees.write_folder(tmp_path / "d", unlabeled=3), DatasetOptions())
     names = own.unlabeled_ids()
     note = Image.Exif()
     note[ORIENTATION] = 6
@@ -147,12 +147,12 @@ def test_packed_values_come_back() -> None:
     ],
 )
 def test_what_is_wrong_is_refused_before_training(
-    source: Digits, tmp_path: Path, what: str, message: str
+    dataset: Digits, tmp_path: Path, what: str, message: str
 ) -> None:
     folder, sure = tmp_path / "masks", tmp_path / "sure"
-    names = source.train_ids()
-    write_masks(folder, source, names)
-    write_sure(sure, source, names)
+    names = dataset.train_ids()
+    write_masks(folder, dataset, names)
+    write_sure(sure, dataset, names)
     for name in names:
         if what == "missing":
             (folder / f"{name}.png").unlink()
@@ -195,7 +195,7 @@ def test_ctt_data_check_looks_at_all_masks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = trees.write_folder(tmp_path / "data", unlabeled=3)
-    own = open_source("folder", root, SourceOptions())
+    own = open_dataset("folder", root, DatasetOptions())
     names = own.unlabeled_ids()
     for name in names:
         height, width = own.image(name).shape[1:]

@@ -6,47 +6,47 @@ import torch
 
 from ctt import data
 from ctt.data.digits import Digits
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.data.prepare import Prepared, resize_image, resize_label
 from ctt.errors import UserError
 from tests.data import trees
 
 
 def test_resize_comes_before_all_else(tmp_path: Path) -> None:
-    source = data.open_source("cityscapes", trees.write_cityscapes(tmp_path), SourceOptions())
-    small = Prepared(source, (16, 32), None)
-    for name in source.train_ids():
+    dataset = data.open_dataset("cityscapes", trees.write_cityscapes(tmp_path), DatasetOptions())
+    small = Prepared(dataset, (16, 32), None)
+    for name in dataset.train_ids():
         image, label = small.pair(name)
-        assert torch.equal(image, resize_image(source.image(name), (16, 32)))
-        assert torch.equal(label, resize_label(source.label(name), (16, 32)))
-        assert set(label.unique().tolist()) <= set(source.label(name).unique().tolist())
+        assert torch.equal(image, resize_image(dataset.image(name), (16, 32)))
+        assert torch.equal(label, resize_label(dataset.label(name), (16, 32)))
+        assert set(label.unique().tolist()) <= set(dataset.label(name).unique().tolist())
         assert torch.equal(small.image(name), image)
 
 
 @pytest.mark.parametrize("size", [None, (20, 30)])
 def test_a_cache_gives_what_the_files_hold(tmp_path: Path, size: tuple[int, int] | None) -> None:
-    source = data.open_source("voc", trees.write_voc(tmp_path / "data"), SourceOptions())
-    plain, kept = Prepared(source, size, None), Prepared(source, size, tmp_path / "new" / "cache")
+    dataset = data.open_dataset("voc", trees.write_voc(tmp_path / "data"), DatasetOptions())
+    plain, kept = Prepared(dataset, size, None), Prepared(dataset, size, tmp_path / "new" / "cache")
     for _ in range(2):
-        for name in source.train_ids():
+        for name in dataset.train_ids():
             for one, other in zip(plain.pair(name), kept.pair(name), strict=True):
                 assert torch.equal(one, other)
     files = sorted((tmp_path / "new" / "cache").iterdir())
-    assert len(files) == 2 * len(source.train_ids())
+    assert len(files) == 2 * len(dataset.train_ids())
     (tmp_path / "own").touch()
     assert {file.stat().st_mode for file in files} == {(tmp_path / "own").stat().st_mode}
     height, width = size or (40, 50)
-    pixels = len(source.train_ids()) * height * width
+    pixels = len(dataset.train_ids()) * height * width
     assert 4 * pixels <= sum(file.stat().st_size for file in files) <= 4 * pixels + 128 * len(files)
 
 
 def test_a_cache_reads_no_file_twice_and_notices_a_change(tmp_path: Path) -> None:
     folder = trees.write_voc(tmp_path / "data")
-    source = data.open_source("voc", folder, SourceOptions())
-    kept = Prepared(source, None, tmp_path / "cache")
-    name = source.train_ids()[0]
+    dataset = data.open_dataset("voc", folder, DatasetOptions())
+    kept = Prepared(dataset, None, tmp_path / "cache")
+    name = dataset.train_ids()[0]
     before = kept.image(name)
-    path = source.files(name, labeled=False)[0]
+    path = dataset.files(name, labeled=False)[0]
     state = path.stat()
     path.write_bytes(b"x" * state.st_size)
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
@@ -58,9 +58,9 @@ def test_a_cache_reads_no_file_twice_and_notices_a_change(tmp_path: Path) -> Non
 
 
 def test_a_torn_file_of_the_cache_is_read_anew(tmp_path: Path) -> None:
-    source = data.open_source("voc", trees.write_voc(tmp_path / "data"), SourceOptions())
-    kept = Prepared(source, None, tmp_path / "cache")
-    name = source.train_ids()[0]
+    dataset = data.open_dataset("voc", trees.write_voc(tmp_path / "data"), DatasetOptions())
+    kept = Prepared(dataset, None, tmp_path / "cache")
+    name = dataset.train_ids()[0]
     before = kept.image(name).clone()
     for file in (tmp_path / "cache").iterdir():
         file.write_bytes(file.read_bytes()[:100])
@@ -68,18 +68,18 @@ def test_a_torn_file_of_the_cache_is_read_anew(tmp_path: Path) -> None:
 
 
 def test_a_cache_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> None:
-    source = data.open_source("voc", trees.write_voc(tmp_path / "data"), SourceOptions())
+    dataset = data.open_dataset("voc", trees.write_voc(tmp_path / "data"), DatasetOptions())
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"`data\.cache` .* cannot be written"):
-        Prepared(source, None, tmp_path / "file").image(source.train_ids()[0])
+        Prepared(dataset, None, tmp_path / "file").image(dataset.train_ids()[0])
 
 
 def test_a_file_that_another_process_wrote_and_reads_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows replaces no file that is mapped into memory."""
-    source = data.open_source("voc", trees.write_voc(tmp_path / "data"), SourceOptions())
-    kept, name = Prepared(source, None, tmp_path / "cache"), source.train_ids()[0]
+    dataset = data.open_dataset("voc", trees.write_voc(tmp_path / "data"), DatasetOptions())
+    kept, name = Prepared(dataset, None, tmp_path / "cache"), dataset.train_ids()[0]
     replace = Path.replace
 
     def race(part: Path, path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_file_that_another_process_wrote_and_reads_is_left(
         raise PermissionError(13, "Access is denied")
 
     monkeypatch.setattr(Path, "replace", race)
-    assert torch.equal(kept.image(name), source.image(name))
+    assert torch.equal(kept.image(name), dataset.image(name))
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".npy"]
 
 
@@ -105,16 +105,16 @@ def test_a_label_in_the_cache_follows_its_image(tmp_path: Path) -> None:
     for name in ("one", "two"):
         save(tmp_path / "images" / f"{name}.tif", image, nodata=0)
         trees.save_image(tmp_path / "masks" / f"{name}.png", mask)
-    source = data.open_source("folder", tmp_path, SourceOptions())
-    kept, name = Prepared(source, None, tmp_path / "cache"), source.train_ids()[0]
+    dataset = data.open_dataset("folder", tmp_path, DatasetOptions())
+    kept, name = Prepared(dataset, None, tmp_path / "cache"), dataset.train_ids()[0]
     assert not (kept.label(name) == 255).any()
     image[:, :4] = 0
-    save(source.files(name, labeled=False)[0], image, nodata=0)
+    save(dataset.files(name, labeled=False)[0], image, nodata=0)
     assert (kept.label(name)[:4] == 255).all()
 
 
 def test_images_in_memory_are_not_cached(tmp_path: Path) -> None:
-    source = Digits(3, 1)
-    kept = Prepared(source, None, tmp_path / "cache")
-    assert torch.equal(kept.image("train-0"), source.image("train-0"))
+    dataset = Digits(3, 1)
+    kept = Prepared(dataset, None, tmp_path / "cache")
+    assert torch.equal(kept.image("train-0"), dataset.image("train-0"))
     assert not (tmp_path / "cache").exists()

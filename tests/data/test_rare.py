@@ -20,13 +20,13 @@ PIXELS = torch.tensor([[90, 0, 5], [100, 0, 0], [99, 1, 0], [100, 0, 0]])
 
 
 def test_counts_are_those_of_the_masks() -> None:
-    source = Digits(12, 2)
-    names = source.train_ids()
-    found = class_pixels(source, names, 0)
+    dataset = Digits(12, 2)
+    names = dataset.train_ids()
+    found = class_pixels(dataset, names, 0)
     for name, row in zip(names, found, strict=True):
-        label = source.label(name)
+        label = dataset.label(name)
         assert row.tolist() == [int((label == c).sum()) for c in range(11)]
-    assert torch.equal(found, class_pixels(source, names, 2))
+    assert torch.equal(found, class_pixels(dataset, names, 2))
 
 
 def test_rare_classes_are_drawn_more_often() -> None:
@@ -66,12 +66,12 @@ def test_the_crop_shows_the_pixel(crop: tuple[int, int]) -> None:
 
 
 def test_batches_hold_the_images_that_were_drawn_for_a_class() -> None:
-    source = Digits(12, 2)
-    names = source.train_ids()
-    pixels = class_pixels(source, names, 0)
+    dataset = Digits(12, 2)
+    names = dataset.train_ids()
+    pixels = class_pixels(dataset, names, 0)
     rare = RareClasses(pixels, 1.0, seed=0)
     view = GeometricView((8, 8), (1.0, 1.0), False, 0.0, 0.0, (0.5, 0.5, 0.5))
-    dataset = ViewDataset(source, names, view, True, 0, "labeled", rare)
+    views = ViewDataset(dataset, names, view, True, 0, "labeled", rare)
     own = [list(DrawSampler(len(names), 2, 0, 20, 0, "labeled", r, 2, rare)) for r in (0, 1)]
     joined = list(DrawSampler(len(names), 4, 0, 20, 0, "labeled", rare=rare))
     assert [a + b for a, b in zip(*own, strict=True)] == joined
@@ -80,7 +80,7 @@ def test_batches_hold_the_images_that_were_drawn_for_a_class() -> None:
             chosen = rare(draw)
             assert chosen is not None
             assert chosen[0] == index
-            label: Tensor = dataset[index, draw][1]
+            label: Tensor = views[index, draw][1]
             assert (label == chosen[1]).any()
 
 

@@ -11,10 +11,10 @@ from PIL import Image
 from ctt import data
 from ctt.data.channel_statistics import lines, statistics
 from ctt.data.channels import channels_of
-from ctt.data.options import SourceOptions
+from ctt.data.dataset import IGNORE, Dataset, DatasetInfo
+from ctt.data.options import DatasetOptions
 from ctt.data.pictures import ORIENTATION
 from ctt.data.rasters import Raster, read_as, read_bands, size_of
-from ctt.data.source import IGNORE, DatasetInfo, Source
 from ctt.data.views import GeometricView, PhotometricView, normalize
 from ctt.errors import UserError
 from tests.data.rasters import save, write_rasters
@@ -31,8 +31,8 @@ def of(bands: tuple[int, ...], ranges: tuple[tuple[float, float], ...] = ()) -> 
     )
 
 
-def folder(root: Path) -> Source:
-    return data.open_source("folder", root, SourceOptions())
+def folder(root: Path) -> Dataset:
+    return data.open_dataset("folder", root, DatasetOptions())
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
@@ -183,8 +183,8 @@ def test_statistics_of_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ctt-data stats"):
         folder(root).image("images/tile 0.tif")
     found = statistics(folder(root), (0, 100))
-    source = folder(root)
-    names = [*source.train_ids(), *source.unlabeled_ids()]
+    dataset = folder(root)
+    names = [*dataset.train_ids(), *dataset.unlabeled_ids()]
     raw = np.stack([read_bands(root / name)[0] for name in names], axis=1).reshape(4, -1)
     assert found.pixels == raw.shape[1]
     assert found.low == tuple(raw.min(axis=1))
@@ -194,9 +194,9 @@ def test_statistics_of_a_folder(tmp_path: Path) -> None:
     assert np.allclose(found.std, unit.std(axis=1))
     text = (root / "dataset.yaml").read_text()
     (root / "dataset.yaml").write_text("\n".join([text, *lines(found)]))
-    source = folder(root)
-    images = torch.stack([source.image(name) for name in names])
-    normal = normalize(images, source.info)
+    dataset = folder(root)
+    images = torch.stack([dataset.image(name) for name in names])
+    normal = normalize(images, dataset.info)
     assert normal.mean(dim=(0, 2, 3)).abs().max() < 1e-3
     assert (normal.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-3
 
@@ -286,8 +286,8 @@ def test_a_label_is_ignored_where_there_is_no_data(tmp_path: Path) -> None:
     values[:, :5] = 0
     save(root / "images" / "tile 0.tif", values, nodata=0)
     (root / "dataset.yaml").write_text("classes: [a, b]\nbands: [1, 2, 3, 4]\nrange: [0, 3000]\n")
-    source = folder(root)
-    assert any("neither mean nor std" in note for note in source.notes)
-    label = source.pair("images/tile 0.tif")[1]
+    dataset = folder(root)
+    assert any("neither mean nor std" in note for note in dataset.notes)
+    label = dataset.pair("images/tile 0.tif")[1]
     assert (label[:5] == IGNORE).all()
     assert (label[5:] != IGNORE).all()

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ctt.data.check import examine_split
+from ctt.data.dataset import Dataset
 from ctt.data.digits import INFO
 from ctt.data.files import same_name
-from ctt.data.source import Source
 from ctt.data.split import (
     draw_split,
     make_split,
@@ -27,7 +27,7 @@ from ctt.errors import UserError
 IDS = [f"image {i:03}" for i in range(100)]
 
 
-class Names(Source):
+class Names(Dataset):
     """Names without images; `x` at the front marks those that have no label."""
 
     info = INFO
@@ -89,8 +89,8 @@ def test_split_does_not_depend_on_the_order_of_a_listing() -> None:
 
 
 def test_images_without_labels_are_never_drawn() -> None:
-    source = Names([*IDS, "x 1", "x 2"])
-    labeled, unlabeled = make_split(source, "1/1", 0, None, None)
+    dataset = Names([*IDS, "x 1", "x 2"])
+    labeled, unlabeled = make_split(dataset, "1/1", 0, None, None)
     assert (labeled, unlabeled) == (IDS, ["x 1", "x 2"])
 
 
@@ -139,11 +139,11 @@ def test_lists_of_every_form_are_read_as_they_are(
     path = tmp_path_factory.mktemp("lists") / "list.txt"
     text = end.join(FORMS[form].format(name) for name in names) + end * last
     path.write_bytes(b"\xef\xbb\xbf" * mark + text.encode())
-    source = Paths(names)
+    dataset = Paths(names)
     if form == "image and None":
         with pytest.raises(UserError, match="has no mask in this line"):
-            read_list(path, source, labeled=True)
-    assert read_list(path, source, labeled=form == "name") == names
+            read_list(path, dataset, labeled=True)
+    assert read_list(path, dataset, labeled=form == "name") == names
 
 
 def test_the_mask_of_another_image_is_no_mask() -> None:
@@ -159,27 +159,27 @@ def test_nothing_to_label() -> None:
 
 
 def test_lists_win_over_the_ratio(tmp_path: Path) -> None:
-    source = Names(IDS)
+    dataset = Names(IDS)
     write_list(tmp_path / "labeled.txt", IDS[5:8])
-    labeled, unlabeled = make_split(source, "1/2", 0, tmp_path / "labeled.txt", None)
+    labeled, unlabeled = make_split(dataset, "1/2", 0, tmp_path / "labeled.txt", None)
     assert labeled == IDS[5:8]
     assert unlabeled == IDS[:5] + IDS[8:]
     write_list(tmp_path / "unlabeled.txt", IDS[:2])
     lists = (tmp_path / "labeled.txt", tmp_path / "unlabeled.txt")
-    assert make_split(source, "1/2", 0, *lists) == (IDS[5:8], IDS[:2])
+    assert make_split(dataset, "1/2", 0, *lists) == (IDS[5:8], IDS[:2])
 
 
 def test_an_image_in_both_lists_is_labelled(tmp_path: Path) -> None:
     """As 2008_004822 is in the four lists of CPS for the augmented VOC."""
-    source = Names(IDS)
+    dataset = Names(IDS)
     lists = (tmp_path / "labeled.txt", tmp_path / "unlabeled.txt")
     write_list(lists[0], IDS[:3])
     write_list(lists[1], IDS[2:9])
-    assert make_split(source, "1/2", 0, *lists) == (IDS[:3], IDS[3:9])
-    assert "1 of the images are in the list of labelled and in that of unl" in source.notes[0]
+    assert make_split(dataset, "1/2", 0, *lists) == (IDS[:3], IDS[3:9])
+    assert "1 of the images are in the list of labelled and in that of unl" in dataset.notes[0]
     checked = Names(IDS)
     assert examine_split(checked, *lists) == (IDS[:3], IDS[3:9], [])
-    assert checked.notes == source.notes
+    assert checked.notes == dataset.notes
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from ctt.cli import data as program
-from ctt.data import open_source
+from ctt.data import open_dataset
 from ctt.data.check import check_all
 from ctt.data.folder import Folder
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.data.rasters import read_bands
 from ctt.data.tiles import Cut, cut, windows
 from ctt.data.voc import bit_palette
@@ -21,18 +21,18 @@ from tests.data.trees import write_folder
 
 
 def folder(root: Path, **options: float) -> Folder:
-    source = open_source("folder", root, SourceOptions(**options))  # type: ignore[arg-type]
-    assert isinstance(source, Folder)
-    return source
+    dataset = open_dataset("folder", root, DatasetOptions(**options))  # type: ignore[arg-type]
+    assert isinstance(dataset, Folder)
+    return dataset
 
 
 def together(root: Path, name: str, size: tuple[int, int], side: int) -> tuple[np.ndarray, ...]:
     """Image (3, H, W) and label (H, W) from the pieces of an image."""
-    source, path = folder(root), Path(name)
+    dataset, path = folder(root), Path(name)
     image, label = np.zeros((3, *size), np.uint8), np.zeros(size, np.uint8)
     for rows, columns in windows(*size, side):
         (piece,) = root.glob(f"{path.parent}/{path.stem}_{rows.start}_{columns.start}*")
-        pair = source.pair(str(piece.relative_to(root)))
+        pair = dataset.pair(str(piece.relative_to(root)))
         image[:, rows, columns], label[rows, columns] = (part.numpy() for part in pair)
     return image, label
 
@@ -68,8 +68,8 @@ def test_rasters_keep_their_values_and_their_places(tmp_path: Path) -> None:
             ORIGIN[0] + (48 + 32) * PIXEL,
             ORIGIN[1] - 16 * PIXEL,
         )
-    source = folder(tmp_path / "t")
-    assert not check_all(source, source.train_ids(), source.unlabeled_ids(), 1, int).faults
+    dataset = folder(tmp_path / "t")
+    assert not check_all(dataset, dataset.train_ids(), dataset.unlabeled_ids(), 1, int).faults
 
 
 def test_pieces_without_data_or_class(tmp_path: Path) -> None:
@@ -91,9 +91,9 @@ def test_pieces_without_data_or_class(tmp_path: Path) -> None:
     pieces = {f"{part}x_{at}.tif" for part in ("images/", "masks/") for at in ("0_20", "20_20")}
     expected = {*pieces, *(f"val/{piece}" for piece in pieces), "unlabeled/images/x_20_0.tif"}
     assert written == expected
-    source = folder(tmp_path / "t")
-    assert torch.equal(source.image("images/x_0_20.tif"), torch.full((3, 20, 20), 90).byte())
-    assert not check_all(source, source.train_ids(), source.unlabeled_ids(), 1, int).faults
+    dataset = folder(tmp_path / "t")
+    assert torch.equal(dataset.image("images/x_0_20.tif"), torch.full((3, 20, 20), 90).byte())
+    assert not check_all(dataset, dataset.train_ids(), dataset.unlabeled_ids(), 1, int).faults
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGB"])
@@ -157,7 +157,7 @@ def test_large_images_are_told_with_the_command(
     root = write_rasters(tmp_path / "d")
     with (root / "dataset.yaml").open("a") as file:
         file.write("bands: [1, 2, 3, 4]\n")
-    source = folder(root)
-    (told,) = source.remarks(source.train_ids())
+    dataset = folder(root)
+    (told,) = dataset.remarks(dataset.train_ids())
     assert "have more than 2,000 pixels, such as" in told
     assert "`ctt-data tiles` cuts a folder into pieces" in told

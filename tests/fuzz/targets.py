@@ -28,12 +28,12 @@ from ctt import checkpoint, data, models, recipes
 from ctt.cli import data as data_program
 from ctt.cli import evaluate, export, predict, train
 from ctt.cli.common import BAD_INPUT, run_program
+from ctt.data.dataset import Dataset
 from ctt.data.description import KEYS, read_description
 from ctt.data.digits import INFO
 from ctt.data.labels import LabelMap
-from ctt.data.options import SourceOptions
+from ctt.data.options import DatasetOptions
 from ctt.data.pictures import read_image, read_mask
-from ctt.data.source import Source
 from ctt.data.split import read_list
 from ctt.errors import UserError
 from ctt.models import weights
@@ -68,9 +68,9 @@ LISTS = st.one_of(
 
 
 @cache
-def small_set(folder: Path) -> Source:
+def small_set(folder: Path) -> Dataset:
     trees.write_folder(folder / "set", labeled=3, unlabeled=2, evaluation=1)
-    return data.open_source("folder", folder / "set", SourceOptions())
+    return data.open_dataset("folder", folder / "set", DatasetOptions())
 
 
 def read_a_list(content: bytes, folder: Path) -> None:

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from ctt.data.coco_json import read_coco
+from ctt.data.dataset import DatasetInfo
 from ctt.data.shapes import paint
-from ctt.data.source import DatasetInfo
 from ctt.inference.annotations import outlines, without_specks, write
 
 COLOURS = ((0, 0, 0), (200, 0, 0), (0, 200, 0))

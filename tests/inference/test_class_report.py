@@ -47,8 +47,8 @@ def test_a_run_and_its_evaluation_report_each_class(
     assert "Classes as" in capsys.readouterr().out
     assert evaluate([str(out), "--out", str(tmp_path / "eval"), "--workers", "0"]) == 0
     assert "Classes as" in capsys.readouterr().out
-    source = Digits(24, 6)
-    labels = [source.label(name) for name in source.eval_ids()]
+    dataset = Digits(24, 6)
+    labels = [dataset.label(name) for name in dataset.eval_ids()]
     for folder in (out, tmp_path / "eval"):
         summary = json.loads((folder / "summary.json").read_text())
         rows = list(csv.DictReader((folder / "classes.csv").open(encoding="utf-8")))

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
 from torch import Tensor, nn
 
+from ctt.data.dataset import Dataset
 from ctt.data.digits import INFO, Digits
-from ctt.data.source import Source
 from ctt.errors import UserError
 from ctt.inference.evaluate import Score, as_json, batches, confusions, score, score_table
 from ctt.models.base import SegmentationModel
@@ -38,11 +38,11 @@ class Fixed(SegmentationModel):
         return torch.cat([logits, torch.full_like(logits[:, :2], -20)], dim=1)
 
 
-def independent_miou(network: Fixed, source: Digits) -> float:
+def independent_miou(network: Fixed, dataset: Digits) -> float:
     truth, predicted = [], []
-    for name in source.eval_ids():
-        label = source.label(name).long()
-        image = source.image(name)[None] / 255
+    for name in dataset.eval_ids():
+        label = dataset.label(name).long()
+        image = dataset.image(name)[None] / 255
         mean, std = (torch.tensor(v)[:, None, None] for v in (INFO.mean, INFO.std))
         logits = network((image - mean) / std).logits[0]
         truth.append(label[label != 255].numpy())
@@ -54,17 +54,17 @@ def independent_miou(network: Fixed, source: Digits) -> float:
 
 
 def test_miou_equals_an_independent_computation() -> None:
-    source = Digits(2, 9)
-    for name in source.eval_ids()[::2]:  # ignored pixels, and classes 8 and 9 nowhere
-        source.label(name)[:7] = 255
-    for name in source.eval_ids():
-        label = source.label(name)
+    dataset = Digits(2, 9)
+    for name in dataset.eval_ids()[::2]:  # ignored pixels, and classes 8 and 9 nowhere
+        dataset.label(name)[:7] = 255
+    for name in dataset.eval_ids():
+        label = dataset.label(name)
         label[(label == 9) | (label == 10)] = 0
     networks = {"student_1": Fixed(0), "teacher_1": Fixed(1)}
-    matrices = confusions(dict(networks), source, source.eval_ids(), torch.device("cpu"))
+    matrices = confusions(dict(networks), dataset, dataset.eval_ids(), torch.device("cpu"))
     scores = {name: score(matrix) for name, matrix in matrices.items()}
     for name, network in networks.items():
-        assert scores[name].miou == pytest.approx(independent_miou(network, source), abs=1e-9)
+        assert scores[name].miou == pytest.approx(independent_miou(network, dataset), abs=1e-9)
     assert math.isnan(scores["student_1"].class_iou[9])
     assert scores["ensemble"].miou == scores["teacher_1"].miou
 
@@ -95,18 +95,20 @@ def test_classes_without_a_label_do_not_choose_the_best_network() -> None:
 
 
 def test_images_of_one_size_are_stacked() -> None:
-    source = Digits(2, 5)
-    assert [len(images) for images, _ in batches(source, source.eval_ids(), EvalSettings())] == [5]
+    dataset = Digits(2, 5)
+    assert [len(images) for images, _ in batches(dataset, dataset.eval_ids(), EvalSettings())] == [
+        5
+    ]
 
 
 def test_evaluation_leaves_the_mode_of_networks() -> None:
-    source = Digits(2, 2)
+    dataset = Digits(2, 2)
     network = Fixed(0).train()
-    confusions({"student_1": network}, source, source.eval_ids(), torch.device("cpu"))
+    confusions({"student_1": network}, dataset, dataset.eval_ids(), torch.device("cpu"))
     assert network.training
 
 
-class Random(Source):
+class Random(Dataset):
     """Maps of random classes, sizes and ignored pixels; the image's red channel is its label."""
 
     def __init__(self, seed: int, present: list[int]) -> None:
@@ -153,12 +155,12 @@ class Noisy(Fixed):
 )
 @settings(max_examples=25)
 def test_scores_equal_an_independent_computation(seed: int, present: list[int], known: int) -> None:
-    source, network, cpu = Random(seed, present), Noisy(seed, known), torch.device("cpu")
+    dataset, network, cpu = Random(seed, present), Noisy(seed, known), torch.device("cpu")
     protocol = EvalSettings(batch_pixels=1)
-    matrix = confusions({"network": network}, source, source.eval_ids(), cpu, protocol)["network"]
-    truth = np.concatenate([label.numpy().ravel() for label in source.labels.values()])
+    matrix = confusions({"network": network}, dataset, dataset.eval_ids(), cpu, protocol)["network"]
+    truth = np.concatenate([label.numpy().ravel() for label in dataset.labels.values()])
     predicted = np.concatenate(
-        [network.extract(source.image(n)[None]).argmax(1).numpy().ravel() for n in source.labels]
+        [network.extract(dataset.image(n)[None]).argmax(1).numpy().ravel() for n in dataset.labels]
     )
     valid = truth != 255
     if not valid.any():
@@ -176,11 +178,11 @@ def test_scores_equal_an_independent_computation(seed: int, present: list[int], 
 
 
 def test_matrices_of_parts_add_up() -> None:
-    source, cpu = Random(3, [0, 1, 2]), torch.device("cpu")
+    dataset, cpu = Random(3, [0, 1, 2]), torch.device("cpu")
     networks = {"student_1": Noisy(0, 4), "teacher_1": Noisy(1, 4), "teacher_2": Noisy(2, 4)}
     one = EvalSettings(batch_pixels=1)
-    whole = confusions(dict(networks), source, "abcde", cpu, one)
-    parts = [confusions(dict(networks), source, ids, cpu, one) for ids in ("ace", "bd")]
+    whole = confusions(dict(networks), dataset, "abcde", cpu, one)
+    parts = [confusions(dict(networks), dataset, ids, cpu, one) for ids in ("ace", "bd")]
     assert list(whole) == ["student_1", "teacher_1", "teacher_2", "ensemble"]
     for name, matrix in whole.items():
         assert torch.equal(matrix, parts[0][name] + parts[1][name])
@@ -188,7 +190,7 @@ def test_matrices_of_parts_add_up() -> None:
 
 def test_the_ensemble_is_the_mean_of_the_teachers_probabilities() -> None:
     """Two teachers outvote one that is surer, unless they are hardly sure."""
-    source, cpu = Random(3, [0]), torch.device("cpu")
+    dataset, cpu = Random(3, [0]), torch.device("cpu")
 
     class Sure(Fixed):
         def __init__(self, logits: list[float]) -> None:
@@ -201,28 +203,28 @@ def test_the_ensemble_is_the_mean_of_the_teachers_probabilities() -> None:
             return self.logits[None, :, None, None].expand(size)
 
     networks = {f"teacher_{k}": Sure(v) for k, v in enumerate([[3, 0, 0], [3, 0, 0], [0, 0, 9]])}
-    matrices = confusions(dict(networks), source, "abcde", cpu)
-    valid = sum(int((label != 255).sum()) for label in source.labels.values())
+    matrices = confusions(dict(networks), dataset, "abcde", cpu)
+    valid = sum(int((label != 255).sum()) for label in dataset.labels.values())
     assert int(matrices["teacher_1"][0, 0]) == valid
     assert int(matrices["ensemble"][0, 0]) == valid
     networks["teacher_1"] = Sure([0.1, 0, 0])
     networks["teacher_0"] = Sure([0.1, 0, 0])
-    assert int(confusions(dict(networks), source, "abcde", cpu)["ensemble"][0, 2]) == valid
+    assert int(confusions(dict(networks), dataset, "abcde", cpu)["ensemble"][0, 2]) == valid
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_label_that_is_no_class_is_named(workers: int) -> None:
-    source = Random(0, [0, 1])
-    source.labels["c"][0] = 77
+    dataset = Random(0, [0, 1])
+    dataset.labels["c"][0] = 77
     with pytest.raises(UserError, match=r"^The label of c holds the value 77, but digits has"):
-        confusions({"n": Fixed(0)}, source, "abcde", torch.device("cpu"), workers=workers)
+        confusions({"n": Fixed(0)}, dataset, "abcde", torch.device("cpu"), workers=workers)
 
 
 def test_evaluation_with_loader_processes_draws_nothing_from_the_global_generator() -> None:
-    source, cpu = Digits(2, 3), torch.device("cpu")
+    dataset, cpu = Digits(2, 3), torch.device("cpu")
     before = torch.get_rng_state()
-    ids = source.eval_ids()
-    counts = [confusions({"n": Fixed(0)}, source, ids, cpu, workers=w)["n"] for w in (0, 1)]
+    ids = dataset.eval_ids()
+    counts = [confusions({"n": Fixed(0)}, dataset, ids, cpu, workers=w)["n"] for w in (0, 1)]
     assert torch.equal(*counts)
     assert torch.equal(before, torch.get_rng_state())
 

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from ctt import models
+from ctt.data.dataset import DatasetInfo
 from ctt.data.pictures import read_image
 from ctt.data.rasters import Raster, read_as
-from ctt.data.source import DatasetInfo
 from ctt.errors import UserError
 from ctt.inference.predict import predictor
 from ctt.inference.rasters import for_network, predict_raster, windows

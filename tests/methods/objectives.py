@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctt.data.dataset import IGNORE
 from ctt.data.digits import INFO
-from ctt.data.source import IGNORE
 from ctt.data.views import normalize
 from ctt.methods.base import Batch
 from ctt.settings import Settings, update

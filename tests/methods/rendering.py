@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctt.data.dataset import IGNORE
 from ctt.data.digits import INFO
-from ctt.data.source import IGNORE
 from ctt.settings import Settings, update
 from tests.methods.grids import at_pixels, first_cell
 from tests.train.steps import double, exactly, make

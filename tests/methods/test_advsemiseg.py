@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.methods.base import Batch
 from ctt.methods.critics import Discriminator, frozen, judged
 from ctt.settings import Settings, update

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ctt.data import mixing
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.errors import UserError
 from ctt.methods.sampling import class_quantiles, half_of_each, put_first
 from ctt.settings import Settings

@@ -14,7 +14,7 @@ import ctt
 from ctt import checkpoint, methods
 from ctt.cli import evaluate, export, predict
 from ctt.cli import train as program
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.errors import UserError
 from ctt.settings import Settings, update
 from ctt.train.distributed import join

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ctt.data import mixing
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.settings import Settings
 from tests.methods.rendering import SIZE, Scene, mean_cross_entropy, mixed, no_gradient, scores
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.settings import Settings, update
 from ctt.train.engine import Engine
 from tests.methods.grids import at_pixels

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.errors import UserError
 from ctt.methods.critics import FlawDetector, HalfNorm
 from ctt.methods.gct import choose, flaw_truth

@@ -98,9 +98,9 @@ def test_ignored_masks_give_0_not_nan() -> None:
 
 
 def test_a_run_learns_from_masks_and_resumes(tiny: Settings, out: Path, tmp_path: Path) -> None:
-    source = Digits(24, 6)
-    write_masks(tmp_path / "m", source, source.train_ids())
-    write_sure(tmp_path / "s", source, source.train_ids())
+    dataset = Digits(24, 6)
+    write_masks(tmp_path / "m", dataset, dataset.train_ids())
+    write_sure(tmp_path / "s", dataset, dataset.train_ids())
     change = {
         "masks": {"folder": tmp_path / "m", "confidence": tmp_path / "s", "fade": 0.5},
         "train": {"iterations": 4, "eval_every": 4, "log_every": 1, "checkpoint_every": 2},

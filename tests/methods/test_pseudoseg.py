@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctt import models
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.methods.activation_maps import Refiner, on_grid, read
 from ctt.methods.pseudoseg import PseudoSeg
 from ctt.settings import Settings, update

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ctt.data import mixing
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.methods.class_memory import Selectors, part_of_weighted_mean
 from ctt.settings import Settings, update
 from tests.methods.rendering import Scene, cross_entropies, mean_cross_entropy, mixed, scores

@@ -15,8 +15,8 @@ from ctt import checkpoint, models, recipes
 from ctt.cli import evaluate, export, predict
 from ctt.cli import train as program
 from ctt.cli.common import INTERRUPTED
+from ctt.data.dataset import IGNORE
 from ctt.data.digits import INFO
-from ctt.data.source import IGNORE
 from ctt.errors import UserError
 from ctt.methods import losses
 from ctt.methods.base import Setup

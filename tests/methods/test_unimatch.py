@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ctt.data import mixing
-from ctt.data.source import IGNORE
+from ctt.data.dataset import IGNORE
 from ctt.methods.base import Batch
 from ctt.methods.followers import evaluating
 from ctt.models.base import SegmentationModel

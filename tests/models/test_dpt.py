@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctt import models
-from ctt.data.source import DatasetInfo
+from ctt.data.dataset import DatasetInfo
 from ctt.errors import UserError
 from ctt.inference.export import TOLERANCE, export
 from ctt.inference.load import TrainedNetworks

@@ -8,9 +8,9 @@ from PIL import Image
 import ctt
 from ctt import models
 from ctt.checkpoint import save_network
+from ctt.data.dataset import DatasetInfo
 from ctt.data.digits import INFO
 from ctt.data.pixels import to_rgb
-from ctt.data.source import DatasetInfo
 from ctt.data.views import normalize, to_unit
 from ctt.errors import UserError
 from ctt.inference.predict import whole

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ctt import checkpoint, methods
 from ctt.data import views
+from ctt.data.dataset import IGNORE
 from ctt.data.digits import INFO
-from ctt.data.source import IGNORE
 from ctt.methods.base import Setup
 from ctt.models.base import SegmentationModel
 from ctt.settings import Settings, update

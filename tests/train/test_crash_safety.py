@@ -114,7 +114,7 @@ def test_both_broken_is_an_error(settings: Settings, out: Path) -> None:
 def test_a_run_serves_without_its_best_weights(settings: Settings, out: Path) -> None:
     (out / run.WEIGHTS).unlink()
     trained = load_trained(out, "teacher_1")
-    assert trained.info.classes == settings.open_source().info.classes
+    assert trained.info.classes == settings.open_dataset().info.classes
 
 
 def test_a_second_program_in_the_folder_is_refused(settings: Settings, tmp_path: Path) -> None:
@@ -151,13 +151,13 @@ def test_weights_that_are_no_numbers_are_not_written(
 def test_the_named_images_are_those_of_the_steps(settings: Settings, tmp_path: Path) -> None:
     trainer = Trainer(settings, tmp_path / "run", None, World())
     drawn: list[str] = []
-    read = trainer.source.image
+    read = trainer.dataset.image
 
     def noted(name: str) -> torch.Tensor:
         drawn.append(name)
         return read(name)
 
-    trainer.source.image = noted  # type: ignore[method-assign]
+    trainer.dataset.image = noted  # type: ignore[method-assign]
     stream = trainer.streams.open("labeled", trainer.plan.labeled)
     for _ in range(2):
         next(iter(stream))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ctt.data.dataset import IGNORE
 from ctt.data.digits import INFO
-from ctt.data.source import IGNORE
 from ctt.data.views import normalize, to_unit
 from ctt.methods import losses
 from ctt.methods.base import Networks

@@ -176,10 +176,10 @@ def test_a_class_without_labelled_images_is_told(
     tiny: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = dataclasses.replace(tiny, ratio="1")
-    source = settings.open_source()
-    (name,), _ = make_split(source, "1", tiny.seed, None, None)
-    shown = set(source.label(name).unique().tolist())
-    missing = [c for i, c in enumerate(source.info.classes) if i not in shown]
+    dataset = settings.open_dataset()
+    (name,), _ = make_split(dataset, "1", tiny.seed, None, None)
+    shown = set(dataset.label(name).unique().tolist())
+    missing = [c for i, c in enumerate(dataset.info.classes) if i not in shown]
     dry_run(settings)
     told = " ".join(capsys.readouterr().out.split())
     assert f"none of the 1 labelled images shows {', '.join(missing)}, so" in told

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctt import checkpoint, run
+from ctt.data.dataset import IGNORE
 from ctt.data.digits import INFO, Digits
-from ctt.data.source import IGNORE
 from ctt.errors import UserError
 from ctt.methods.teacher_banks import similarities
 from ctt.models.base import SegmentationModel
@@ -67,9 +67,9 @@ def row(**values: float) -> list[float]:
 
 def measured(networks: dict[str, list[list[float]]], threshold: float = 0.8) -> dict[str, float]:
     made = {name: Says(table) for name, table in networks.items()}
-    source = Two()
+    dataset = Two()
     found = measures.measure(
-        made, source, source.train_ids(), EvalSettings(), threshold, World(0, 1)
+        made, dataset, dataset.train_ids(), EvalSettings(), threshold, World(0, 1)
     )
     assert all(network.training for network in made.values())
     assert set(found) <= set(measures.names(networks))
@@ -89,8 +89,8 @@ def test_pixels_without_data_do_not_count() -> None:
         "teacher_1": Says([row(c0=9), row()]),
         "teacher_2": Says([row(c0=9), row(c3=9)]),
     }
-    source = Bands()
-    found = measures.measure(made, source, source.train_ids(), EvalSettings(), 0.8, World(0, 1))
+    dataset = Bands()
+    found = measures.measure(made, dataset, dataset.train_ids(), EvalSettings(), 0.8, World(0, 1))
     assert found == {
         "confident_pixels": 1,
         "pseudo_label_accuracy": 1,
@@ -148,9 +148,9 @@ def test_without_measures_no_hidden_label_is_read(
     asked: set[str] = set()
     label = Digits.label
 
-    def spy(source: Digits, name: str) -> Tensor:
+    def spy(dataset: Digits, name: str) -> Tensor:
         asked.add(name)
-        return label(source, name)
+        return label(dataset, name)
 
     monkeypatch.setattr(Digits, "label", spy)
     train(update(tiny, {"train": {"measured_images": 0}}, "test"), out=out)

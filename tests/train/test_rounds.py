@@ -172,9 +172,9 @@ def test_labels_of_a_round_are_those_of_the_network(tiny: Settings, tmp_path: Pa
 
     network = student(settings).eval()
     network.load_state_dict(networks[0])
-    source = settings.open_source()
+    dataset = settings.open_dataset()
     with torch.no_grad():
-        p = predictor(network, source.info, settings.eval)(source.image(names[0])[None])[0]
+        p = predictor(network, dataset.info, settings.eval)(dataset.image(names[0])[None])[0]
     folder = tmp_path / "run" / "rounds" / "1"
     shown_label = np.array(Image.open(folder / "labels" / f"{names[0]}.png"))
     sure = np.array(Image.open(folder / "confidence" / f"{names[0]}.png"))

@@ -12,12 +12,12 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from ctt.data import IMAGE_SUFFIXES
+from ctt.data.dataset import IGNORE
 from ctt.data.description import MOST_CLASSES
 from ctt.data.files import same_name
 from ctt.data.folder import walk
 from ctt.data.pictures import Colour
 from ctt.data.shapes import Painted
-from ctt.data.source import IGNORE
 from ctt.errors import UserError
 
 BACKGROUND = "background"

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from ctt.data.coco_json import read_json
+from ctt.data.dataset import IGNORE
 from ctt.data.exports import TABLES
 from ctt.data.exports.base import Export, Images, Item, Request, as_class, part_of, with_background
 from ctt.data.folder import JOINTS, JPEG_SUFFIXES, MASK_SUFFIXES, walk
 from ctt.data.labels import SHOWN, VALUES
 from ctt.data.pictures import Array, Colour, read_mask
 from ctt.data.shapes import Painted
-from ctt.data.source import IGNORE
 from ctt.data.voc import bit_palette
 from ctt.errors import UserError
 from ctt.text import brief

@@ -65,7 +65,7 @@ class Submission:
     images: str
 
 
-class Source(ABC):
+class Dataset(ABC):
     """A dataset. `image` and `label` are called from loader processes and must not keep state.
 
     Attributes:
