@@ -32,7 +32,7 @@ from ctt.settings import Settings, update
 from ctt.train.cost import CARDS, HOUR, TERA, step_operations
 from ctt.train.engine import Engine
 from ctt.train.memory import MEBI, estimate
-from ctt.train.plan import finished
+from ctt.train.plan import ready_to_train
 
 CLASSES = {"voc": 21, "cityscapes": 19, "ade20k": 150, "coco": 81, "digits": 11, "earth": 11}
 OTHER = 21  # classes of a dataset of one's own
@@ -126,7 +126,7 @@ def measured(name: str, settings: Settings, device: torch.device, steps: int) ->
     operations = step_operations(settings, plain, info, about)
     del plain
     setup = Setup(
-        settings, info, pairs, LABELED, finish=lambda net: finished(net, settings, device)
+        settings, info, pairs, LABELED, finish=lambda net: ready_to_train(net, settings, device)
     )
     engine = Engine(about.load()(setup), settings, info, device)
     engine.iteration = max(0, settings.train.iterations - WARM_UP - steps)  # all has begun

@@ -22,7 +22,7 @@ from ctt.methods.base import Setup
 from ctt.models.base import SegmentationModel
 from ctt.settings import Settings, update
 from ctt.train.engine import Engine
-from ctt.train.plan import finished
+from ctt.train.plan import ready_to_train
 
 BASELINE = "mean-teacher"
 RESNET: dict[str, Any] = {
@@ -47,7 +47,7 @@ def step_of(name: str, size: str, device: torch.device, batches: Batches) -> Run
     settings, about = settings_of(name, size), methods.get(name)
 
     def finish(network: SegmentationModel) -> SegmentationModel:
-        return finished(network, settings, device)
+        return ready_to_train(network, settings, device)
 
     info = info_of("digits")
     method = about.load()(Setup(settings, info, about.pairs, 50, finish=finish))

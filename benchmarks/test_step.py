@@ -30,7 +30,7 @@ from ctt.models.base import SegmentationModel
 from ctt.ops import MemoryBank, prefer_backend
 from ctt.settings import Settings, update
 from ctt.train.engine import Engine
-from ctt.train.plan import finished
+from ctt.train.plan import ready_to_train
 from ctt.train.profiling import phase_table
 
 CLASSES = {"tiny": 11, "digits": 11, "voc": 21, "cityscapes": 19}
@@ -88,7 +88,7 @@ def make_batches(settings: Settings, classes: int, device: torch.device) -> Batc
 
 def make_engine(settings: Settings, size: str, device: torch.device) -> Engine:
     def finish(network: SegmentationModel) -> SegmentationModel:
-        return finished(network, settings, device)
+        return ready_to_train(network, settings, device)
 
     setup = Setup(settings, info_of(size), 2, LABELED, finish=finish)
     method = methods.get(settings.method).load()(setup)

@@ -53,7 +53,7 @@ def create(out: Path | None, settings: Settings) -> Path:
     """
     check_new(out)
     folder = out or Path("runs")
-    with _told_of_out(folder):
+    with _as_out_error(folder):
         if out is None:
             folder = new_numbered(settings)
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def check_new(out: Path | None) -> None:
         UserError: there is something already, or the folder cannot be written.
     """
     folder = out or Path("runs")
-    with _told_of_out(folder):
+    with _as_out_error(folder):
         if out is not None and out.is_file():
             raise UserError(f"`out` {out}: this is a file; give a folder that is new or empty.")
         if out is not None and out.is_dir() and any(p.name != UNFINISHED for p in out.iterdir()):
@@ -86,7 +86,8 @@ def check_new(out: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def _told_of_out(folder: Path) -> Iterator[None]:
+def _as_out_error(folder: Path) -> Iterator[None]:
+    """Turn a failed write into a UserError that names `out`."""
     try:
         yield
     except (OSError, UnwritableError) as error:
@@ -282,9 +283,9 @@ def check_resumable(old: Settings, new: Settings) -> None:
     for name, before, after in _values_in(SCORED, old, new):
         if before != after:
             raise UserError(
-                f"`{name}` {after}: the run to be resumed has {before}, and scores by both do not "
-                f"compare, so its best network could not be told. Leave it out; ctt-eval scores "
-                f"the networks of a run by other protocols."
+                f"`{name}` {after}: the run to be resumed has {before}, and scores under the "
+                f"two are not comparable, so the best network could not be chosen. Leave it out; "
+                f"ctt-eval evaluates the networks of a run under other protocols."
             )
 
 

@@ -51,7 +51,7 @@ def test_weights_of_a_run_are_found_from_every_folder(
 )
 def test_scores_of_a_run_compare(option: str, change: dict[str, object]) -> None:
     """The best network so far was chosen by them."""
-    with pytest.raises(UserError, match=rf"^`{option}.* scores by both do not compare"):
+    with pytest.raises(UserError, match=rf"^`{option}.* scores under the two are not comparable"):
         run.check_resumable(Settings(), update(Settings(), change, ""))
     run.check_resumable(Settings(), update(Settings(), {"eval": {"batch_pixels": 9}}, ""))
 

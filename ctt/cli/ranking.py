@@ -80,7 +80,7 @@ def rank(parsed: Arguments, protocol_of: Callable[[EvalSettings], EvalSettings])
         images = images_of(partial(read_name, dataset), known, parsed.workers)
         features = [committee.features(x) for x in images if not isinstance(x, UserError)]
     places = order(ratings, features)
-    for line in said(committee, kept, features):
+    for line in notes(committee, kept, features):
         say(line)
     write_all(parsed, committee, kept, ratings, places, read)
     for failure in failures:
@@ -253,7 +253,7 @@ def rated(
     return kept, ratings, failures
 
 
-def said(committee: Committee, kept: list[Entry], features: Sequence[Tensor]) -> Iterable[str]:
+def notes(committee: Committee, kept: list[Entry], features: Sequence[Tensor]) -> Iterable[str]:
     """Yield what the user should know of the order."""
     yield f"{len(kept)} images are ordered as {', '.join(committee.names)} see them."
     if len(committee.names) == 1:

@@ -42,7 +42,7 @@ class Result:
         clashes, unmatched: pixels, and the images that have some.
         turned: images whose outlines were drawn before a viewer turns them.
         left_out: why something was not used, and how often.
-        faults: images that cost themselves.
+        faults: images that were skipped, and why.
     """
 
     labeled: int = 0

@@ -163,7 +163,7 @@ def load(
 
 
 class InOrder(TorchDataset[T | UserError], Generic[K, T]):
-    """Return `read` of a key, or its UserError, as `Batches` does."""
+    """Items that `read` makes of keys; a UserError is returned, not raised, see `ViewDataset`."""
 
     def __init__(self, read: Callable[[K], T], keys: Sequence[K]) -> None:
         self.read, self.keys = read, keys

@@ -17,7 +17,8 @@ from torch import Tensor
 from ctt.data.pixels import is_deep, to_rgb
 from ctt.errors import UserError
 
-MOST_PIXELS = 500_000_000  # of an image, unless CTT_MAX_PIXELS says so; read with some 5 GB
+# of an image, unless CTT_MAX_PIXELS says otherwise; reading one takes some 5 GB
+MOST_PIXELS = 500_000_000
 MOST_PIXELS_VARIABLE = "CTT_MAX_PIXELS"
 NUMBERS = ("1", "L", "P", "I", "F")  # modes with one number a pixel, beside I;16 and its kin
 TIFF = (".tif", ".tiff")

@@ -96,7 +96,7 @@ def read_bands(
         UserError: a file that cannot be read, or without these channels.
     """
     if path.suffix.lower() not in TIFF:
-        with _told(path), open_picture(path) as file:
+        with _as_read_error(path), open_picture(path) as file:
             # Pillow keeps only the upper 8 bits of colours of 16
             if "16" not in raw_mode(file) or is_deep(file.mode):
                 values = _channels(ImageOps.exif_transpose(file) if turned else file)
@@ -117,7 +117,7 @@ def size_of(path: Path, *, turned: bool) -> tuple[int, int]:
     Raises:
         UserError: a file that cannot be opened.
     """
-    with _told(path):
+    with _as_read_error(path):
         try:
             with open_picture(path) as file:
                 on_its_side = turned and file.getexif().get(ORIENTATION, 1) in ON_ITS_SIDE
@@ -147,7 +147,7 @@ def _existing(bands: Sequence[int], count: int, path: Path) -> Sequence[int]:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _as_read_error(path: Path) -> Iterator[None]:
     """Turn any error of a library that reads a broken file into a UserError."""
     try:
         yield
@@ -176,7 +176,7 @@ class Raster:
         import rasterio
 
         self.path, self._stack = path, contextlib.ExitStack()
-        with _told(path), self._stack, warnings.catch_warnings():
+        with _as_read_error(path), self._stack, warnings.catch_warnings():
             if not path.is_file():
                 raise FileNotFoundError(path)
             if path.suffix.lower() not in FORMATS:
@@ -240,12 +240,12 @@ class Raster:
     ) -> tuple[Values, np.ndarray[Any, Any]]:
         """Return channels (C, h, w) and where (h, w) there is no data, as `read_bands` does.
 
-        There is none where a value is no number, all channels hold the file's nodata value, or
-        the file's own mask says so. (A channel that is marked as transparency is data here: near
+        There is none where a value is NaN or infinite, all channels hold the file's nodata value,
+        or the file's own mask says so. (A channel that is marked as transparency is data here: near
         infrared often is.)
         """
         bands = _existing(bands, self.count, self.path)
-        with _told(self.path):
+        with _as_read_error(self.path):
             if len(self.files) == 1:
                 values = self.first.read(list(bands), window=window)
             else:

@@ -72,7 +72,7 @@ def _traits_of(path: Path, file: Image.Image) -> Traits:
 
 def of_pages(images: list[Traits]) -> list[str]:
     """Return a warning if only a part of some files is used."""
-    return _told(
+    return _remark(
         images,
         lambda image: image.pages > 1,
         "Warning: {} of the {} images looked at are files of several pages, such as {}: only the "
@@ -82,12 +82,12 @@ def of_pages(images: list[Traits]) -> list[str]:
 
 def of_channels(images: list[Traits]) -> list[str]:
     """Return a warning if some images have more than three channels."""
-    return _told(
+    return _remark(
         images,
         lambda image: image.fourth,
         "Warning: {} of the {} images looked at have a fourth channel, such as {}: only the first "
         "three are used.",
-    ) + _told(
+    ) + _remark(
         images,
         lambda image: image.clear,
         "Warning: {} of the {} images looked at have transparent pixels, such as {}: they are "
@@ -125,7 +125,7 @@ def _pixels(path: Path) -> int:
 
 def of_turning(images: list[Traits]) -> list[str]:
     """Return a sentence if some images are turned, which their masks must be too."""
-    return _told(
+    return _remark(
         images,
         lambda image: image.turned,
         "{} of the {} images looked at are turned as the camera's note in the file (EXIF) says, "
@@ -146,6 +146,6 @@ def of_darkness(images: list[Traits]) -> list[str]:
     ]
 
 
-def _told(images: list[Traits], holds: Callable[[Traits], bool], text: str) -> list[str]:
+def _remark(images: list[Traits], holds: Callable[[Traits], bool], text: str) -> list[str]:
     such = [image for image in images if holds(image)]
     return [text.format(len(such), len(images), such[0].path)] if such else []

@@ -128,8 +128,8 @@ def resolve(
     """Return the name and the mask ("" where the line has none) of a line of a split list.
 
     A line is a bare name, the path of an image, or an image and its mask with a space or a tab
-    between them; paths may start with a slash or have backslashes. Names may hold spaces: the
-    reading counts that `find` knows.
+    between them; paths may start with a slash or have backslashes. File names may contain spaces,
+    so every way to split the line is tried until `find` knows the image.
 
     Args:
         is_mask: whether the file of this path is the mask of the image of this name; None where

@@ -33,8 +33,8 @@ def predictor(network: SegmentationModel, info: DatasetInfo, settings: EvalSetti
 
     Args:
         info: of the dataset that the network was trained on, for the normalisation.
-        settings: `prepare` has already applied `center-crop` or `half`; here
-            they mean the whole of what is given.
+        settings: `center-crop` and `half` were already applied by `prepare`; here the given image
+            is predicted whole.
     """
     predict: Predict = partial(whole, network, settings.amp)
     if settings.fit == "resize" and network.multiple > 1:

@@ -45,9 +45,10 @@ def save_png(picture: Image.Image, path: Path) -> None:
 
 @contextmanager
 def in_threads(threads: int) -> Iterator[Callable[..., None]]:
-    """Return a function that calls another in a thread, to write files while networks run.
+    """Yield a function that runs another one in a thread, to write files while networks run.
 
-    Waits when more than a few calls are open, and for all of them at the end; raises what they do.
+    It blocks while more than four calls a thread are pending, and leaving the context waits for all
+    of them. The error of a call is raised where it is waited for: by a later call, or on leaving.
     """
     pending: deque[Future[object]] = deque()
 

@@ -74,7 +74,8 @@ class Setup:
             loaded.
         finish: puts a new student, or other network to be trained, on its device, in the layout
             in which it trains.
-        taught: networks of a finished run that teach, and the dataset that they know; None: none.
+        finished_teachers: networks of the finished run that teaches, and the dataset they know;
+            None if there is none.
         origins: filled with a sentence for each student that starts from published weights.
     """
 
@@ -84,7 +85,7 @@ class Setup:
     labeled: int
     initialize: bool = True
     finish: Finish = unchanged
-    taught: tuple[Sequence[SegmentationModel], DatasetInfo] | None = None
+    finished_teachers: tuple[Sequence[SegmentationModel], DatasetInfo] | None = None
     origins: list[str] = field(default_factory=list)
 
     @property

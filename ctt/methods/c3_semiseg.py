@@ -108,7 +108,7 @@ class C3SemiSeg(EmbeddingTeacher):
         for k, teacher in enumerate(self.teachers):
             out = step.forward(teacher, torch.cat([b["images"], b["unlabeled"]]))
             p = upsample(out.logits[n:], size, teacher.grid).softmax(dim=1)
-            lost = ~(p.amax(dim=1) > 0)  # where it is no number
+            lost = ~(p.amax(dim=1) > 0)  # where the probabilities are NaN
             p, all_lost = p.masked_fill(lost[:, None], 0), [*all_lost, lost]
             confidence, label = p.max(dim=1)
             label = label.masked_fill(padding | lost, IGNORE)

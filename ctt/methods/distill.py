@@ -52,12 +52,12 @@ class Distill(PseudoLabels):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        if setup.taught is None:
+        if setup.finished_teachers is None:
             raise UserError(
                 "`method` distill needs `teacher`, the folder of a finished run, or a file of "
                 "weights."
             )
-        networks, self.source_info = setup.taught
+        networks, self.source_info = setup.finished_teachers
         self.sources = Networks(followers.copies(networks))
         self.info = setup.info
 
@@ -89,7 +89,7 @@ class Distill(PseudoLabels):
     def prepare(self, b: Batch, step: Step) -> Batch:
         soft, labeled = (self.soft(b[name], step) for name in ("unlabeled", "images"))
         with step.phase("views"):
-            lost = ~(soft.amax(dim=1) > 0)  # where it is no number
+            lost = ~(soft.amax(dim=1) > 0)  # where the probabilities are NaN
             mix = self.mixing([soft], b["padding"], step)
             valid = mix(~(b["padding"] | lost))
             own = (b["label"] != IGNORE) & (labeled.amax(dim=1) > 0)

@@ -103,7 +103,7 @@ class Ecs(Judged):
         right = torch.where(label == IGNORE, IGNORE, as_predicted)
         truth = torch.where(own[:n] == label, as_predicted, label)
         found = findings(frozen(corrector), probability)
-        told = findings(corrector, probability.detach())
+        predicted = findings(corrector, probability.detach())
         certainty, answer = found[n:].detach().softmax(dim=1).max(dim=1)
         other = answer != as_predicted
         step.log("corrected", (other & ~b["padding"]).sum() / b["seen"] / len(self.students))
@@ -114,5 +114,5 @@ class Ecs(Judged):
             "sup": sup,
             "agreement": losses.pixel_cross_entropy(found[:n], Grid(1), right, b["pixels"]),
             "semi": (semi * certainty).sum() / b["seen"],
-            "corrector": losses.pixel_cross_entropy(told[:n], Grid(1), truth, b["pixels"]),
+            "corrector": losses.pixel_cross_entropy(predicted[:n], Grid(1), truth, b["pixels"]),
         }

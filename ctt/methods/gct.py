@@ -90,8 +90,8 @@ class Gct(Method):
             p = upsample(logits, size, student.grid).softmax(dim=1)  # (2B, C, H, W)
             with step.phase("critics"), step.autocast():
                 flaws.append(frozen(self.detector)(torch.cat([seen, p], dim=1)))
-                told = self.detector(torch.cat([seen, p.detach()], dim=1))[:n]
-            error = (told - flaw_truth(p[:n].detach(), label)).square()
+                predicted = self.detector(torch.cat([seen, p.detach()], dim=1))[:n]
+            error = (predicted - flaw_truth(p[:n].detach(), label)).square()
             own_error.append(error.masked_fill(~valid[:n], 0).sum() / b["pixels"])
             probability.append(p)
         targets, bad = choose([p.detach() for p in probability], flaws, o.threshold)

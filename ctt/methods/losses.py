@@ -232,7 +232,7 @@ def mean_of(probability: Sequence[Tensor]) -> Tensor:
 def surest_of(probability: Sequence[Tensor]) -> Tensor:
     """Return the mean over networks, in each pixel weighted by their largest probability there.
 
-    A network that gives no number somewhere has no say there.
+    A network whose probabilities are NaN in a pixel is left out there.
 
     Args:
         probability: (B, C, H, W) of each network.

@@ -78,7 +78,7 @@ class Pc2Seg(MeanTeacher):
         return {"students": make_optimizer(self.students, self.settings, extra=self.projections)}
 
     def prepare(self, b: Batch, step: Step) -> Batch:
-        padding, lost = b["padding"], []
+        padding, all_lost = b["padding"], []
         size = (padding.shape[-2], padding.shape[-1])
         b = b | {"mixed": b["unlabeled"], "pixels": step.count(b["label"])}
         b |= self.draws(b, step)
@@ -88,16 +88,16 @@ class Pc2Seg(MeanTeacher):
             with step.autocast():
                 weak = self.projections[k](out.features)
             soft = upsample(out.logits, size, student.grid).softmax(dim=1)
-            gone = ~(soft.amax(dim=1) > 0)  # where it is no number
+            lost = ~(soft.amax(dim=1) > 0)  # where the probabilities are NaN
             sure, own = wide(out.logits).softmax(dim=1).max(dim=1)
-            out_of = to_grid((padding | gone).long(), student.grid).bool() | ~(sure > 0)
-            own, valid = own.masked_fill(out_of, IGNORE), ~(padding | gone)
-            lost.append(gone)
-            b |= {f"soft {k}": soft.masked_fill(gone[:, None], 0), f"valid {k}": valid}
+            out_of = to_grid((padding | lost).long(), student.grid).bool() | ~(sure > 0)
+            own, valid = own.masked_fill(out_of, IGNORE), ~(padding | lost)
+            all_lost.append(lost)
+            b |= {f"soft {k}": soft.masked_fill(lost[:, None], 0), f"valid {k}": valid}
             b |= {f"weak {k}": wide(weak), f"class {k}": own, f"sure {k}": sure}
             b[f"seen {k}"] = step.total(valid.sum()).clamp(min=1)
             b[f"held {k}"] = step.count(own)
-        self.log_lost(lost, padding, step)
+        self.log_lost(all_lost, padding, step)
         return b
 
     def losses(self, b: Batch, step: Step) -> Terms:

@@ -97,7 +97,7 @@ class PseudoLabels(Method):
             all_lost = []
             for k, taught in enumerate(self.teachings(probability)):
                 confidence, label = taught.max(dim=1)
-                # the largest of numbers that are none would be class 0, at index 0
+                # max of NaNs returns index 0, which would label these pixels as class 0
                 lost = ~(confidence > 0)
                 all_lost.append(lost)
                 label = mix(label.masked_fill(padding | lost, IGNORE))
@@ -113,7 +113,7 @@ class PseudoLabels(Method):
         return b
 
     def log_lost(self, lost: Sequence[Tensor], padding: Tensor, step: Step) -> None:
-        """Log the share of pixels for which a labeler gives no number (B, H, W), mean of them."""
+        """Log the share of pixels (B, H, W) with NaN probabilities, the mean over the students."""
         seen = step.total((~padding).sum()).clamp(min=1)
         step.log("lost_pixels", torch.stack([(x & ~padding).sum() / seen for x in lost]).mean())
 

@@ -95,7 +95,7 @@ class PseudoSeg(MeanTeacher):
             cells = student.grid_of(round(distance))
             refined = upsample(refined, (decoded.shape[-2], decoded.shape[-1]), cells)
             soft = self.sharpened([decoded, refined], step)
-            lost = ~(soft.amax(dim=1) > 0)  # where it is no number
+            lost = ~(soft.amax(dim=1) > 0)  # where the probabilities are NaN
             unseen = to_grid(padding, student.grid)
             b[f"valid {k}"] = to_grid(b["keep"], student.grid) & ~unseen & ~lost
             b[f"soft {k}"] = soft.masked_fill(lost[:, None], 0)

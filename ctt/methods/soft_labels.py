@@ -56,7 +56,7 @@ class SoftLabels(MeanTeacher):
 
     def prepare(self, b: Batch, step: Step) -> Batch:
         probability = [step.probability(teacher, b["unlabeled"]) for teacher in self.teachers]
-        lost = [~(p.amax(dim=1) > 0) for p in probability]  # where it is no number
+        lost = [~(p.amax(dim=1) > 0) for p in probability]  # where the probabilities are NaN
         probability = [
             p.masked_fill(gone[:, None], 0) for p, gone in zip(probability, lost, strict=True)
         ]

@@ -69,7 +69,7 @@ class TwoViews(MeanTeacher):
         return step.mixer([], b["padding"], "small-box", f"mix {v}")
 
     def confident(self, probability: Tensor, padding: Tensor) -> Tensor:
-        """Return the class (B, H, W) of what is sure, else 255; also where it is no number."""
+        """Return the class (B, H, W) of confident pixels, else (also for NaN) 255."""
         confidence, label = probability.max(dim=1)
         sure = (confidence > 0) & (confidence >= self.threshold)
         return label.masked_fill(padding | ~sure, IGNORE)

@@ -100,7 +100,7 @@ class U2pl(EmbeddingTeacher):
         given = [step.probability(teacher, b["unlabeled"]) for teacher in self.teachers]
         mix = sometimes(step.mixer(given, padding, self.options.mix), 0.5, step)
         b["mixed"] = mix(b["unlabeled"])
-        lost = [~(p.amax(dim=1) > 0) for p in given]  # where it is no number
+        lost = [~(p.amax(dim=1) > 0) for p in given]  # where the probabilities are NaN
         self.log_lost(lost, padding, step)
         for k, p in enumerate(given):
             label = mix(p.argmax(dim=1).masked_fill(padding | lost[k], IGNORE))

@@ -11,7 +11,7 @@ Departures from that program:
 - The step of the power iteration is larger, and its network runs in full precision. The program's
   step, about 2e-7 for each number of a crop of 321, is lost in float32.
 - The random directions that it starts from are shared by the images of a batch.
-- Pixels that show no image, or whose teacher gives no number, have no part in the direction.
+- Pixels without image, or where the teacher gives NaN, do not count in the direction.
 - Adam, frozen batch norms and an EMA of 0.99 without warm-up are settings of the run here.
 """
 

@@ -96,12 +96,12 @@ def build(
     network.legacy_grid = grid == "legacy"
     network.options = options
     if normalization == "weights":
-        own_input_of(network)
+        add_own_input(network)
     return network
 
 
-def own_input_of(network: SegmentationModel) -> None:
-    """Normalise images for a network's backbone as its published weights expect.
+def add_own_input(network: SegmentationModel) -> None:
+    """Give the backbone a normalisation of its own: the identity, until `set_own_input` sets it.
 
     Raises:
         UserError: it has no backbone, or images are not of three channels.

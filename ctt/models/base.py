@@ -199,7 +199,7 @@ class BackboneModel(SegmentationModel):
                 yield parameter
 
     def have_own_input(self) -> None:
-        """Let the backbone have a normalisation of its own, which starts as that of the network."""
+        """Add a normalisation of the backbone alone; it changes nothing until `set_own_input`."""
         self.own_input = True
         self.register_buffer("input_scale", torch.ones(3, 1, 1))
         self.register_buffer("input_shift", torch.zeros(3, 1, 1))
@@ -373,7 +373,7 @@ def pad_to_multiple(images: Tensor, multiple: int, smallest: int = 0) -> Tensor:
 
     They become `smallest` high and wide at least, which is such a multiple.
     """
-    height, width = grid_of(images, multiple)
+    height, width = grid_size(images, multiple)
     bottom = max(height * multiple, smallest) - images.shape[-2]
     right = max(width * multiple, smallest) - images.shape[-1]
     return F.pad(images, (0, right, 0, bottom))
@@ -381,14 +381,14 @@ def pad_to_multiple(images: Tensor, multiple: int, smallest: int = 0) -> Tensor:
 
 def crop_to_stride(features: Tensor, images: Tensor, stride: int) -> Tensor:
     """Cut off the features of padded images that show the padding alone."""
-    height, width = grid_of(images, stride)
+    height, width = grid_size(images, stride)
     return features[:, :, :height, :width]
 
 
-def grid_of(images: Tensor, stride: int) -> tuple[int, int]:
-    """Return ceil(H / stride) and ceil(W / stride).
+def grid_size(images: Tensor, stride: int) -> tuple[int, int]:
+    """Return height and width of the grid: ceil(H / stride) and ceil(W / stride).
 
-    Without negative numbers, which the division of ONNX rounds the other way.
+    Written without negative numbers: ONNX rounds their division the other way.
     """
     height, width = images.shape[-2:]
     return (height + stride - 1) // stride, (width + stride - 1) // stride

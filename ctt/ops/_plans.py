@@ -1,4 +1,4 @@
-"""What is found out once for the lists of tensors of `ema_update_`, and kept for the next call."""
+"""Cached checks and pointer tables of `ema_update_`, one plan for each two lists of tensors."""
 
 import weakref
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ class Plan:
         self._watches = [weakref.ref(t, self._end) for t in (*teacher, *student)]
 
     def _end(self, _: object) -> None:
-        """End with the first of the tensors: its id and place could come to be another's."""
+        """Drop the plan when one of its tensors dies: a new tensor may get its id and address."""
         if self in _plans:
             _plans.remove(self)
 

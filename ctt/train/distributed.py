@@ -73,15 +73,15 @@ class World:
             request.wait()
         return torch.cat([before[None], values[:-1]])
 
-    def tell(self, text: str) -> str:
-        """Return what the first process says, to all."""
+    def broadcast(self, text: str) -> str:
+        """Send the first process's text to all processes, and return it."""
         if self.size == 1:
             return text
         held = [text]
         dist.broadcast_object_list(held, src=0, group=self.messages)
         return held[0]
 
-    def agree(self, flag: bool) -> bool:
+    def any_raised(self, flag: bool) -> bool:
         """Return whether any process had raised its flag at the previous call.
 
         With one process it is this call's. Asking and reading are one step apart, so that nothing

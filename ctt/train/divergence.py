@@ -19,7 +19,8 @@ class Losses:
 
     def __init__(self, streams: Streams) -> None:
         self.streams, self.engine = streams, streams.engine
-        self.sound = self.engine.iteration  # until which all weights are known to be numbers
+        # iteration up to which all weights are known to be finite
+        self.checked_until = self.engine.iteration
         self.clear()
 
     def clear(self) -> None:
@@ -36,10 +37,10 @@ class Losses:
     def total(self) -> dict[str, float]:
         """Return the sums over the steps since the last row and over all processes.
 
-        Called before anything that these steps led to is kept.
+        Call it before anything that these steps led to is saved.
 
         Raises:
-            UserError: the objective is infinite or not a number.
+            UserError: the loss is NaN or infinite.
         """
         if not self.sums:
             return {}
@@ -57,14 +58,14 @@ class Losses:
         return means
 
     def check_weights(self) -> None:
-        """Refuse to keep anything of weights that are no numbers any more."""
+        """Raise UserError if a weight is NaN or infinite; call it before anything is saved."""
         state = self.engine.method.state_dict()
         finite = {n: x.isfinite().all() for n, x in state.items() if x.is_floating_point()}
         if not bool(torch.stack(list(finite.values())).all()):
             lost = [name for name, good in finite.items() if not good]
-            what = f"{len(lost)} tensors are no numbers any more, first {lost[0]}"
-            raise self._diverged(what, self.engine.iteration - self.sound)
-        self.sound = self.engine.iteration
+            what = f"{len(lost)} of {len(finite)} tensors hold NaN or infinity, first {lost[0]}"
+            raise self._diverged(what, self.engine.iteration - self.checked_until)
+        self.checked_until = self.engine.iteration
 
     def _diverged(self, what: str, steps: int) -> UserError:
         """Return the error, having written down the images of the last `steps` steps."""
@@ -76,7 +77,7 @@ class Losses:
             with atomic_write(path) as part:
                 part.write_text(lines, "utf-8", BYTES_AS_THEY_ARE)
         return UserError(
-            f"Training diverged: by iteration {engine.iteration} {what}. Lower `optim.lr`, "
+            f"Training diverged: by iteration {engine.iteration}, {what}. Lower `optim.lr`, "
             f"set `optim.clip_norm` or leave out `train.amp` fp16; the last checkpoint in "
             f"{folder} is from before, and {path} names the images of the steps in question."
         )
@@ -102,4 +103,4 @@ class Losses:
         summed = saved.get("summed", 0)
         counts = summed if isinstance(summed, dict) else dict.fromkeys(sums, summed)
         self.counts = {name: int(counts[name]) for name in sums}
-        self.sound = self.engine.iteration
+        self.checked_until = self.engine.iteration

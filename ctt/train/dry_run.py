@@ -54,20 +54,20 @@ def dry_run(
     parts = estimate(settings, method, plan.dataset.info, plan.about)
     console = plain_console()
     console.print(
-        f"{settings.method} with {plan.pairs} pairs on {settings.dataset} would {start} with "
-        f"{len(plan.labeled)} labelled and {len(plan.unlabeled)} unlabelled images. Nothing is "
-        f"written.",
+        f"{settings.method} with {plan.pairs} pair{'s' * (plan.pairs > 1)} on {settings.dataset} "
+        f"would {start} with {len(plan.labeled)} labelled and {len(plan.unlabeled)} unlabelled "
+        f"images. Nothing is written.",
         sketch,
         *plan.notes(broken),
         sep="\n",
         soft_wrap=True,
     )
-    console.print(memory_table(shared(parts, settings, processes), settings, plan.device))
+    console.print(memory_table(per_process(parts, settings, processes), settings, plan.device))
     operations = step_operations(settings, method, plan.dataset.info, plan.about)
     del method
     left = settings.train.iterations - done
     if operations is not None and ACTIVATIONS in parts:
-        needed = {n: sum(shared(parts, settings, n).values()) for n in {1, cards or processes}}
+        needed = {n: sum(per_process(parts, settings, n).values()) for n in {1, cards or processes}}
         console.print(cost_table(operations, needed, settings, left, names))
     if (seconds := seconds_of_step(plan, parts)) is not None:
         console.print(
@@ -76,8 +76,8 @@ def dry_run(
         )
 
 
-def shared(parts: dict[str, int], settings: Settings, processes: int) -> dict[str, int]:
-    """Return the bytes of each part of what a process holds, of so many processes."""
+def per_process(parts: dict[str, int], settings: Settings, processes: int) -> dict[str, int]:
+    """Return `parts` of one of `processes` processes: a sharded optimiser holds its share alone."""
     if not settings.train.shard_optimizer:
         return parts
     return parts | {MOMENTA: -(-parts[MOMENTA] // processes)}

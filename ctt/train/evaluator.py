@@ -18,7 +18,7 @@ from ctt.train.distributed import World
 from ctt.train.engine import Engine
 from ctt.train.plan import Plan
 from ctt.train.record import Recorder
-from ctt.train.setup import images_of_any_size
+from ctt.train.setup import without_fixed_size_tuning
 
 
 class Evaluator:
@@ -50,7 +50,7 @@ class Evaluator:
         dataset, settings, world = self.plan.dataset, self.plan.settings, self.world
         networks = self.engine.method.networks()
         showing = torch.zeros(len(dataset.info.classes), dtype=torch.int64, device=self.plan.device)
-        with images_of_any_size(settings.train.compile):
+        with without_fixed_size_tuning(settings.train.compile):
             matrices = confusions(
                 networks,
                 dataset,

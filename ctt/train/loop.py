@@ -45,7 +45,7 @@ from ctt.train.profiling import Profile
 from ctt.train.record import Recorder, draw_curves
 from ctt.train.report import announcement, draw_predictions, ending, progress_bar, summary_of
 from ctt.train.rounds import Labeling, folder_of
-from ctt.train.setup import images_of_any_size
+from ctt.train.setup import without_fixed_size_tuning
 from ctt.train.signals import interrupt_flag
 from ctt.train.step_log import StepLog
 from ctt.train.streams import Streams
@@ -111,7 +111,7 @@ def train(
 
 
 def resume_hint(folder: Path | None) -> str:
-    """Return what is left of a run that failed, as the end of a message."""
+    """Return a hint to append to an error: how to resume from the last checkpoint."""
     if folder is None or not run.has_checkpoint(folder):
         return ""
     return f" The last checkpoint is whole: `resume` {shlex.quote(str(folder))} goes on from it."
@@ -141,7 +141,9 @@ class Trainer:
         self.recorder: Recorder | None = None
         self.broken = ""  # what is wrong with the last checkpoint
         if begun is None:
-            self.folder = Path(world.tell(str(self._create(out, resume)) if world.is_main else ""))
+            self.folder = Path(
+                world.broadcast(str(self._create(out, resume)) if world.is_main else "")
+            )
         else:
             self.folder = begun
         self.streams = Streams(plan, self.engine, self.folder)
@@ -212,7 +214,7 @@ class Trainer:
                     due |= engine.iteration in engine.rounds.starts  # files of the next one follow
                     if due and engine.iteration < total:
                         self._save()
-                    if self.world.agree(bool(interrupted)) and engine.iteration < total:
+                    if self.world.any_raised(bool(interrupted)) and engine.iteration < total:
                         self._save()
                         self.world.leave()
                         raise Stopped(self.folder, engine.iteration, self.world.is_main)
@@ -290,7 +292,7 @@ class Trainer:
             soft_wrap=True,
         )
         where = (self.dataset, self.plan.unlabeled, self.folder, number, self.device, self.world)
-        with images_of_any_size(self.settings.train.compile):
+        with without_fixed_size_tuning(self.settings.train.compile):
             engine.begin_round(Labeling(self.settings, *where))
 
     def _evaluate(self) -> dict[str, Score]:
@@ -343,7 +345,7 @@ class Trainer:
         write_json(self.folder / run.SUMMARY, summary)
         write_classes(self.folder / run.CLASSES, classes)
         draw_curves(self.folder)
-        with images_of_any_size(self.settings.train.compile):
+        with without_fixed_size_tuning(self.settings.train.compile):
             draw_predictions(plan, engine, self.folder / "samples.png")
         self.console.print(score_table(scores, self.dataset.info))
         assert best is not None  # the last evaluation has chosen one

@@ -216,8 +216,8 @@ def size_of(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def available(device: torch.device) -> int | None:
-    """Return bytes that the device has in all; None where the system does not say."""
+def total_memory(device: torch.device) -> int | None:
+    """Return the total memory of the device in bytes; None if the system does not say."""
     if device.type == "cuda":
         total: int = torch.cuda.get_device_properties(device).total_memory
         return total
@@ -228,7 +228,7 @@ def available(device: torch.device) -> int | None:
 
 def memory_table(parts: dict[str, int], settings: Settings, device: torch.device) -> Table:
     """Return the parts, their sum, and what fits on the device."""
-    total, room = sum(parts.values()), available(device)
+    total, room = sum(parts.values()), total_memory(device)
     table = Table(title="memory of a process at its largest, MiB")
     table.add_column("part")
     table.add_column("MiB", justify="right")

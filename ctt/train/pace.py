@@ -11,7 +11,7 @@ import torch
 
 from ctt.inference.predict import is_out_of_memory
 from ctt.train.engine import Engine
-from ctt.train.memory import ACTIVATIONS, available
+from ctt.train.memory import ACTIVATIONS, total_memory
 from ctt.train.plan import Plan
 from ctt.train.streams import Streams
 
@@ -34,7 +34,7 @@ def seconds_of_step(plan: Plan, parts: dict[str, int]) -> float | None:
     Returns:
         None if the device has too little memory.
     """
-    images, memory = plan.settings.data.batch_size, available(plan.device)
+    images, memory = plan.settings.data.batch_size, total_memory(plan.device)
     room = inf if memory is None else memory * ROOM
     few, grows = min(images, FEW), parts.get(ACTIVATIONS, 0)
     fixed = sum(parts.values()) - grows

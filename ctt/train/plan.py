@@ -127,7 +127,7 @@ class Plan:
             UserError: no such network or weights, or batches that a batch norm cannot take.
         """
         settings = self.settings
-        ready = partial(finished, settings=settings, device=self.device)
+        ready = partial(ready_to_train, settings=settings, device=self.device)
         setup = Setup(
             settings,
             self.dataset.info,
@@ -135,7 +135,7 @@ class Plan:
             len(self.labeled),
             self.fresh,
             finish=ready if finish else unchanged,
-            taught=taught_by(settings, self.dataset.info),
+            finished_teachers=teachers_of_run(settings, self.dataset.info),
             origins=self.origins,
         )
         made = self.about.load()
@@ -241,7 +241,7 @@ def new_split(
     return labeled, unlabeled
 
 
-def taught_by(
+def teachers_of_run(
     settings: Settings, info: DatasetInfo
 ) -> tuple[Sequence[SegmentationModel], DatasetInfo] | None:
     """Return the networks that `teacher` names, and the dataset that they know.
@@ -311,8 +311,8 @@ def classes_without_label(dataset: Dataset, names: list[str]) -> list[str]:
     return [name for c, name in enumerate(dataset.info.classes) if c not in seen]
 
 
-def finished(network: M, settings: Settings, device: torch.device) -> M:
-    """Return a network as it trains: on its device, and with batch norms over all processes."""
+def ready_to_train(network: M, settings: Settings, device: torch.device) -> M:
+    """Return the network ready to train: on its device, channels_last, batch norms synchronised."""
     if settings.model.sync_batch_norm:
         network = synchronize(network, device)
     # a quarter less time on the CPU, tensor cores on GPUs, pixels as rows without a copy

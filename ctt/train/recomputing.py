@@ -38,7 +38,7 @@ def recompute_blocks(networks: Iterable[nn.Module]) -> None:
 
 @contextlib.contextmanager
 def recomputed(networks: Iterable[nn.Module], yes: bool) -> Iterator[None]:
-    """Have networks do so inside alone, where `yes`."""
+    """Recompute the networks' repeated blocks within the context, if `yes`."""
     blocks = [block for net in networks for block in repeated_blocks(net)] if yes else []
     recompute_blocks(networks if yes else [])
     try:
@@ -62,7 +62,7 @@ def _contexts(block: nn.Module) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Run batch norms in training mode inside without a trace in their running statistics."""
+    """Leave the running statistics of batch norms unchanged within the context."""
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.training]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm, (_, batches) in zip(norms, before, strict=True):

@@ -28,10 +28,10 @@ def set_up_torch(settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def images_of_any_size(compiled: str) -> Iterator[None]:
-    """Run networks without what pays for images of one size alone: for evaluation.
+def without_fixed_size_tuning(compiled: str) -> Iterator[None]:
+    """Switch off cuDNN's search and torch.compile within the context, for evaluation.
 
-    cuDNN would search the fastest convolutions anew for every size, and torch.compile compile.
+    Both repeat their work for every new image size; evaluation has many sizes.
 
     Args:
         compiled: the setting `train.compile`.

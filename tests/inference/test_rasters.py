@@ -95,7 +95,7 @@ def test_rgb_networks_read_rasters_as_they_read_files(tmp_path: Path, kind: str)
 def test_rgb_networks_see_the_mean_where_a_raster_has_no_data(
     tmp_path: Path, scales: tuple[float, ...]
 ) -> None:
-    """What is no number would spread over all that the network sees around it."""
+    """NaN would spread over all that the network sees around it."""
     image, _ = scene((40, 60), 0)
     image = (image[:3] // 20).astype(np.uint8) + 1
     image[:, 3:9, 20:40] = 0

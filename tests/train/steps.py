@@ -19,7 +19,7 @@ from ctt.models.base import SegmentationModel
 from ctt.settings import Settings, update
 from ctt.train.distributed import World
 from ctt.train.engine import Engine
-from ctt.train.plan import Plan, finished
+from ctt.train.plan import Plan, ready_to_train
 
 Images = tuple[Tensor, Tensor]
 T = TypeVar("T")
@@ -59,12 +59,14 @@ def make(
     about = methods.get(settings.method)
 
     def finish(network: SegmentationModel) -> SegmentationModel:
-        return finished(network, settings, device)
+        return ready_to_train(network, settings, device)
 
-    taught = None
+    teachers = None
     if "teacher" in about.uses:
-        taught = [student(update(settings, {"seed": 99}, "test"))], INFO
-    setup = Setup(settings, INFO, pairs or about.pairs, 6, finish=finish, taught=taught)
+        teachers = [student(update(settings, {"seed": 99}, "test"))], INFO
+    setup = Setup(
+        settings, INFO, pairs or about.pairs, 6, finish=finish, finished_teachers=teachers
+    )
     return Engine(about.load()(setup), settings, INFO, device, world)
 
 

@@ -12,7 +12,7 @@ from ctt.errors import UserError
 from ctt.methods.base import Setup
 from ctt.settings import Settings, update
 from ctt.train.cost import CARDS, card_of, cost_table, hours, step_operations
-from ctt.train.dry_run import dry_run, shared
+from ctt.train.dry_run import dry_run, per_process
 from tests.train.steps import make
 
 VIT = {"model": {"name": "dpt", "backbone": ["test_vit"]}, "data": {"crop": [64, 64]}}
@@ -86,9 +86,9 @@ def test_a_dry_run_tells_hours(tiny: Settings, capsys: pytest.CaptureFixture[str
 
 def test_shared_states_take_a_part_of_the_memory(tiny: Settings) -> None:
     parts = {"momenta": 10, "students": 10}
-    assert shared(parts, tiny, 4) == parts
+    assert per_process(parts, tiny, 4) == parts
     sharded = update(tiny, {"train": {"shard_optimizer": True}}, "test")
-    assert shared(parts, sharded, 4) == {"momenta": 3, "students": 10}
+    assert per_process(parts, sharded, 4) == {"momenta": 3, "students": 10}
 
 
 def test_what_looks_at_its_numbers_has_no_count(
