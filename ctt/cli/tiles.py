@@ -22,7 +22,7 @@ class Tiles:
     shows no class become unlabelled images.
     """
 
-    dataset: Path
+    source: Path
     """Folder with images/, masks/ and dataset.yaml, as --dataset folder takes it."""
     to: Path | None = None
     """New folder."""
@@ -48,7 +48,7 @@ def tiles(command: Tiles) -> int:
     with Progress(console=plain_console(), transient=True) as progress:
         bar = progress.add_task("cutting", total=1.0)
         found = cut(
-            expanded(command.dataset, "SOURCE"),
+            expanded(command.source, "SOURCE"),
             command.to,
             command.side,
             lambda share: progress.advance(bar, share),
