@@ -26,8 +26,8 @@ TERM = "masks"
 class MaskTeacher:
     """The term of such masks, which take part in every mix of the images.
 
-    The batch holds `outside` (B, H, W), the mask, 255 where there is none, and `outside sureness`
-    (B, H, W), its confidence.
+    The batch holds `outside` (B, H, W), the mask, 255 where there is none, and
+    `outside confidence` (B, H, W).
 
     Args:
         total: iterations of the run.
@@ -47,7 +47,7 @@ class MaskTeacher:
     ) -> Batch:
         """Return the masks (B, H, W) of the mixed images of a view, with their confidence, 0 where
         nothing is learnt, and how many pixels of all processes have one: ()."""
-        label, sure = mix(b["outside"]), mix(b["outside sureness"])
+        label, sure = mix(b["outside"]), mix(b["outside confidence"])
         label = label.masked_fill(sure < self.settings.threshold, IGNORE)
         sure = sure.masked_fill(label == IGNORE, 0)
         named = {"label": label, "sure": sure, "pixels": step.count(label)}

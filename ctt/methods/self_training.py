@@ -35,7 +35,8 @@ class SelfTrainingOptions(Options):
 class SelfTraining(PseudoLabels):
     """Students learn labels that students of a round before have given, once for all.
 
-    Batch of a round with kept labels: that of `PseudoLabels`, made of `kept` and `sureness`.
+    Batch of a round with kept labels: that of `PseudoLabels`, made of `kept` and
+    `kept confidence`.
     """
 
     options: SelfTrainingOptions
@@ -74,7 +75,7 @@ class SelfTraining(PseudoLabels):
         if "kept" not in b:
             return b | self.draws(b, step, unlabeled=0)
         mixed, mix = self.change(b, step)
-        label, confidence = mix(b["kept"]), mix(b["sureness"])
+        label, confidence = mix(b["kept"]), mix(b["kept confidence"])
         trusted, weight = losses.weigh_pseudo_label(
             label, confidence, self.confidence_weight, self.threshold, step.total
         )

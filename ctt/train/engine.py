@@ -246,8 +246,10 @@ class Engine:
 
 
 def batch_of(inputs: Sequence[Tensor], kind: Round, outside: bool = False) -> Batch:
-    """Return the batch of a method of what the loader gives: images, label, and of the unlabelled
-    images the same, whose label is 255 in the padding and in some rounds one that was kept.
+    """Return the batch that a method gets from what the loader gives.
+
+    That is images and label and, if the method takes unlabelled images, those images and a second
+    map: 255 in the padding, or packed labels (see `ctt.data.packed`): kept ones or outside masks.
 
     Args:
         outside: the label is a mask that another model made, see `ctt.methods.mask_teacher`.
@@ -256,10 +258,10 @@ def batch_of(inputs: Sequence[Tensor], kind: Round, outside: bool = False) -> Ba
     if len(inputs) > 2:
         b |= {"unlabeled": to_unit(inputs[2]), "padding": inputs[3] == IGNORE}
     if len(inputs) > 2 and kind.images == "kept":
-        b["kept"], b["sureness"] = unpack(inputs[3])
+        b["kept"], b["kept confidence"] = unpack(inputs[3])
         b["padding"] = b["kept"] == IGNORE
     elif len(inputs) > 2 and outside:
-        b["outside"], b["outside sureness"] = unpack(inputs[3])
+        b["outside"], b["outside confidence"] = unpack(inputs[3])
         b["padding"] = inputs[3] < 0
     return b
 

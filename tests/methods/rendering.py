@@ -50,8 +50,9 @@ class Scene:
 
     Attributes:
         method: as it was before the step. images, more: (B, 3, H, W) as networks take them.
-        label: (B, H, W) int64. padding: (B, H, W) bool. kept, sureness: (B, H, W), labels of the
-            unlabelled images and their confidence, in rounds with such. terms: what the step gave.
+        label: (B, H, W) int64. padding: (B, H, W) bool. kept, kept_confidence: (B, H, W), labels
+            of the unlabelled images and their confidence, in rounds with such. terms: what the step
+            gave.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class Scene:
         self.engine, self.settings = engine, settings
         self.images, self.more = (normalized(x) for x in (first[0], second[0]))
         self.label, self.padding = first[1].long(), second[1].int() % 256 == IGNORE
-        self.kept, self.sureness = (second[1].int() % 256).long(), second[1].int() // 256 / 255
+        self.kept = (second[1].int() % 256).long()
+        self.kept_confidence = second[1].int() // 256 / 255
         self.terms = {name: value.double() for name, value in terms.items()}
 
     def drawn(self, name: str) -> Tensor:

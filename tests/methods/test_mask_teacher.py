@@ -35,7 +35,7 @@ def test_the_term_equals_its_formula(tiny: Settings, name: str) -> None:
     sure = torch.rand(b["label"].shape, generator=rng, dtype=torch.float64)
     outside[b["padding"]] = 255
     sure[b["padding"]] = 0
-    engine, terms = objective(settings, b | {"outside": outside, "outside sureness": sure})
+    engine, terms = objective(settings, b | {"outside": outside, "outside confidence": sure})
     expected = torch.zeros((), dtype=torch.float64)
     for student in engine.method.students:
         # batch norm sees labelled and unlabelled images together
@@ -55,7 +55,7 @@ def test_both_views_learn_them(tiny: Settings, name: str) -> None:
     settings = with_masks(tiny, name, {})
     b = odd_batch()
     outside = torch.full(b["label"].shape, 3)
-    given = b | {"outside": outside, "outside sureness": torch.ones(outside.shape).double()}
+    given = b | {"outside": outside, "outside confidence": torch.ones(outside.shape).double()}
     _, terms = objective(settings, given)
     assert terms["masks"] > 1  # random weights
     given["outside"] = torch.full_like(outside, 255)

@@ -78,7 +78,7 @@ def test_dmt_weighs_by_who_is_surer(tiny: Settings) -> None:
         i = tuple(place)
         if answer[i] == scene.kept[i]:
             case, weight = 0, p[i] ** 2
-        elif own[i] > scene.sureness[i]:
+        elif own[i] > scene.kept_confidence[i]:
             case, weight = 1, 0.0
         else:
             case, weight = 2, p[i] ** 3
