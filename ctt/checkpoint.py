@@ -35,7 +35,7 @@ def save(path: Path, state: dict[str, Any], keep: bool = True) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as part:
-        # through a file of Python, which names what torch's own writer hides
+        # through a Python file: torch's own writer hides why a write failed
         with part.open("wb") as file:
             torch.save({"format": FORMAT, **state}, file)
         if keep and path.is_file():
@@ -230,7 +230,10 @@ def load_network(path: Path) -> tuple[SegmentationModel, DatasetInfo, str]:
     try:
         network, info, note = _network_of(meta, tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold what it says it holds ({_reason(error)}).") from None
+        raise UserError(
+            f"{path}: its tensors do not fit the network that it describes ({_reason(error)}). "
+            f"Give the best.safetensors of a run."
+        ) from None
     return network.eval(), info, note
 
 

@@ -159,7 +159,7 @@ def find(path: Path) -> Path:
                 f"which holds {CONFIG} and {CHECKPOINT}."
             )
     else:
-        raise UserError(f"`resume` {path}: there is no such folder.")
+        raise UserError(f"`resume` {path}: there is no such folder. Give the folder of a run.")
     needed_files = [CONFIG]
     if has_checkpoint(folder):
         needed_files += [str(LABELED_LIST), str(UNLABELED_LIST)]
@@ -168,10 +168,14 @@ def find(path: Path) -> Path:
     for needed in needed_files:
         if not (folder / needed).is_file():
             raise UserError(
-                f"`resume` {path}: {folder} is no run that can go on, because {needed} is missing."
+                f"`resume` {path}: {folder} cannot be resumed, because {needed} is missing. "
+                f"Restore it, or start a new run."
             )
     if not os.access(folder, os.W_OK):
-        raise UserError(f"`resume` {path}: {folder} cannot be written.")
+        raise UserError(
+            f"`resume` {path}: you may not write to {folder}. Change its permissions, or resume a "
+            f"copy."
+        )
     return folder
 
 

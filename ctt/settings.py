@@ -106,6 +106,7 @@ class ViewSettings:
     """Largest change of the hue in the colour jitter, as a share of the colour circle; by default a
     quarter of --views.jitter. UniMatch V2: jitter 0.5 and hue 0.25."""
     jitter_probability: Annotated[float, SHARE] = 0.8
+    """Share of the images whose colours are jittered in the strong view."""
     blur_probability: Annotated[float, SHARE] = 0.5
     """Share of the images blurred in the strong view."""
     blur_sigma: Annotated[tuple[float, float], Range(0, 100, above=True)] = (0.1, 2.0)
@@ -139,17 +140,17 @@ class ModelSettings:
     """Architecture: small, deeplabv2, deeplabv3plus, vit, dpt, or smp:NAME, one of
     segmentation_models_pytorch such as smp:unet (extra `smp`)."""
     pair_name: tuple[str, ...] = ()
-    """Architectures of the pairs instead of --model.name, where they differ: pair k takes the k-th,
-    and after the last one the first again."""
+    """Architectures of the pairs instead of --model.name, where they differ. If you give several,
+    pair k takes the k-th (cycling)."""
     backbone: tuple[str, ...] = ()
     """Name of a timm model, with or without the tag of its weights, such as resnet101 or
     resnet101.tv_in1k; by default resnet101, vit_small_patch14_dinov2 for vit and dpt, resnet34 for
-    smp. Of several, pair k takes the k-th, and after the last one the first again."""
+    smp. If you give several, pair k takes the k-th (cycling)."""
     weights: tuple[str, ...] = ("none",)
     """What students start from: `none`, fresh weights; `imagenet`, the weights that timm publishes
     for the backbone, once `ctt-data fetch weights` has brought them; or a file (.safetensors, or
-    .pth that holds tensors) of the whole network or of the backbone. Of several, pair k takes the
-    k-th, and after the last one the first again."""
+    .pth that holds tensors) of the whole network or of the backbone. If you give several, pair k
+    takes the k-th (cycling)."""
     normalization: Literal["data", "weights"] = "data"
     """How a backbone takes images. data: by mean and deviation of the dataset. weights: by those
     with which the published weights of the backbone were trained, of each pair its own (CLIP,
@@ -178,7 +179,7 @@ class ModelSettings:
     for L)."""
     drop_path: Annotated[tuple[float, ...], SHARE_BELOW_1] = (0.0,)
     """Rate of stochastic depth in the last block of the backbone, falling to 0 in the first; its
-    teacher has none. Of several, pair k takes the k-th, and after the last one the first again."""
+    teacher has none. If you give several, pair k takes the k-th (cycling)."""
     width: Annotated[int, AT_LEAST_1] = 32
     """small: channels of the first stage."""
 
@@ -211,12 +212,12 @@ class OptimSettings:
     lr: Annotated[float, ABOVE_0] = 2.5e-4
     """Learning rate of the students, at the start of its schedule."""
     pair_lr: Annotated[tuple[float, ...], ABOVE_0] = ()
-    """Learning rates of the pairs instead of --optim.lr, where they differ: pair k takes the k-th,
-    and after the last one the first again."""
+    """Learning rates of the pairs instead of --optim.lr, where they differ. If you give several,
+    pair k takes the k-th (cycling)."""
     head_lr_factor: Annotated[float, ABOVE_0] = 1.0
     """Learning rate of the classifier head relative to the rest (DeepLabV2: 10)."""
     pair_head_lr_factor: Annotated[tuple[float, ...], ABOVE_0] = ()
-    """The same of each pair, as --optim.pair-lr is."""
+    """Values of --optim.head-lr-factor for the pairs, where they differ (cycling)."""
     layer_decay: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Learning rate of a layer of the backbone relative to the next one; 1: all learn alike."""
     momentum: Annotated[float, SHARE_BELOW_1] = 0.9
@@ -226,6 +227,7 @@ class OptimSettings:
     betas: Annotated[tuple[float, float], SHARE_BELOW_1] = (0.9, 0.999)
     """adamw: decay of the means of past gradients and of their squares."""
     weight_decay: Annotated[float, AT_LEAST_0] = 5e-4
+    """Weight decay: added to the gradient in sgd, decoupled in adamw."""
     decay_vectors: bool = True
     """Decay also what has one axis: scales and shifts of norms, and biases."""
     schedule: Literal["poly", "cosine"] = "poly"
@@ -258,7 +260,7 @@ class LossSettings:
     other pairs. all: every teacher, each pixel's probabilities weighted by how sure each is of it.
     """
     ct_ramp: Annotated[int, AT_LEAST_0] = 0
-    """Iterations over which the weight of that term rises from 0."""
+    """Iterations over which --loss.ct rises from 0 to its value."""
     hc: Annotated[float, AT_LEAST_0] = 0.1
     """Weight of the high-level contrast, equation (6)."""
     lc: Annotated[float, AT_LEAST_0] = 0.1
@@ -286,6 +288,7 @@ class LossSettings:
     """How teachers' confidence weighs the cross-teacher term: not at all (paper), all pixels by the
     share of confident ones (authors' program), or only confident pixels."""
     confidence_threshold: Annotated[float, SHARE] = 0.968
+    """Confidence from which a pixel counts, for --loss.confidence-weight uniform and threshold."""
     unlabeled_mean: Literal["kept", "valid", "all"] = "kept"
     """What the sum over pixels with a pseudo-label is divided by: their number, that of all pixels
     that show an image, or that of all pixels. The last two lower the weight of the term while few

@@ -76,7 +76,7 @@ def rank(parsed: Arguments, protocol_of: Callable[[EvalSettings], EvalSettings])
     kept, ratings, failures = rated(committee, entries, read, parsed.workers)
     features = []
     if dataset is not None:
-        # an image that cannot be read any more tells nothing apart
+        # an image that cannot be read any more is left out
         images = images_of(partial(read_name, dataset), known, parsed.workers)
         features = [committee.features(x) for x in images if not isinstance(x, UserError)]
     places = order(ratings, features)
@@ -262,7 +262,10 @@ def notes(committee: Committee, kept: list[Entry], features: Sequence[Tensor]) -
             "are from each other. Give the folder of a run, which holds several."
         )
     if not features:
-        yield "No labelled image of the run is at hand, so none is told apart from those."
+        yield (
+            "No labelled image of the run was found, so the order ignores how similar images are "
+            "to labelled ones."
+        )
 
 
 def write_all(

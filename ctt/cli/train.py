@@ -73,7 +73,9 @@ def _main(arguments: list[str]) -> int:
             raise
         raise AlreadyReportedError from None
     if (parsed.card or parsed.cards) and not parsed.dry_run:
-        raise UserError("--card and --cards belong to --dry-run, which tells hours. Add it.")
+        raise UserError(
+            "--card and --cards need --dry-run, which estimates the hours. Add --dry-run."
+        )
     named = parsed.config or any(text.startswith("--recipe") for text in arguments)
     if parsed.recipe == SMALL and not named and first_process():
         say(f"There is no GPU here, so the recipe is {SMALL}; --recipe folder takes a larger one.")

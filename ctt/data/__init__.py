@@ -26,12 +26,12 @@ WITHOUT_FOLDER = {
 
 
 def other_images(names: Iterable[str]) -> str:
-    """Return a sentence on files that are images of forms that are not read; empty: none is."""
+    """Return a warning about image files in formats that are not read; empty if there are none."""
     found = [name for name in names if name.lower().endswith(OTHER_SUFFIXES)]
     if not found:
         return ""
     return (
-        f"{len(found):,} file{'s' * (len(found) > 1)} of a form that is not read, such as "
+        f"{len(found):,} file{'s' * (len(found) > 1)} in a format that is not read, such as "
         f"{found[0]}: convert them, to {', '.join(IMAGE_SUFFIXES)}."
     )
 

@@ -26,7 +26,7 @@ Ranges = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the channels of a dataset, in the numbers of its files.
+    """Statistics of the channels of a dataset, in the units of its files.
 
     Attributes:
         percentiles: (channels, `PERCENTILES`). low, high: smallest and largest value.

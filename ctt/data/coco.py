@@ -169,7 +169,7 @@ def write_masks(
 
 
 def _paint_all(file: CocoFile, folder: Path, threads: int) -> Iterator[bool]:
-    """Yield for each image of a file whether its mask was written, or was there."""
+    """Yield for each image True if its mask was written now, False if it was there."""
     numbers = {name: CLASSES.index(name) for name in file.categories.values()}
 
     def work(item: tuple[Key, CocoImage]) -> bool:

@@ -163,8 +163,8 @@ def classes_of(target: Path) -> tuple[str, ...]:
     own = {**{number: number for number in range(len(classes))}, IGNORE: IGNORE}
     if found.mapping != own or found.mask_suffix or found.image_suffix or found.pairs:
         raise UserError(
-            f"`to` {target}: by {path} the masks have other numbers or names than those that "
-            f"ctt-data convert writes. Give a new folder."
+            f"`to` {target}: {path} describes masks with other numbers or names than ctt-data "
+            f"convert writes. Give a new folder."
         )
     return classes
 

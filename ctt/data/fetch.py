@@ -60,7 +60,7 @@ def fetch_voc(root: Path, progress: Progress, archive: Archive = VOC) -> Path:
         the folder VOC2012.
 
     Raises:
-        UserError: it is there already, cannot be had, or is not what it should be.
+        UserError: it is there already, cannot be downloaded, or is not what it should be.
     """
     folder = root / "VOCdevkit" / "VOC2012"
     if folder.exists():
@@ -85,7 +85,7 @@ def fetch_augmented(root: Path, progress: Progress, archive: Archive = SBD) -> t
         the folder of the masks, and how many there are.
 
     Raises:
-        UserError: VOC 2012 is not there, the masks are, or SBD cannot be had or read.
+        UserError: VOC 2012 is not there, the masks are, or SBD cannot be downloaded or read.
     """
     folder = first_with(root, PLACES, CLASSIC_MASKS)
     if folder is None:
@@ -209,7 +209,9 @@ def _receive(url: str, part: Path, progress: Progress, by_hand: str) -> None:
         # nothing is left to send: the checksum tells whether it is right
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and start:
             return
-        raise UserError(f"{url} cannot be had ({error.code} {error.reason}). {by_hand}") from None
+        raise UserError(
+            f"{url} cannot be downloaded ({error.code} {error.reason}). {by_hand}"
+        ) from None
     except (
         urllib.error.URLError,
         TimeoutError,

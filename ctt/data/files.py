@@ -103,7 +103,7 @@ class FileDataset(Dataset):
         try:
             return {*self.label(name).flatten().bincount().nonzero().flatten().tolist()} - {IGNORE}
         except UserError:
-            return set()  # which the checks tell
+            return set()  # the checks report it
 
     @abstractmethod
     def image_path(self, name: str) -> Path:

@@ -53,7 +53,7 @@ class LabelMap:
         )
 
     def __call__(self, mask: Mask, path: Path) -> Tensor:
-        """The mask (H, W) or (H, W, 3) in `path` -> (H, W) uint8.
+        """Return the classes (H, W) uint8 of the mask (H, W) or (H, W, 3) in `path`.
 
         Raises:
             UserError: a number or colour that is no class, or a palette that says that another
@@ -77,7 +77,7 @@ class LabelMap:
         return b"".join(part.tobytes() for part in (self.table, self.packed, self.of_packed))
 
     def _of_colours(self, values: Array, path: Path) -> Tensor:
-        """(H, W, 3) -> (H, W) by the colours."""
+        """Return the classes (H, W) of colours (H, W, 3)."""
         red, green, blue = (values[..., i].astype(np.int32) for i in range(3))
         packed = red << 16 | green << 8 | blue
         place = np.searchsorted(self.packed, packed).clip(max=max(0, len(self.packed) - 1))

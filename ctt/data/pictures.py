@@ -110,13 +110,13 @@ def too_large(path: Path, width: int, height: int) -> UserError:
     return UserError(
         f"{path}: the image has {width}x{height} pixels, and {most_pixels():,} are read at most, "
         f"so that a small file cannot fill the memory. If it is as large as that, set the "
-        f"environment variable {MOST_PIXELS_VARIABLE}={width * height}; of a TIFF file "
-        f"`ctt-data tiles` makes pieces without it."
+        f"environment variable {MOST_PIXELS_VARIABLE}={width * height}; "
+        f"`ctt-data tiles` cuts a TIFF file into pieces without it."
     )
 
 
 def read_image(path: Path, white: float | None = None, *, turned: bool = True) -> Tensor:
-    """Return (3, H, W) uint8.
+    """Return the image in a file as RGB: (3, H, W) uint8.
 
     Args:
         white: the value of white in images of more than 8 bits, see `to_rgb`.
@@ -129,8 +129,8 @@ def read_image(path: Path, white: float | None = None, *, turned: bool = True) -
         with open_picture(path) as file:
             if white is not None and "16" in raw_mode(file) and not is_deep(file.mode):
                 raise UserError(
-                    f"{path}: `white` is for grey images, and of this one in colours of 16 bits "
-                    f"only the upper 8 can be read. Write it again with 8 bits a colour."
+                    f"{path}: `white` is for grey images, but this one has colours of 16 bits, of "
+                    f"which only the upper 8 can be read. Save it again with 8 bits a colour."
                 )
             picture = ImageOps.exif_transpose(file) if turned else file
             picture.format = file.format  # which a turned copy lacks
@@ -207,7 +207,7 @@ def read_mask(path: Path, *, turned: bool = False, lossy: bool = False) -> Mask:
 
     Raises:
         UserError: there is no such file, or it is no image, a broken one, or one from which the
-            values that were drawn cannot be had.
+            drawn values cannot be recovered.
     """
     try:
         with open_picture(path) as file:

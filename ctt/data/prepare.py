@@ -114,7 +114,7 @@ class Prepared:
         part = None
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
-            # of a name that no other process takes, and readable by whom this user's files are
+            # a name that no other process takes, with this user's usual permissions
             part = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.part")
             with part.open("xb") as file:
                 np.save(file, np.ascontiguousarray(_from_tensor(value).numpy()))

@@ -57,7 +57,7 @@ def _traits(path: Path) -> Traits | None:
         with open_picture(path) as file:
             return _traits_of(path, file)
     except Exception:
-        return None  # what is wrong with it the reading of the image tells
+        return None  # reading the image reports what is wrong with it
 
 
 def _traits_of(path: Path, file: Image.Image) -> Traits:
@@ -117,7 +117,7 @@ def of_size(paths: Iterable[Path], threads: int = 1) -> list[str]:
 
 
 def _pixels(path: Path) -> int:
-    """Return the size of an image; 0 if it cannot be opened, which its reading tells."""
+    """Return the size of an image; 0 if it cannot be opened (reading it reports why)."""
     with contextlib.suppress(UserError, ModuleNotFoundError):
         return math.prod(size_of(path, turned=False))
     return 0

@@ -147,7 +147,7 @@ def resolve(
         if name is None:
             continue
         known = None if mask in ("", NO_MASK) else is_mask(name, mask)
-        if mask in ("", NO_MASK) or (belongs(mask, image) if known is None else known):
+        if mask in ("", NO_MASK) or (mask_fits_name(mask, image) if known is None else known):
             return name, mask
         strangers.append((image, mask))
     if strangers:
@@ -171,7 +171,8 @@ def readings(line: str) -> Iterator[tuple[str, str]]:
         at = whole.find(separator, at + 1)
 
 
-def belongs(mask: str, image: str) -> bool:
+def mask_fits_name(mask: str, image: str) -> bool:
+    """Return whether a mask's file name begins with the image's (Cityscapes' suffix aside)."""
     stem = PurePosixPath(image).stem.removesuffix("_leftImg8bit")
     return PurePosixPath(mask).name.startswith(stem)
 

@@ -198,7 +198,8 @@ def check_label(label: Tensor, name: str, info: DatasetInfo) -> None:
     if len(wrong):
         raise UserError(
             f"The label of {name} holds the value {int(wrong[0])}, but {info.name} has the classes "
-            f"0..{len(info.classes) - 1} and {IGNORE} for ignored pixels."
+            f"0..{len(info.classes) - 1} and {IGNORE} for ignored pixels. Correct the mask, or the "
+            f"list of classes."
         )
 
 

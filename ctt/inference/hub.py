@@ -29,7 +29,7 @@ def download(place: str) -> Path:
         place: `owner/name` or `owner/name@revision`.
 
     Raises:
-        UserError: there is none, or it cannot be had.
+        UserError: there is none, or it cannot be downloaded.
     """
     import huggingface_hub
 
@@ -41,8 +41,9 @@ def download(place: str) -> Path:
     except Exception as error:  # the hub's client raises errors of several libraries
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{PREFIX}{place}: {WEIGHTS} cannot be had from the hub ({reason}). Give {PREFIX}OWNER/"
-            f"NAME of a repository that ctt-export --push has made, and HF_TOKEN if it is private."
+            f"{PREFIX}{place}: {WEIGHTS} cannot be downloaded from the hub ({reason}). Give "
+            f"{PREFIX}OWNER/NAME of a repository that ctt-export --push has made, and HF_TOKEN if "
+            f"it is private."
         ) from None
     return Path(file)
 

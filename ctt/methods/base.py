@@ -58,6 +58,8 @@ def unchanged(network: M) -> M:
 
 
 class Finish(Protocol):
+    """Puts a new network on its device, in the layout in which it trains."""
+
     def __call__(self, network: M) -> M: ...
 
 
@@ -100,7 +102,7 @@ class Setup:
             attempt: another number gives other random weights.
 
         Raises:
-            UserError: no such network, or weights that cannot be had or do not fit.
+            UserError: no such network, or weights that cannot be found, read or fitted.
         """
         model = self.settings.model
         with self.seeded(f"weights {attempt}" if attempt else "weights", k):
@@ -145,7 +147,7 @@ class Setup:
 
     @contextlib.contextmanager
     def seeded(self, purpose: str, k: int = 0) -> Iterator[None]:
-        """Draw random weights inside from the seed of the run, for this purpose alone."""
+        """Seed torch within the context, from the run's seed and this purpose alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(purpose, self.settings.seed, k))
             yield
@@ -242,7 +244,7 @@ class Step(Protocol):
         """Return the probabilities (B, C, H, W) that a network gives to every pixel."""
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Run modules inside in mixed precision, if the run does."""
+        """Run modules in the run's precision within the context."""
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return images (B, 3, H, W) in 0..1 as networks take them."""
@@ -291,8 +293,8 @@ class Method(nn.Module):
     The batch holds `images` (B, 3, H, W) in 0..1 and `label` (B, H, W) int64 with 255 for ignored
     pixels. If the method takes unlabelled images, it holds as many of them, `unlabeled`
     (B, 3, H, W), and `padding` (B, H, W), which is true where there is no image. In a round with
-    kept labels, these are `kept` (B, H, W) and their confidence `sureness` (B, H, W), and `padding`
-    is true where there is no label.
+    kept labels, these are `kept` (B, H, W) and their confidence `kept confidence` (B, H, W), and
+    `padding` is true where there is no label.
 
     Attributes:
         about: its source, how many pairs it has by default, and the class of its options.

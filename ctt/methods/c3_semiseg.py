@@ -80,7 +80,7 @@ class C3SemiSeg(EmbeddingTeacher):
         super().__init__(setup)
         o = self.options
         self.classes = setup.classes
-        setup.foreground(o.background)  # refuses one that there is not
+        setup.foreground(o.background)  # raises if there is no such class
         self.images = ImageContrast(setup.classes, o.background, o.anchors, o.temperature)
         self.add_heads(setup, lambda dim: embedding(dim, o.dim, o.dim))
         self.register_buffer("thresholds", torch.full((setup.pairs, setup.classes), o.threshold))

@@ -124,8 +124,8 @@ class Cct(Method):
     def perturbations(
         self, k: int, z: Tensor, target: Tensor, b: Batch, step: Step
     ) -> Iterator[Tensor]:
-        """Give features z (B, D, h, w) of student k as each of its decoders sees them; the main one
-        says `target` (B, C, h, w)."""
+        """Yield features z (B, D, h, w) of student k as each of its decoders sees them; the main
+        one predicts `target` (B, C, h, w)."""
         o, size = self.options, z.shape[1:]
         directions = step.rand(f"direction {k}", (ADVERSARIAL, *size)) - 0.5
         for decoder, direction in zip(self.decoders[k], directions, strict=False):

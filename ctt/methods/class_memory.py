@@ -1,4 +1,4 @@
-"""Memories of features class by class: what selectors weigh, and what is surely not of a class."""
+"""A memory of features for each class (Alonso et al.), and a rule for negatives (U2PL)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ctt.ops import MemoryBank
 
 
 class Selectors(nn.Module):
-    """For each class a weight in 0..1 of a vector: two layers."""
+    """One two-layer network per class, which gives each vector a weight in 0..1."""
 
     def __init__(self, classes: int, dim: int) -> None:
         super().__init__()
@@ -34,8 +34,8 @@ class Selectors(nn.Module):
 
 
 class ClassMemory(nn.Module):
-    """The vectors of the classes, selectors of pixels and of vectors, and a copy of the first
-    (Alonso et al., 2021).
+    """A queue of vectors per class, selectors that weigh pixels and vectors, and a slow copy of the
+    pixel selectors (Alonso et al., 2021).
 
     Args:
         capacity: vectors of a class.
@@ -88,10 +88,11 @@ def part_of_weighted_mean(weight: Tensor, values: Tensor, step: Step) -> Tensor:
 
 
 def negatives(p: Tensor, own: Tensor, unsure: Tensor, likely: int) -> Tensor:
-    """Return the pixels (C, (B + U) * h * w) that are surely not of a class (Wang et al., 2022).
+    """Return which pixels (C, (B + U) * h * w) are negatives of each class (Wang et al., 2022).
 
-    These are labelled pixels of another class that the network takes for one of the likely ones to
-    be of it, and unsure unlabelled pixels for which it is no likely one, nor the last.
+    A labelled pixel is one if its label is another class but the class is among its `likely` most
+    probable ones. An unlabelled one is, if it is unsure and the class is neither among those nor
+    the least probable one.
 
     Args:
         p: probabilities (B + U, C, h, w), of labelled images first.

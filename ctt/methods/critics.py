@@ -195,7 +195,7 @@ class ImageCritic(nn.Module):
 
 @dataclass(frozen=True)
 class CriticOptions(Options):
-    """Of methods with a network that judges predictions."""
+    """Settings of methods whose critic judges predictions."""
 
     critic_lr: Annotated[float, ABOVE_0] = 1e-4
     """Learning rate of the critic at the start; it falls as that of the students does."""

@@ -2,7 +2,7 @@
 
 The ensemble of the run that `--teacher` names, or the one network of a file, gives its
 probabilities of every image, labelled or not, as the loader shows it; the student sees the strong
-view, mixed as those are, and is drawn to them by the Kullback-Leibler divergence.
+view, mixed as those are, and matches them by the Kullback-Leibler divergence.
 
 Nothing of the teachers is trained. They are in the checkpoints, so that a resumed run goes on with
 what it began with.
@@ -40,7 +40,7 @@ class DistillOptions(Options):
 class Distill(PseudoLabels):
     """Each student learns the labels, and the mean probability of the teachers on all images.
 
-    The average of a student is there to be evaluated alone.
+    A student's own teacher (its EMA) is only evaluated.
 
     Batch, besides what every method has: `mixed` (B, 3, H, W); `soft` and `soft labeled`
     (B, C, H, W), the teachers' probabilities of the mixed and of the labelled images; `valid` and

@@ -24,7 +24,7 @@ def copies(networks: Iterable[nn.Module]) -> Networks:
 
 @contextlib.contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Have the network in evaluation mode inside."""
+    """Keep the network in evaluation mode within the context."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:

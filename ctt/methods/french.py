@@ -1,6 +1,6 @@
 """Mask-based consistency (French et al., BMVC 2020, arXiv 1906.01916), as in its program.
 
-The student sees images that are mixed by a mask, and is drawn to the teacher's probabilities of
+The student sees images that are mixed by a mask, and matches the teacher's probabilities of
 the unmixed ones, mixed by the same mask: squared difference, summed over the classes, its mean over
 all pixels times the share of pixels of which the teacher is sure. CutMix pastes a box of half the
 area, CowMix (the paper's first version) blobs; Cutout erases a box, where nothing is learnt.
@@ -33,7 +33,7 @@ class FrenchOptions(SureOptions):
 
 
 class French(SureSoftLabels):
-    """Each student is drawn to its average, through a mask."""
+    """Each student matches its teacher on images mixed by a mask."""
 
     options: FrenchOptions
 

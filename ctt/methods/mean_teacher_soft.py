@@ -1,6 +1,6 @@
 """Mean teacher (Tarvainen and Valpola, NeurIPS 2017, arXiv 1703.01780) with its soft labels.
 
-The student is drawn to the teacher's probabilities, by the mean squared difference over classes and
+The student matches the teacher's probabilities, by the mean squared difference over classes and
 pixels. The teacher sees the weak view and the student the strong one; the unlabelled images alone
 take part. Published programs for segmentation differ: the TorchSemiSeg program has the constant
 weight 100 and also takes the labelled images; PixelSSL has weight 1 and a sigmoid ramp.
@@ -25,7 +25,7 @@ class MeanTeacherSoftOptions(SoftOptions):
 
 
 class MeanTeacherSoft(SoftLabels):
-    """Each student is drawn to the probabilities of its own average."""
+    """Each student matches the probabilities of its teacher."""
 
     def unlabeled_loss(self, k: int, logits: Tensor, b: Batch) -> Tensor:
         return super().unlabeled_loss(k, logits, b) / logits.shape[1]

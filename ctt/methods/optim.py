@@ -108,7 +108,7 @@ def _sgd(groups: list[Group], optim: OptimSettings, made: Maker) -> torch.optim.
         momentum=optim.momentum,
         nesterov=optim.nesterov,
         weight_decay=optim.weight_decay,
-        fused=True,  # one pass over all tensors; a GradScaler then needs no word of the host
+        fused=True,  # one pass over all tensors; a GradScaler then needs no sync with the host
     )
     if optim.momentum:
         # of a first step that a GradScaler skips, the fused form would leave them unwritten

@@ -51,7 +51,7 @@ class Pc2SegOptions(Options):
 
 
 class Pc2Seg(MeanTeacher):
-    """Each student is taught by itself; its average is there to be evaluated alone.
+    """Each student is taught by itself; its teacher (EMA) is only evaluated.
 
     Batch, besides what every method has: `mixed`, the unlabelled images; `pixels`, `seen` (); for
     each student k `soft k` (B, C, H, W), probabilities of the weak view, `valid k` (B, H, W), where

@@ -1,4 +1,4 @@
-"""Weights that rise at the beginning of a run, of the share of the run that is done."""
+"""Ramps that rise to 1 early in a run, as functions of the share of the run that is done."""
 
 import math
 

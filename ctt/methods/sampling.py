@@ -212,10 +212,10 @@ def push(
     queue_push_(bank.keys, bank.count, bank.cursor, pool.flatten(0, 1), index)
 
 
-def told_apart(
+def sampled_info_nce(
     anchors: Tensor, positive: Tensor, bank: MemoryBank, draw: Tensor, temperature: float
 ) -> Tensor:
-    """Return the cross-entropy (C, n) of telling the positive of a class from its negatives.
+    """Return the InfoNCE loss (C, n) of anchors against their positive and sampled negatives.
 
     Args:
         anchors: (C, n, D), normalised.

@@ -25,7 +25,7 @@ class SoftOptions(Options):
 
 
 class SoftLabels(MeanTeacher):
-    """Each student is drawn to the probabilities that its own average gives to the weak view.
+    """Each student matches the probabilities that its teacher gives to the weak view.
 
     Batch, besides what every method has: `mixed` (B, 3, H, W), what the student sees; for each
     student k `soft k` (B, C, H, W), the teacher's probabilities of it, and `valid k` (B, H, W),

@@ -85,7 +85,7 @@ class TeacherBanks(Modules[MemoryBank]):
 
 
 def similarities(bank: MemoryBank) -> tuple[Tensor, Tensor]:
-    """Return the mean cosine of two keys of one class, and of two classes; 0 of no such two."""
+    """Return the mean cosine of two keys of one class, and of two classes; 0 if there are none."""
     sums = bank.keys.sum(dim=1)  # (C, D); places that hold no key are 0
     count = bank.count.to(sums.dtype)
     pairs = count * (count - 1)

@@ -159,8 +159,8 @@ class U2pl(EmbeddingTeacher):
         return terms
 
     def contrast(self, k: int, out: Output, b: Batch, step: Step) -> Tensor:
-        """Return the cross-entropy of telling the positive from the negatives: mean over the
-        anchors of each class, then over the classes."""
+        """Return the InfoNCE loss: the mean over the anchors of each class, then over the
+        classes."""
         o, bank = self.options, self.banks[k]
         own, slot = (
             torch.cat([b[f"{name} {k}"], b[f"{name} {k} mixed"]]) for name in ("class", "slot")
@@ -168,7 +168,7 @@ class U2pl(EmbeddingTeacher):
         maps = embed(self.heads[k], out.features, step)
         anchors, there = sampling.sample_of(maps, own, slot, self.classes, o.anchors)
         draw = step.rand(f"negatives {k}", (*there.shape, o.negatives), None)
-        loss = sampling.told_apart(anchors, b[f"positive {k}"][0], bank, draw, o.temperature)
+        loss = sampling.sampled_info_nce(anchors, b[f"positive {k}"][0], bank, draw, o.temperature)
         count = b[f"drawn {k}"][0]  # (C,), of all processes
         present = (count > 0) & (bank.count > 0)
         loss = loss.masked_fill(~(there & present[:, None]), 0).sum(dim=1)

@@ -8,8 +8,7 @@ Departures: a box comes out of the image before in the batch, not out of a secon
 labelled images are not decoded a second time, in vain, from perturbed stages. All stages that the
 decoder reads lose channels, two in the program's DeepLabV3+. On Cityscapes the program has no
 threshold (--options.threshold 0). Its colours are a setting of the run: --views.jitter 0.5
---views.hue 0.25 --views.grey-probability 0.2. The average of the student is there to be evaluated
-alone.
+--views.hue 0.25 --views.grey-probability 0.2. The EMA of the student is only evaluated.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class UniMatchV2Options(TwoViewsOptions):
 
 
 class UniMatchV2(TwoViews):
-    """Each student is taught by its average on two views of complementary channels.
+    """Each student is taught by its EMA on two views of complementary channels.
 
     Batch, besides that of `TwoViews`: for each student k `factor k` (B, channels), 0, 1 or 2 for
     each channel of the first view; the second view has 2 less that.

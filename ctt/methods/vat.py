@@ -1,8 +1,8 @@
 """Virtual adversarial training (Miyato et al., TPAMI 2018, arXiv 1704.03976), as in the program of
 French et al. (BMVC 2020, arXiv 1906.01916).
 
-The student sees an unlabelled image plus the small change that misleads its teacher most, and is
-drawn to the teacher's prediction for the unchanged one: Kullback-Leibler divergence, its mean over
+The student sees an unlabelled image plus the small change that misleads its teacher most, and
+matches the teacher's prediction for the unchanged one: Kullback-Leibler divergence, its mean over
 all pixels, times the share of pixels of which the teacher is sure. One power iteration finds the
 direction of the change: the gradient of that divergence near the image. Its length is that of the
 differences between neighbouring pixels, so that images with little texture change less.
@@ -46,7 +46,7 @@ class VatOptions(SureOptions):
 
 
 class Vat(SureSoftLabels):
-    """Each student is drawn to its average, of images that are changed for the worse."""
+    """Each student matches its teacher on adversarially perturbed images."""
 
     options: VatOptions
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class Output(NamedTuple):
-    """Of one forward of images (B, 3, H, W).
+    """What a network gives for images (B, 3, H, W).
 
     Attributes:
         logits: (B, C, h, w), not upsampled.

@@ -65,7 +65,7 @@ def start_from(network: SegmentationModel, source: str) -> str:
         a sentence that says what was found and what was left over.
 
     Raises:
-        UserError: weights that cannot be had or read, or of which nothing fits.
+        UserError: weights that cannot be found, read or fitted.
     """
     if source == IMAGENET:
         if not isinstance(network, BackboneModel):
@@ -356,5 +356,8 @@ def read_packaged(backbone: str, file: Path) -> dict[str, Tensor]:
         or any(not name.startswith("classifier.") for name in missing)
         or any(names[name].shape != value.shape for name, value in found.items())
     ):
-        raise UserError(f"{file} does not hold the tensors of timm's {backbone}.")
+        raise UserError(
+            f"{file} does not hold the tensors of timm's {backbone}. Install its package again, or "
+            f"give the weights as a file (`model.weights` PATH)."
+        )
     return found

@@ -38,8 +38,8 @@ _library.define(
 
 
 def is_traced(x: Tensor) -> bool:
-    """Return whether an operation on x is looked at, by torch.compile or of a tensor without data,
-    rather than computed."""
+    """Return whether an operation on x is traced (torch.compile, or tensors without data) rather
+    than computed."""
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
@@ -120,7 +120,7 @@ def contrast(
 
 
 def _contrast(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `contrast` does, the gradient in the layout that compilers are told of."""
+    """Return what `contrast` does, with the gradient in the layout that the fake declares."""
     loss, grad, slope = contrast(*arguments)
     return loss, grad.contiguous(), slope
 
@@ -196,7 +196,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def no_second_derivative(operation: str) -> RuntimeError:
-    """Return the error that stands for a derivative that would be wrong: 0 where it is not."""
+    """Return the error to raise where autograd would silently give 0 for a second derivative."""
     return RuntimeError(
         f"{operation} has no second derivatives (create_graph=True, torch.func.hessian) and no "
         f"forward mode; ctt.ops.reference.{operation} has both"
@@ -206,7 +206,7 @@ def no_second_derivative(operation: str) -> RuntimeError:
 def _scale(
     ctx: Any, grad_loss: Tensor | None, in_place: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the query and the temperature from those that were made with the loss."""
+    """Return gradients of the query and the temperature from those made with the loss."""
     grad, slope = ctx.saved_tensors[:2]
     by_query = by_temperature = None
     if grad_loss is not None and ctx.needs_input_grad[0]:
@@ -260,9 +260,10 @@ class Contrast(torch.autograd.Function):
 
 
 class FirstDerivative(torch.autograd.Function):
-    """Gradients as they are, which can be had, and not be differentiated again.
+    """Identity on gradients that refuses to be differentiated again.
 
-    torch.func.grad asks for the graph of every backward, needed or not, so that one cannot refuse.
+    torch.func.grad asks for the graph of every backward, needed or not, so refusing that graph is
+    no option.
     """
 
     @staticmethod
@@ -287,7 +288,7 @@ class FirstDerivative(torch.autograd.Function):
 
 
 class TransformedContrast(Contrast):
-    """The same under torch.func, whose form of a function costs 100 microseconds a call more."""
+    """`Contrast` in the form that torch.func needs, which costs 100 microseconds more a call."""
 
     forward = staticmethod(contrast)  # type: ignore[assignment]
 

@@ -45,7 +45,7 @@ class _Range:
 def named_range(
     name: str, category: str = "operation", payload: int | None = None
 ) -> AbstractContextManager[object]:
-    """Return a range, or where no profiler listens nothing, which costs half a microsecond.
+    """Return a range for a profiler; without one, a null context (half a microsecond).
 
     Args:
         payload: how many pixels, tensors or other things are worked on.

@@ -13,7 +13,7 @@ from ctt.ops._registry import select
 
 Averaged = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
 
-# A half-precision teacher that no student moves which differs from it by less than this is stuck.
+# Warn if a half-precision teacher ignores students that differ from it by up to this share.
 _LOST_DIFFERENCE = 0.1
 _warned: set[torch.dtype] = set()
 

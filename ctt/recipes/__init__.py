@@ -93,6 +93,7 @@ def load_file(path: Path) -> dict[str, Any]:
 
 
 def parse(text: str, source: str) -> dict[str, Any]:
+    """Return the settings in a YAML text; none if it is empty. `source` names it in messages."""
     values = from_yaml(text, source)
     if values is None:
         return {}

@@ -1,4 +1,4 @@
-"""The training loop: settings, state, step, checkpoint, evaluation, logging.
+"""Training: the plan of a run, the engine of a step, the loop, evaluation, logging.
 
 The package can be called: `ctt.train(...)` is `ctt.train.api.train`.
 """

@@ -1,8 +1,8 @@
 """torch.compile of networks: each as a whole, or only the blocks that are repeated in it.
 
 Blocks of one kind and shape share what is compiled once, in all networks that train or all that do
-not: of a ResNet-101 eight kinds instead of 33 blocks. On two CPU cores the first step of two pairs
-of DeepLabV2 on it then takes 72 s instead of 95 s, and later ones 4.7 s instead of 4.0 s.
+not: a ResNet-101 has eight kinds of blocks instead of 33. On two CPU cores the first step of two
+pairs of DeepLabV2 on it then takes 72 s instead of 95 s, and later ones 4.7 s instead of 4.0 s.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def of_networks(function: Callable[P, T], how: str) -> Callable[P, T]:
     """Return a function that takes a network and runs parts of it, compiled as networks are.
 
     Args:
-        how: as for `compile_networks`; of `blocks`, those are compiled already.
+        how: as for `compile_networks`; with `blocks`, the blocks are compiled already.
     """
     return torch.compile(function, dynamic=False) if how == "network" else function
 
@@ -64,7 +64,7 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def uncompiled(how: str) -> Iterator[None]:
-    """Run networks uncompiled inside, for images of many sizes: each would be compiled again.
+    """Run networks uncompiled within the context: each new image size would compile them again.
 
     Args:
         how: `train.compile`; nothing is done if it is `off`.

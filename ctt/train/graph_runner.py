@@ -27,7 +27,7 @@ class GraphRunner:
         self._outputs: dict[str, Tensor] = {}
 
     def __call__(self, key: Hashable, inputs: Sequence[Tensor], body: Body) -> dict[str, Tensor]:
-        """What `body` gives for the inputs, which have the same shapes as long as the key."""
+        """Return what `body` gives. As long as the key is the same, so are the inputs' shapes."""
         if key != self._key:
             self._graph, self._outputs = None, {}  # frees the memory before the next recording
             self._key, self._ordinary = key, self.WARM_UP
@@ -47,7 +47,7 @@ class GraphRunner:
         return {name: value.clone() for name, value in self._outputs.items()}
 
     def _beside(self, inputs: Sequence[Tensor], body: Body) -> dict[str, Tensor]:
-        """On the stream of the recording, so that both take the same memory."""
+        """Run `body` on the stream of the recording, so that both share one memory pool."""
         current = torch.cuda.current_stream()
         if self._side is None:
             self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]

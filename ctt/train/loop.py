@@ -326,7 +326,8 @@ class Trainer:
         except (RuntimeError, KeyError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"{self.folder / run.CHECKPOINT} does not fit the settings of its run ({reason})."
+                f"{self.folder / run.CHECKPOINT} does not fit the settings of its run ({reason}). "
+                f"Restore the run's config.yaml, or start a new run."
             ) from None
         check_iterations(self.settings, self.engine.iteration)
         if len(self.engine.rounds.rounds) > 1:

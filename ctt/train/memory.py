@@ -50,8 +50,9 @@ def estimate(settings: Settings, method: Method, info: DatasetInfo, about: About
         "teachers": teachers,
         "banks and other modules": bytes_of(method) - held - teachers,
     }
-    # probabilities of every teacher at full size; ClassMix, and students of several teachers, take
-    # a mean of them, and without one the logits of the last teacher lie beside its probabilities
+    # probabilities of every teacher at full size. Their mean (ClassMix, or a student of several
+    # teachers) needs a stacked copy of all and the result; without one, the logits of the last
+    # teacher lie beside its probabilities
     scores = FLOAT * settings.data.unlabeled_images * len(info.classes) * height * width
     pairs = len(method.students)
     averaged = settings.views.mix == "classmix" or pairs > 2

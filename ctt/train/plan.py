@@ -326,7 +326,7 @@ def images_at_once(settings: Settings, unlabeled: bool) -> int:
 
 
 def check_batch_norm(student: SegmentationModel, settings: Settings, unlabeled: bool) -> None:
-    """Refuse a batch of which a batch norm of the student gets a single value for a channel.
+    """Refuse a batch that leaves a batch norm of the student a single value per channel.
 
     Args:
         unlabeled: whether there are unlabelled images in it.
@@ -343,15 +343,15 @@ def check_batch_norm(student: SegmentationModel, settings: Settings, unlabeled: 
         if "more than 1 value per channel" not in str(error):
             raise
         raise UserError(
-            f"`data.batch_size` {settings.data.batch_size}: of one image at a time a batch norm of "
-            f"{settings.model.name} gets a single value for a channel, which has no deviation. "
+            f"`data.batch_size` {settings.data.batch_size}: with one image at a time, a batch norm "
+            f"of {settings.model.name} gets a single value per channel, which has no variance. "
             f"Give at least two images to each part of a step (`train.accumulate` "
             f"{settings.train.accumulate}), or a larger `data.crop`."
         ) from None
 
 
 def check_crop(students: Iterable[SegmentationModel], settings: Settings) -> None:
-    """Refuse crops of broken patches where a network spreads its cells over whole ones.
+    """Refuse crops that are not whole patches, for networks whose grid needs whole patches.
 
     Raises:
         UserError: names the crops that fit every network.
@@ -369,6 +369,7 @@ def check_crop(students: Iterable[SegmentationModel], settings: Settings) -> Non
 
 
 def check_cuda_graph(settings: Settings, device: torch.device, processes: int) -> None:
+    """Refuse a CUDA graph without a GPU or with several processes."""
     if settings.train.cuda_graph and (device.type != "cuda" or processes > 1):
         raise UserError(
             f"`train.cuda_graph` records the work of one process on a GPU, and this run has "
@@ -385,12 +386,13 @@ def check_iterations(settings: Settings, done: int) -> None:
     total = settings.train.iterations
     if done > total:
         raise UserError(
-            f"`train.iterations` {total}: the run has been trained for {done} iterations already."
+            f"`train.iterations` {total}: the run has been trained for {done} iterations already. "
+            f"Give at least {done}."
         )
 
 
 def check_rounds(old: dict[str, Any], new: Settings) -> None:
-    """Refuse settings with which the rounds of a run would begin elsewhere than they did.
+    """Refuse settings that would move the rounds of a run that goes on.
 
     Args:
         old: settings that the run has, as its checkpoint holds them.
@@ -407,6 +409,6 @@ def check_rounds(old: dict[str, Any], new: Settings) -> None:
     for name, before, after in found:
         if before != after:
             raise UserError(
-                f"{name} {after}: this run was started with {before}, by which the rounds of "
-                f"{new.method} are shared out. Leave it out, or start a new run."
+                f"{name} {after}: this run was started with {before}, and the rounds of "
+                f"{new.method} depend on it. Leave it out, or start a new run."
             )

@@ -29,7 +29,7 @@ class DevicePrefetcher:
         self._waits: list[tuple[Any, Any]] = []
 
     def __call__(self) -> tuple[Batch, Batch | None]:
-        """The batches of the next step."""
+        """Return the batches of the next step."""
         start = self._phases.now()
         with self._phases("input"):
             labeled = self._put(next(self._labeled))

@@ -57,8 +57,7 @@ class Rounds:
         return max(begun)
 
     def schedule(self, iteration: int) -> tuple[int, int]:
-        """Return where the learning rate that holds there began to fall, and in how many steps it
-        does."""
+        """Return the first iteration of the learning-rate schedule in use, and its length."""
         r = self.at(iteration)
         fresh = [i for i, kind in enumerate(self.rounds) if i == 0 or kind.restart]
         first = max(i for i in fresh if i <= r)
@@ -173,6 +172,6 @@ def images_of(run: Path, number: int) -> list[str]:
     if not path.is_file():
         raise UserError(
             f"{path} is missing, so the run cannot go on in its round {number}. Restore the folder "
-            f"{path.parent}, which several processes must see alike, or start a new run."
+            f"{path.parent} (every process must see the same files), or start a new run."
         )
     return read_names(path)

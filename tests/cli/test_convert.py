@@ -152,7 +152,7 @@ def test_images_are_added_to_a_folder_whose_classes_keep_their_numbers(
     (mine / "dataset.yaml").write_text("classes: [background, cat]\n")
     assert "and the export also dog" in call(source, "--to", mine)[2]
     (mine / "dataset.yaml").write_text("classes: [background, cat, dog]\nmask_suffix: _m\n")
-    assert "the masks have other numbers or names" in call(source, "--to", mine)[2]
+    assert "describes masks with other numbers or names" in call(source, "--to", mine)[2]
 
 
 def test_classes_can_be_chosen_and_others_are_ignored(tmp_path: Path, call: Call) -> None:

@@ -108,7 +108,7 @@ def test_images_that_are_given_and_one_network(
     assert predict._main([*arguments, "--out", str(tmp_path / "out")]) == 2
     shown = capsys.readouterr()
     assert "One network disagrees with nobody" in shown.out
-    assert "No labelled image of the run is at hand" in shown.out
+    assert "No labelled image of the run was found" in shown.out
     assert "broken.jpg" in shown.err
     found = rows(tmp_path / "out" / "rank.csv")
     assert len(found) == 4

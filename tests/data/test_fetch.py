@@ -191,7 +191,9 @@ def test_masks_in_an_archive_that_are_none(
 
 
 def test_without_a_network_it_says_what_to_put_where(tmp_path: Path, server: Server) -> None:
-    with pytest.raises(UserError, match=r"cannot be had \(404 Not Found\).* download missing "):
+    with pytest.raises(
+        UserError, match=r"cannot be downloaded \(404 Not Found\).* download missing "
+    ):
         fetch_voc(tmp_path, quiet, archive(server, "missing"))
     nowhere = Archive("http://127.0.0.1:9/voc.tar", "0" * 32)
     with pytest.raises(UserError, match=rf"cannot be reached .* put it into {tmp_path}; the"):

@@ -73,7 +73,7 @@ def test_what_is_wrong_or_not_read_is_told(root: Path, capsys: pytest.CaptureFix
     for text in (
         "grau.jpg: the mask is a JPEG file",
         "kaputt.jpg cannot be read as an image",
-        "unlabeled holds 2 files of a form that is not read, such as unlabeled/IMG_1.HEIC: convert",
+        "2 files in a format that is not read, such as unlabeled/IMG_1.HEIC: convert",
         "have transparent pixels, such as",
         "are turned as the camera's note in the file (EXIF) says",
     ):
@@ -88,8 +88,8 @@ def test_images_to_predict_that_are_not_read_are_told(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert len(find_jobs([str(root / "unlabeled")], tmp_path / "out", False)) == 7
-    assert "unlabeled holds 2 files of a form that is not read" in capsys.readouterr().err
+    assert "unlabeled holds 2 files in a format that is not read" in capsys.readouterr().err
     for path in (root / "images").iterdir():
         path.rename(path.with_suffix(".heif"))
-    with pytest.raises(UserError, match=r"there are no images .* holds 6 files of a form"):
+    with pytest.raises(UserError, match=r"there are no images .* holds 6 files in a format"):
         open_dataset("folder", root, DatasetOptions())

@@ -139,7 +139,7 @@ def test_what_is_pushed_is_loaded(
 
 
 def test_what_the_hub_does_not_have_or_take(hub: type[Hub], run: Path) -> None:
-    with pytest.raises(UserError, match=r"hf:me/other: model\.safetensors cannot be had"):
+    with pytest.raises(UserError, match=r"hf:me/other: model\.safetensors cannot be downloaded"):
         ctt.load("hf:me/other")
     for name in ("net", "me/", "a/b/c"):
         with pytest.raises(UserError, match="give OWNER/NAME"):

@@ -404,7 +404,7 @@ def test_a_batch_norm_of_one_value_is_refused(
     }
     settings = update(tiny, change, "test")
     for start in (lambda: train(settings, out=out), lambda: dry_run(settings)):
-        with pytest.raises(UserError, match=f"`data.batch_size` {batch_size}: of one image"):
+        with pytest.raises(UserError, match=f"`data.batch_size` {batch_size}: with one image"):
             start()
     assert not out.exists()
     larger = update(settings, {"data": {"crop": [9, 8]}}, "test")
