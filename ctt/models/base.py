@@ -311,17 +311,16 @@ def scale_up(x: Tensor, size: tuple[int, int], factor: int, *, corners: bool) ->
             else row (y + 0.5) / factor - 0.5, as patches do. Beyond the outermost rows of x its
             values stay.
     """
-    height, width = x.shape[-2:]
-    inner = (factor * (height - 1) + 1, factor * (width - 1) + 1)  # from the first row to the last
     if not corners:
         x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-    elif factor > 1 and not torch.compiler.is_exporting() and inner == size:
-        return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
-    elif factor > 1:
-        x = F.pad(x, (0, 1, 0, 1), mode="replicate")
-        whole = (inner[0] + factor, inner[1] + factor)
-        x = F.interpolate(x, size=whole, mode="bilinear", align_corners=True)
-    return cut(x, size)
+        return cut(x, size)
+    # from the first row and column of x to the last ones
+    inner = [factor * (n - 1) + 1 for n in x.shape[-2:]]
+    if factor > 1:
+        x = F.interpolate(x, size=inner, mode="bilinear", align_corners=True)
+    if not torch.compiler.is_exporting() and (inner[0], inner[1]) == size:
+        return x  # nothing is added; an exported graph would hold for such sizes alone
+    return F.pad(x, (0, size[1] - inner[1], 0, size[0] - inner[0]), mode="replicate")
 
 
 def cut(x: Tensor, size: tuple[int, int]) -> Tensor:
