@@ -305,6 +305,9 @@ class BankSettings:
     """K_push, pixels of a class pushed a step, drawn from the top k; 0: max(1, V // labelled)."""
     per_image: bool = False
     """Select and push for each labelled image of the batch by itself."""
+    every: Annotated[int, AT_LEAST_1] = 1
+    """Fill the banks from every N-th labelled image of a batch; the teachers then see that many
+    fewer images."""
     random_choice: bool = True
     """Draw the pushed pixels from the top k at random, else take the most confident."""
     min_confidence: Annotated[float, SHARE] = 0.0

@@ -43,16 +43,17 @@ class TeacherBanks(Modules[MemoryBank]):
             projections: of teacher k, which take its features (B, D, h, w) to the width of keys.
         """
         settings = self.settings
-        pushes = list(self.pushes(len(b["images"]), step))
+        images, label = (b[name][:: settings.every] for name in ("images", "label"))
+        pushes = list(self.pushes(len(images), step))
         drawn = settings.random_choice and settings.top_k > self.per_class
         if drawn:
             shape = (len(self), len(pushes), self[0].num_classes, settings.top_k)
             tickets = step.rand("bank", shape)
         each = zip(teachers, self, projections, strict=True)
         for k, (teacher, bank, project) in enumerate(each):
-            out = step.forward(teacher, b["images"])
+            out = step.forward(teacher, images)
             with step.phase("banks"):
-                truth = to_grid(b["label"], teacher.grid)
+                truth = to_grid(label, teacher.grid)
                 with step.autocast():
                     features = project(out.features)
                 confidence, predicted = out.logits.float().softmax(dim=1).max(dim=1)

@@ -165,10 +165,12 @@ def test_contrast_begins_at_its_iteration(tiny: Settings) -> None:
     )
 
 
-def test_banks_take_well_classified_labelled_pixels(tiny: Settings) -> None:
+@pytest.mark.parametrize("every", [1, 2])
+def test_banks_take_well_classified_labelled_pixels(tiny: Settings, every: int) -> None:
     """Of teacher k into bank k: right classes, the surest first, normalised."""
+    bank_settings = {"capacity": 50, "top_k": 3, "per_class": 3, "random_choice": False}
     change = {
-        "bank": {"capacity": 50, "top_k": 3, "per_class": 3, "random_choice": False},
+        "bank": {**bank_settings, "every": every},
         "loss": {"confidence_weight": "none"},
     }
     scene = Scene(tiny, "cross-teacher", change, 2)
@@ -176,9 +178,9 @@ def test_banks_take_well_classified_labelled_pixels(tiny: Settings) -> None:
     pushed = 0
     for k, teacher in enumerate(done.teachers):  # which have followed their students by now
         with torch.no_grad():
-            out = teacher(scene.images)
+            out = teacher(scene.images[::every])
         stride = teacher.stride
-        truth = scene.label[:, ::stride, ::stride].flatten()
+        truth = scene.label[::every, ::stride, ::stride].flatten()
         p, found = out.logits.softmax(dim=1).movedim(1, -1).flatten(0, 2).max(dim=1)
         features = out.features.movedim(1, -1).flatten(0, 2)
         for c in range(11):
