@@ -60,4 +60,4 @@ def test_from_an_export_to_masks_in_six_commands(
         shown = capsys.readouterr().out
         for wanted in expected:
             assert wanted == "..." or re.search(pattern(wanted), shown), wanted
-    assert len([*Path("masks").glob("*_mask.png")]) == 200
+    assert len([*Path("predictions").glob("*_mask.png")]) == 200
