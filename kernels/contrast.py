@@ -1,7 +1,9 @@
 """Pixel contrast against class queues, loss and gradient in one sweep over the keys.
 
 For a query q of class c with u = q/|q| and scores s = u . key / tau, let Z be the sum of e^s over
-the keys of the other classes and O = sum of e^s key, gathered online as attention does it. Then
+the keys of the other classes and O = sum of e^s key. No score is above b = max |key| / tau, so the
+kernel sums e^(s - b), which loses nothing as long as the smallest, e^(-2 b), is a normal number;
+for lower temperatures, and in float16, it gathers both online as attention does it. Then
 
     info_nce: loss = mean over own keys of softplus(log Z - s+), w+ = sigmoid(log Z - s+),
               d loss / d u = (mean(w+) O / Z - mean(w+ key)) / tau
@@ -29,6 +31,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 PIECE = tl.constexpr(64)
 # below every score and yet finite: differences of running maxima never become NaN
 LOWEST = tl.constexpr(-1e30)
+# the largest bound of scores, in units of log2, up to which 2^(score - bound) >= 2^-100 is normal
+MOST_BOUND = tl.constexpr(50.0)
+ROUNDING = tl.constexpr(1.01)  # keys and scores that were rounded may pass the bound by less
 
 
 @triton.jit
@@ -37,6 +42,7 @@ def pack_keys(
     held_ptr,  # (BANKS, C) int64
     packed_ptr,  # (at least all keys + PAD, DIM_PADDED)
     start_ptr,  # (C + 1,) int32
+    longest_ptr,  # (1,) float32, at first 0
     stride_c,
     stride_v,
     stride_d,
@@ -52,7 +58,8 @@ def pack_keys(
     """Line up the keys that are held, class by class and within a class bank by bank.
 
     start[c] becomes the place of the first key of class c, start[C] how many there are. The PAD
-    rows that follow are zeros, so that whole tiles can be read.
+    rows that follow are zeros, so that whole tiles can be read. longest becomes the largest
+    |key|^2, infinite where a key is NaN.
     """
     c = tl.program_id(0)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -80,6 +87,9 @@ def pack_keys(
     )
     target = packed_ptr + (start + v)[:, None] * DIM_PADDED + d[None, :]
     tl.store(target, keys.to(packed_ptr.dtype.element_ty), mask=is_held[:, None])
+    squared = tl.sum(keys.to(tl.float32) * keys.to(tl.float32), axis=1)
+    squared = tl.where(squared == squared, squared, float("inf"))
+    tl.atomic_max(longest_ptr, tl.max(squared, axis=0))
 
 
 # sizes that change from call to call: no new compilation for each divisibility
@@ -244,6 +254,7 @@ def _load_keys(packed_ptr, first, BLOCK: tl.constexpr, DIM_PADDED: tl.constexpr)
 def _sweep_negatives(
     q,  # (BLOCK_M, DIM_PADDED)
     scale,  # (BLOCK_M,): turns q . key into log2(e) cos / tau
+    bound,  # of the scores, in units of log2
     own_start,
     own_end,
     packed_ptr,
@@ -255,31 +266,42 @@ def _sweep_negatives(
     DIM_PADDED: tl.constexpr,
     NEED_GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    ONLINE: tl.constexpr,
 ):
     """log2 Z (BLOCK_M,), and O / Z (BLOCK_M, DIM_PADDED) where the gradient is wanted.
 
     Tiles that lie wholly in skip_start..skip_end are the own keys of every row and are left out.
     """
-    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DIM_PADDED), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     n = tl.arange(0, BLOCK_N)
     first_skipped = tl.cdiv(skip_start, BLOCK_N)
     skipped = tl.maximum(skip_end // BLOCK_N - first_skipped, 0)
+    if ONLINE:
+        top = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    else:
+        top = tl.zeros((BLOCK_M,), tl.float32) + bound
     for i in range(tl.cdiv(num_keys, BLOCK_N) - skipped):
         first = (i + tl.where(i >= first_skipped, skipped, 0)) * BLOCK_N
         k = _load_keys(packed_ptr, first, BLOCK_N, DIM_PADDED)
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None]
+        product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         place = (first + n)[None, :]
         is_own = (place >= own_start[:, None]) & (place < own_end[:, None])
-        score = tl.where(is_own | (place >= num_keys), float("-inf"), score)
-        new_top = tl.maximum(top, tl.max(score, axis=1))
-        p = tl.exp2(score - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, axis=1)
+        left_out = is_own | (place >= num_keys)
+        if ONLINE:
+            score = tl.where(left_out, float("-inf"), product * scale[:, None])
+            new_top = tl.maximum(top, tl.max(score, axis=1))
+            shrink = tl.exp2(top - new_top)
+            p = tl.exp2(score - new_top[:, None])
+            total *= shrink
+            if NEED_GRAD:
+                acc *= shrink[:, None]
+            top = new_top
+        else:
+            p = tl.where(left_out, 0.0, tl.exp2(product * scale[:, None] - bound))
+        total += tl.sum(p, axis=1)
         if NEED_GRAD:
-            acc = tl.dot(p.to(k.dtype), k, acc * shrink[:, None], input_precision=PRECISION)
-        top = new_top
+            acc = tl.dot(p.to(k.dtype), k, acc, input_precision=PRECISION)
     if NEED_GRAD:
         acc = acc / total[:, None]
     return top + tl.log2(total), acc
@@ -394,6 +416,7 @@ def contrast_kernel(
     cosine_ptr,  # (at least N,)
     packed_ptr,  # (keys + pad, DIM_PADDED), in the dtype of the query
     start_ptr,  # (C + 1,) int32
+    longest_ptr,  # (1,) float32: the largest |key|^2
     rows_ptr,  # (N,) int32
     ends_ptr,  # running sum of the histogram (C + 1, num_blocks)
     label_ptr,  # (N,) int64
@@ -438,21 +461,46 @@ def contrast_kernel(
     q = _load_columns(gathered_ptr, place, 0, DIM_PADDED, DIM_PADDED)
     inverse_norm = tl.load(inverse_norm_ptr + place)
     scale = inverse_norm * (inverse_tau * LOG2E)
-    log2_z, g = _sweep_negatives(
-        q,
-        scale,
-        own_start,
-        own_end,
-        packed_ptr,
-        tl.load(start_ptr + C),
-        tile_start,
-        tl.where(first_class == last_class, tile_end, tile_start),
-        BLOCK_M,
-        BLOCK_N,
-        DIM_PADDED,
-        NEED_GRAD,
-        PRECISION,
-    )
+    bound = tl.sqrt(tl.load(longest_ptr)) * (inverse_tau * (LOG2E * ROUNDING))
+    num_keys = tl.load(start_ptr + C)
+    skip_end = tl.where(first_class == last_class, tile_end, tile_start)
+    # of a float16 too few bits would be left where the largest score is far below the bound
+    if packed_ptr.dtype.element_ty != tl.float16 and bound <= MOST_BOUND:
+        log2_z, g = _sweep_negatives(
+            q,
+            scale,
+            bound,
+            own_start,
+            own_end,
+            packed_ptr,
+            num_keys,
+            tile_start,
+            skip_end,
+            BLOCK_M,
+            BLOCK_N,
+            DIM_PADDED,
+            NEED_GRAD,
+            PRECISION,
+            False,
+        )
+    else:
+        log2_z, g = _sweep_negatives(
+            q,
+            scale,
+            bound,
+            own_start,
+            own_end,
+            packed_ptr,
+            num_keys,
+            tile_start,
+            skip_end,
+            BLOCK_M,
+            BLOCK_N,
+            DIM_PADDED,
+            NEED_GRAD,
+            PRECISION,
+            True,
+        )
 
     if PAIR:
         loss, w_mean = _softplus_and_sigmoid(

@@ -80,7 +80,7 @@ def ending(
     return (
         f"{plan.settings.train.iterations} iterations in {seconds:.0f} s of training. Everything "
         f"is in {folder}\n{found}\n"
-        f"Next: ctt-predict {shlex.quote(str(folder))} IMAGES --out masks"
+        f"Next: ctt-predict {shlex.quote(str(folder))} IMAGES --out predictions"
     )
 
 

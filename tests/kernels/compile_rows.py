@@ -39,6 +39,7 @@ CONTRAST_TYPES = {
     "cosine_ptr": "*fp32",
     "rows_ptr": "*i32",
     "start_ptr": "*i32",
+    "longest_ptr": "*fp32",
     "ends_ptr": "*i32",
     "label_ptr": "*i64",
     "weight_ptr": "*fp32",
@@ -150,7 +151,14 @@ def other_cases() -> Iterator[Case]:
         yield Case(
             f"contrast.pack_keys {dim}",
             contrast.pack_keys,
-            {"keys_ptr": f32, "held_ptr": i64, "packed_ptr": "*bf16", "start_ptr": i32, **strides},
+            {
+                "keys_ptr": f32,
+                "held_ptr": i64,
+                "packed_ptr": "*bf16",
+                "start_ptr": i32,
+                "longest_ptr": f32,
+                **strides,
+            },
             {
                 "stride_d": 1,
                 "D": dim,

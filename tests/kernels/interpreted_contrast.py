@@ -188,3 +188,42 @@ def test_a_first_bank_without_places() -> None:
     ours = pair_info_nce(query, positive, label, banks, backend="triton", **options)
     truth = reference.pair_info_nce(query, positive, label, banks, **options)
     torch.testing.assert_close(ours, truth, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "longest"), [(0.01, 1.0), (0.03, 1.0), (0.1, 3.0), (0.1, 30.0), (5.0, 1.0)]
+)
+def test_scores_far_below_their_bound(temperature: float, longest: float) -> None:
+    """The bound is that of the longest key, which is far from most queries; by it the sums are
+    gathered with a fixed reference, or online where that would leave no normal numbers."""
+    query, positive, label, keys, count, mask = case((60, 4, 9, 19), torch.float32, seed=8)
+    keys = keys * torch.rand(keys.shape[:2], generator=torch.Generator().manual_seed(0))[..., None]
+    keys[1, 0] *= longest / keys[1, 0].norm()
+    query[mask] -= 2 * (query[mask] @ keys[1, 0]).clamp(min=0)[:, None] * keys[1, 0] / longest**2
+    query.requires_grad_()
+    wide = query.detach().double().requires_grad_()
+    options = {"temperature": temperature, "mask": mask, "reduction": "none"}
+    check(
+        info_nce(query, label, keys, count, backend="triton", **options),
+        reference.info_nce(wide, label, plain(keys), count, **options),
+        query,
+        wide,
+    )
+    check(
+        pair_info_nce(query, positive, label, [(keys, count)], backend="triton", **options),
+        reference.pair_info_nce(wide, positive.double(), label, [(plain(keys), count)], **options),
+        query,
+        wide,
+    )
+
+
+def test_a_key_of_nan_shows_in_the_loss() -> None:
+    query, _, label, keys, _, mask = case((60, 4, 9, 19), torch.float32, seed=9)
+    keys = plain(keys).float()
+    keys[2, 3, 5] = torch.nan
+    query, mask = query.nan_to_num(), mask & (label == 0)
+    loss = info_nce(
+        query, label, keys, temperature=0.1, mask=mask, reduction="none", backend="triton"
+    )
+    assert mask.any()
+    assert loss[mask].isnan().all()

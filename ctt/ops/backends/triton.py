@@ -435,6 +435,7 @@ def _contrast(
             **shared,
             packed_ptr=bank.packed,
             start_ptr=bank.start,
+            longest_ptr=bank.longest,
             label_ptr=label,
             weight_ptr=rows.weight,
             inverse_tau=1 / temperature,
@@ -488,6 +489,7 @@ class _Bank(NamedTuple):
     held: Tensor  # (banks, C) int64
     packed: Tensor  # (all places + a tile, dim_padded)
     start: Tensor  # (C + 1,) int32: where a class begins
+    longest: Tensor  # (1,) float32: the largest |key|^2
 
 
 def _pack(
@@ -507,6 +509,7 @@ def _pack(
     pad = max(plan.tile.block_n, plan.tile.block_own)
     packed = torch.empty(places + pad, plan.dim_padded, dtype=dtype, device=device)
     start = torch.empty(num_classes + 1, dtype=torch.int32, device=device)
+    longest = torch.zeros(1, dtype=torch.float32, device=device)
     block = _rows_at_a_time(plan.dim_padded)
     for bank, k in enumerate(keys):
         _launch(
@@ -516,6 +519,7 @@ def _pack(
             held,
             packed,
             start,
+            longest,
             *k.stride(),
             D=dim,
             DIM_PADDED=plan.dim_padded,
@@ -526,7 +530,7 @@ def _pack(
             PAD=pad,
             BLOCK=block,
         )
-    return _Bank(held, packed, start)
+    return _Bank(held, packed, start, longest)
 
 
 class _Rows(NamedTuple):
