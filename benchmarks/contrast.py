@@ -239,7 +239,7 @@ def compare(
     case = make(shape, dtype, device)
     ways = {name: ours(name) for name in backends}
     if dtype == torch.float32 and device.type == "cuda":
-        ways.pop("triton", None)  # exact float32 is the torch backend's
+        ways.pop("triton", None)  # exact float32 is the chunked backend's
     ways |= peers
     if may_compile:
         ways["torch.compile"] = compiled(dense)

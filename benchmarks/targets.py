@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.harness import RESULTS
 from benchmarks.report import Row, newest, read
 
-OURS = ("cuda", "triton", "torch")  # in the order of "auto"
+OURS = ("cuda", "triton", "chunked", "torch")  # in the order of "auto"
 Rows = list[Row]
 
 

@@ -366,7 +366,7 @@ class TrainSettings:
     """Write TensorBoard events into the run folder."""
     loggers: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Where the numbers of the run go too: W&B (extra `wandb`), MLflow (extra `mlflow`)."""
-    backend: Literal["auto", "cuda", "triton", "cpu", "torch", "reference"] = "auto"
+    backend: Literal["auto", "cuda", "triton", "chunked", "cpu", "torch", "reference"] = "auto"
     """Implementation of the operations of `ctt.ops`, wherever it can run."""
 
 

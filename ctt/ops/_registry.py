@@ -8,10 +8,10 @@ from types import ModuleType
 import torch
 
 OPERATIONS = ("ema_update_", "class_topk", "queue_push_", "info_nce", "pair_info_nce")
-BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
+BACKENDS = ("cuda", "triton", "chunked", "cpu", "torch", "reference")
 
 # What "auto" tries, first to last, by the type of the device; the reference runs everywhere.
-_PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
+_PREFERENCE = {"cuda": ("cuda", "triton", "chunked", "torch"), "cpu": ("cpu", "torch")}
 _OTHER_DEVICE = ("torch",)
 
 

@@ -2,9 +2,10 @@
 
     python compile_rows.py ARCH
 
-One line for every row of the tile table of that architecture and, but for the row of small cards,
-every other kernel: name, shared memory in bytes, registers of a thread, bytes of stack and spill
-instructions. Runs on machines without a GPU; triton must be imported without TRITON_INTERPRET.
+One line for every row of the tile table of that architecture, for the kernels of the chunked
+backend and, but for the row of small cards, every other kernel: name, shared memory in bytes,
+registers of a thread, bytes of stack and spill instructions. Runs on machines without a GPU; triton
+must be imported without TRITON_INTERPRET.
 """
 
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from ctt_kernels import bucket, contrast, ema, push, tiles, topk
+from ctt_kernels import bucket, chunked, contrast, ema, push, tiles, topk
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -44,6 +45,9 @@ CONTRAST_TYPES = {
     "label_ptr": "*i64",
     "weight_ptr": "*fp32",
     "loss_ptr": "*fp32",
+    "push_ptr": "*fp32",
+    "score_ptr": "*fp32",
+    "product_ptr": "*fp32",
     "inverse_tau": "fp32",
 }
 CONTRAST_CONSTANTS = {
@@ -104,7 +108,7 @@ def gather_cases() -> Iterator[Case]:
     kernel = contrast.gather_queries
     for kind in ("half", "tf32"):
         for unit in ("n", "d"):
-            for dim, rows in ((256, 32), (512, 16)):
+            for dim, rows in ((256, 32), (512, 16), (chunked.MAX_DIM, 2)):
                 constants = {
                     **CONTRAST_CONSTANTS,
                     "D": dim,
@@ -124,6 +128,35 @@ def gather_cases() -> Iterator[Case]:
                     constants,
                     {"num_warps": 8},
                 )
+
+
+def chunked_cases() -> Iterator[Case]:
+    """For many and few keys, and for features of usual width and of the least and the greatest."""
+    kinds = [(kind, pair) for kind in ("half", "tf32") for pair in (False, True)]
+    weighed = [(*kind, 2688) for kind in kinds]
+    for kind, pair, columns in [*weighed, ("tf32", False, 48)]:
+        tile = chunked.tile(columns)
+        yield chunked_case(chunked.weigh_keys, kind, pair, columns, tile._asdict(), num_warps=4)
+        little = tile._asdict() | {"NEED_GRAD": False, "PER_PIXEL": True}
+        yield chunked_case(chunked.weigh_keys, kind, pair, f"{columns} loss", little, num_warps=4)
+    finished = [(*kind, 512, 16) for kind in kinds]
+    for kind, pair, dim, rows in [
+        *finished,
+        ("tf32", True, 16, 32),
+        ("tf32", True, chunked.MAX_DIM, 2),
+    ]:
+        sizes = {"D": dim, "DIM_PADDED": dim, "BLOCK": rows}
+        yield chunked_case(chunked.finish_rows, kind, pair, dim, sizes, num_warps=8)
+
+
+def chunked_case(
+    kernel: Any, kind: str, pair: bool, size: object, sizes: dict[str, int], num_warps: int
+) -> Case:
+    every = {"C": 21, "PAIR": pair, "NEED_GRAD": True, "PER_PIXEL": False, **sizes}
+    constants = {name: value for name, value in every.items() if name in kernel.arg_names}
+    name = f"chunked.{kernel.__name__} {kind} {'pair' if pair else 'queue'} {size}"
+    types = contrast_types(kernel, kind, constants)
+    return Case(name, kernel, types, constants, {"num_warps": num_warps})
 
 
 def other_cases() -> Iterator[Case]:
@@ -146,7 +179,7 @@ def other_cases() -> Iterator[Case]:
         {**sizes, "REDUCTION": "class"},
         four,
     )
-    for dim, rows in ((64, 32), (256, 32), (512, 16)):
+    for dim, rows in ((64, 32), (256, 32), (512, 16), (chunked.MAX_DIM, 2)):
         strides = {"stride_c": "i32", "stride_v": "i32"}
         yield Case(
             f"contrast.pack_keys {dim}",
@@ -265,11 +298,11 @@ def other_cases() -> Iterator[Case]:
 
 def compiled(case: Case, arch: int) -> Any:
     names = case.kernel.arg_names
-    # as the launcher finds them: pointers and strides are multiples of 16
+    # as the launcher finds them: pointers, strides and row lengths are multiples of 16
     attrs = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name in case.types
-        if name.endswith("_ptr") or "stride" in name
+        if name.endswith("_ptr") or "stride" in name or name in ("columns", "width")
     }
     signature = {
         name: "constexpr" if name in case.constants else case.types[name] for name in names
@@ -307,7 +340,7 @@ def usage(kernel: Any) -> dict[str, Any]:
 def main(arch: int, *words: str) -> None:
     """With `words`, only the cases whose name holds one of them."""
     warnings.filterwarnings("ignore")
-    cases = list(contrast_cases(arch))
+    cases = [*contrast_cases(arch), *chunked_cases()]
     if arch != 86:
         cases += [*gather_cases(), *small_cases(), *other_cases()]
     for case in cases:

@@ -6,7 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctt.ops import info_nce, pair_info_nce, reference
+from ctt.ops.backends import chunked
 
+BACKENDS = pytest.mark.parametrize("backend", ["triton", "chunked"])
 # bound on the error against float64, relative to the largest value
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 SIZES = (  # N, C, V, D
@@ -16,13 +18,27 @@ SIZES = (  # N, C, V, D
     (67, 3, 128, 64),
     (70, 3, 33, 256),
     (90, 150, 1, 5),
-    (33, 4, 20, 300),
 )
+FEW_CLASSES = (*SIZES[:5], (90, 40, 1, 5))  # packing and ordering are those of the other backend
+WIDE = ((33, 4, 20, 300), (20, 3, 9, 600))  # too wide for the one-pass kernel
 RUNS = [
-    *((size, "class", torch.float32) for size in SIZES),
-    *((SIZES[2], reduction, torch.float32) for reduction in ("mean", "none")),
-    *((size, "class", torch.float16) for size in (SIZES[2], SIZES[3])),
+    *(
+        (backend, *run)
+        for backend, sizes in (("triton", SIZES), ("chunked", FEW_CLASSES))
+        for run in (
+            *((size, "class", torch.float32) for size in sizes),
+            *((SIZES[2], reduction, torch.float32) for reduction in ("mean", "none")),
+            *((size, "class", torch.float16) for size in (SIZES[2], SIZES[3])),
+        )
+    ),
+    *(("chunked", size, "class", dtype) for size in WIDE for dtype in TOLERANCE),
 ]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "_SCORE_BYTES", 1)
+    monkeypatch.setattr(chunked, "_ROWS", 40)
 
 
 def case(
@@ -62,34 +78,39 @@ def check(ours: Tensor, truth: Tensor, query: Tensor, wide: Tensor) -> None:
         )
 
 
-@pytest.mark.parametrize(("size", "reduction", "dtype"), RUNS, ids=str)
-def test_info_nce(size: tuple[int, int, int, int], reduction: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("backend", "size", "reduction", "dtype"), RUNS, ids=str)
+def test_info_nce(
+    backend: str, size: tuple[int, int, int, int], reduction: str, dtype: torch.dtype
+) -> None:
     query, _, label, keys, count, mask = case(size, dtype, seed=sum(size))
     query.requires_grad_()
     wide = query.detach().double().requires_grad_()
     options = {"temperature": 0.1, "mask": mask, "reduction": reduction}
-    ours = info_nce(query, label, keys, count, backend="triton", **options)
+    ours = info_nce(query, label, keys, count, backend=backend, **options)
     truth = reference.info_nce(wide, label, plain(keys), count, **options)
     check(ours, truth, query, wide)
 
 
-@pytest.mark.parametrize(("size", "reduction", "dtype"), RUNS, ids=str)
-def test_pair_info_nce(size: tuple[int, int, int, int], reduction: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("backend", "size", "reduction", "dtype"), RUNS, ids=str)
+def test_pair_info_nce(
+    backend: str, size: tuple[int, int, int, int], reduction: str, dtype: torch.dtype
+) -> None:
     query, positive, label, keys, count, mask = case(size, dtype, seed=sum(size))
     second = case((0, size[1], size[2] + 3, size[3]), dtype, seed=1)[3].nan_to_num(0, 0, 0)
     query.requires_grad_()
     wide = query.detach().double().requires_grad_()
     options = {"temperature": 0.5, "mask": mask, "reduction": reduction}
     ours = pair_info_nce(
-        query, positive, label, [(keys, count), (second, None)], backend="triton", **options
+        query, positive, label, [(keys, count), (second, None)], backend=backend, **options
     )
     banks = [(plain(keys), count), (plain(second), None)]
     truth = reference.pair_info_nce(wide, positive.double(), label, banks, **options)
     check(ours, truth, query, wide)
 
 
+@BACKENDS
 @pytest.mark.parametrize("kind", ["all masked", "no label", "empty queues", "one class", "all own"])
-def test_nothing_counts(kind: str) -> None:
+def test_nothing_counts(kind: str, backend: str) -> None:
     query, _, label, keys, count, mask = case((40, 3, 4, 8), torch.float32, seed=0)
     if kind == "all masked":
         mask = torch.zeros_like(mask)
@@ -105,13 +126,14 @@ def test_nothing_counts(kind: str) -> None:
     for reduction in ("class", "mean", "none"):
         loss = info_nce(
             query, label, keys, count, temperature=0.1, mask=mask, reduction=reduction,
-            backend="triton",
+            backend=backend,
         )  # fmt: skip
         assert not loss.any()
         assert not torch.autograd.grad(loss.sum(), query)[0].any()
 
 
-def test_without_direction_and_gradient() -> None:
+@BACKENDS
+def test_without_direction_and_gradient(backend: str) -> None:
     query, positive, label, keys, count, mask = case((40, 3, 5, 8), torch.float32, seed=2)
     query = torch.where(mask[:, None], query, 0)
     query[::3] = 0
@@ -126,13 +148,14 @@ def test_without_direction_and_gradient() -> None:
         ),
     ):  # fmt: skip
         wide = query.detach().double().requires_grad_()
-        ours = run(query, keys, "triton")
+        ours = run(query, keys, backend)
         check(ours, run(wide, plain(keys), "reference"), query, wide)
-        assert torch.equal(run(query.detach(), keys, "triton"), ours)
+        assert torch.equal(run(query.detach(), keys, backend), ours)
 
 
+@BACKENDS
 @pytest.mark.parametrize("layout", ["columns", "every other", "expanded keys"])
-def test_strides(layout: str) -> None:
+def test_strides(layout: str, backend: str) -> None:
     query, positive, label, keys, count, mask = case((50, 4, 6, 19), torch.float32, seed=3)
     if layout == "columns":
         query, positive = query.T.contiguous().T, positive.T.contiguous().T
@@ -147,45 +170,62 @@ def test_strides(layout: str) -> None:
     wide = query.detach().double().requires_grad_()
     options = {"temperature": 0.1, "mask": mask}
     check(
-        info_nce(query, label, keys, count, backend="triton", **options),
+        info_nce(query, label, keys, count, backend=backend, **options),
         reference.info_nce(wide, label, plain(keys), count, **options),
         query,
         wide,
     )
     check(
-        pair_info_nce(query, positive, label, [(keys, count)], backend="triton", **options),
+        pair_info_nce(query, positive, label, [(keys, count)], backend=backend, **options),
         reference.pair_info_nce(wide, positive.double(), label, [(plain(keys), count)], **options),
         query,
         wide,
     )
 
 
+@BACKENDS
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 5.0])
-def test_temperatures_and_large_half_values(temperature: float) -> None:
+def test_temperatures_and_large_half_values(temperature: float, backend: str) -> None:
     query, _, label, keys, count, _ = case((60, 4, 9, 32), torch.float16, seed=4)
     query = (query.nan_to_num() * 10_000).clamp(-60_000, 60_000).requires_grad_()
     wide = query.detach().double().requires_grad_()
-    ours = info_nce(query, label, keys, count, temperature=temperature, backend="triton")
+    ours = info_nce(query, label, keys, count, temperature=temperature, backend=backend)
     truth = reference.info_nce(wide, label, plain(keys), count, temperature=temperature)
     torch.testing.assert_close(ours.double(), truth, rtol=5e-3, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_what_the_kernels_leave_to_others(dtype: torch.dtype) -> None:
-    dim = 8 if dtype == torch.float64 else 520
+@BACKENDS
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float64, 8), (torch.float32, 4100)], ids=str)
+def test_what_the_kernels_leave_to_others(dtype: torch.dtype, dim: int, backend: str) -> None:
     query, _, label, keys, count, mask = case((30, 3, 4, dim), dtype, seed=5)
     options = {"temperature": 0.1, "mask": mask}
-    ours = info_nce(query, label, plain(keys).to(dtype), count, backend="triton", **options)
+    ours = info_nce(query, label, plain(keys).to(dtype), count, backend=backend, **options)
     truth = reference.info_nce(query, label, plain(keys).to(dtype), count, **options)
     torch.testing.assert_close(ours, truth)
 
 
-def test_a_first_bank_without_places() -> None:
+def test_the_one_pass_kernel_leaves_wide_features_to_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    query, _, label, keys, count, mask = case((30, 3, 4, 257), torch.float32, seed=7)
+    ran = []
+    multiply = chunked._multiply
+    monkeypatch.setattr(chunked, "_multiply", lambda *a: (ran.append(a), multiply(*a)))
+    info_nce(
+        query[:, :256], label, keys[..., :256], count, temperature=1, mask=mask, backend="triton"
+    )
+    assert not ran
+    info_nce(query, label, keys, count, temperature=1, mask=mask, backend="triton")
+    assert ran
+
+
+@BACKENDS
+def test_a_first_bank_without_places(backend: str) -> None:
     query, positive, label, keys, _, mask = case((30, 3, 4, 8), torch.float32, seed=6)
     query, keys = query.detach(), plain(keys).float()
     banks = [(keys[:, :0], None), (keys, None)]
     options = {"temperature": 0.1, "mask": mask}
-    ours = pair_info_nce(query, positive, label, banks, backend="triton", **options)
+    ours = pair_info_nce(query, positive, label, banks, backend=backend, **options)
     truth = reference.pair_info_nce(query, positive, label, banks, **options)
     torch.testing.assert_close(ours, truth, rtol=2e-3, atol=1e-4)
 

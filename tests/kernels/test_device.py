@@ -29,6 +29,12 @@ TOLERANCE = {
 }
 SCALE = 1024  # of a loss: the gradient of a mean over many pixels is below what float16 resolves
 SIZES = [(123, 5, 7, 19), (8580, 19, 128, 256), (1000, 150, 11, 64), (700, 21, 128, 128)]
+WIDE = [(500, 21, 30, 300), (3000, 19, 128, 600)]  # the one-pass kernel leaves them to chunks
+BACKENDS = pytest.mark.parametrize(
+    ("backend", "size"),
+    [(b, size) for b in ("triton", "chunked") for size in SIZES] + [("chunked", s) for s in WIDE],
+    ids=str,
+)
 
 
 @pytest.fixture
@@ -71,17 +77,19 @@ def losses(positive: Tensor, label: Tensor, count: Tensor, mask: Tensor) -> list
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@BACKENDS
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.usefixtures("tf32")
-def test_contrast(size: tuple[int, int, int, int], dtype: torch.dtype, columns: bool) -> None:
+def test_contrast(
+    backend: str, size: tuple[int, int, int, int], dtype: torch.dtype, columns: bool
+) -> None:
     query, positive, label, keys, count, mask = case(*size, dtype)
     if columns:
         query = query.T.contiguous().T
     query.requires_grad_()
     for loss in losses(positive, label, count, mask):
         wide = query.detach().double().requires_grad_()
-        ours = SCALE * loss(query, keys, "triton")
+        ours = SCALE * loss(query, keys, backend)
         truth = SCALE * loss(wide, keys.double(), "reference")
         (grad,) = torch.autograd.grad(ours, query)
         (true_grad,) = torch.autograd.grad(truth, wide)
@@ -90,18 +98,19 @@ def test_contrast(size: tuple[int, int, int, int], dtype: torch.dtype, columns: 
         ):
             error = (result.double() - expected).abs().max()
             assert error <= tolerance * expected.abs().max()
-        again = SCALE * loss(query, keys, "triton")
+        again = SCALE * loss(query, keys, backend)
         assert torch.equal(ours, again)
         assert torch.equal(grad, torch.autograd.grad(again, query)[0])
 
 
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_float32_follows_the_setting(precision: str) -> None:
+def test_float32_follows_the_setting(precision: str, backend: str) -> None:
     query, _, label, keys, count, mask = case(500, 5, 20, 64, torch.float32)
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = precision
     options = {"temperature": 0.1, "mask": mask, "reduction": "none"}
-    ours = info_nce(query, label, keys, count, backend="triton", **options)
+    ours = info_nce(query, label, keys, count, backend=backend, **options)
     torch.backends.cuda.matmul.fp32_precision = before
     truth = reference.info_nce(query.double(), label, keys.double(), count, **options)
     error = (ours - truth).abs().max() / truth.abs().max()
@@ -141,8 +150,17 @@ def test_bank_and_teacher() -> None:
     torch.testing.assert_close(teacher, copy)
 
 
-def test_graph_without_synchronisation() -> None:
-    query, positive, label, keys, count, mask = case(3000, 19, 32, 64, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("backend", "dim", "dtype"),
+    [
+        ("triton", 64, torch.bfloat16),
+        ("chunked", 300, torch.bfloat16),
+        ("chunked", 64, torch.float32),
+    ],
+    ids=str,
+)
+def test_graph_without_synchronisation(backend: str, dim: int, dtype: torch.dtype) -> None:
+    query, positive, label, keys, count, mask = case(3000, 19, 128, dim, dtype)
     high, low = losses(positive, label, count, mask)
     confidence, cursor = torch.rand(3000, device=DEVICE), torch.zeros_like(count)
     teacher, student = [torch.zeros(9000, device=DEVICE)], [torch.ones(9000, device=DEVICE)]
@@ -150,7 +168,7 @@ def test_graph_without_synchronisation() -> None:
     query = query.nan_to_num().requires_grad_()
 
     def step() -> tuple[Tensor, Tensor]:
-        loss = high(query, keys, "triton") + low(query, keys, "triton")
+        loss = high(query, keys, backend) + low(query, keys, backend)
         (grad,) = torch.autograd.grad(loss, query)
         index, _ = class_topk(confidence, label, 8, 19, valid=mask, backend="triton")
         queue_push_(keys, count, cursor, query.detach(), index, backend="triton")

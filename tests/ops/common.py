@@ -38,7 +38,7 @@ def _unfit(operation: str, backend: str, device: str) -> list[pytest.MarkDecorat
 
 def skip_unfit(backend: str, device: str, dtype: torch.dtype, pixels: int = 0) -> None:
     """Triton's interpreter rounds bfloat16 wrongly and takes minutes over a large input."""
-    interpreted = backend == "triton" and device == "cpu"
+    interpreted = backend in ("triton", "chunked") and device == "cpu"
     if interpreted and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter does not round bfloat16")
     if interpreted and pixels > 1000:

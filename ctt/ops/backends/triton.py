@@ -10,7 +10,8 @@ and `positive` may have any dtype, keys are rounded to the query's once per call
     float16   products in float16: loss 5e-4, gradient 2e-3
     float32   products in TF32 (loss 1e-3, gradient 4e-3) where
               `torch.backends.cuda.matmul.fp32_precision` is "tf32", however it was set; else exact,
-              by the torch backend: exact products of a whole feature do not fit the registers here
+              by the chunked backend: exact products of a whole feature do not fit the registers
+              here, and no features of more than 256 channels do, which go there too
     float64   by the torch backend, and so is a temperature that lies on the device
 
 With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, float32 exactly; this is
@@ -73,8 +74,8 @@ def info_nce(
 ) -> _Result:
     plan = _plan(query)
     if plan is None or isinstance(temperature, Tensor) or need_slope:
-        exact = (mask, temperature, reduction, need_grad, need_slope)
-        result: _Result = _exact().info_nce(query, label, keys, count, *exact)
+        every = (mask, temperature, reduction, need_grad, need_slope)
+        result: _Result = _others().info_nce(query, label, keys, count, *every)
         return result
     options = (mask, temperature, reduction, need_grad)
     return (*_contrast(plan, query, None, label, [keys], [count], *options), None)
@@ -94,8 +95,8 @@ def pair_info_nce(
 ) -> _Result:
     plan = _plan(query)
     if plan is None or isinstance(temperature, Tensor) or need_slope:
-        exact = (mask, temperature, reduction, need_grad, need_slope)
-        result: _Result = _exact().pair_info_nce(query, positive, label, keys, counts, *exact)
+        every = (mask, temperature, reduction, need_grad, need_slope)
+        result: _Result = _others().pair_info_nce(query, positive, label, keys, counts, *every)
         return result
     options = (mask, temperature, reduction, need_grad)
     return (*_contrast(plan, query, positive, label, keys, counts, *options), None)
@@ -382,11 +383,9 @@ def _kind_of_dot(dtype: torch.dtype) -> str | None:
     return "tf32" if matmul.allow_tf32 else None  # PyTorch before 2.9
 
 
-def _exact() -> ModuleType:
-    """The backend for what the kernels leave out."""
-    if importlib.util.find_spec("ctt.ops.backends.torch") is None:
-        return importlib.import_module("ctt.ops.backends.reference")
-    return importlib.import_module("ctt.ops.backends.torch")
+def _others() -> ModuleType:
+    """The backend for what the one-pass kernel leaves out."""
+    return importlib.import_module("ctt.ops.backends.chunked")
 
 
 def _contrast(
