@@ -37,10 +37,12 @@ class FileDataset(Dataset):
     Attributes:
         turned: images are turned as their files say; published masks belong to the stored pixels.
         lossy: masks may be JPEG files, because their exact values do not count.
+        states_white: the user can state the value of white, so that it is never guessed.
     """
 
     turned = False
     lossy = False
+    states_white = False
 
     def __init__(
         self,
@@ -127,7 +129,8 @@ class FileDataset(Dataset):
         return list(self._eval)
 
     def image(self, name: str) -> Tensor:
-        return read_as(self.image_path(name), self.info, turned=self.turned)
+        path, same_scale = self.image_path(name), self.states_white
+        return read_as(path, self.info, turned=self.turned, same_scale=same_scale)
 
     def size(self, name: str) -> tuple[int, int]:
         """Return height and width of an image, whose pixels need not be read."""

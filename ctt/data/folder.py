@@ -52,6 +52,7 @@ class Folder(FileDataset):
     """
 
     turned = True
+    states_white = True
 
     def __init__(self, root: Path | None, options: DatasetOptions) -> None:
         self.root = require_root(root, "folder", LAYOUT)

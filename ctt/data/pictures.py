@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from ctt.data.pixels import is_deep, to_rgb
+from ctt.data.pixels import has_open_scale, is_deep, to_rgb
 from ctt.errors import UserError
 
 # of an image, unless CTT_MAX_PIXELS says otherwise; reading one takes some 5 GB
@@ -115,12 +115,15 @@ def too_large(path: Path, width: int, height: int) -> UserError:
     )
 
 
-def read_image(path: Path, white: float | None = None, *, turned: bool = True) -> Tensor:
+def read_image(
+    path: Path, white: float | None = None, *, turned: bool = True, same_scale: bool = False
+) -> Tensor:
     """Return the image in a file as RGB: (3, H, W) uint8.
 
     Args:
         white: the value of white in images of more than 8 bits, see `to_rgb`.
         turned: as the camera's note in the file (EXIF) says, and as viewers do.
+        same_scale: refuse images whose scale would depend on the values of each one.
 
     Raises:
         UserError: there is no such file, or it is no image, a broken or a too large one.
@@ -131,6 +134,14 @@ def read_image(path: Path, white: float | None = None, *, turned: bool = True) -
                 raise UserError(
                     f"{path}: `white` is for grey images, but this one has colours of 16 bits, of "
                     f"which only the upper 8 can be read. Save it again with 8 bits a colour."
+                )
+            if same_scale and white is None and has_open_scale(file):
+                kind = "fractions" if file.mode == "F" else "numbers of 32 bits"
+                raise UserError(
+                    f"{path}: this grey image holds {kind}, and nothing says which value is white, "
+                    f"so that each image would get a scale of its own. Write it into dataset.yaml, "
+                    f"such as `white: {1 if file.mode == 'F' else 65535}`, or let `{STATS}` find "
+                    f"the range."
                 )
             picture = ImageOps.exif_transpose(file) if turned else file
             picture.format = file.format  # which a turned copy lacks

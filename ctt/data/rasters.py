@@ -40,11 +40,14 @@ CACHE = 64  # megabytes of blocks that GDAL keeps; its own choice is a share of 
 Values = np.ndarray[tuple[int, int, int], np.dtype[Any]]
 
 
-def read_as(path: Path, info: DatasetInfo, *, turned: bool = True) -> Tensor:
+def read_as(
+    path: Path, info: DatasetInfo, *, turned: bool = True, same_scale: bool = False
+) -> Tensor:
     """Return the image in a file as networks for the dataset `info` take it.
 
     Args:
         turned: as the camera's note in the file (EXIF) says.
+        same_scale: refuse grey images whose scale would depend on the values of each one.
 
     Returns:
         (3, H, W) uint8; where `info` names bands (C, H, W) float32 in 0..1, the `info.ranges`, and
@@ -54,7 +57,7 @@ def read_as(path: Path, info: DatasetInfo, *, turned: bool = True) -> Tensor:
         UserError: a file that cannot be read, or without these channels.
     """
     if not info.bands:
-        return read_image(path, info.white, turned=turned)
+        return read_image(path, info.white, turned=turned, same_scale=same_scale)
     return scaled(*read_bands(path, info.bands, turned=turned), info, path)
 
 

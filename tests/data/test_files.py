@@ -438,6 +438,26 @@ def test_links_show_each_image_once(tmp_path: Path) -> None:
     assert found == ["images/b/y.jpg", "images/linked/z.jpg", "images/x.jpg"]
 
 
+@pytest.mark.parametrize(("kind", "white"), [(np.float32, 1), (np.int32, 255)])
+def test_grey_images_without_a_known_white_are_refused(
+    tmp_path: Path, kind: type, white: int
+) -> None:
+    """One value above a step would give an image another scale than the others have."""
+    root = trees.write_folder(tmp_path)
+    name = opened("folder", root).train_ids()[0]
+    grey = np.full((40, 48), white, kind)
+    grey[0, 0] *= 2
+    Image.fromarray(grey).save((root / name).with_suffix(".tif"))
+    (root / name).unlink()
+    name = str(Path(name).with_suffix(".tif"))
+    with pytest.raises(UserError, match=r"\.tif: this grey image holds .* `white: ") as refused:
+        opened("folder", root).image(name)
+    assert "ctt-data stats" in str(refused.value)
+    with (root / "dataset.yaml").open("a", encoding="utf-8") as file:
+        file.write(f"white: {white}\n")
+    assert (opened("folder", root).image(name) == 255).all()
+
+
 @pytest.mark.parametrize("orientation", [1, 3])
 def test_a_fourth_band_of_a_tiff_is_no_transparency(tmp_path: Path, orientation: int) -> None:
     colours = np.random.default_rng(0).integers(0, 255, (5, 4, 3), np.uint8)
