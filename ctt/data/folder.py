@@ -145,16 +145,27 @@ class Folder(FileDataset):
         return masks
 
     def _match(self, names: list[str], folder: str) -> None:
-        """Give the images of a part their masks by their names."""
+        """Give the images of a part that the list of pairs does not name masks by their names.
+
+        Raises:
+            UserError: two images would share a mask.
+        """
         masks = find_masks(self.root, f"{folder}masks", self.description.mask_suffix)
-        paired = set(self._masks.values())
+        owners = {mask: name for name, mask in self._masks.items()}
         for name in names:
             key = _stem(name.removeprefix(f"{folder}images/"))
-            key = key.removesuffix(same_name(self.description.image_suffix))
-            mask = masks.pop(key, None)
-            if mask is not None:
-                self._masks.setdefault(name, mask)
-        self._strays += sorted(set(masks.values()) - paired)
+            mask = masks.get(key.removesuffix(same_name(self.description.image_suffix)))
+            if mask is None or name in self._masks:
+                continue
+            other = owners.setdefault(mask, name)
+            if other != name:
+                raise UserError(
+                    f"{mask} would be the mask of two images, {self.root / other} and "
+                    f"{self.root / name}. Say in a list `pairs:` in {DESCRIPTION} which mask each "
+                    f"of them has, or move the one without a mask to unlabeled/."
+                )
+            self._masks[name] = mask
+        self._strays += sorted(masks.values() - owners.keys())
 
     def image_path(self, name: str) -> Path:
         return self.root / name

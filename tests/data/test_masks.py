@@ -287,6 +287,26 @@ def test_bad_pairs(tmp_path: Path, line: str, message: str) -> None:
         open_dataset("folder", root, DatasetOptions())
 
 
+@pytest.mark.parametrize(
+    ("images", "setting"),
+    [
+        (["images/a.jpg", "images/b.jpg"], "pairs: pairs.txt"),
+        (["images/a.jpg", "images/a_img.jpg"], "image_suffix: _img"),
+    ],
+)
+def test_one_mask_of_two_images_is_refused(tmp_path: Path, images: list[str], setting: str) -> None:
+    masks = ["masks/a.png", "masks/b.png"]
+    root = folder(tmp_path, images, masks, f"{CLASSES}{setting}\n")
+    (root / "pairs.txt").write_text("images/a.jpg\tmasks/b.png\n", "utf-8")
+    with pytest.raises(UserError, match=r"\.png would be the mask of two images") as caught:
+        open_dataset("folder", root, DatasetOptions())
+    assert all(str(root / name) in str(caught.value) for name in images)
+    (root / "pairs.txt").write_text("images/a.jpg\tmasks/b.png\n" + f"{images[1]}\tmasks/a.png\n")
+    (root / "dataset.yaml").write_text(f"{CLASSES}pairs: pairs.txt\n", "utf-8")
+    dataset = open_dataset("folder", root, DatasetOptions())
+    assert [dataset.files(name, labeled=True)[1].name for name in images] == ["b.png", "a.png"]
+
+
 def test_two_masks_of_one_image_are_refused(tmp_path: Path) -> None:
     root = folder(tmp_path, ["images/a.jpg", "images/b.jpg"], ["masks/a.png", "masks/a.tif"])
     with pytest.raises(UserError, match="both would be the mask of one image"):
