@@ -246,7 +246,7 @@ def gather_queries(
 
 @triton.jit
 def _load_keys(packed_ptr, first, BLOCK: tl.constexpr, DIM_PADDED: tl.constexpr):
-    place = first + tl.arange(0, BLOCK)
+    place = (first + tl.arange(0, BLOCK)).to(tl.int64)
     return tl.load(packed_ptr + place[:, None] * DIM_PADDED + tl.arange(0, DIM_PADDED)[None, :])
 
 

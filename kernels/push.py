@@ -67,6 +67,7 @@ def queue_push_kernel(
         target = keys_ptr + c * keys_stride_c + place[:, None] * keys_stride_v
         target += d[None, :] * keys_stride_d
         tl.store(target, key.to(keys_ptr.dtype.element_ty), mask=shown)
+    tl.debug_barrier()  # every warp has read the cursor
     if pushed > 0:
         tl.store(cursor_ptr + c * cursor_stride, (cursor + pushed) % V)
         tl.store(

@@ -4,13 +4,14 @@ Boxes are exchanged between each labelled image and an unlabelled one; what the 
 the two is put back in place. Its probabilities are drawn to those of the mean teacher where the
 teacher is sure, by a threshold for each class that follows how sure the teacher is of the class.
 Embeddings of some pixels of each image and class, half of them pixels that the student has wrong,
-are contrasted with embeddings of the same class and of others.
+are contrasted with embeddings of the same class and of others; of unlabelled images the pixels that
+the teacher is sure of.
 
 Departures: all keys are the teacher's embeddings, of pixels drawn at random; in the program those
 of labelled images are the student's, and keys are the anchors' pixels. Features are those that the
 classifier reads, not the backbone's last. No class is left out of the contrast, as the program
-leaves out class 0, unless --options.background says so. Ramps begin at `start`. Teachers follow
-from the first step on.
+leaves out class 0, unless --options.background says so. Ramps begin at `start`; the program
+contrasts labelled images from the second epoch on. Teachers follow from the first step on.
 """
 
 from __future__ import annotations
@@ -112,11 +113,12 @@ class C3SemiSeg(EmbeddingTeacher):
             p, all_lost = p.masked_fill(lost[:, None], 0), [*all_lost, lost]
             confidence, label = p.max(dim=1)
             label = label.masked_fill(padding | lost, IGNORE)
+            self.follow(k, confidence, label.masked_fill(off, IGNORE), step)
             sure = confidence >= self.thresholds[k][label.clamp(max=self.classes - 1)]
             sure &= label != IGNORE
+            label = label.masked_fill(~sure, IGNORE)
             b |= {f"soft {k}": p, f"sure {k}": sure}
             b[f"count {k}"] = step.total(sure.sum()).clamp(min=1)
-            self.follow(k, confidence, label.masked_fill(off, IGNORE), step)
             maps = embed(self.head_teachers[k], out.features, step)
             own = torch.cat([to_grid(x, teacher.grid) for x in (b["label"], label)])
             own, maps = (torch.stack(x.chunk(2), dim=1) for x in (own, maps))

@@ -54,7 +54,7 @@ class ClassMemory(nn.Module):
         the mean over the classes.
 
         Args:
-            pixels: (C, n, D), normalised.
+            pixels: (C, n, D), normalised; the selectors learn from them, and they not from these.
             there: (C, n), where there is one.
         """
         bank = self.bank
@@ -64,7 +64,7 @@ class ClassMemory(nn.Module):
         vector = torch.einsum("cv,cvd->cd", weight, keys)
         vector = vector / weight.sum(dim=1, keepdim=True).clamp(min=1e-12)
         away = 1 - torch.einsum("cnd,cd->cn", pixels, vector)
-        share = wide(self.of_pixels(pixels)).masked_fill(~there, 0)
+        share = wide(self.of_pixels(pixels.detach())).masked_fill(~there, 0)
         return part_of_weighted_mean(share, away, step).masked_fill(bank.count == 0, 0).mean()
 
     def push(self, pixels: Tensor, there: Tensor, count: int) -> None:

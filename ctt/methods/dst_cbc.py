@@ -69,8 +69,11 @@ class DstCbc(SelfTraining):
         """Prepare the batch with one divisor for labelled and unlabelled pixels together."""
         b = super().prepare(b, step)
         if "mixed" in b:
-            both = step.total((b["label"] != IGNORE).sum() + (b["trusted 0"] != IGNORE).sum())
-            b |= {"pixels": both.clamp(min=1), "pixels 0": both.clamp(min=1)}
+            kept = step.total((b["trusted 0"] != IGNORE).sum())
+            both = (step.total((b["label"] != IGNORE).sum()) + kept).clamp(min=1)
+            b |= {"pixels": both, "pixels 0": both}
+            if "labeled weight" in b:  # of labelled pixels that count differently
+                b["labeled weight"] = b["labeled weight"] + kept
         return b
 
     def unlabeled_loss(self, k: int, logits: Tensor, b: Batch) -> Tensor:

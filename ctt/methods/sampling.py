@@ -44,7 +44,8 @@ def class_quantiles(
         own: of the same shape as the values; those of no class count for none.
     """
     # floats that are not negative have the order of their bits, here three digits of ten bits
-    bits = values.float().clamp(0, 1).view(torch.int32).long().flatten()
+    # (-0.0, which entropies of sure pixels are, becomes 0.0)
+    bits = (values.float().clamp(0, 1) + 0.0).view(torch.int32).long().flatten()
     belongs, own = (own < classes).flatten(), own.flatten().clamp(0, classes - 1)
     found = bits.new_zeros(classes)  # the digits so far
     before = whole = found  # how many of the class come before, and how many there are
@@ -148,7 +149,12 @@ def numbered(member: Tensor, count: int, ticket: Tensor, step: Step) -> tuple[Te
     """
     place, own = highest(member, count, ticket)
     pool = gathered(own, step)
-    rank = (pool[:, None] > own[:, :, None]).sum(dim=2)
+    index = torch.arange(pool.shape[1], device=pool.device)
+    first = step.rank * own.shape[1]  # of this process's in the pool
+    earlier = index < index[first : first + own.shape[1], None]
+    # random numbers of 24 bits are often equal; then those that come first in the pool are first
+    mine, pool = own[:, :, None], pool[:, None]
+    rank = ((pool > mine) | (pool == mine) & earlier).sum(dim=2)
     chosen = (own >= 0) & (rank < count)
     pixels = member.shape[1]
     number = rank.new_full((pixels + 1,), NOBODY)

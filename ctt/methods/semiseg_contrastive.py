@@ -8,10 +8,10 @@ each class two selectors weigh the pairs, one by the feature and one by the memo
 Departures: the memory takes the pixels that its selector ranks highest, as the paper says; the
 program takes the lowest. The program picks capacity / labelled images vectors in each image (on VOC
 seven times as many); here as many are picked from all images together. The program's EMA decay
-rises to 1. A class takes part with up to `pixels` pixels of a step, drawn at random. Selectors have
-a layer norm in place of a batch norm, which would mix in empty places. Each image is seen once, not
-in two views of half as many. Left out: class weights for Cityscapes, and the return to the weights
-that were best in validation. The contrast is a mean over the parts of a step.
+rises to 1, and its teacher is in training mode. A class takes part with up to `pixels` pixels of a
+step, drawn at random. Selectors see normalised features, and have a layer norm in place of a batch
+norm, which would mix in empty places. Each image is seen once, not in two views of half as many.
+Left out: class weights for Cityscapes, and the return to the weights that were best in validation.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ctt.errors import UserError
 from ctt.methods import losses
 from ctt.methods.base import Batch, Modules, Networks, Setup, Step
 from ctt.methods.losses import to_grid
@@ -23,8 +24,17 @@ class TeacherBanks(Modules[MemoryBank]):
 
         Args:
             width: D, length of a key.
+
+        Raises:
+            UserError: `bank.every` does not divide the batch.
         """
         self.settings = settings = setup.settings.bank
+        images = setup.settings.data.batch_size
+        if images % settings.every:
+            raise UserError(
+                f"`bank.every` {settings.every} does not divide `data.batch_size` {images}. Give a "
+                f"divisor: else which images fill the banks depends on the number of processes."
+            )
         super().__init__(
             MemoryBank(setup.classes, settings.capacity, width) for _ in range(setup.pairs)
         )

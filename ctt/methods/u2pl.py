@@ -8,9 +8,9 @@ pixels of other classes that the teacher takes for likely to be of it, and unlab
 entropy for which the class is an unlikely one.
 
 This is the paper's rule; in the program, conditions that contradict each other leave the queues all
-but empty. The representation head is on the features that the classifier reads, not beside the
-decoder. Each push draws up to `pushed` pixels of a class, and queues are shorter than the program's
-30,000.
+but empty. The teacher is in evaluation mode and an average from the first step on; in the program
+in training mode, and from the second phase on. The head is on the features that the classifier
+reads, and means are of normalised features. Queues are shorter than the program's 30,000.
 """
 
 from __future__ import annotations

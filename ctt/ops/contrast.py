@@ -133,6 +133,8 @@ def _contrast(
     backend: str,
 ) -> Tensor:
     """Check what both losses have in common, and compute one of them."""
+    if query.shape[1] < 1:
+        raise ValueError(f"{name}: query must have at least one feature, got {tuple(query.shape)}")
     _checks.tensor(name, "label", label, (query.shape[0],), torch.int64, query.device)
     if mask is not None:
         _checks.tensor(name, "mask", mask, (query.shape[0],), torch.bool, query.device)

@@ -82,7 +82,7 @@ def info_nce(
     v, c = normalize(_widen(query[counts])), label[counts]  # (n, D), (n,)
     keys = torch.where(filled[:, :, None], keys, 0)  # what other places hold must not leak
     score = v @ keys.to(v.dtype).flatten(0, 1).T / temperature  # (n, C * V), cos / tau
-    score = score.view(-1, num_classes, capacity)  # (n, C, V)
+    score = score.view(len(c), num_classes, capacity)  # (n, C, V)
     is_negative = (~own[counts])[:, :, None] & filled  # (n, C, V)
     log_z = score.masked_fill(~is_negative, -torch.inf).flatten(1).logsumexp(dim=1)  # (n,)
     positive = score[torch.arange(len(c), device=c.device), c]  # (n, V)
@@ -112,7 +112,7 @@ def pair_info_nce(
         counts = counts & mask
 
     v, c = normalize(_widen(query[counts])), label[counts]  # (n, D), (n,)
-    v2 = normalize(_widen(positive.detach()[counts])).to(v.dtype)  # (n, D)
+    v2 = normalize(_widen(positive.detach()[counts]).to(v.dtype))  # (n, D)
     keys = torch.cat([keys.to(v.dtype) for keys, _ in banks], dim=1)  # (C, V1 + V2 + .., D)
     keys = torch.where(filled[:, :, None], keys, 0)  # what other places hold must not leak
     score = torch.einsum("nd,cvd->ncv", v, keys) / temperature

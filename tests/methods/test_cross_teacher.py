@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ctt.data import mixing
 from ctt.data.dataset import IGNORE
+from ctt.errors import UserError
 from ctt.settings import Settings
 from tests.methods.rendering import SIZE, Scene, mean_cross_entropy, mixed, no_gradient, scores
 
@@ -155,6 +156,11 @@ def test_options_of_the_low_level_contrast(tiny: Settings, change: dict[str, Any
     )
 
 
+def test_every_image_that_fills_the_banks_is_in_each_batch(tiny: Settings) -> None:
+    with pytest.raises(UserError, match=r"`bank\.every` 2 does not divide `data\.batch_size` 3"):
+        Scene(tiny, "cross-teacher", {"bank": {"every": 2}}, 2)
+
+
 def test_contrast_begins_at_its_iteration(tiny: Settings) -> None:
     """Not one before, and (above) not one after."""
     scene = scene_of(tiny, 2, START, {})
@@ -165,7 +171,7 @@ def test_contrast_begins_at_its_iteration(tiny: Settings) -> None:
     )
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [1, 3])
 def test_banks_take_well_classified_labelled_pixels(tiny: Settings, every: int) -> None:
     """Of teacher k into bank k: right classes, the surest first, normalised."""
     bank_settings = {"capacity": 50, "top_k": 3, "per_class": 3, "random_choice": False}

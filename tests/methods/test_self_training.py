@@ -53,9 +53,15 @@ def noise_of(draw: Tensor) -> Tensor:
     return (draw - mean) / std
 
 
-@pytest.mark.parametrize("gamma", [0.0, 2.0, 9.0])
-def test_dst_cbc_weighs_by_the_present_probability(tiny: Settings, gamma: float) -> None:
-    scene = Scene(tiny, "dst-cbc", {**LONG, "options": {"gamma": gamma}})
+@pytest.mark.parametrize(
+    ("gamma", "weights"), [(0.0, ()), (2.0, ()), (2.0, (1.0,) * 11), (9.0, ())]
+)
+def test_dst_cbc_weighs_by_the_present_probability(
+    tiny: Settings, gamma: float, weights: tuple[float, ...]
+) -> None:
+    """Class weights of 1 change nothing."""
+    change = {"options": {"gamma": gamma}, "labeled": {"weights": weights}}
+    scene = Scene(tiny, "dst-cbc", {**LONG, **change})
     (student,) = scene.method.students
     out = scores(student, torch.cat([scene.images, scene.more]))
     n = (scene.label != IGNORE).sum() + (scene.kept != IGNORE).sum()

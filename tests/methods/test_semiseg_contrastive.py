@@ -93,7 +93,9 @@ def test_every_term_and_gradient(tiny: Settings, pairs: int) -> None:
                     f = maps[i] / maps[i].norm()
                     for j in range(held):
                         m = memory.bank.keys[c, j].double()
-                        w = selected(memory.of_pixels, c, f) * selected(memory.of_vectors, c, m)
+                        w = selected(memory.of_pixels, c, f.detach()) * selected(
+                            memory.of_vectors, c, m
+                        )
                         pairs_.append(w * (1 - f @ m))
                         weights.append(w)
                 means.append(sum(pairs_) / sum(weights))

@@ -18,6 +18,7 @@ class Alone:
     """A step of one process."""
 
     alone = True
+    rank = 0
 
     def total(self, values: Tensor) -> Tensor:
         return values
@@ -57,6 +58,23 @@ def test_members_are_drawn_by_their_numbers() -> None:
     number, drawn = sampling.numbered(member, 2, torch.tensor([0.2, 0.9, 0.5, 0.4, 0.8]), ALONE)
     assert number.tolist() == [-1, 0, 0, 1, -1]
     assert drawn.tolist() == [2, 1]
+
+
+def test_members_of_one_number_are_all_drawn() -> None:
+    """Random numbers have 24 bits, so two of many pixels often have the same."""
+    member = torch.ones(1, 5, dtype=torch.bool)
+    number, drawn = sampling.numbered(member, 4, torch.tensor([0.5, 0.9, 0.5, 0.5, 0.1]), ALONE)
+    assert sorted(number[:4].tolist()) == [0, 1, 2, 3]
+    assert number[1] == 0
+    assert (int(number[4]), drawn.tolist()) == (-1, [4])
+
+
+def test_entropies_of_sure_pixels_count() -> None:
+    """They are -0.0, whose bits are those of a negative number."""
+    values = torch.tensor([-0.0] * 6 + [0.25, 0.5, 0.75, 1.0])
+    everywhere = torch.ones(10, dtype=torch.bool)
+    assert float(sampling.quantile(values, everywhere, 0.8, ALONE)) == 0.75
+    assert float(sampling.quantile(values, everywhere, 0.2, ALONE)) == 0
 
 
 def entropies(logits: Tensor) -> Tensor:

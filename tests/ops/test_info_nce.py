@@ -270,6 +270,7 @@ def test_errors_name_the_argument() -> None:
         (TypeError, "query", {"query": [1.0]}),
         (TypeError, "query", {"query": case.label[:, None]}),
         (ValueError, "query", {"query": case.query[0]}),
+        (ValueError, "query", {"query": case.query[:, :0], "keys": case.keys[..., :0]}),
         (TypeError, "label", {"label": case.label.int()}),
         (TypeError, "label", {"label": case.label.float()}),
         (ValueError, "label", {"label": case.label[:5]}),

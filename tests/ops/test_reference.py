@@ -135,6 +135,13 @@ def test_the_dense_formulas_are_the_same(reduction: str) -> None:
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
+def test_banks_without_places_give_nothing() -> None:
+    query = torch.randn(5, 2, requires_grad=True)
+    label = torch.zeros(5, dtype=torch.int64)
+    loss = reference.info_nce(query, label, torch.empty(3, 0, 2), temperature=0.1)
+    assert float(loss) == 0
+
+
 def test_selection_by_hand() -> None:
     confidence = torch.tensor([0.5, 0.9, 0.9, math.nan, 0.1, 1.0])
     label = torch.tensor([0, 1, 1, 0, 0, 255])
