@@ -217,15 +217,18 @@ def has_checkpoint(folder: Path) -> bool:
     return last.is_file() or checkpoint.previous(last).is_file()
 
 
-def hold_out(folder: Path, dataset: Dataset) -> None:
-    """Evaluate on the images that the run in `folder` held out, whatever came to the data since.
+def hold_out(folder: Path, dataset: Dataset, same_part: bool = True) -> None:
+    """Evaluate on the images that the run in `folder` was evaluated on, whatever came since.
 
     Leaves `dataset` as it is where none of those images is in it: it is another dataset then.
+
+    Args:
+        same_part: the images to evaluate on are the run's; without it they stay as they are.
 
     Raises:
         UserError: an image to evaluate on is one that the run was trained with.
     """
-    if (folder / EVALUATION_LIST).is_file():
+    if same_part and (folder / EVALUATION_LIST).is_file():
         held_out = read_names(folder / EVALUATION_LIST)
         dataset.evaluate_on(held_out)
         if not set(dataset.eval_ids()) & {dataset.find(name) for name in held_out}:
@@ -243,6 +246,27 @@ def hold_out(folder: Path, dataset: Dataset) -> None:
             f"({len(both)} such): the dataset has changed since. Restore its images as they were, "
             f"put images to evaluate on into a part of their own (val/ of a folder), or start a "
             f"new run."
+        )
+
+
+def check_evaluated(folder: Path, dataset: Dataset) -> None:
+    """Check that a run that goes on is evaluated on the same images as before.
+
+    Raises:
+        UserError: an image is missing, or one came to a dataset that cannot leave it out.
+    """
+    path = folder / EVALUATION_LIST
+    if not path.is_file():
+        return
+    before = {dataset.find(name) or name for name in read_names(path)}
+    found = set(dataset.eval_ids())
+    if differing := sorted(before - found) or sorted(found - before):
+        what = "is no longer there" if differing[0] in before else "was not there before"
+        raise UserError(
+            f"{path}: the images to evaluate on have changed since the run was started: "
+            f"{differing[0]} {what} ({len(differing)} such). Scores of other images are not "
+            f"comparable, so the best network could not be chosen. Restore the images as they "
+            f"were, or start a new run."
         )
 
 

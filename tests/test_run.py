@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from ctt import run
+from ctt.data.split import write_list
 from ctt.errors import UserError
 from ctt.settings import DataSettings, ModelSettings, Settings, update
 from ctt.train.dry_run import dry_run
 from ctt.train.loop import train
+from ctt.train.plan import split_of_run
 from tests.data import trees
 
 
@@ -68,3 +70,31 @@ def test_a_run_goes_on_from_another_folder(
     monkeypatch.chdir(tmp_path / "elsewhere")
     resume = tmp_path / "run"
     dry_run(run.read_settings(resume), resume=resume)
+
+
+@pytest.mark.parametrize("evaluation", [2, 0])
+def test_a_run_goes_on_with_the_images_that_it_was_evaluated_on(
+    tmp_path: Path, evaluation: int
+) -> None:
+    """Whether they were in val/ or held out, and whatever is in val/ now."""
+    settings = Settings(dataset="folder", data_root=tmp_path / "set")
+    root = trees.write_folder(tmp_path / "set", evaluation=evaluation)
+    folder = run.create(tmp_path / "run", settings)
+    before = settings.open_dataset()
+    (folder / "split").mkdir()
+    for path, names in (
+        (run.LABELED_LIST, before.train_ids()[:2]),
+        (run.UNLABELED_LIST, before.unlabeled_ids()),
+        (run.EVALUATION_LIST, before.eval_ids()),
+    ):
+        write_list(folder / path, names)
+    trees.write_folder(root, evaluation=5)
+    now = settings.open_dataset()
+    assert now.eval_ids() != before.eval_ids()
+    split_of_run(folder, now, True)
+    assert (now.eval_ids(), now.train_ids()) == (before.eval_ids(), before.train_ids())
+    assert "came later and are left out" in now.notes[-1]
+    lost = before.eval_ids()[0]
+    (root / lost).unlink()
+    with pytest.raises(UserError, match=rf"evaluation\.txt: .* {lost} is no longer there \(1 such"):
+        split_of_run(folder, settings.open_dataset(), True)

@@ -123,9 +123,10 @@ def _open_dataset(trained: TrainedNetworks, parsed: Arguments) -> tuple[Dataset,
             f"own: {_first_difference(trained.info, dataset.info)}. Give the dataset that the "
             f"network was trained on."
         )
-    _check_held_out(trained, dataset, settings)
     if settings.dataset == trained.settings.dataset:
-        run.hold_out(parsed.path if parsed.path.is_dir() else parsed.path.parent, dataset)
+        same_part = _is_part_of_run(trained, dataset, settings)
+        folder = parsed.path if parsed.path.is_dir() else parsed.path.parent
+        run.hold_out(folder, dataset, same_part)
     return dataset, settings
 
 
@@ -136,19 +137,24 @@ def _first_difference(trained: DatasetInfo, found: DatasetInfo) -> str:
     return f"{len(trained.classes)} and {len(found.classes)} classes"
 
 
-def _check_held_out(trained: TrainedNetworks, dataset: Dataset, settings: Settings) -> None:
-    """Refuse to tune on images that the run, which held none out, was trained on."""
+def _is_part_of_run(trained: TrainedNetworks, dataset: Dataset, settings: Settings) -> bool:
+    """Return whether the images to evaluate on are of the part that the run was evaluated on.
+
+    Raises:
+        UserError: they are held out, and the run, which held none out, was trained on them.
+    """
     before = trained.settings
-    if (settings.data.eval_split, before.data.eval_split) != ("tune", "val"):
-        return
-    if settings.dataset != before.dataset:
-        return
+    if settings.data.eval_split == before.data.eval_split:
+        return True
     as_trained = dataclasses.replace(settings, data=before.data).open_dataset()
-    if dataset.eval_ids() != as_trained.eval_ids():  # a folder without val/ holds out always
+    if dataset.eval_ids() == as_trained.eval_ids():  # a folder without val/ holds out always
+        return True
+    if settings.data.eval_split == "tune":
         raise UserError(
             f"--split tune: the networks of {trained.origin} were trained with those images. "
             f"Train with --data.eval-split tune to hold them out."
         )
+    return False
 
 
 def _submit(

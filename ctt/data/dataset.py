@@ -139,7 +139,7 @@ class Dataset(ABC):
         return None
 
     def evaluate_on(self, names: Iterable[str]) -> None:  # noqa: B027 (most datasets fix it)
-        """Hold out these training images instead of the part of them that was drawn."""
+        """Evaluate on these images alone, and hold out those of them that could be trained on."""
 
     def line(self, name: str) -> str:
         """Return the image in a split list for other programs: the paths of image and mask."""

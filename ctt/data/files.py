@@ -79,6 +79,13 @@ class FileDataset(Dataset):
             before = self._held_out()
             self._eval, self._train = sorted(held_out), sorted(present - held_out)
             self.notes = tuple(self._held_out() if n == before else n for n in self.notes)
+        elif held_out and held_out != {*self._eval}:
+            later = len({*self._eval} - held_out)
+            self._eval, self._train = sorted(held_out), sorted({*self._train} - held_out)
+            self.notes += (
+                f"Evaluated on: the {len(held_out)} images that the run was evaluated on before. "
+                f"{later} images to evaluate on came later and are left out.",
+            )
 
     def _held_out(self) -> str:
         return f"Evaluated on: {len(self._eval)} of the images with masks, which are held out."

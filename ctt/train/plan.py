@@ -286,6 +286,7 @@ def split_of_run(
 ) -> tuple[list[str], list[str]]:
     """Return `new_split` for a run that goes on: the lists that it was started with."""
     run.hold_out(folder, dataset)
+    run.check_evaluated(folder, dataset)
     labeled = read_list(folder / run.LABELED_LIST, dataset, labeled=True)
     path = folder / run.UNLABELED_LIST
     unlabeled = run.read_names(path)
