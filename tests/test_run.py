@@ -70,6 +70,15 @@ def test_a_run_goes_on_from_another_folder(
     monkeypatch.chdir(tmp_path / "elsewhere")
     resume = tmp_path / "run"
     dry_run(run.read_settings(resume), resume=resume)
+    description = tmp_path / "set" / "dataset.yaml"
+    before = description.read_text("utf-8")
+    reordered = f"classes: [{', '.join([*trees.CLASSES[::-1]])}]\n"
+    for text, fact in ((reordered, "class 0 is"), (f"{before}mean: [0.5, 0.5, 0.5]\n", "mean is")):
+        description.write_text(text, "utf-8")
+        with pytest.raises(
+            UserError, match=rf"trained on other data than .*: {fact} .* in the data"
+        ):
+            train(run.read_settings(resume), resume=resume)
 
 
 @pytest.mark.parametrize("evaluation", [2, 0])

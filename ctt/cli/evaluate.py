@@ -101,6 +101,7 @@ def _check_new(option: str, folder: Path | None) -> None:
 
 def _open_dataset(trained: TrainedNetworks, parsed: Arguments) -> tuple[Dataset, Settings]:
     from ctt import data, run
+    from ctt.data.dataset import first_difference
 
     settings = trained.settings
     if parsed.dataset:
@@ -120,7 +121,7 @@ def _open_dataset(trained: TrainedNetworks, parsed: Arguments) -> tuple[Dataset,
         raise UserError(
             f"{trained.origin} knows the {len(trained.info.classes)} classes of "
             f"{trained.info.name}, but {settings.dataset} has {len(dataset.info.classes)} of its "
-            f"own: {_first_difference(trained.info, dataset.info)}. Give the dataset that the "
+            f"own: {first_difference(trained.info, dataset.info)}. Give the dataset that the "
             f"network was trained on."
         )
     if settings.dataset == trained.settings.dataset:
@@ -128,13 +129,6 @@ def _open_dataset(trained: TrainedNetworks, parsed: Arguments) -> tuple[Dataset,
         folder = parsed.path if parsed.path.is_dir() else parsed.path.parent
         run.hold_out(folder, dataset, same_part)
     return dataset, settings
-
-
-def _first_difference(trained: DatasetInfo, found: DatasetInfo) -> str:
-    for c, (ours, theirs) in enumerate(zip(trained.classes, found.classes, strict=False)):
-        if ours != theirs:
-            return f"class {c} is {ours!r} to the network and {theirs!r} in the data"
-    return f"{len(trained.classes)} and {len(found.classes)} classes"
 
 
 def _is_part_of_run(trained: TrainedNetworks, dataset: Dataset, settings: Settings) -> bool:

@@ -48,6 +48,21 @@ class DatasetInfo:
         return len(self.mean)
 
 
+def first_difference(trained: DatasetInfo, found: DatasetInfo) -> str:
+    """Return in words the first fact on which what a network takes and gives depends and which
+    differs; empty if there is none."""
+    for c, (ours, theirs) in enumerate(zip(trained.classes, found.classes, strict=False)):
+        if ours != theirs:
+            return f"class {c} is {ours!r} to the network and {theirs!r} in the data"
+    if len(trained.classes) != len(found.classes):
+        return f"{len(trained.classes)} and {len(found.classes)} classes"
+    for fact in ("white", "bands", "ranges", "mean", "std"):
+        ours, theirs = getattr(trained, fact), getattr(found, fact)
+        if ours != theirs:
+            return f"{fact} is {ours} to the network and {theirs} in the data"
+    return ""
+
+
 @dataclass(frozen=True)
 class Submission:
     """The form in which a benchmark's server expects predictions of its test images.

@@ -17,6 +17,7 @@ from torch.profiler import record_function
 
 from ctt import checkpoint, run
 from ctt.console import plain_console
+from ctt.data.dataset import first_difference
 from ctt.data.loader import lost_worker
 from ctt.data.split import write_list
 from ctt.errors import LoaderError, UnwritableError, UserError
@@ -321,6 +322,14 @@ class Trainer:
         )
 
     def _load(self, saved: dict[str, Any]) -> None:
+        trained = checkpoint.info_of(saved)
+        difference = first_difference(trained, self.dataset.info) if trained else ""
+        if difference:
+            raise UserError(
+                f"{self.folder / run.CHECKPOINT}: its networks were trained on other data than "
+                f"the run would go on with: {difference}. Restore the dataset as it was, its "
+                f"dataset.yaml above all, or start a new run."
+            )
         try:
             self.engine.load_state_dict(saved)
         except (RuntimeError, KeyError, ValueError) as error:
