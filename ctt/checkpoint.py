@@ -166,13 +166,22 @@ def info_of(state: dict[str, Any]) -> DatasetInfo | None:
     return DatasetInfo(**state["info"]) if "info" in state else None
 
 
-def save_network(path: Path, network: SegmentationModel, info: DatasetInfo, note: str) -> None:
+def save_network(
+    path: Path,
+    network: SegmentationModel,
+    info: DatasetInfo,
+    note: str,
+    best: dict[str, Any] | None = None,
+) -> None:
     """Write one network, ready for inference: weights, and how to build it and read its output.
+
+    Args:
+        best: what is known of it as the best network of a run, which `best_in` returns.
 
     Raises:
         UnwritableError: there is no room for it.
     """
-    meta = description(network, info, note)
+    meta = description(network, info, note) | ({"best": best} if best else {})
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
     }
@@ -202,6 +211,27 @@ def description(network: SegmentationModel, info: DatasetInfo, note: str) -> dic
     }
 
 
+def best_in(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Return what `save_network` wrote of the best network of a run, and its `description`.
+
+    Returns:
+        None if there is no such file, or it cannot be read, or is of a version that wrote neither.
+    """
+    try:
+        meta = _meta_of(path)
+    except (SafetensorError, OSError, json.JSONDecodeError):
+        return None
+    best = meta.pop("best", None)
+    return (best, meta) if isinstance(best, dict) else None
+
+
+def _meta_of(path: Path) -> dict[str, Any]:
+    """Return what a file of weights says of its network; an empty dict if it says nothing."""
+    with safe_open(path, framework="pt") as file:
+        meta: dict[str, Any] = json.loads((file.metadata() or {}).get("ctt", "{}"))
+    return meta
+
+
 def load_network(path: Path) -> tuple[SegmentationModel, DatasetInfo, str]:
     """Return the network in a file that `save_network` wrote, in evaluation mode, on the CPU.
 
@@ -214,8 +244,8 @@ def load_network(path: Path) -> tuple[SegmentationModel, DatasetInfo, str]:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file of weights.")
     try:
+        meta = _meta_of(path)
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get("ctt", "{}"))
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise UserError(

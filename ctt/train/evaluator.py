@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,7 @@ class Evaluator:
     def _keep_best(self, scores: dict[str, Score]) -> None:
         single = {name: s.miou_of_labeled for name, s in scores.items() if name != ENSEMBLE}
         name = max(single, key=lambda key: single[key])
-        # checkpoints of earlier versions lack the mean over the labelled classes
-        if self.best and single[name] <= self.best.get("miou_of_labeled", self.best["miou"]):
+        if self.best and single[name] <= _rank(self.best):
             return
         iteration, settings = self.engine.iteration, self.plan.settings
         self.best = {
@@ -98,7 +98,35 @@ class Evaluator:
         }
         note = f"{name} after {iteration} iterations, {self.plan.asked.hash()}"
         network = self.engine.method.networks()[name]
-        checkpoint.save_network(self.folder / run.WEIGHTS, network, self.plan.dataset.info, note)
+        info = self.plan.dataset.info
+        checkpoint.save_network(self.folder / run.WEIGHTS, network, info, note, self.best)
+
+    def resume(self, best: dict[str, Any] | None) -> None:
+        """Go on with the best network that a checkpoint names, or the one that the run has kept.
+
+        A run that was lost between an evaluation and the next checkpoint has kept the weights of a
+        better network than its checkpoint knows of; a worse one must not take their place.
+        """
+        self.best = best
+        found = checkpoint.best_in(self.folder / run.WEIGHTS) if self.world.is_main else None
+        if found is None:
+            return
+        kept, description = found
+        network = self.engine.method.networks().get(kept.get("network", ""))
+        if network is None:
+            return
+        own = checkpoint.description(network, self.plan.dataset.info, description.get("note", ""))
+        same = json.loads(json.dumps(own)) == description  # else somebody put another file there
+        if same and (best is None or _rank(kept) > _rank(best)):
+            self.best = kept
+
+
+def _rank(best: dict[str, Any]) -> float:
+    """Return the score by which the best network is chosen.
+
+    Checkpoints of earlier versions lack the mean over the labelled classes.
+    """
+    return float(best.get("miou_of_labeled", best["miou"]))
 
 
 def unlabeled_at_hand(plan: Plan) -> list[str]:

@@ -342,7 +342,7 @@ class Trainer:
         if len(self.engine.rounds.rounds) > 1:
             check_rounds(saved["settings"], self.settings)
         self.seconds, self.waited = float(saved["seconds"]), float(saved["waited"])
-        self.evaluator.best = saved["best"]
+        self.evaluator.resume(saved["best"])
         self.losses.load_state_dict(saved)
 
     def _finish(self, scores: dict[str, Score]) -> dict[str, Any]:

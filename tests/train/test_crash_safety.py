@@ -1,5 +1,6 @@
 """Broken checkpoints, weights that are NaN, and two programs in one folder."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -179,6 +180,28 @@ def test_the_best_network_of_a_finished_run_is_known_when_it_goes_on(
     saved = checkpoint.load(whole / run.CHECKPOINT)["best"]
     rounded = {name: round(saved[name], 2) for name in ("miou", "miou_of_labeled")}
     assert {**saved, **rounded} == best
+
+
+def test_better_weights_than_the_checkpoint_knows_of_are_kept(
+    settings: Settings, out: Path
+) -> None:
+    """As of a run that was killed after an evaluation and before the next checkpoint."""
+    saved = checkpoint.load(out / run.CHECKPOINT)
+    worse = saved["best"] | {"iteration": 1, "miou_of_labeled": -1.0}
+    checkpoint.save(out / run.CHECKPOINT, saved | {"best": worse})
+    trainer = Trainer(settings, None, out, World())
+    assert trainer.evaluator.best == saved["best"]
+    better = saved["best"] | {"miou_of_labeled": 100.0}
+    trainer.evaluator.resume(better)
+    assert trainer.evaluator.best == better
+    network = trainer.method.networks()["teacher_1"]
+    info = dataclasses.replace(trainer.dataset.info, name="another")
+    checkpoint.save_network(out / run.WEIGHTS, network, info, "of another dataset", better)
+    trainer.evaluator.resume(worse)
+    assert trainer.evaluator.best == worse
+    (out / run.WEIGHTS).unlink()
+    trainer.evaluator.resume(worse)
+    assert trainer.evaluator.best == worse
 
 
 @pytest.mark.parametrize("lost", ["checkpoints", "split"])
