@@ -393,7 +393,7 @@ def check_iterations(settings: Settings, done: int) -> None:
 
 
 def check_rounds(old: dict[str, Any], new: Settings) -> None:
-    """Refuse settings that would move the rounds of a run that goes on.
+    """Refuse settings that would move the rounds of a resumed run, or that its labels do not fit.
 
     Args:
         old: settings that the run has, as its checkpoint holds them.
@@ -402,7 +402,11 @@ def check_rounds(old: dict[str, Any], new: Settings) -> None:
         UserError: names the setting.
     """
     values = to_dict(new)
-    found = [("`train.iterations`", old["train"]["iterations"], new.train.iterations)]
+    resize = old["data"].get("resize")  # kept labels have the size that images had
+    found: list[tuple[str, Any, Any]] = [
+        ("`train.iterations`", old["train"]["iterations"], new.train.iterations),
+        ("`data.resize`", resize and list(resize), values["data"]["resize"]),
+    ]
     found += [
         (f"`options.{name}`", value, values["options"].get(name))
         for name, value in old.get("options", {}).items()

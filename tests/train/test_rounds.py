@@ -193,12 +193,13 @@ def test_the_reliable_half_comes_first_and_then_all(tiny: Settings, tmp_path: Pa
         assert np.array_equal(np.array(Image.open(first)), np.array(Image.open(second)))
 
 
-def test_the_number_of_iterations_of_rounds_is_fixed(tiny: Settings, tmp_path: Path) -> None:
+def test_what_rounds_and_their_labels_depend_on_is_fixed(tiny: Settings, tmp_path: Path) -> None:
     settings = settings_of("self-training", tiny)
     train(settings, out=tmp_path / "run")
     for change, message in (
         ({"train": {"iterations": 30}}, r"`train.iterations` 30: this run was started with 24"),
         ({"options": {"first": 0.5}}, r"`options.first` 0.5: this run was started with 0.3"),
+        ({"data": {"resize": [8, 8]}}, r"`data.resize` \[8, 8\]: this run was started with None"),
     ):
         with pytest.raises(UserError, match=message):
             train(update(settings, change, "test"), resume=tmp_path / "run")
