@@ -71,9 +71,10 @@ class Streams:
         engine, settings = self.engine, self.plan.settings
         for purpose, ids in self.lists().items():
             images = self._batch(purpose) * engine.world.size
-            draws = (len(ids), images, self._first(purpose) - steps * images, steps)
+            last = min(steps, self._first(purpose) // images)  # all had so many since a resume
+            draws = (len(ids), images, self._first(purpose) - last * images, last)
             sampler = DrawSampler(*draws, settings.seed, purpose, rare=self._rare(purpose))
-            for i, batch in enumerate(sampler, engine.iteration - steps + 1):
+            for i, batch in enumerate(sampler, engine.iteration - last + 1):
                 yield f"iteration {i}, {purpose}: {', '.join(ids[k] for k, _ in batch)}\n"
 
     def _batch(self, purpose: str) -> int:
@@ -82,9 +83,11 @@ class Streams:
         return data.batch_size if purpose == "labeled" else data.unlabeled_images
 
     def _first(self, purpose: str) -> int:
-        """Return the number of the draw that the next step begins with, on rank 0."""
-        shares = self.engine.drawn // self.plan.settings.data.batch_size  # of a process
-        return shares * self._batch(purpose)
+        """Return the number of the draw that the next step begins with, on rank 0.
+
+        It counts images, not steps, so a resumed run may take other numbers of them a step.
+        """
+        return self.engine.drawn if purpose == "labeled" else self.engine.drawn_unlabeled
 
     def _rare(self, purpose: str) -> RareClasses | None:
         """Return which draws are made for a class."""

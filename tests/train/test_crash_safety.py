@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ctt import checkpoint, run
+from ctt.data.loader import DrawSampler
 from ctt.errors import UserError
 from ctt.inference.load import load_trained
 from ctt.settings import Settings, update
@@ -167,6 +168,31 @@ def test_the_named_images_are_those_of_the_steps(settings: Settings, tmp_path: P
     told = [n for x in lines if "labeled: " in x and "unlabeled" not in x for n in names_in(x)]
     assert told == drawn[: len(told)]
     assert len(told) == 6
+
+
+def test_other_batch_sizes_on_resume_neither_skip_nor_repeat_images(
+    settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six steps took three images of either list each."""
+    change = {"data": {"batch_size": 4, "unlabeled_batch_size": 5}, "train": {"iterations": 8}}
+    trainer = Trainer(update(settings, change, "test"), None, out, World())
+    drawn: list[str] = []
+    read = trainer.dataset.image
+
+    def noted(name: str) -> torch.Tensor:
+        drawn.append(name)
+        return read(name)
+
+    monkeypatch.setattr(trainer.dataset, "image", noted)
+    for purpose, ids in trainer.streams.lists().items():
+        drawn.clear()
+        images = len(next(trainer.streams.open(purpose, ids))[0])
+        expected = DrawSampler(len(ids), images, 18, 1, settings.seed, purpose)
+        assert drawn[:images] == [ids[k] for batch in expected for k, _ in batch]
+    trainer.streams.close()
+    trainer.engine.iteration, trainer.engine.drawn, trainer.engine.drawn_unlabeled = 7, 22, 23
+    labeled, *_ = trainer.streams.drawn(7)  # steps before the resume took fewer images
+    assert labeled.startswith("iteration 3, labeled")
 
 
 def names_in(line: str) -> list[str]:
