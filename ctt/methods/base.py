@@ -192,8 +192,11 @@ class Labeler(Protocol):
         """Keep a label (H, W), 255 where there is none, and its confidence in 0..1 for the next
         round."""
 
-    def carry(self, name: str) -> None:
-        """Keep the label that the image had in the round before."""
+    def carry(self, names: Sequence[str]) -> None:
+        """Keep the labels that these images had in the round before.
+
+        Call it in every process with the same names; each writes its own share of them.
+        """
 
     def total(self, values: Tensor) -> Tensor:
         """Return the sum over the processes."""

@@ -103,8 +103,7 @@ class StPlusPlus(St):
             known = set(labeler.used)
             others = [name for name in labeler.unlabeled if name not in known]
             self.label(labeler, others, self.labeling)
-            for name in known:
-                labeler.carry(name)
+            labeler.carry(labeler.used)
             labeler.use(labeler.unlabeled)
         self.start_anew()
 

@@ -136,11 +136,12 @@ class Labeling:
         level = (255 * confidence.clamp(0, 1)).round().to(torch.uint8).cpu()
         save_png(Image.fromarray(level.numpy()), sure)
 
-    def carry(self, name: str) -> None:
-        for new, old in zip(paths(self.folder, name), paths(self.before, name), strict=True):
-            new.parent.mkdir(parents=True, exist_ok=True)
-            with open_picture(old) as picture:
-                save_png(picture.copy(), new)
+    def carry(self, names: Sequence[str]) -> None:
+        for name in names[self.world.rank :: self.world.size]:  # two must not write one file
+            for new, old in zip(paths(self.folder, name), paths(self.before, name), strict=True):
+                new.parent.mkdir(parents=True, exist_ok=True)
+                with open_picture(old) as picture:
+                    save_png(picture.copy(), new)
 
     def total(self, values: Tensor) -> Tensor:
         return self.world.total(values)

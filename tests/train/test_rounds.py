@@ -18,6 +18,7 @@ from ctt.methods.dst_cbc import class_thresholds
 from ctt.methods.st import mean_iou
 from ctt.settings import Settings, update
 from ctt.train import rounds
+from ctt.train.distributed import World
 from ctt.train.loop import train
 from ctt.train.rounds import Labeling, Rounds
 from tests.train.processes import finish, shown, start
@@ -191,6 +192,25 @@ def test_the_reliable_half_comes_first_and_then_all(tiny: Settings, tmp_path: Pa
     for name in half:
         first, second = (folder / n / "labels" / f"{name}.png" for n in ("3", "4"))
         assert np.array_equal(np.array(Image.open(first)), np.array(Image.open(second)))
+
+
+def test_each_process_carries_its_own_labels(tiny: Settings, tmp_path: Path) -> None:
+    """Two that write one file at once take its unfinished part from each other."""
+    names, cpu = ["a", "b", "c"], torch.device("cpu")
+    first, second = (
+        Labeling(tiny, tiny.open_dataset(), names, tmp_path, 4, cpu, World(rank, 2))
+        for rank in (0, 1)
+    )
+    label, confidence = torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2)
+    first.folder, folder = first.before, first.folder
+    for name in names:
+        first.keep(name, label, confidence)
+    first.folder = folder
+    first.carry(names)
+    assert sorted(p.name for p in (folder / "labels").iterdir()) == ["a.png", "c.png"]
+    second.carry(names)
+    for path in first.before.rglob("*.png"):
+        assert (folder / path.relative_to(first.before)).read_bytes() == path.read_bytes()
 
 
 def test_what_rounds_and_their_labels_depend_on_is_fixed(tiny: Settings, tmp_path: Path) -> None:
