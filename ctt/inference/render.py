@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ctt.data.dataset import DatasetInfo
+from ctt.files import as_write_error
 
 OVERLAY = 0.55  # opacity of the mask's colours over the image
 # pixels that are blended at once: in float32 they take twenty times the memory of the picture
@@ -34,11 +35,16 @@ def palette_image(label: Tensor, info: DatasetInfo) -> Image.Image:
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
-    """Save a PNG as a whole or not at all."""
+    """Save a PNG as a whole or not at all.
+
+    Raises:
+        UnwritableError: there is no room for it, or the folder cannot be written.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
-        picture.save(part, format="PNG")
-        part.replace(path)
+        with as_write_error(path):
+            picture.save(part, format="PNG")
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 

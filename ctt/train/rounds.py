@@ -18,6 +18,7 @@ from ctt.data.pictures import open_picture, read_mask
 from ctt.data.prepare import Prepared
 from ctt.data.split import write_list
 from ctt.errors import UserError
+from ctt.files import as_write_error
 from ctt.inference.predict import Predict, predictor
 from ctt.inference.render import palette_image, save_png
 from ctt.methods.base import Round
@@ -129,19 +130,16 @@ class Labeling:
             net.train(mode)
 
     def keep(self, name: str, label: Tensor, confidence: Tensor) -> None:
-        for path in paths(self.folder, name):
-            path.parent.mkdir(parents=True, exist_ok=True)
         own, sure = paths(self.folder, name)
-        save_png(palette_image(label, self.info), own)
+        _save(palette_image(label, self.info), own)
         level = (255 * confidence.clamp(0, 1)).round().to(torch.uint8).cpu()
-        save_png(Image.fromarray(level.numpy()), sure)
+        _save(Image.fromarray(level.numpy()), sure)
 
     def carry(self, names: Sequence[str]) -> None:
         for name in names[self.world.rank :: self.world.size]:  # two must not write one file
             for new, old in zip(paths(self.folder, name), paths(self.before, name), strict=True):
-                new.parent.mkdir(parents=True, exist_ok=True)
                 with open_picture(old) as picture:
-                    save_png(picture.copy(), new)
+                    _save(picture.copy(), new)
 
     def total(self, values: Tensor) -> Tensor:
         return self.world.total(values)
@@ -156,6 +154,12 @@ class Labeling:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_list(self.folder / LIST, self.names)
         self.world.total(torch.zeros((), device=self.device))
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    with as_write_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(picture, path)
 
 
 def folder_of(run: Path, number: int) -> Path:

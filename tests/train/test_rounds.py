@@ -1,6 +1,8 @@
 """Runs in rounds: when they begin, what they label, and how they go on after a crash."""
 
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +196,9 @@ def test_the_reliable_half_comes_first_and_then_all(tiny: Settings, tmp_path: Pa
         assert np.array_equal(np.array(Image.open(first)), np.array(Image.open(second)))
 
 
-def test_each_process_carries_its_own_labels(tiny: Settings, tmp_path: Path) -> None:
+def test_each_process_carries_its_own_labels(
+    tiny: Settings, tmp_path: Path, no_room: Callable[[], AbstractContextManager[None]]
+) -> None:
     """Two that write one file at once take its unfinished part from each other."""
     names, cpu = ["a", "b", "c"], torch.device("cpu")
     first, second = (
@@ -209,6 +213,9 @@ def test_each_process_carries_its_own_labels(tiny: Settings, tmp_path: Path) -> 
     first.carry(names)
     assert sorted(p.name for p in (folder / "labels").iterdir()) == ["a.png", "c.png"]
     second.carry(names)
+    large = torch.randint(0, 10, (200, 200))
+    with no_room(), pytest.raises(UserError, match=r"labels/d\.png cannot be written \(.*arge"):
+        first.keep("d", large, torch.ones(200, 200))
     for path in first.before.rglob("*.png"):
         assert (folder / path.relative_to(first.before)).read_bytes() == path.read_bytes()
 
