@@ -29,7 +29,8 @@ class Streams:
         self._opened: list[Generator[Batch]] = []
 
     def feed(self) -> DevicePrefetcher:
-        """Return the batches of the steps that are left of the round."""
+        """Return the batches of the steps that are left of the round; those before it end."""
+        self.close()
         streams = {purpose: self.open(purpose, ids) for purpose, ids in self.lists().items()}
         return DevicePrefetcher(
             streams["labeled"], streams.get("unlabeled"), self.engine.step.phase
@@ -100,6 +101,7 @@ class Streams:
         """End the processes that load: they ignore SIGTERM, so Python would wait for them."""
         for stream in self._opened:
             stream.close()
+        self._opened.clear()
 
     def _round(self) -> tuple[int, Round]:
         """Return the number and the kind of the round that the next step belongs to."""

@@ -21,7 +21,7 @@ from ctt.methods.st import mean_iou
 from ctt.settings import Settings, update
 from ctt.train import rounds
 from ctt.train.distributed import World
-from ctt.train.loop import train
+from ctt.train.loop import Trainer, train
 from ctt.train.rounds import Labeling, Rounds
 from tests.train.processes import finish, shown, start
 from tests.train.test_distributed import record_steps
@@ -194,6 +194,16 @@ def test_the_reliable_half_comes_first_and_then_all(tiny: Settings, tmp_path: Pa
     for name in half:
         first, second = (folder / n / "labels" / f"{name}.png" for n in ("3", "4"))
         assert np.array_equal(np.array(Image.open(first)), np.array(Image.open(second)))
+
+
+def test_loading_for_a_round_ends_with_it(tiny: Settings, tmp_path: Path) -> None:
+    trainer = Trainer(settings_of("self-training", tiny), tmp_path / "run", None, World())
+    before = trainer.streams.feed()
+    before()
+    trainer.streams.feed()()
+    with pytest.raises(StopIteration):
+        before()
+    trainer.streams.close()
 
 
 def test_each_process_carries_its_own_labels(
