@@ -36,9 +36,14 @@ class Streams:
             streams["labeled"], streams.get("unlabeled"), self.engine.step.phase
         )
 
-    def lists(self) -> dict[str, list[str]]:
-        """Return the images that the round draws its batches from, by the purpose of the draw."""
-        number, kind = self._round()
+    def lists(self, number: int | None = None) -> dict[str, list[str]]:
+        """Return the images that a round draws its batches from, by the purpose of the draw.
+
+        Args:
+            number: of the round; None: that of the next step.
+        """
+        number = self._round()[0] if number is None else number
+        kind = self.engine.rounds.rounds[number]
         lists = {"labeled": self.plan.labeled}
         if self.plan.about.unlabeled and kind.images != "none":
             every = kind.images == "all"
@@ -68,9 +73,12 @@ class Streams:
         return stream
 
     def drawn(self, steps: int) -> Iterator[str]:
-        """Return a line for each of the last steps and each list: the images of all processes."""
+        """Return a line for each of the last steps and each list: the images of all processes.
+
+        They are of the round that was trained, even if the next step begins another.
+        """
         engine, settings = self.engine, self.plan.settings
-        for purpose, ids in self.lists().items():
+        for purpose, ids in self.lists(engine.method.round).items():
             images = self._batch(purpose) * engine.world.size
             last = min(steps, self._first(purpose) // images)  # all had so many since a resume
             draws = (len(ids), images, self._first(purpose) - last * images, last)

@@ -206,6 +206,19 @@ def test_loading_for_a_round_ends_with_it(tiny: Settings, tmp_path: Path) -> Non
     trainer.streams.close()
 
 
+def test_divergence_in_the_last_steps_of_a_round_is_told(tiny: Settings, tmp_path: Path) -> None:
+    """The images of the next round are not chosen yet."""
+    trainer = Trainer(settings_of("self-training", tiny), tmp_path / "run", None, World())
+    engine = trainer.engine
+    engine.iteration = engine.rounds.starts[1]
+    engine.drawn = 3 * engine.iteration
+    trainer.losses.add({"total": torch.tensor(float("nan"))})
+    with pytest.raises(UserError, match=f"Training diverged: by iteration {engine.iteration}"):
+        trainer.losses.total()
+    told = (tmp_path / "run" / "diverged.txt").read_text()
+    assert told.startswith(f"iteration {engine.iteration}, labeled: ")
+
+
 def test_each_process_carries_its_own_labels(
     tiny: Settings, tmp_path: Path, no_room: Callable[[], AbstractContextManager[None]]
 ) -> None:
