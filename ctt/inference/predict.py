@@ -201,22 +201,29 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def reraise_out_of_memory(settings: EvalSettings) -> Iterator[None]:
-    """Turn a lack of memory into a UserError that says what needs less of it."""
+def out_of_memory_as(text: str) -> Iterator[None]:
+    """Turn a lack of memory into a UserError of this text."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        mend = (
-            "a smaller `eval.window`"
-            if settings.protocol == "sliding"
-            else "`eval.protocol` sliding `eval.window` 513 513"
-        )
-        raise UserError(
-            f"There is not enough memory for images of this size. Try {mend}, or a smaller "
-            f"`eval.batch_pixels`."
-        ) from None
+        raise UserError(text) from None
+
+
+@contextmanager
+def reraise_out_of_memory(settings: EvalSettings) -> Iterator[None]:
+    """Turn a lack of memory into a UserError that says what needs less of it."""
+    mend = (
+        "a smaller `eval.window`"
+        if settings.protocol == "sliding"
+        else "`eval.protocol` sliding `eval.window` 513 513"
+    )
+    with out_of_memory_as(
+        f"There is not enough memory for images of this size. Try {mend}, or a smaller "
+        f"`eval.batch_pixels`."
+    ):
+        yield
 
 
 def prepare(image: Tensor, label: Tensor, settings: EvalSettings) -> tuple[Tensor, Tensor]:

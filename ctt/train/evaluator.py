@@ -14,12 +14,19 @@ from ctt import checkpoint, run
 from ctt.data.check import missing_files
 from ctt.inference.class_report import ClassRow, class_rows
 from ctt.inference.evaluate import ENSEMBLE, Score, confusions, sample, score
+from ctt.inference.predict import out_of_memory_as
 from ctt.train import measures
 from ctt.train.distributed import World
 from ctt.train.engine import Engine
 from ctt.train.plan import Plan
 from ctt.train.record import Recorder
 from ctt.train.setup import without_fixed_size_tuning
+
+TOO_LARGE_TO_MEASURE = (
+    "There is not enough memory to measure the pseudo-labels of an unlabelled image, for which the "
+    "probabilities of all networks are held at once. Give `train.measured_images` 0, which leaves "
+    "these measures out and changes neither the training nor the scores."
+)
 
 
 class Evaluator:
@@ -61,14 +68,15 @@ class Evaluator:
                 settings.data.workers,
                 shown=showing,
             )
-            measured = measures.measure(
-                networks,
-                dataset,
-                self.measured,
-                settings.eval,
-                settings.loss.confidence_threshold,
-                world,
-            )
+            with out_of_memory_as(TOO_LARGE_TO_MEASURE):
+                measured = measures.measure(
+                    networks,
+                    dataset,
+                    self.measured,
+                    settings.eval,
+                    settings.loss.confidence_threshold,
+                    world,
+                )
         matrices = {name: world.total(matrix) for name, matrix in matrices.items()}
         scores = {name: score(matrix) for name, matrix in matrices.items()}
         images = world.total(showing).cpu()

@@ -19,7 +19,7 @@ from ctt.data.prepare import Prepared
 from ctt.data.split import write_list
 from ctt.errors import UserError
 from ctt.files import as_write_error
-from ctt.inference.predict import Predict, predictor
+from ctt.inference.predict import Predict, out_of_memory_as, predictor
 from ctt.inference.render import palette_image, save_png
 from ctt.methods.base import Round
 from ctt.models.base import SegmentationModel
@@ -28,6 +28,11 @@ from ctt.settings import EvalSettings, Settings
 from ctt.train.distributed import World
 
 LIST = "images.txt"  # of a round, in its folder
+TOO_LARGE_TO_LABEL = (
+    "There is not enough memory to label an unlabelled image between two rounds, which takes the "
+    "whole image. Resume the run with `train.device` cpu or on a GPU with more memory, or start a "
+    "new run with a smaller `data.resize`."
+)
 
 
 class Rounds:
@@ -125,7 +130,9 @@ class Labeling:
         read = read_in_order(self.dataset.image, own, self.settings.data.workers)
         for name, image in zip(own, reraise_user_errors(read), strict=True):
             batch = image[None].to(self.device)
-            yield name, [predict(batch)[0] for predict in predicts]
+            with out_of_memory_as(TOO_LARGE_TO_LABEL):
+                given = [predict(batch)[0] for predict in predicts]
+            yield name, given
         for net, mode in zip(networks, training, strict=True):
             net.train(mode)
 

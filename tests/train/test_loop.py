@@ -18,9 +18,11 @@ from ctt.data.split import make_split
 from ctt.device import pick_device
 from ctt.errors import UserError
 from ctt.settings import Settings, update
+from ctt.train import measures
+from ctt.train.distributed import World
 from ctt.train.dry_run import dry_run
 from ctt.train.engine import Engine
-from ctt.train.loop import Stopped, train
+from ctt.train.loop import Stopped, Trainer, train
 from ctt.train.plan import check_batch_norm
 from ctt.train.signals import interrupt_flag
 from tests.train.steps import student, with_teacher
@@ -243,6 +245,18 @@ def test_too_little_memory_is_told_with_the_way_on(
     fail_after(monkeypatch, 0, RuntimeError("a fault of the program"))
     with pytest.raises(RuntimeError, match="a fault"):
         train(settings, out=out.with_name("third"))
+
+
+def test_too_little_memory_to_measure_is_told(
+    tiny: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    trainer = Trainer(tiny, out, None, World())
+    monkeypatch.setattr(measures, "measure", full)
+    with pytest.raises(UserError, match=r"Give `train\.measured_images` 0"):
+        trainer.evaluator(None)
 
 
 def test_a_full_disk_ends_a_run_with_the_way_on(

@@ -219,6 +219,22 @@ def test_divergence_in_the_last_steps_of_a_round_is_told(tiny: Settings, tmp_pat
     assert told.startswith(f"iteration {engine.iteration}, labeled: ")
 
 
+def test_too_little_memory_to_label_is_told(
+    tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(settings_of("self-training", tiny), tmp_path / "run", None, World())
+    where = (tmp_path / "run", 1, torch.device("cpu"), World())
+    labeling = Labeling(trainer.settings, trainer.dataset, trainer.plan.unlabeled[:1], *where)
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    student = trainer.method.students[0]
+    monkeypatch.setattr(student, "forward", full)
+    with pytest.raises(UserError, match=r"label an unlabelled image .* smaller `data\.resize`"):
+        next(labeling.probabilities([student], labeling.unlabeled, trainer.settings.eval))
+
+
 def test_each_process_carries_its_own_labels(
     tiny: Settings, tmp_path: Path, no_room: Callable[[], AbstractContextManager[None]]
 ) -> None:
