@@ -56,7 +56,9 @@ def _timed(plan: Plan, images: int) -> float:
     beside = max(1, images * s.data.unlabeled_images // s.data.batch_size)
     settings = replace(
         s,
-        data=replace(s.data, batch_size=images, unlabeled_batch_size=beside, workers=0),
+        data=replace(
+            s.data, batch_size=images, unlabeled_batch_size=beside, workers=0, cache=None
+        ),
         train=replace(s.train, accumulate=1, compile="off", cuda_graph=False, profile=0),
     )
     plan = replace(plan, settings=settings, origins=[])

@@ -41,7 +41,9 @@ def test_a_folder_on_a_cpu_is_trained_and_told_of_from_start_to_end(
     root = trees.write_folder(tmp_path / "mine", size=(44, 60))
     base = [*shlex.split(QUICK), "--dataset", "folder", "--data-root", str(root)]
     out = tmp_path / "my run"
-    assert train._main([*base, "--dry-run"]) == 0
+    cache = tmp_path / "cache"
+    assert train._main([*base, "--dry-run", "--data.cache", str(cache)]) == 0
+    assert not cache.exists()
     shown = told(capsys)
     assert "There is no GPU here, so the recipe is folder-small" in shown
     assert "would start with 6 labelled and 4 unlabelled images" in shown
