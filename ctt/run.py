@@ -37,6 +37,7 @@ FIXED_IN = {
     "data": ("eval_split", "labeled_pool", "voc_set", "holdout"),
     "bank": ("capacity",),
     "labeled": ("class_weights", "weights"),
+    "optim": ("name", "layer_decay", "decay_vectors"),
 }
 # What the score depends on, by which the run has chosen its best network so far.
 SCORED = {

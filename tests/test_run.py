@@ -58,6 +58,21 @@ def test_scores_of_a_run_compare(option: str, change: dict[str, object]) -> None
     run.check_resumable(Settings(), update(Settings(), {"eval": {"batch_pixels": 9}}, ""))
 
 
+@pytest.mark.parametrize(
+    ("option", "change"),
+    [
+        ("optim.name` adamw", {"name": "adamw"}),
+        ("optim.layer_decay` 0.5", {"layer_decay": 0.5}),
+        ("optim.decay_vectors` False", {"decay_vectors": False}),
+    ],
+)
+def test_the_optimiser_of_a_run_is_fixed(option: str, change: dict[str, object]) -> None:
+    """Its state is that of its groups of parameters."""
+    with pytest.raises(UserError, match=rf"^`{option}: .* its checkpoint fits nothing else"):
+        run.check_resumable(Settings(), update(Settings(), {"optim": change}, ""))
+    run.check_resumable(Settings(), update(Settings(), {"optim": {"lr": 9.0}}, ""))
+
+
 def test_a_run_goes_on_from_another_folder(
     tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
