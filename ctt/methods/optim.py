@@ -57,30 +57,33 @@ def _of_student(
     head = list(student.head_parameters())
     in_head = {id(p) for p in head}
     body = [p for p in student.parameters() if id(p) not in in_head and p.requires_grad]
-    if optim.layer_decay < 1 and isinstance(student, BackboneModel):
-        yield from _by_layer(student.backbone, body, optim.layer_decay)
+    if optim.layer_decay < 1:
+        backbone = student.backbone if isinstance(student, BackboneModel) else None
+        yield from _by_layer(backbone, body, optim.layer_decay)
     else:
         yield {"params": body, "lr_factor": 1.0}
     yield {"params": head, "lr_factor": head_factor}
 
 
-def _by_layer(backbone: nn.Module, body: list[nn.Parameter], decay: float) -> Iterator[Group]:
+def _by_layer(
+    backbone: nn.Module | None, body: list[nn.Parameter], decay: float
+) -> Iterator[Group]:
     """Yield the parameters of a backbone by layers, of which each learns slower than the next.
 
     Raises:
-        UserError: timm does not tell the backbone's layers apart.
+        UserError: timm does not tell the backbone's layers apart, or there is no backbone.
     """
     from timm.optim import param_groups_layer_decay
 
     trained = {id(p) for p in body}
     merged: dict[float, list[nn.Parameter]] = {}
-    if hasattr(backbone, "group_matcher"):
+    if backbone is not None and hasattr(backbone, "group_matcher"):
         for group in param_groups_layer_decay(backbone, layer_decay=decay):
             some = [p for p in group["params"] if id(p) in trained]
             merged.setdefault(float(group["lr_scale"]), []).extend(some)
     if len(merged) < 2:
         raise UserError(
-            f"`optim.layer_decay` {decay}: the layers of this backbone are not known; they are of "
+            f"`optim.layer_decay` {decay}: the layers of this network are not known; they are of "
             f"the ViTs of `model.name` vit and dpt. Leave it out."
         )
     for factor, params in merged.items():

@@ -50,9 +50,10 @@ def test_layers_of_a_transformer_learn_the_slower_the_deeper_they_are() -> None:
     assert factor[id(network.classifier.weight)] == 40
 
 
-def test_backbones_without_known_layers_are_told() -> None:
-    network = models.build("deeplabv2", 5, 16, backbone="resnet18")
-    with pytest.raises(UserError, match=r"`optim\.layer_decay` 0\.5: the layers of this backbone"):
+@pytest.mark.parametrize(("name", "backbone"), [("deeplabv2", "resnet18"), ("small", "")])
+def test_networks_without_known_layers_are_told(name: str, backbone: str) -> None:
+    network = models.build(name, 5, 16, backbone=backbone)
+    with pytest.raises(UserError, match=r"`optim\.layer_decay` 0\.5: the layers of this network"):
         optimizer(network, layer_decay=0.5)
 
 
