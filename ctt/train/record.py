@@ -83,10 +83,13 @@ class Recorder:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a metrics.csv; none if there is no such file."""
+    """Return the rows of a metrics.csv; none if there is no such file.
+
+    Broken bytes, as of a disk that lost power, become U+FFFD and end no run.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         return list(csv.DictReader(file))
 
 

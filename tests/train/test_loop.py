@@ -323,8 +323,8 @@ def test_a_line_cut_short_by_a_crash_is_dropped(
         stop_after(patch, 3)
         with pytest.raises(Stopped):
             train(tiny, out=out)
-    with (out / "metrics.csv").open("a") as file:
-        file.write(",0.5")
+    with (out / "metrics.csv").open("ab") as file:
+        file.write(b",0.5\xff")
     train(tiny, resume=out)
     assert "\n,0.5" not in (out / "metrics.csv").read_text()
 
