@@ -64,15 +64,17 @@ def dry_run(
     )
     console.print(memory_table(per_process(parts, settings, processes), settings, plan.device))
     operations = step_operations(settings, method, plan.dataset.info, plan.about)
+    labels = any(kind.images == "kept" for kind in method.rounds())
     del method
     left = settings.train.iterations - done
     if operations is not None and ACTIVATIONS in parts:
         needed = {n: sum(per_process(parts, settings, n).values()) for n in {1, cards or processes}}
         console.print(cost_table(operations, needed, settings, left, names))
-    if (seconds := seconds_of_step(plan, parts)) is not None:
+    if (seconds := seconds_of_step(plan, parts, done)) is not None:
+        more = " and the labelling between rounds come" if labels else " comes"
         console.print(
             f"The {left} iterations take about {duration(seconds * left)} here ({seconds:.2g} s "
-            f"each), and evaluation comes on top."
+            f"each), and evaluation{more} on top."
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -10,9 +12,11 @@ from pathlib import Path
 import torch
 
 from ctt.inference.predict import is_out_of_memory
+from ctt.train.distributed import World
 from ctt.train.engine import Engine
 from ctt.train.memory import ACTIVATIONS, total_memory
 from ctt.train.plan import Plan
+from ctt.train.rounds import Labeling
 from ctt.train.streams import Streams
 
 FEW = 2  # labelled images of a step that is timed where a whole one takes long
@@ -22,14 +26,16 @@ ROOM = 0.5  # share of the memory that the timing may take; others may hold the 
 UNITS = ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
 
 
-def seconds_of_step(plan: Plan, parts: dict[str, int]) -> float | None:
+def seconds_of_step(plan: Plan, parts: dict[str, int], done: int = 0) -> float | None:
     """Return the seconds of a training step with its images, without evaluation.
 
     Trains networks of its own. Where a step of a few images takes long, or that of the whole batch
-    much memory, the latter is worked out from the former.
+    much memory, the latter is worked out from the former. Steps of rounds with and without
+    unlabelled images are timed apart, and count as often as they come.
 
     Args:
         parts: the bytes that a step takes, see `estimate`.
+        done: iterations that the run has behind it.
 
     Returns:
         None if the device has too little memory.
@@ -41,43 +47,74 @@ def seconds_of_step(plan: Plan, parts: dict[str, int]) -> float | None:
     if fixed + grows * few / images > room:
         return None
     try:
-        spent = _timed(plan, few) * images / few
+        spent = _timed(plan, few, done) * images / few
         whole = few < images and spent < LONG and fixed + grows < room
-        return _timed(plan, images) if whole else spent
+        return _timed(plan, images, done) if whole else spent
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         return None
 
 
-def _timed(plan: Plan, images: int) -> float:
-    """Return the seconds of a step of so many labelled images, and its part of unlabelled ones."""
+def _timed(plan: Plan, images: int, done: int) -> float:
+    """Return the mean seconds of the steps that are left, of so many labelled images and their part
+    of unlabelled ones."""
     s = plan.settings
     beside = max(1, images * s.data.unlabeled_images // s.data.batch_size)
     settings = replace(
         s,
-        data=replace(
-            s.data, batch_size=images, unlabeled_batch_size=beside, workers=0, cache=None
-        ),
+        data=replace(s.data, batch_size=images, unlabeled_batch_size=beside, workers=0, cache=None),
         train=replace(s.train, accumulate=1, compile="off", cuda_graph=False, profile=0),
     )
     plan = replace(plan, settings=settings, origins=[])
     engine = Engine(plan.build(), settings, plan.dataset.info, plan.device)
-    streams = Streams(plan, engine, Path())
-    times = []
-    try:
-        feed = streams.feed()
-        for _ in range(min(STEPS, settings.train.iterations)):
-            start = time.perf_counter()
-            engine(*feed())
-            if plan.device.type == "cuda":
-                torch.cuda.synchronize(plan.device)
-            times.append(time.perf_counter() - start)
-            if times[-1] > LONG:
-                break
-    finally:
-        streams.close()
+    starts, rounds = engine.rounds.starts, engine.rounds.rounds
+    done = done if done < starts[-1] else 0
+    steps, seconds = Counter[str](), dict[str, float]()
+    for number, kind in enumerate(rounds):
+        left = max(0, starts[number + 1] - max(done, starts[number]))
+        steps[kind.images] += left
+        if left and kind.images not in seconds:
+            seconds[kind.images] = _timed_round(plan, engine, number)
+    return sum(seconds[kind] * steps[kind] for kind in seconds) / steps.total()
+
+
+def _timed_round(plan: Plan, engine: Engine, number: int) -> float:
+    """Return the seconds of a step of a round, whose kept labels are a class everywhere."""
+    start, end = engine.rounds.starts[number : number + 2]
+    engine.iteration = start
+    engine.step.forget()  # other rounds draw other numbers
+    times: list[float] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if engine.rounds.rounds[number].images == "kept":
+            _keep_some(plan, folder, number)
+        streams = Streams(plan, engine, folder)
+        try:
+            feed = streams.feed()
+            for _ in range(min(STEPS, end - start)):
+                begin = time.perf_counter()
+                engine(*feed())
+                if plan.device.type == "cuda":
+                    torch.cuda.synchronize(plan.device)
+                times.append(time.perf_counter() - begin)
+                if times[-1] > LONG:
+                    break
+        finally:
+            streams.close()
     return min(times)
+
+
+def _keep_some(plan: Plan, folder: Path, number: int) -> None:
+    """Write labels for the images of the steps of a round that are timed."""
+    names = plan.unlabeled[: STEPS * plan.settings.data.unlabeled_images]
+    where = (folder, number, plan.device, World())
+    labeling = Labeling(plan.settings, plan.dataset, names, *where)
+    for name in names:
+        size = labeling.dataset.image(name).shape[-2:]
+        labeling.keep(name, torch.zeros(size, dtype=torch.uint8), torch.ones(size))
+    labeling.use(names)
+    labeling.finish()
 
 
 def duration(seconds: float) -> str:

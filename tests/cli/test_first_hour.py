@@ -144,6 +144,22 @@ def test_the_time_of_a_step_is_none_where_memory_is_short(
     assert pace.seconds_of_step(plan, {}) is None
 
 
+def test_every_kind_of_round_is_timed(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first round of self-training has no unlabelled images, and takes 3 of 10 steps."""
+    settings = update(tiny.with_method("self-training"), {"train": {"iterations": 10}}, "test")
+    plan, of_round, timed = Plan.of(settings, None), pace._timed_round, []
+
+    def noted(plan: Plan, engine: Engine, number: int) -> float:
+        assert of_round(plan, engine, number) > 0
+        timed.append(number)
+        return 10.0 if number else 1.0
+
+    monkeypatch.setattr(pace, "_timed_round", noted)
+    assert pace.seconds_of_step(plan, {}) == pytest.approx(3 / 2 * (0.3 * 1 + 0.7 * 10))
+    assert pace.seconds_of_step(plan, {}, done=3) == pytest.approx(3 / 2 * 10)
+    assert timed == [0, 1, 1]
+
+
 def test_the_help_lists_what_can_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.parse(["--dataset", "folder", "--recipe", "folder-small", "--help"])
