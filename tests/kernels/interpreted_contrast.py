@@ -204,6 +204,20 @@ def test_what_the_kernels_leave_to_others(dtype: torch.dtype, dim: int, backend:
     torch.testing.assert_close(ours, truth)
 
 
+@BACKENDS
+def test_a_learned_temperature(backend: str) -> None:
+    query, positive, label, keys, count, mask = case((30, 3, 4, 8), torch.float32, seed=8)
+    keys = plain(keys).float()
+    slopes = []
+    for name in (backend, "reference"):
+        tau = torch.nn.Parameter(torch.tensor(0.2))
+        options = {"temperature": tau, "mask": mask, "backend": name}
+        loss = info_nce(query, label, keys, count, **options)
+        loss = loss + pair_info_nce(query, positive, label, [(keys, count)], **options)
+        slopes.append(torch.autograd.grad(loss, tau)[0])
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=0)
+
+
 def test_the_one_pass_kernel_leaves_wide_features_to_chunks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -15,8 +15,8 @@ dtype, keys are rounded to the query's once per call):
               and products of queries that are not normalised may pass what float16 holds. The
               coefficients of the gradient are rounded to the dtype of the query, as the weights of
               the one-pass kernel are. PyTorch before 2.8 multiplies float32 copies instead.
-    float64   by the torch backend, as are a temperature that lies on the device and features of
-              more than 4096 channels
+    float64   by the torch backend, as are a temperature that takes a gradient or lies on the
+              device, and features of more than 4096 channels
 
 With TRITON_INTERPRET=1 in the environment it runs on CPU tensors, for tests.
 """
@@ -54,7 +54,7 @@ def info_nce(
     need_slope: bool,
 ) -> _Result:
     options = (mask, temperature, reduction, need_grad)
-    if _takes(query, temperature):
+    if _takes(query, temperature, need_slope):
         return (*_contrast(query, None, label, [keys], [count], *options), None)
     return blocked.info_nce(query, label, keys, count, *options, need_slope)
 
@@ -72,14 +72,15 @@ def pair_info_nce(
     need_slope: bool,
 ) -> _Result:
     options = (mask, temperature, reduction, need_grad)
-    if _takes(query, temperature):
+    if _takes(query, temperature, need_slope):
         return (*_contrast(query, positive, label, keys, counts, *options), None)
     return blocked.pair_info_nce(query, positive, label, keys, counts, *options, need_slope)
 
 
-def _takes(query: Tensor, temperature: float | Tensor) -> bool:
-    fits = query.shape[1] <= triton._kernels("chunked").MAX_DIM
-    return fits and query.dtype != torch.float64 and not isinstance(temperature, Tensor)
+def _takes(query: Tensor, temperature: float | Tensor, need_slope: bool) -> bool:
+    if need_slope or isinstance(temperature, Tensor) or query.dtype == torch.float64:
+        return False
+    return query.shape[1] <= int(triton._kernels("chunked").MAX_DIM)
 
 
 def _contrast(
