@@ -14,6 +14,7 @@ from ctt.ops import class_topk, ema_update_, queue_push_
 from tests.ops.common import contrast, high_level, low_level, runs
 
 EMA = pytest.mark.parametrize(("backend", "device"), runs("ema_update_"))
+PUSH = pytest.mark.parametrize(("backend", "device"), runs("queue_push_"))
 CONTRAST = pytest.mark.parametrize(("backend", "device"), runs("info_nce"))
 
 
@@ -126,6 +127,12 @@ def test_views_that_negate_their_memory(backend: str, device: str) -> None:
     assert negated.is_neg()
     loss = high_level(backend)
     torch.testing.assert_close(loss(negated, case, "mean"), loss(case.query, case, "mean"))
+
+
+@PUSH
+def test_pushes_of_views_that_negate_their_memory(backend: str, device: str) -> None:
+    features = torch.randn(30, 8, device=device)
+    negated = torch.complex(features, -features).conj().imag  # as features, by its bit
     values = torch.complex(torch.zeros(9, device=device), -torch.rand(9, device=device))
     values = values.conj().imag
     label = torch.zeros(9, dtype=torch.int64, device=device)
@@ -136,5 +143,5 @@ def test_views_that_negate_their_memory(backend: str, device: str) -> None:
     queue_push_(
         keys, count, cursor, negated, torch.tensor([[0, 1]], device=device), backend=backend
     )
-    expected = nn.functional.normalize(case.query[:2], dim=1)
+    expected = nn.functional.normalize(features[:2], dim=1)
     torch.testing.assert_close(keys[0], expected)
