@@ -17,6 +17,7 @@ from ctt.data.rasters import Raster, read_bands
 from ctt.data.seeding import derive_seed
 from ctt.errors import UserError
 from ctt.files import atomic_write
+from ctt.text import from_yaml
 
 SAMPLE = 8_000_000  # numbers looked at, of all images together; all of them where there are fewer
 PERCENTILES = (0.1, 1.0, 50.0, 99.0, 99.9)
@@ -174,9 +175,21 @@ def append(path: Path, text: Sequence[str]) -> None:
     """Add lines at the end of a dataset.yaml.
 
     Raises:
+        UserError: the file would not hold them then, such as one in braces; nothing is written.
         UnwritableError: there is no room for them.
     """
-    before = path.read_text("utf-8-sig")
-    end = "" if before.endswith("\n") or not before else "\n"
+    before, added = path.read_text("utf-8-sig"), "".join(f"{line}\n" for line in text)
+    after = before + ("" if before.endswith("\n") or not before else "\n") + added
+    wanted = {**from_yaml(before, str(path)), **from_yaml(added, str(path))}
+    try:
+        fits = from_yaml(after, str(path)) == wanted
+    except UserError:
+        fits = False
+    if not fits:
+        raise UserError(
+            f"{path}: nothing is written, because lines at the end of this file would not be read "
+            f"as `name: value` lines. Is it in braces, as JSON is? Put these in by hand: "
+            f"{', '.join(text)}"
+        )
     with atomic_write(path) as part:
-        part.write_text(before + end + "".join(f"{line}\n" for line in text), "utf-8")
+        part.write_text(after, "utf-8")

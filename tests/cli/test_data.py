@@ -155,6 +155,21 @@ def test_unlabelled_images_are_listed_without_a_mask(tmp_path: Path, call: Call)
     assert len(make_split(dataset, "1", 0, out / "labeled.txt", out / "unlabeled.txt")[1]) == 4
 
 
+@pytest.mark.parametrize(
+    "text", ["{{classes: [{}]}}", '{{"classes": [{}]}}\n', "classes: [{}]\n...\n"]
+)
+def test_statistics_are_only_written_where_they_are_read(
+    tmp_path: Path, call: Call, text: str
+) -> None:
+    root = trees.write_folder(tmp_path, description=text.format(", ".join(trees.CLASSES)))
+    before = (root / "dataset.yaml").read_bytes()
+    code, _, err = call("stats", "--data-root", root, "--write")
+    assert (code, (root / "dataset.yaml").read_bytes()) == (2, before)
+    values = err[err.index("mean: [") :].strip()
+    (root / "dataset.yaml").write_text(f"{{classes: [{', '.join(trees.CLASSES)}], {values}}}")
+    assert "says all of it already" in call("stats", "--data-root", root, "--write")[1]
+
+
 def test_options_are_looked_at(tmp_path: Path, call: Call) -> None:
     trees.write_folder(tmp_path)
     base = ("--dataset", "folder", "--data-root", tmp_path)
