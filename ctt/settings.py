@@ -657,7 +657,7 @@ def validate(settings: Settings) -> None:
         *_eval_checks(s.eval),
     ]
     _refuse([*checks, *s.labeled.checks(), *s.options.checks()])
-    _refuse_outside(s)
+    refuse_outside(s)
     if s.data.cache is not None:
         expanded(s.data.cache, "`data.cache`")
     if not s.model.weights:
@@ -672,7 +672,7 @@ def validate(settings: Settings) -> None:
 def validate_eval(settings: EvalSettings) -> None:
     """Validate the settings of evaluation alone, as `validate` does."""
     _refuse(_eval_checks(settings))
-    _refuse_outside(settings, "eval.")
+    refuse_outside(settings, "eval.")
 
 
 def _eval_checks(e: EvalSettings) -> list[Check]:
@@ -696,7 +696,12 @@ def _refuse(checks: list[Check]) -> None:
             raise UserError(f"{_named(name)} {rule}, got {value}.")
 
 
-def _refuse_outside(settings: Any, prefix: str = "") -> None:
+def refuse_outside(settings: Any, prefix: str = "") -> None:
+    """Refuse fields of a dataclass, and of those in it, that lie outside the ranges beside them.
+
+    Raises:
+        UserError: names the field, after `prefix`, the value and the range.
+    """
     for name, rule, value in outside(settings, prefix):
         raise UserError(f"{_named(name)} {rule}, got {value}.")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from ctt.files import expanded
+from ctt.ranges import AT_LEAST_0
 from ctt.text import say
 
 
@@ -21,7 +23,7 @@ class CocoMasks:
 
     data_root: Path = Path("data")
     """Folder that holds train2017, val2017 and annotations."""
-    threads: int = 0
+    threads: Annotated[int, AT_LEAST_0] = 0
     """Images painted at a time; 0: one for each core."""
 
 

@@ -38,10 +38,13 @@ PARAMETERS = (
     "push",
     "recipe",
     "resume",
+    "show",
     "size",
     "submission",
     "table",
+    "threads",
     "to",
+    "tolerance",
     "unlabeled",
 )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from ctt.errors import UserError
+from ctt.ranges import AT_LEAST_0
 from ctt.text import say
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Convert:
     """masks: file of the colours, or numbers, of the classes: lines such as `cat:128,0,0::`,
     `128 0 0 cat`, `cat,128,0,0` or `1, cat`; by default labelmap.txt, dataset_meta.json,
     class_dict.csv, label_colors.txt or _classes.csv."""
-    tolerance: int = 0
+    tolerance: Annotated[int, AT_LEAST_0] = 0
     """masks: by how much each channel may differ from a colour of the table. Above 0 JPEG masks are
     read too."""
     classes: tuple[str, ...] = ()
@@ -55,7 +56,7 @@ class Convert:
     """coco: whether the pixels of crowds belong to their class or are ignored."""
     link: bool = False
     """Make symbolic links to the images in place of copies."""
-    threads: int = 0
+    threads: Annotated[int, AT_LEAST_0] = 0
     """Images converted at a time; 0: one for each core."""
 
 

@@ -6,13 +6,14 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from ctt.cli.common import run_program
 from ctt.cli.convert import Convert, convert
 from ctt.data.options import DatasetOptions
 from ctt.errors import UserError
-from ctt.settings import DataSettings, Settings, validate
+from ctt.ranges import AT_LEAST_0
+from ctt.settings import DataSettings, Settings, refuse_outside, validate
 from ctt.text import say
 
 if TYPE_CHECKING:
@@ -66,9 +67,9 @@ class Check:
     unlabelled image needs one; without, those that are there are looked at."""
     mask_confidence: Path | None = None
     """Folder of the confidence of these masks (--masks.confidence)."""
-    threads: int = 0
+    threads: Annotated[int, AT_LEAST_0] = 0
     """Files read at a time; 0: one for each core."""
-    show: int = 20
+    show: Annotated[int, AT_LEAST_0] = 20
     """Most kinds of faults that are printed, of each the first one; 0: every single fault."""
     data: DatasetOptions = field(default_factory=DatasetOptions)
 
@@ -137,6 +138,7 @@ def _main(arguments: list[str]) -> int:
         args=arguments,
         config=(tyro.conf.PositionalRequiredArgs,),
     )
+    refuse_outside(command)
     if isinstance(command, Check):
         return check(command)
     if isinstance(command, Convert):

@@ -175,6 +175,9 @@ def test_options_are_looked_at(tmp_path: Path, call: Call) -> None:
     base = ("--dataset", "folder", "--data-root", tmp_path)
     assert "--data.holdout must be between 0 and 1" in call("check", *base, "--data.holdout", 2)[2]
     assert "--ratio 1/0 is no ratio" in call("split", *base, "--ratio", "1/0")[2]
+    for command in (("check", *base), ("coco-masks",), ("convert", "boxes.json")):
+        code, _, err = call(*command, "--threads", -1)
+        assert (code, "--threads must be at least 0, got -1" in err) == (2, True)
     code, _, err = call("fetch", "cityscapes")
     assert (code, "gtFine_trainvaltest.zip" in err) == (2, True)
     code, _, err = call("fetch", "weights", "--backbone", "resnet1000")
