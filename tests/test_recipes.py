@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+import ctt
 from ctt import data, methods, recipes
 from ctt.cli.train import parse
 from ctt.errors import UserError
@@ -37,6 +38,12 @@ def test_a_data_set_brings_its_recipe(
     assert settings.model.name == network
     assert settings.data.crop == crop
     assert settings.data.batch_size == batch
+
+
+def test_the_number_of_a_device_is_no_name(tmp_path: Path) -> None:
+    """A GPU of that number may be meant: the message is that of other devices."""
+    with pytest.raises(UserError, match=r"`train\.device` 0 cannot be used here"):
+        ctt.train(dataset="folder", data_root=tmp_path, train={"device": 0}, out=tmp_path / "run")
 
 
 def test_the_set_of_voc_in_a_file_counts_too(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def default(dataset: str, voc_set: str, device: str = "auto") -> str:
 def has_gpu(device: str) -> bool:
     """Return whether a run with this setting `train.device` uses a GPU."""
     if device != "auto":
-        return not device.startswith("cpu")
+        return not str(device).startswith("cpu")  # which may be a number that is refused later
     import torch  # takes a second, so only where it counts
 
     return torch.cuda.is_available()
