@@ -25,6 +25,7 @@ from ctt.methods.base import M
 from ctt.models.base import PooledNorm
 
 TIMEOUT = timedelta(minutes=10)  # of a message; evaluation and checkpoints are shorter
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = 3.0  # seconds that the first process waits for others that fail for the same reason
 
 
@@ -128,12 +129,19 @@ def join() -> Iterator[World]:
     An error of one process ends all: it is raised here, and `AlreadyReportedError` in the others.
 
     Raises:
-        UserError: a process is lost.
+        UserError: a process is lost, or the variables that torchrun sets are not there.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield World()
         return
-    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    except ValueError as error:  # a variable that is missing or no number
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, so this process looks for others of its "
+            f"run, but it cannot find them ({error}). Start all with torchrun, which sets "
+            f"{', '.join(VARIABLES[:-1])} and {VARIABLES[-1]}, or unset WORLD_SIZE."
+        ) from None
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         store=PrefixStore("group", store),

@@ -21,7 +21,7 @@ from ctt.errors import UserError
 from ctt.inference import evaluate
 from ctt.settings import Settings, update
 from ctt.train import loop
-from ctt.train.distributed import join
+from ctt.train.distributed import VARIABLES, join
 from ctt.train.engine import Engine
 from tests.conftest import leave_out_figures
 from tests.train.processes import finish, shown, start
@@ -271,3 +271,17 @@ def test_bad_arguments_are_told_once(tmp_path: Path, arguments: str) -> None:
     told = [text for text in shown(tmp_path) if text]
     assert len(told) == 1
     assert "Traceback" not in told[0]
+
+
+def test_a_process_that_finds_no_others_names_what_torchrun_sets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for size in ("2", "two"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with (
+            pytest.raises(UserError, match=rf"^WORLD_SIZE is {size}, .*MASTER_ADDR"),
+            join(),
+        ):
+            pass
