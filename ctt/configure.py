@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,22 @@ def _group(values: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the settings of a group in a file; none if it holds what `update` refuses."""
     group = values.get(name)
     return group if isinstance(group, dict) else {}
+
+
+def named_in(values: dict[str, Any]) -> list[str]:
+    """Return the settings that a file or a call names, such as `loss.hc`.
+
+    Of a file that holds every setting and group, as the config.yaml of a run does, none: what
+    changes nothing there was not chosen.
+    """
+    if all(field.name in values for field in dataclasses.fields(Settings)):
+        return []
+    names = [
+        f"{group}.{name}" if isinstance(value, dict) else str(group)
+        for group, value in values.items()
+        for name in (value if isinstance(value, dict) else [""])
+    ]
+    return [name.replace("-", "_") for name in names]
 
 
 def refuse_unused(settings: Settings, names: list[str]) -> None:

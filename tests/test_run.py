@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ctt import run
+from ctt.cli import train as program
 from ctt.data.split import write_list
 from ctt.errors import UserError
 from ctt.settings import DataSettings, ModelSettings, Settings, update
@@ -122,3 +123,15 @@ def test_a_run_goes_on_with_the_images_that_it_was_evaluated_on(
     (root / lost).unlink()
     with pytest.raises(UserError, match=rf"evaluation\.txt: .* {lost} is no longer there \(1 such"):
         split_of_run(folder, settings.open_dataset(), True)
+
+
+@pytest.mark.parametrize("method", ["cross-teacher", "supervised"])
+def test_the_settings_of_a_run_are_a_settings_file(tmp_path: Path, method: str) -> None:
+    """Also those that its method does not use; what is given beside them must change something."""
+    begin = ["--dataset", "digits", "--method", method]
+    _, settings = program.read(begin)
+    file = run.create(tmp_path / "run", settings) / run.CONFIG
+    repeat = ["--config", str(file)]
+    assert program.read(repeat)[1] == run.with_whole_paths(settings)
+    with pytest.raises(UserError, match="`teacher` changes nothing with"):
+        program.read([*repeat, "--teacher", "other"])

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 from ctt import data, methods, recipes
 from ctt.cli.common import INTERRUPTED, run_program
-from ctt.configure import Given, layered, recipes_of, refuse_unused
+from ctt.configure import Given, layered, named_in, recipes_of, refuse_unused
 from ctt.errors import AlreadyReportedError, UserError
 from ctt.ranges import ranges_of
 from ctt.settings import Settings, validate
@@ -148,9 +148,7 @@ def given(arguments: list[str], config: Path | None) -> list[str]:
     """
     names = [text.partition("=")[0][2:].replace("-", "_") for text in arguments if text[:2] == "--"]
     names = [name.replace(".no_", ".") for name in names]
-    for group, value in (recipes.load_file(config) if config is not None else {}).items():
-        names += [f"{group}.{name}" for name in value] if isinstance(value, dict) else [group]
-    return names
+    return names + (named_in(recipes.load_file(config)) if config is not None else [])
 
 
 def parse(arguments: list[str]) -> Arguments:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ctt import recipes, run
-from ctt.configure import Given, layered, refuse_unused
+from ctt.configure import Given, layered, named_in, refuse_unused
 from ctt.errors import UserError
 from ctt.settings import validate
 from ctt.train.loggers import Logger
@@ -50,6 +50,7 @@ def train(
 
     given = _nested(settings)
     values = recipes.load_file(Path(config)) if config is not None else {}
+    named = named_in(values) + named_in(given)
     for name, value in given.items():
         both = isinstance(value, dict) and isinstance(values.get(name), dict)
         values[name] = {**values[name], **value} if both else value
@@ -58,11 +59,6 @@ def train(
     early = Given(recipe=recipe or None, resume=None if resume is None else str(resume))
     made = layered(values, SOURCE, early)
     validate(made)
-    named = [
-        f"{group}.{name}" if isinstance(value, dict) else group
-        for group, value in values.items()
-        for name in (value if isinstance(value, dict) else [""])
-    ]
     refuse_unused(made, named)
     folder = None if out is None else Path(out)
     if resume is not None:
