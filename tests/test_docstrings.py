@@ -13,10 +13,10 @@ VERBS = frozenset(
     Draw End Enter Estimate Evaluate Exchange Exit Fetch Fill Find Fix Follow Forget Freeze Give
     Go Guard Have Hold Ignore Import Increase Initialise Join Keep Label Leave Lend Let Load Log
     Look Make Mark Measure Mend Mix Move Name Normalise Note Number Open Order Pad Pass Place
-    Predict Prefer Prepare Print Pull Push Put Raise Rank Read Receive Record Refuse Register
-    Remember Remove Replace Replay Report Reset Resume Return Run Save Say Search Select Send
-    Serve Set Show Sort Start Stop Store Submit Sum Switch Take Teach Tell Train Try Turn Undo
-    Unpack Update Upload Use Validate Visit Wait Warn Wrap Write Yield
+    Predict Prefer Prepare Print Pull Push Put Raise Rank Read Receive Recompute Record Refuse
+    Register Remember Remove Replace Replay Report Reset Resume Return Run Save Say Search Seed
+    Select Send Serve Set Show Sort Start Stop Store Submit Sum Switch Take Teach Tell Train Try
+    Turn Undo Unpack Update Upload Use Validate Visit Wait Warn Wrap Write Yield
     """.split()  # noqa: SIM905
 )
 
