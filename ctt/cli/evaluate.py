@@ -124,6 +124,8 @@ def _open_dataset(trained: TrainedNetworks, parsed: Arguments) -> tuple[Dataset,
             f"own: {first_difference(trained.info, dataset.info)}. Give the dataset that the "
             f"network was trained on."
         )
+    for line in dataset.take_scale_of(trained.info):
+        say(line)
     if settings.dataset == trained.settings.dataset:
         same_part = _is_part_of_run(trained, dataset, settings)
         folder = parsed.path if parsed.path.is_dir() else parsed.path.parent

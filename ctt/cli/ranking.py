@@ -133,6 +133,7 @@ def of_run(weights: Path, trained: TrainedNetworks) -> tuple[Dataset | None, lis
         dataset = trained.settings.open_dataset()
         if dataset.info.bands != trained.info.bands or not path.is_file():
             return None, []
+        dataset.take_scale_of(trained.info)
         names = read_list(path, dataset, labeled=True)
     except UserError:
         return None, []

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +63,11 @@ def first_difference(trained: DatasetInfo, found: DatasetInfo) -> str:
     return ""
 
 
+def _channels(info: DatasetInfo) -> str:
+    """Return in words which channels of a file the images have."""
+    return f"the channels {', '.join(map(str, info.bands))}" if info.bands else "RGB images"
+
+
 @dataclass(frozen=True)
 class Submission:
     """The form in which a benchmark's server expects predictions of its test images.
@@ -111,6 +116,30 @@ class Dataset(ABC):
     @abstractmethod
     def label(self, name: str) -> Tensor:
         """Return (H, W) uint8, class or 255. Never called for an unlabelled image."""
+
+    def take_scale_of(self, trained: DatasetInfo) -> list[str]:
+        """Read images by the ranges, white, mean and deviation that networks were trained with, as
+        `ctt-predict` does, and return a sentence on each fact of the files that differs.
+
+        Raises:
+            UserError: the networks take other channels.
+        """
+        ours = self.info
+        if (trained.bands, trained.channels) != (ours.bands, ours.channels):
+            raise UserError(
+                f"The networks take {_channels(trained)}, but {ours.name} has {_channels(ours)}. "
+                f"Give the dataset that the networks were trained on."
+            )
+        white = trained.white if trained.white is not None else ours.white
+        self.info = replace(
+            ours, ranges=trained.ranges, white=white, mean=trained.mean, std=trained.std
+        )
+        return [
+            f"Images are read by the {fact} {now} that the networks were trained with, not by the "
+            f"dataset's {own}."
+            for fact in ("ranges", "white")
+            if (own := getattr(ours, fact)) != (now := getattr(self.info, fact))
+        ]
 
     def test_ids(self) -> list[str]:
         """Return names of the test images, whose labels only the benchmark's server has; sorted."""

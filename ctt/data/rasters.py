@@ -236,7 +236,9 @@ class Raster:
     def has_coordinates(self) -> bool:
         """Return whether the file says where on Earth it is."""
         first = self.first
-        return first.crs is not None or not first.transform.is_identity or bool(first.gcps[0])
+        return bool(
+            first.crs is not None or not first.transform.is_identity or first.gcps[0] or first.rpcs
+        )
 
     def read(
         self, bands: Sequence[int] = (), window: Window | None = None

@@ -162,7 +162,8 @@ def write_torch_export(
     file = io.BytesIO()  # of its own, torch's writer does not say that a disk is full
     torch.export.save(program, file, extra_files={"ctt.json": meta})
     path.write_bytes(file.getbuffer())
-    run: Callable[[Tensor], Tensor] = torch.export.load(path).module()
+    file.seek(0)  # from memory, as torch warns of names that do not end in .pt2
+    run: Callable[[Tensor], Tensor] = torch.export.load(file).module()
     return run
 
 

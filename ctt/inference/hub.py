@@ -93,7 +93,8 @@ def card(trained: TrainedNetworks, folder: Path, repository: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     info, summary = trained.info, summary_of(folder)
-    best: dict[str, Any] = summary.get("best") or {}
+    # the summary scores the best network alone, and another one may be sent
+    best: dict[str, Any] = summary.get("best") or {} if "network" in trained.networks else {}
     score = best.get("miou")
     result = EvalResult(
         task_type="image-segmentation",

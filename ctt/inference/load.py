@@ -108,7 +108,9 @@ def load_trained(path: Path, network: str = "") -> TrainedNetworks:
 def _of_file(path: Path) -> TrainedNetworks:
     weights = path / run.WEIGHTS if path.is_dir() else path
     network, info, note = checkpoint.load_network(weights)
-    settings = run.read_settings(path, serve=True) if path.is_dir() else Settings(dataset=info.name)
+    settings = Settings(dataset=info.name)
+    if (path / run.CONFIG).is_file():
+        settings = run.read_settings(path, serve=True)
     return TrainedNetworks({"network": network}, info, settings, note, sha256(weights))
 
 

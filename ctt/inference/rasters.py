@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +75,11 @@ def predict_raster(
     from rasterio.windows import Window
 
     with Raster(file) as raster, ExitStack() as stack:
-        outputs = {
-            kind: stack.enter_context(
-                _created(stack.enter_context(atomic_write(path)), raster, tile)
-            )
-            for kind, path in targets.items()
-        }
+        outputs = {}
+        for kind, path in targets.items():
+            part = stack.enter_context(atomic_write(path))
+            stack.enter_context(_whole(part))
+            outputs[kind] = stack.enter_context(_created(part, raster, tile))
         _describe(outputs["mask"], info)
         size = raster.height * raster.width
         for own, around in windows(raster.height, raster.width, tile, margin):
@@ -121,7 +122,28 @@ def _created(path: Path, raster: Raster, tile: int) -> Any:
         )
     if points:
         output.gcps = (points, system)
+    if first.rpcs:
+        output.rpcs = first.rpcs
     return output
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Raise OSError if a GeoTIFF that was written within the context cannot be read after it.
+
+    GDAL writes the last blocks when a file is closed, and says nothing then of a full disk.
+    """
+    import rasterio
+
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        try:
+            with rasterio.open(path) as written:
+                for _, window in written.block_windows(1):
+                    written.read(1, window=window)
+        except rasterio.errors.RasterioError:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
 def _describe(mask: Any, info: DatasetInfo) -> None:

@@ -1,6 +1,7 @@
 """Images of any channels: reading, statistics, views."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,27 @@ def test_a_window_is_a_part_of_the_whole(tmp_path: Path) -> None:
         assert raster.has_coordinates
         part, _ = raster.read((2,), rasterio.windows.Window(5, 7, 20, 10))
     assert np.array_equal(part, values[1:2, 7:17, 5:25])
+
+
+def test_images_are_scaled_as_networks_were_trained(tmp_path: Path) -> None:
+    """Whatever the dataset says by now: the active-learning loop computes its statistics anew."""
+    root = write_rasters(tmp_path / "d")
+    text = (root / "dataset.yaml").read_text()
+    found = statistics(folder(root), (0, 100))
+    (root / "dataset.yaml").write_text("\n".join([text, *lines(found)]))
+    trained = folder(root).info
+    expected = folder(root).image("images/tile 0.tif")
+    wider = replace(found, ranges=tuple((low, 10 * high) for low, high in found.ranges))
+    (root / "dataset.yaml").write_text("\n".join([text, *lines(wider)]))
+    dataset = folder(root)
+    assert not torch.allclose(dataset.image("images/tile 0.tif"), expected)
+    (told,) = dataset.take_scale_of(trained)
+    assert told.startswith("Images are read by the ranges")
+    assert torch.equal(dataset.image("images/tile 0.tif"), expected)
+    assert dataset.info == trained
+    assert dataset.take_scale_of(trained) == []
+    with pytest.raises(UserError, match=r"take RGB images, but .* has the channels 1, 2, 3, 4"):
+        dataset.take_scale_of(replace(trained, bands=(), ranges=()))
 
 
 def test_statistics_of_a_folder(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from ctt.checkpoint import save_network
 from ctt.cli import export
 from ctt.data.digits import INFO
 from ctt.errors import UserError
+from ctt.inference.hub import card
+from ctt.inference.load import load_trained
 
 COMMIT = "0" * 40
 
@@ -124,12 +127,12 @@ def test_what_is_pushed_is_loaded(
     assert "http" in capsys.readouterr().out
     assert set(hub.files) == {"model.safetensors", "config.json", "README.md"}
     assert json.loads(hub.files["config.json"])["classes"] == list(INFO.classes)
-    card = hub.files["README.md"].decode()
-    head = yaml.safe_load(card.split("---")[1])
+    shown = hub.files["README.md"].decode()
+    head = yaml.safe_load(shown.split("---")[1])
     assert head["library_name"] == "ctt"
     assert head["model-index"][0]["results"][0]["metrics"][0]["value"] == 41.5
-    assert 'ctt.load("hf:me/net")' in card
-    assert "cross-teacher with 50 labelled and 950 unlabelled images" in card
+    assert 'ctt.load("hf:me/net")' in shown
+    assert "cross-teacher with 50 labelled and 950 unlabelled images" in shown
     network = ctt.load("hf:me/net")
     image = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8)
     assert torch.equal(network.predict(image), ctt.load(path).predict(image))
@@ -153,3 +156,11 @@ def test_a_file_of_something_else_is_refused(hub: type[Hub]) -> None:
     hub.files["model.safetensors"] = b"\x80\x04pickle"
     with pytest.raises(UserError, match="no safetensors file"):
         ctt.load("hf:me/net")
+
+
+def test_a_card_has_the_score_of_the_best_network_alone(run: Path) -> None:
+    """The folder has no settings; those of its weights do."""
+    best = load_trained(run)
+    other = replace(best, networks={"teacher_2": best.networks["network"]})
+    assert "mIoU 41.5" in card(best, run, "me/net")
+    assert "41.5" not in card(other, run, "me/net")

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +73,23 @@ def test_tiles_give_what_the_whole_image_gives(tmp_path: Path) -> None:
         assert np.array_equal(mask.read(1), label.numpy())
     with rasterio.open(tmp_path / "c.tif") as sure:
         assert np.abs(sure.read(1) - 255 * confidence.numpy()).max() <= 1
+
+
+def test_a_full_disk_keeps_the_old_mask(
+    tmp_path: Path, no_room: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """GDAL writes what is left when it closes a file, and says nothing if there is no room."""
+    save(tmp_path / "a.tif", scene((300, 300), 0)[0])
+    target = tmp_path / "m.tif"
+    target.write_bytes(b"old")
+
+    def noise(images: Tensor) -> Tensor:
+        return torch.rand(len(images), 2, *images.shape[2:]).softmax(dim=1)
+
+    with no_room(), pytest.raises(UserError, match=r"m\.tif cannot be written"):
+        predict_raster(tmp_path / "a.tif", {"mask": target}, noise, BANDS, 64, 16)
+    assert target.read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tif", "m.tif"]
 
 
 @pytest.mark.parametrize("kind", ["rgb", "rgb and infrared", "grey", "grey 16", "palette"])
