@@ -37,7 +37,7 @@ def test_training_converges_alike(tiny: Settings, tmp_path: Path, backend: str) 
         "loss": {
             "hc": 0.5,
             "lc": 0.5,
-            "gamma": 0.2,
+            "gamma": 0.11,
             "confidence_weight": "none",
             "contrast_stride": 1,
         },
