@@ -134,8 +134,10 @@ def _main(arguments: list[str]) -> int:
     failures = run(jobs, predict, trained.info, parsed)
     done = len(jobs) - len(failures)
     say(f"{done} of {len(jobs)} images are segmented in {parsed.out}")
-    for remark in of_pages(traits(job.file for job in jobs if job.file.suffix.lower() in PAGED)):
-        say(remark)
+    if not trained.info.bands:  # of which pages may be channels
+        paged = [job.file for job in jobs if job.file.suffix.lower() in PAGED]
+        for remark in of_pages(traits(paged, pixels=False)):
+            say(remark)
     if not parsed.geotiff and (path := first_with_coordinates(jobs)):
         say(f"{path} has coordinates, which PNG files do not keep: --geotiff keeps them.")
     for failure in failures:

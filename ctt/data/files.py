@@ -149,7 +149,8 @@ class FileDataset(Dataset):
         Args:
             threads: files read at a time; 0: one for each core.
         """
-        images = traits((self.image_path(name) for name in names), threads)
+        paths = (self.image_path(name) for name in names)
+        images = traits(paths, threads, pixels=not self.info.bands)
         turning = of_turning(images) if self.turned else []
         if self.info.bands:  # which say what is read
             return turning
@@ -161,8 +162,8 @@ class FileDataset(Dataset):
         ]
 
     def why_sizes_differ(self, name: str, image: Tensor, label: Tensor) -> str:
-        turned = self.turned and traits([self.image_path(name)])[0].turned
-        if not turned or image.shape[1:] != label.shape[::-1]:
+        images = traits([self.image_path(name)], pixels=False) if self.turned else []
+        if not any(image.turned for image in images) or image.shape[1:] != label.shape[::-1]:
             return ""
         return (
             " The camera's note in the image (EXIF) turns it, and the mask was drawn on the "

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ SPREAD = {"L;2": 85, "L;4": 17}
 REDUCED = 1  # bit of a TIFF page that is a small copy of another one
 SUBFILE_TYPE = 254  # its tag
 ORIENTATION = 0x0112
+EXTRA_SAMPLES, PREMULTIPLIED = 338, 1  # a tag about the fourth channel, and its value
 TURNED, ON_ITS_SIDE = range(2, 9), range(5, 9)  # its values that are not upright
 BIG_TIFF, BIG_ENDIAN_BIG_TIFF, PNG = b"II+\0", b"MM\0+", b"\x89PNG"
 STATS = "ctt-data stats --data-root FOLDER --write"
@@ -131,10 +132,7 @@ def read_image(
     try:
         with open_picture(path) as file:
             if white is not None and "16" in raw_mode(file) and not is_deep(file.mode):
-                raise UserError(
-                    f"{path}: `white` is for grey images, but this one has colours of 16 bits, of "
-                    f"which only the upper 8 can be read. Save it again with 8 bits a colour."
-                )
+                raise white_of_colours(path)
             if same_scale and white is None and has_open_scale(file):
                 kind = "fractions" if file.mode == "F" else "numbers of 32 bits"
                 raise UserError(
@@ -160,6 +158,14 @@ def read_image(
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def white_of_colours(path: Path) -> UserError:
+    """Return the message about an image of 16-bit colours where dataset.yaml says `white`."""
+    return UserError(
+        f"{path}: `white` is for grey images, but this one has colours of 16 bits, of which only "
+        f"the upper 8 can be read. Save it again with 8 bits a colour."
+    )
+
+
 def raw_mode(file: Image.Image) -> str:
     """Return how the pixels lie in the file, such as `RGB;16B`; empty where Pillow does not say."""
     arguments = file.tile[0][3] if isinstance(file, ImageFile.ImageFile) and file.tile else ""
@@ -178,20 +184,28 @@ def orientation(path: Path) -> int:
     not read, 1.
     """
     with path.open("rb") as stream:
+        is_png = stream.read(len(PNG)) == PNG
+    if not is_png:
+        return int(tiff_tags(path).get(ORIENTATION, 1))
+    with _no_limit, Image.open(path) as file:
+        note = Image.Exif()
+        note.load(file.info.get("exif", b""))
+        return int(note.get(ORIENTATION, 1))
+
+
+def tiff_tags(path: Path) -> Mapping[int, Any]:
+    """Return the tags of a TIFF's first page; of big-endian BigTIFFs, which Pillow cannot read,
+    none."""
+    with path.open("rb") as stream:
         head = stream.read(8)
-        if head.startswith(PNG):
-            with _no_limit, Image.open(path) as file:
-                note = Image.Exif()
-                note.load(file.info.get("exif", b""))
-                return int(note.get(ORIENTATION, 1))
         if head.startswith(BIG_ENDIAN_BIG_TIFF):
-            return 1
+            return {}
         if head.startswith(BIG_TIFF):
             head += stream.read(8)
         tags = TiffImagePlugin.ImageFileDirectory_v2(head)
         stream.seek(tags.next)
         tags.load(stream)
-        return int(tags.get(ORIENTATION, 1))
+        return tags
 
 
 def pages(file: Image.Image) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from ctt.data.dataset import DatasetInfo
 from ctt.data.pictures import (
+    EXTRA_SAMPLES,
     ON_ITS_SIDE,
     ORIENTATION,
+    PREMULTIPLIED,
     STATS,
     TIFF,
     TURNED,
@@ -26,9 +29,10 @@ from ctt.data.pictures import (
     orientation,
     raw_mode,
     read_image,
+    tiff_tags,
     too_large,
 )
-from ctt.data.pixels import is_deep
+from ctt.data.pixels import BYTE, is_deep
 from ctt.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 
 FORMATS = (*TIFF, ".png")  # of `Raster`
 CACHE = 64  # megabytes of blocks that GDAL keeps; its own choice is a share of the memory
+LAYOUT = "IMAGE_STRUCTURE"  # GDAL's tags about how the pixels lie in the file
 Values = np.ndarray[tuple[int, int, int], np.dtype[Any]]
 
 
@@ -233,6 +238,32 @@ class Raster:
         self._stack.close()
 
     @property
+    def is_png(self) -> bool:
+        """Return whether it is a PNG file, else a TIFF."""
+        return self.path.suffix.lower() not in TIFF
+
+    @property
+    def bits(self) -> int:
+        """Return how many bits the numbers in the file have, such as 1 or 12."""
+        held = np.dtype(self.first.dtypes[0]).itemsize * 8
+        return int(self.first.tags(1, ns=LAYOUT).get("NBITS", held))
+
+    @property
+    def is_min_white(self) -> bool:
+        """Return whether a grey TIFF file of 8 bits or fewer says that its lowest value is white.
+
+        As Pillow does, this leaves out 16 bits; of one bit GDAL makes a palette.
+        """
+        says_so = self.first.tags(ns=LAYOUT).get("MINISWHITE") == "YES"
+        return bool(says_so and self.first.dtypes[0] == "uint8")
+
+    @functools.cached_property
+    def is_premultiplied(self) -> bool:
+        """Return whether the colours of a TIFF are multiplied by their opacity."""
+        kinds = () if self.is_png else tiff_tags(self.path).get(EXTRA_SAMPLES, ())
+        return self.first.count > 3 and kinds[:1] == (PREMULTIPLIED,)
+
+    @property
     def has_coordinates(self) -> bool:
         """Return whether the file says where on Earth it is."""
         first = self.first
@@ -249,6 +280,10 @@ class Raster:
         or the file's own mask says so. (A channel that is marked as transparency is data here: near
         infrared often is.)
         """
+        if self.is_png and (self.first.dtypes[0] == "uint8" or self.count == 1):
+            picture, missing = self.picture(window)
+            values = _channels(picture)
+            return values[[b - 1 for b in _existing(bands, len(values), self.path)]], missing
         bands = _existing(bands, self.count, self.path)
         with _as_read_error(self.path):
             if len(self.files) == 1:
@@ -256,6 +291,59 @@ class Raster:
             else:
                 values = np.stack([self.files[b - 1].read(1, window=window) for b in bands])
             return values, self._missing(values, window)
+
+    def picture(self, window: Window | None = None) -> tuple[Image.Image, np.ndarray[Any, Any]]:
+        """Return a part of the first page, of 8 or 16 bits, as Pillow opens the whole of it, and
+        where (h, w) there is no data, as `read` does; transparency of PNG files is in the picture.
+
+        Raises:
+            UserError: the colours are stored in a way that only reading the whole file makes RGB.
+        """
+        first, kinds = self.first, [kind.name for kind in self.first.colorinterp]
+        if first.tags(ns=LAYOUT).get("SOURCE_COLOR_SPACE") == "CIELAB":
+            raise UserError(
+                f"{self.path}: its colours are of the space CIELAB, which are not read in windows. "
+                f"Save the image as RGB, or predict it without --geotiff."
+            )
+        with _as_read_error(self.path):
+            values = first.read([*range(1, min(first.count, 4) + 1)], window=window)
+            missing = np.zeros(values.shape[1:], bool)
+            if not self.is_png:
+                missing = self._missing(values[: 3 if len(values) >= 3 else 1], window)
+        if kinds[0] == "palette":
+            picture = self._of_palette(values[0])
+        else:
+            picture = self._of_channels(values, kinds)
+        picture.format = "PNG" if self.is_png else "TIFF"
+        return picture, missing
+
+    def _of_palette(self, values: np.ndarray[Any, Any]) -> Image.Image:
+        picture = Image.fromarray(values, mode="P")
+        colours = [colour for _, colour in sorted(self.first.colormap(1).items())]
+        picture.putpalette([channel for colour in colours for channel in colour[:3]])
+        if self.is_png and any(colour[3] < BYTE for colour in colours):
+            picture.info["transparency"] = bytes(colour[3] for colour in colours)
+        return picture
+
+    def _of_channels(self, values: Values, kinds: Sequence[str]) -> Image.Image:
+        first, count = self.first, 3 if len(values) >= 3 else 1
+        if values.dtype == np.uint16 and len(values) == 1:
+            return Image.fromarray(values[0])
+        values = (values >> 8).astype(np.uint8) if values.dtype == np.uint16 else values
+        if self.bits < 8:
+            values = (values.astype(np.uint16) * BYTE // (2**self.bits - 1)).astype(np.uint8)
+        if self.is_min_white:
+            values = BYTE - values
+        mode = "RGB" if count == 3 else "L"
+        if kinds[count : count + 1] == ["alpha"] and (self.is_png or self.is_premultiplied):
+            mode += "A"
+        picture = Image.merge(mode, [Image.fromarray(channel) for channel in values[: len(mode)]])
+        if self.is_png and first.nodata is not None:
+            clear = tuple(map(int, first.nodatavals))
+            picture.info["transparency"] = clear if count == 3 else clear[0]
+        if mode == "RGBA" and self.is_premultiplied:
+            return Image.frombytes("RGBA", picture.size, picture.tobytes(), "raw", "RGBa")
+        return picture
 
     def _missing(self, values: Values, window: Window | None) -> np.ndarray[Any, Any]:
         from rasterio.enums import MaskFlags

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,31 +43,34 @@ class Traits:
     largest: float
 
 
-def traits(paths: Iterable[Path], threads: int = 1) -> list[Traits]:
+def traits(paths: Iterable[Path], threads: int = 1, pixels: bool = True) -> list[Traits]:
     """Return the traits of the images that can be opened.
 
     Args:
         threads: files read at a time; 0: one for each core.
+        pixels: also read their pixels, without which `clear` and `largest` stay False and 0.
     """
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        return [found for found in pool.map(_traits, paths) if found is not None]
+        found = pool.map(partial(_traits, pixels=pixels), paths)
+        return [image for image in found if image is not None]
 
 
-def _traits(path: Path) -> Traits | None:
+def _traits(path: Path, pixels: bool) -> Traits | None:
     try:
         with open_picture(path) as file:
-            return _traits_of(path, file)
+            return _traits_of(path, file, pixels)
     except Exception:
         return None  # reading the image reports what is wrong with it
 
 
-def _traits_of(path: Path, file: Image.Image) -> Traits:
+def _traits_of(path: Path, file: Image.Image, pixels: bool) -> Traits:
     alpha = "A" in file.getbands() or "transparency" in file.info
     tiff = file.format == "TIFF"
     count, turned = pages(file), is_turned(file)
-    opacity = file.convert("RGBA").getchannel("A") if alpha and not tiff else None
+    opacity = file.convert("RGBA").getchannel("A") if pixels and alpha and not tiff else None
     clear = opacity is not None and int(np.asarray(opacity).min()) < 255
-    largest = float(np.asarray(file).max()) if file.mode.startswith("I;16") else 0
+    deep = pixels and file.mode.startswith("I;16")
+    largest = float(np.asarray(file).max()) if deep else 0
     return Traits(path, turned, count, alpha and tiff, clear, largest)
 
 

@@ -104,14 +104,20 @@ class _Raster:
         from rasterio.enums import ColorInterp, MaskFlags
         from rasterio.windows import Window as Part
 
-        first, part = self.raster.first, Part.from_slices(*window)
-        values, missing = self.raster.read(window=part)
+        raster, first, part = self.raster, self.raster.first, Part.from_slices(*window)
+        values, missing = raster.read(window=part)
         if missing.all() and not self.is_mask:  # whose values are classes, also that of nodata
             return False
         kinds = first.colorinterp
         options: dict[str, Any] = {}
         if kinds[:3] == (ColorInterp.red, ColorInterp.green, ColorInterp.blue):
             options = {"photometric": "RGB", "interleave": "pixel"}
+            if raster.is_premultiplied:
+                options["alpha"] = "PREMULTIPLIED"
+        elif raster.is_min_white:
+            options = {"photometric": "MINISWHITE"}
+        if raster.bits < 8:
+            options["nbits"] = raster.bits
         if not first.gcps[0]:
             options |= {"crs": first.crs, "transform": first.window_transform(part)}
         with (
@@ -132,9 +138,10 @@ class _Raster:
                 compress="deflate",
                 **options,
             ) as tile:
-                if len(kinds) == len(values):
+                of_creation = raster.is_premultiplied or raster.is_min_white
+                if len(kinds) == len(values) and not of_creation:
                     tile.colorinterp = kinds
-                if kinds[0] == ColorInterp.palette:
+                if kinds[0] == ColorInterp.palette and not raster.is_min_white:
                     tile.write_colormap(1, first.colormap(1))
                 tile.write(values)
                 if first.mask_flag_enums[0] == [MaskFlags.per_dataset]:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ctt.data.dataset import IGNORE, DatasetInfo
-from ctt.data.pixels import WORD
-from ctt.data.rasters import Raster, Values, scaled
+from ctt.data.pictures import white_of_colours
+from ctt.data.pixels import to_rgb
+from ctt.data.rasters import Raster, scaled
 from ctt.errors import UserError
 from ctt.files import atomic_write
 from ctt.inference.predict import Predict, best_class
@@ -162,29 +163,14 @@ def for_network(raster: Raster, window: Any, info: DatasetInfo) -> Tensor:
     """
     if info.bands:
         return scaled(*raster.read(info.bands, window), info, raster.path)
-    wanted = (1, 2, 3) if raster.count >= 3 else (1,)
-    values, missing = raster.read(wanted, window)
-    pixels = torch.from_numpy(_bytes(values, raster, info)).float() / 255
-    return pixels.masked_fill(torch.from_numpy(missing), torch.nan)
-
-
-def _bytes(values: Values, raster: Raster, info: DatasetInfo) -> Values:
-    """Return RGB (3, h, w) uint8 of one or three channels, as reading the whole file gives it."""
-    from rasterio.enums import ColorInterp
-
-    if values.dtype not in (np.uint8, np.uint16):
+    kind = np.dtype(raster.first.dtypes[0])
+    if kind not in (np.uint8, np.uint16):
         raise UserError(
-            f"{raster.path}: the raster holds {values.dtype}, and the network was trained on 8-bit "
-            f"RGB images. Train one on such rasters: `ctt-data stats` describes their channels."
+            f"{raster.path}: the raster holds {kind}, and the network was trained on 8-bit RGB "
+            f"images. Train one on such rasters: `ctt-data stats` describes their channels."
         )
-    if raster.first.colorinterp[0] == ColorInterp.palette:
-        table = np.zeros((256, 3), np.uint8)
-        for value, colour in raster.first.colormap(1).items():
-            table[value] = colour[:3]
-        return np.moveaxis(table[values[0]], 2, 0)
-    if values.dtype == np.uint16 and len(values) == 3:
-        values = (values >> 8).astype(np.uint8)
-    elif values.dtype == np.uint16:
-        white = info.white or WORD
-        values = (values.astype(np.float64).clip(0, white) * (255 / white)).round()
-    return values.astype(np.uint8).repeat(3 // len(values), axis=0)
+    if info.white is not None and kind == np.uint16 and raster.first.count > 1:
+        raise white_of_colours(raster.path)
+    picture, missing = raster.picture(window)
+    pixels = torch.from_numpy(to_rgb(picture, info.white)).permute(2, 0, 1) / 255
+    return pixels.masked_fill(torch.from_numpy(missing), torch.nan)

@@ -7,14 +7,27 @@ import pytest
 from PIL import Image
 
 from ctt.cli import data, predict, train
+from ctt.data.remarks import traits
 from ctt.errors import UserError
 from tests.data.rasters import save, scene, write_rasters
 
 rasterio = pytest.importorskip("rasterio")
 
 
+def test_pages_are_counted_without_reading_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A raster may not fit into memory."""
+    pages = [Image.fromarray(np.full((9, 8), value, np.uint16)) for value in (1, 2)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    (read,) = traits([tmp_path / "a.tif"])
+    monkeypatch.setattr(Image.Image, "load", None)
+    (found,) = traits([tmp_path / "a.tif"], pixels=False)
+    assert (read.pages, read.largest) == (found.pages, found.largest + 1) == (2, 1)
+
+
 def test_from_rasters_to_masks_with_coordinates(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = write_rasters(tmp_path / "d", unlabeled=2)
     image, _ = scene((48, 48), 4)
@@ -48,7 +61,11 @@ def test_from_rasters_to_masks_with_coordinates(
     assert not (masks[0][5:] == 255).any()
     assert not (masks[1] == 255).any()
     tiled = [*common, "--geotiff", "--confidence", "--tile", "32", "--margin", "16"]
-    assert predict._main(tiled) == 0
+    loaded: list[object] = []
+    with monkeypatch.context() as patched:
+        patched.setattr("PIL.TiffImagePlugin.TiffImageFile.load", loaded.append)
+        assert predict._main(tiled) == 0
+    assert not loaded
     for file in sorted((root / "unlabeled").glob("*.tif")):
         for kind in ("mask", "confidence"):
             given = rasterio.open(file)

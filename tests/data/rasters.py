@@ -32,12 +32,12 @@ def save(path: Path, values: Array, place: tuple[int, int] = (0, 0), **options: 
     options = {
         "crs": "EPSG:32633",
         "transform": rasterio.Affine(PIXEL, 0, left, 0, -PIXEL, top),
+        "driver": "GTiff",
         **options,
     }
     with rasterio.open(
         path,
         "w",
-        driver="GTiff",
         height=values.shape[1],
         width=values.shape[2],
         count=len(values),
@@ -45,6 +45,23 @@ def save(path: Path, values: Array, place: tuple[int, int] = (0, 0), **options: 
         **options,
     ) as file:
         file.write(values)
+
+
+LAYOUTS = {  # of TIFF files: channels, bits of each, and what says how they are to be understood
+    "grey of 2 bits": (1, 2, {}),
+    "grey of 4 bits": (1, 4, {}),
+    "white first": (1, 8, {"photometric": "MINISWHITE"}),
+    "white first of 1 bit": (1, 1, {"photometric": "MINISWHITE"}),
+    "white first of 4 bits": (1, 4, {"photometric": "MINISWHITE"}),
+    "multiplied by opacity": (4, 8, {"photometric": "RGB", "alpha": "PREMULTIPLIED"}),
+}
+
+
+def save_layout(path: Path, layout: str) -> None:
+    """Write random channels of 20 x 30 pixels as one of the `LAYOUTS`."""
+    count, bits, options = LAYOUTS[layout]
+    values = np.random.default_rng(0).integers(0, 2**bits, (count, 20, 30)).astype(np.uint8)
+    save(path, values, nbits=bits, **options)
 
 
 def write_rasters(root: Path, labeled: int = 4, unlabeled: int = 3, side: int = 48) -> Path:

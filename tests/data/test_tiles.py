@@ -12,11 +12,12 @@ from ctt.data import open_dataset
 from ctt.data.check import check_all
 from ctt.data.folder import Folder
 from ctt.data.options import DatasetOptions
+from ctt.data.pictures import read_image
 from ctt.data.rasters import read_bands
 from ctt.data.tiles import Cut, cut, windows
 from ctt.data.voc import bit_palette
 from ctt.errors import UserError
-from tests.data.rasters import ORIGIN, PIXEL, save, write_rasters
+from tests.data.rasters import LAYOUTS, ORIGIN, PIXEL, save, save_layout, write_rasters
 from tests.data.trees import write_folder
 
 
@@ -70,6 +71,20 @@ def test_rasters_keep_their_values_and_their_places(tmp_path: Path) -> None:
         )
     dataset = folder(tmp_path / "t")
     assert not check_all(dataset, dataset.train_ids(), dataset.unlabeled_ids(), 1, int).faults
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pieces_look_as_their_image(tmp_path: Path, layout: str) -> None:
+    """GDAL forgets what a file says of its values."""
+    pytest.importorskip("rasterio")
+    root = tmp_path / "d"
+    save_layout(root / "images" / "a.tif", layout)
+    save(root / "masks" / "a.tif", np.zeros((1, 20, 30), np.uint8))
+    (root / "dataset.yaml").write_text("classes: [a, b]\n")
+    assert cut(root, tmp_path / "t", 20) == Cut(labeled=2)
+    whole = read_image(root / "images" / "a.tif")
+    pieces = [read_image(tmp_path / "t" / "images" / f"a_0_{x}.tif") for x in (0, 15)]
+    assert torch.equal(torch.cat(pieces, dim=2), whole)
 
 
 def test_pieces_without_data_or_class(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,12 @@ from ctt import models
 from ctt.data.dataset import DatasetInfo
 from ctt.data.pictures import read_image
 from ctt.data.rasters import Raster, read_as
+from ctt.data.views import to_unit
 from ctt.errors import UserError
 from ctt.inference.predict import predictor
 from ctt.inference.rasters import for_network, predict_raster, windows
 from ctt.settings import EvalSettings
-from tests.data.rasters import save, scene
+from tests.data.rasters import LAYOUTS, save, save_layout, scene
 
 rasterio = pytest.importorskip("rasterio")
 
@@ -108,6 +110,70 @@ def test_rgb_networks_read_rasters_as_they_read_files(tmp_path: Path, kind: str)
         part = for_network(raster, window, RGB)
     whole = read_image(tmp_path / "a.tif").float() / 255
     assert torch.allclose(part, whole[:, 2:12, 4:24])
+
+
+def save_png(path: Path, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 256, (20, 30, 4)).astype(np.uint8)
+    if kind == "opacity":
+        Image.fromarray(values).save(path)
+    elif kind == "grey and opacity":
+        Image.fromarray(values[..., :2].copy(), "LA").save(path)
+    elif kind == "one clear colour":
+        values[:10, :, :3] = 1, 2, 3
+        Image.fromarray(values[..., :3].copy()).save(path, transparency=(1, 2, 3))
+    elif kind == "palette":
+        picture = Image.fromarray(values[..., 0] % 4).convert("P")
+        picture.putpalette([*range(0, 120, 10)])
+        picture.save(path, transparency=b"\0\x64")
+    elif kind == "1 bit":
+        Image.fromarray(values[..., 0] > 99).save(path)
+    else:
+        deep = rng.integers(0, 2**16, (4, 20, 30)).astype(np.uint16)
+        count = {"16 bits": 1, "colours of 16 bits": 4}[kind]
+        save(path, deep[:count], driver="PNG")
+
+
+@pytest.mark.parametrize("info", [RGB, replace(RGB, bands=(1,))], ids=["rgb", "channels"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *LAYOUTS,
+        "opacity",
+        "grey and opacity",
+        "one clear colour",
+        "palette",
+        "1 bit",
+        "16 bits",
+        "colours of 16 bits",
+    ],
+)
+def test_unusual_files_are_read_in_windows_as_whole(
+    tmp_path: Path, kind: str, info: DatasetInfo
+) -> None:
+    path = tmp_path / ("a.tif" if kind in LAYOUTS else "a.png")
+    save_layout(path, kind) if kind in LAYOUTS else save_png(path, kind)
+    whole = to_unit(read_as(path, info))[:, 2:12, 4:24]
+    with Raster(path) as raster:
+        part = for_network(raster, rasterio.windows.Window(4, 2, 20, 10), info)
+    torch.testing.assert_close(part, whole)
+
+
+def test_an_rgb_network_sees_the_first_page(tmp_path: Path) -> None:
+    """Pages of one channel each are channels for a network of channels alone."""
+    pages = [Image.new("L", (9, 8), value) for value in (10, 20, 30)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    with Raster(tmp_path / "a.tif") as raster:
+        assert (for_network(raster, None, RGB) == 10 / 255).all()
+
+
+def test_what_reading_in_windows_would_change_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "lab.tif", np.zeros((3, 8, 8), np.uint8), photometric="CIELAB")
+    save(tmp_path / "deep.tif", np.zeros((3, 8, 8), np.uint16), photometric="RGB")
+    with Raster(tmp_path / "lab.tif") as raster, pytest.raises(UserError, match="CIELAB"):
+        for_network(raster, None, RGB)
+    with Raster(tmp_path / "deep.tif") as raster, pytest.raises(UserError, match="`white` is for"):
+        for_network(raster, None, replace(RGB, white=4095))
 
 
 @pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.0)])

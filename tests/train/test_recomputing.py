@@ -68,7 +68,7 @@ def test_steps_of_a_run_are_equal_in_mixed_precision_too(tiny: Settings) -> None
 
 def peak(body: Any) -> int:
     """Return the bytes that are held at most while a function runs, beyond those before it."""
-    gc.collect()  # what an earlier call of this left in cycles would be freed, and count, in this one
+    gc.collect()  # what an earlier call left in cycles would be freed, and count, in this one
     with torch.profiler.profile(profile_memory=True) as profile:
         body()
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
