@@ -17,10 +17,9 @@ W is left to `finish_rows`: without it the coefficients of a sign sum to 1, or -
 0 the loss is, so that float16 holds them. They are also multiplied by 2**10: of the share of one
 key among 100,000, float16 would keep few bits.
 
-The launches of one call, in order: `pack_keys` for each bank, `assign_buckets`, a running sum of
-the histogram, `order_rows`, `gather_queries`, and for each chunk a matrix product, `weigh_keys`, a
-matrix product and `finish_rows`. Rows that do not count come last; the products compute them, for
-only the device knows how many there are, and the kernels pass over them.
+The launches of one call, in order: those of gather.py, and for each chunk a matrix product,
+`weigh_keys`, a matrix product and `finish_rows`. Rows that do not count come last; the products
+compute them, for only the device knows how many there are, and the kernels pass over them.
 """
 
 from typing import NamedTuple

@@ -14,17 +14,15 @@ for lower temperatures, and in float16, it gathers both online as attention does
 so two matrix products in all, and backward only scales. The raw q goes into the products and 1/|q|
 onto the scores: q is then never rounded again.
 
-The launches of one call, in order: `pack_keys` for each bank, `assign_buckets`, a running sum of
-the histogram, `order_rows`, `gather_queries`, `contrast_kernel`. Rows are ordered by class, so that
-a program meets one class or a few; rows that do not count come last and get zeros.
+The launches of one call, in order: those of gather.py, and `contrast_kernel` twice. Where the
+pixels that count are too few to keep all processors of the device busy, the first launch splits the
+keys among its programs and the second adds up what they found; elsewhere the second does nothing.
+The device decides, for only it knows how many pixels count.
 """
 
 import triton
 import triton.language as tl
 
-from .bucket import class_sizes, place_in_bucket, store_histogram
-
-NORM_EPS_SQUARED = tl.constexpr(1e-24)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 # columns that are finished at a time at the end, where the accumulator fills most registers
@@ -37,217 +35,37 @@ ROUNDING = tl.constexpr(1.01)  # keys and scores that were rounded may pass the 
 
 
 @triton.jit
-def pack_keys(
-    keys_ptr,  # (C, V, D) of one bank
-    held_ptr,  # (BANKS, C) int64
-    packed_ptr,  # (at least all keys + PAD, DIM_PADDED)
-    start_ptr,  # (C + 1,) int32
-    longest_ptr,  # (1,) float32, at first 0
-    stride_c,
-    stride_v,
-    stride_d,
-    D: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    C: tl.constexpr,
-    BINS: tl.constexpr,
-    BANK: tl.constexpr,
-    BANKS: tl.constexpr,
-    PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Line up the keys that are held, class by class and within a class bank by bank.
-
-    start[c] becomes the place of the first key of class c, start[C] how many there are. The PAD
-    rows that follow are zeros, so that whole tiles can be read. longest becomes the largest
-    |key|^2, infinite where a key is NaN.
-    """
-    c = tl.program_id(0)
-    v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, DIM_PADDED)
-    classes = tl.arange(0, BINS)
-    start = tl.zeros((), tl.int64)
-    total = tl.zeros((), tl.int64)
-    for bank in tl.static_range(BANKS):
-        held = tl.load(held_ptr + bank * C + classes, mask=classes < C, other=0)
-        start += tl.sum(tl.where(classes < c, held, 0))
-        total += tl.sum(held)
-    if tl.program_id(1) == 0 and BANK == 0:
-        tl.store(start_ptr + c, start.to(tl.int32))
-        if c == 0:
-            tl.store(start_ptr + C, total.to(tl.int32))
-            pad = total + tl.arange(0, PAD)
-            zeros = tl.zeros((PAD, DIM_PADDED), packed_ptr.dtype.element_ty)
-            tl.store(packed_ptr + pad[:, None] * DIM_PADDED + d[None, :], zeros)
-    for bank in tl.static_range(BANK):
-        start += tl.load(held_ptr + bank * C + c)
-    is_held = v < tl.load(held_ptr + BANK * C + c)
-    source = keys_ptr + c.to(tl.int64) * stride_c + v[:, None].to(tl.int64) * stride_v
-    keys = tl.load(
-        source + d[None, :] * stride_d, mask=is_held[:, None] & (d < D)[None, :], other=0.0
-    )
-    target = packed_ptr + (start + v)[:, None] * DIM_PADDED + d[None, :]
-    tl.store(target, keys.to(packed_ptr.dtype.element_ty), mask=is_held[:, None])
-    squared = tl.sum(keys.to(tl.float32) * keys.to(tl.float32), axis=1)
-    squared = tl.where(squared == squared, squared, float("inf"))
-    tl.atomic_max(longest_ptr, tl.max(squared, axis=0))
-
-
-# sizes that change from call to call: no new compilation for each divisibility
-@triton.jit(do_not_specialize=["n", "num_blocks"])
-def assign_buckets(
-    label_ptr,
-    mask_ptr,
-    held_ptr,
-    bucket_ptr,
-    histogram_ptr,
-    n,
-    num_blocks,
-    C: tl.constexpr,
-    BINS: tl.constexpr,
-    BANKS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    OWN_MUST_HOLD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Put each pixel that counts into the bucket of its class, the others into bucket C.
-
-    It counts when mask and label say so, another class holds a key and, if asked, its own.
-    """
-    block = tl.program_id(0)
-    pixel = block * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < n
-    label = tl.load(label_ptr + pixel, mask=inside, other=-1)
-    counts = (label >= 0) & (label < C)
-    if HAS_MASK:
-        counts = counts & (tl.load(mask_ptr + pixel, mask=inside, other=0) != 0)
-    classes = tl.arange(0, BINS)
-    held = tl.zeros((BINS,), tl.int64)
-    own = tl.zeros((BLOCK,), tl.int64)
-    for bank in tl.static_range(BANKS):
-        held += tl.load(held_ptr + bank * C + classes, mask=classes < C, other=0)
-        own += tl.load(held_ptr + bank * C + label, mask=counts, other=0)
-    holding = tl.sum((held > 0).to(tl.int32))
-    counts = counts & (holding - (own > 0).to(tl.int32) > 0)
-    if OWN_MUST_HOLD:
-        counts = counts & (own > 0)
-    bucket = tl.where(counts, label, C).to(tl.int32)
-    tl.store(bucket_ptr + pixel, bucket, mask=inside)
-    store_histogram(histogram_ptr, bucket, inside, block, num_blocks, C, BINS)
-
-
-@triton.jit(do_not_specialize=["n", "num_blocks"])
-def order_rows(
-    bucket_ptr,
-    histogram_ptr,
-    ends_ptr,
-    rows_ptr,
-    weight_ptr,
-    n,
-    num_blocks,
-    C: tl.constexpr,
-    BINS: tl.constexpr,
-    REDUCTION: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """rows (N,) lists the pixels by bucket; weight (C,) is what a pixel's loss counts for."""
-    block = tl.program_id(0)
-    pixel = block * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < n
-    bucket = tl.load(bucket_ptr + pixel, mask=inside, other=C + 1)
-    place = place_in_bucket(histogram_ptr, ends_ptr, bucket, inside, block, num_blocks)
-    tl.store(rows_ptr + place, pixel, mask=inside)
-    if block == 0:
-        pixels = class_sizes(ends_ptr, num_blocks, C, BINS).to(tl.float32)
-        c = tl.arange(0, BINS)
-        if REDUCTION == "class":
-            present = tl.sum((pixels > 0).to(tl.float32))
-            weight = 1.0 / tl.maximum(pixels * present, 1.0)
-        elif REDUCTION == "mean":
-            weight = tl.zeros((BINS,), tl.float32) + 1.0 / tl.maximum(tl.sum(pixels), 1.0)
-        else:
-            weight = tl.full((BINS,), 1.0, tl.float32)
-        tl.store(weight_ptr + c, weight, mask=c < C)
-
-
-@triton.jit
-def _inverse_norm(x):
-    """1/|x| of the rows, 0 where a row has no direction."""
-    squared = tl.sum(x * x, axis=1)
-    # a NaN stays one, so that it shows in the loss
-    no_direction = squared <= NORM_EPS_SQUARED
-    return tl.where(no_direction, 0.0, 1.0 / tl.sqrt(tl.where(no_direction, 1.0, squared)))
-
-
-@triton.jit(do_not_specialize=["n", "num_blocks"])
-def gather_queries(
-    query_ptr,  # (N, D)
-    positive_ptr,  # (N, D)
-    rows_ptr,  # (N,) int32
-    ends_ptr,
-    gathered_ptr,  # (at least N, DIM_PADDED), in the dtype of the query
-    inverse_norm_ptr,  # (at least N,)
-    gathered_positive_ptr,  # (at least N, DIM_PADDED), in the dtype of the positive
-    positive_inverse_norm_ptr,  # (at least N,)
-    cosine_ptr,  # (at least N,)
-    loss_ptr,  # (N,)
-    grad_ptr,  # (N, D) contiguous
-    n,
-    num_blocks,
-    query_stride_n,
-    query_stride_d,
-    positive_stride_n,
-    positive_stride_d,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    PAIR: tl.constexpr,
-    NEED_GRAD: tl.constexpr,
-    PER_PIXEL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Queries that count, in order of class, with 1/|q|; the others get a zero loss and gradient.
-
-    The contrast kernel has no registers to spare for gathering whole features from any strides and
-    for squaring them. Its last tile is filled up with zeros.
-    """
-    first = tl.program_id(0) * BLOCK
-    num_rows = tl.load(ends_ptr + C * num_blocks - 1)
-    place = first + tl.arange(0, BLOCK)
-    d = tl.arange(0, DIM_PADDED)
-    rows = tl.load(rows_ptr + place, mask=place < n, other=0).to(tl.int64)
-    live = place < num_rows
-    if first < tl.cdiv(num_rows, BLOCK_M) * BLOCK_M:
-        shown = live[:, None] & (d < D)[None, :]
-        target = place.to(tl.int64)[:, None] * DIM_PADDED + d[None, :]
-        wide = d.to(tl.int64)  # of a map seen as pixels, D - 1 strides may pass 2**31
-        source = query_ptr + rows[:, None] * query_stride_n + wide[None, :] * query_stride_d
-        q = tl.load(source, mask=shown, other=0.0)
-        inverse_norm = _inverse_norm(q.to(tl.float32))
-        tl.store(gathered_ptr + target, q)
-        tl.store(inverse_norm_ptr + place, inverse_norm)
-        if PAIR:
-            source = positive_ptr + rows[:, None] * positive_stride_n
-            v = tl.load(source + wide[None, :] * positive_stride_d, mask=shown, other=0.0)
-            v_inverse_norm = _inverse_norm(v.to(tl.float32))
-            u = q.to(tl.float32) * inverse_norm[:, None]
-            cosine = tl.sum(u * (v.to(tl.float32) * v_inverse_norm[:, None]), axis=1)
-            tl.store(gathered_positive_ptr + target, v)
-            tl.store(positive_inverse_norm_ptr + place, v_inverse_norm)
-            tl.store(cosine_ptr + place, cosine)
-    dead = (place >= num_rows) & (place < n)
-    if PER_PIXEL:
-        tl.store(loss_ptr + rows, tl.zeros((BLOCK,), tl.float32), mask=dead)
-    if NEED_GRAD:
-        zeros = tl.zeros((BLOCK, DIM_PADDED), grad_ptr.dtype.element_ty)
-        address = grad_ptr + rows[:, None] * D + d[None, :]
-        tl.store(address, zeros, mask=dead[:, None] & (d < D)[None, :])
-
-
-@triton.jit
 def _load_keys(packed_ptr, first, BLOCK: tl.constexpr, DIM_PADDED: tl.constexpr):
     place = (first + tl.arange(0, BLOCK)).to(tl.int64)
     return tl.load(packed_ptr + place[:, None] * DIM_PADDED + tl.arange(0, DIM_PADDED)[None, :])
+
+
+@triton.jit
+def _load_columns(
+    pointer, place, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM_PADDED: tl.constexpr
+):
+    d = FIRST + tl.arange(0, WIDTH)
+    return tl.load(pointer + place.to(tl.int64)[:, None] * DIM_PADDED + d[None, :])
+
+
+@triton.jit
+def _halves(x, WIDTH: tl.constexpr):
+    """The left and the right half of the columns; a relabelling of registers."""
+    return tl.reshape(x, (x.shape[0], 2, WIDTH // 2)).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _store_columns(
+    pointer, x, place, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM_PADDED: tl.constexpr
+):
+    """Store the columns of rows from FIRST on, a piece at a time: they change their registers."""
+    if WIDTH > PIECE:
+        left, right = _halves(x, WIDTH)
+        _store_columns(pointer, left, place, FIRST, WIDTH // 2, DIM_PADDED)
+        _store_columns(pointer, right, place, FIRST + WIDTH // 2, WIDTH // 2, DIM_PADDED)
+    else:
+        d = FIRST + tl.arange(0, WIDTH)
+        tl.store(pointer + place[:, None] * DIM_PADDED + d[None, :], x)
 
 
 @triton.jit
@@ -261,6 +79,8 @@ def _sweep_negatives(
     num_keys,
     skip_start,
     skip_end,
+    part,
+    parts,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DIM_PADDED: tl.constexpr,
@@ -270,7 +90,8 @@ def _sweep_negatives(
 ):
     """log2 Z (BLOCK_M,), and O / Z (BLOCK_M, DIM_PADDED) where the gradient is wanted.
 
-    Tiles that lie wholly in skip_start..skip_end are the own keys of every row and are left out.
+    Of one part of the keys; a row that has no negatives there gets -inf and 0. Tiles that lie
+    wholly in skip_start..skip_end are the own keys of every row and are left out.
     """
     acc = tl.zeros((BLOCK_M, DIM_PADDED), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -281,7 +102,8 @@ def _sweep_negatives(
         top = tl.full((BLOCK_M,), LOWEST, tl.float32)
     else:
         top = tl.zeros((BLOCK_M,), tl.float32) + bound
-    for i in range(tl.cdiv(num_keys, BLOCK_N) - skipped):
+    tiles = tl.cdiv(num_keys, BLOCK_N) - skipped
+    for i in range(tiles * part // parts, tiles * (part + 1) // parts):
         first = (i + tl.where(i >= first_skipped, skipped, 0)) * BLOCK_N
         k = _load_keys(packed_ptr, first, BLOCK_N, DIM_PADDED)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -303,8 +125,180 @@ def _sweep_negatives(
         if NEED_GRAD:
             acc = tl.dot(p.to(k.dtype), k, acc, input_precision=PRECISION)
     if NEED_GRAD:
-        acc = acc / total[:, None]
+        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     return top + tl.log2(total), acc
+
+
+@triton.jit
+def _sweep(
+    q,
+    scale,
+    longest,
+    inverse_tau,
+    own_start,
+    own_end,
+    packed_ptr,
+    num_keys,
+    skip_start,
+    skip_end,
+    part,
+    parts,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    NEED_GRAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`_sweep_negatives` by the bound of the scores, online where it is too high for that."""
+    bound = tl.sqrt(longest) * (inverse_tau * (LOG2E * ROUNDING))
+    # of a float16 too few bits would be left where the largest score is far below the bound
+    if packed_ptr.dtype.element_ty != tl.float16 and bound <= MOST_BOUND:
+        log2_z, mean = _sweep_negatives(
+            q,
+            scale,
+            bound,
+            own_start,
+            own_end,
+            packed_ptr,
+            num_keys,
+            skip_start,
+            skip_end,
+            part,
+            parts,
+            BLOCK_M,
+            BLOCK_N,
+            DIM_PADDED,
+            NEED_GRAD,
+            PRECISION,
+            False,
+        )
+    else:
+        log2_z, mean = _sweep_negatives(
+            q,
+            scale,
+            bound,
+            own_start,
+            own_end,
+            packed_ptr,
+            num_keys,
+            skip_start,
+            skip_end,
+            part,
+            parts,
+            BLOCK_M,
+            BLOCK_N,
+            DIM_PADDED,
+            NEED_GRAD,
+            PRECISION,
+            True,
+        )
+    return log2_z, mean
+
+
+@triton.jit
+def _tile(first_row, num_rows, rows_ptr, label_ptr, start_ptr, BLOCK_M: tl.constexpr):
+    """Of BLOCK_M rows: place, whether it counts, where its own keys begin and end.
+
+    Then where the own keys of any row begin and end, and the end of those that are own keys of
+    every row, which begin at the same place.
+    """
+    place = first_row + tl.arange(0, BLOCK_M)
+    live = place < num_rows
+    row = tl.load(rows_ptr + place, mask=live, other=0)
+    label = tl.load(label_ptr + row, mask=live, other=0)
+    own_start = tl.load(start_ptr + label, mask=live, other=0)
+    own_end = tl.load(start_ptr + label + 1, mask=live, other=0)
+    # rows are ordered by class: the own keys of the tile lie between these two
+    first_class = tl.load(label_ptr + tl.load(rows_ptr + first_row))
+    last_row = tl.minimum(first_row + BLOCK_M, num_rows) - 1
+    last_class = tl.load(label_ptr + tl.load(rows_ptr + last_row))
+    tile_start = tl.load(start_ptr + first_class)
+    tile_end = tl.load(start_ptr + last_class + 1)
+    skip_end = tl.where(first_class == last_class, tile_end, tile_start)
+    return place, live, own_start, own_end, tile_start, tile_end, skip_end
+
+
+@triton.jit
+def _parts(num_rows, num_keys, processors, BLOCK_M: tl.constexpr, KEYS_OF_A_PART: tl.constexpr):
+    """Into how many parts the keys are split for each tile of rows."""
+    idle = processors // tl.maximum(tl.cdiv(num_rows, BLOCK_M), 1)
+    return tl.maximum(tl.minimum(idle, num_keys // KEYS_OF_A_PART), 1)
+
+
+@triton.jit
+def _add_columns(
+    part_log2_ptr,
+    part_mean_ptr,
+    log2_z,
+    first,
+    parts,
+    PART_M: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+):
+    """O / Z of a tile from those of its parts, a piece of the columns at a time."""
+    if WIDTH > PIECE:
+        left = _add_columns(
+            part_log2_ptr,
+            part_mean_ptr,
+            log2_z,
+            first,
+            parts,
+            PART_M,
+            FIRST,
+            WIDTH // 2,
+            DIM_PADDED,
+        )
+        right = _add_columns(
+            part_log2_ptr,
+            part_mean_ptr,
+            log2_z,
+            first,
+            parts,
+            PART_M,
+            FIRST + WIDTH // 2,
+            WIDTH // 2,
+            DIM_PADDED,
+        )
+        mean = tl.join(left, right).permute(0, 2, 1).reshape(first.shape[0], WIDTH)
+    else:
+        mean = tl.zeros((first.shape[0], WIDTH), tl.float32)
+        for part in range(parts):
+            place = first + part * PART_M
+            share = tl.exp2(tl.load(part_log2_ptr + place) - log2_z)
+            x = _load_columns(part_mean_ptr, place, FIRST, WIDTH, DIM_PADDED)
+            mean += share[:, None] * x
+    return mean
+
+
+@triton.jit
+def _add_parts(
+    part_log2_ptr,
+    part_mean_ptr,
+    first_row,
+    parts,
+    BLOCK_M: tl.constexpr,
+    PART_M: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    NEED_GRAD: tl.constexpr,
+):
+    """log2 Z and O / Z of BLOCK_M rows from those of the parts of their tile of PART_M rows."""
+    first = first_row // PART_M * parts * PART_M + first_row % PART_M + tl.arange(0, BLOCK_M)
+    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    for part in range(parts):
+        top = tl.maximum(top, tl.load(part_log2_ptr + first + part * PART_M))
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for part in range(parts):
+        total += tl.exp2(tl.load(part_log2_ptr + first + part * PART_M) - top)
+    log2_z = top + tl.log2(total)
+    if NEED_GRAD:
+        mean = _add_columns(
+            part_log2_ptr, part_mean_ptr, log2_z, first, parts, PART_M, 0, DIM_PADDED, DIM_PADDED
+        )
+    else:
+        mean = tl.zeros((BLOCK_M, DIM_PADDED), tl.float32)
+    return log2_z, mean
 
 
 @triton.jit
@@ -313,20 +307,6 @@ def _softplus_and_sigmoid(z):
     e = tl.exp2(-tl.abs(z))
     softplus = (tl.maximum(z, 0.0) + tl.log2(1.0 + e)) * LN2
     return softplus, tl.where(z >= 0, 1.0, e) / (1.0 + e)
-
-
-@triton.jit
-def _load_columns(
-    pointer, place, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM_PADDED: tl.constexpr
-):
-    d = FIRST + tl.arange(0, WIDTH)
-    return tl.load(pointer + place.to(tl.int64)[:, None] * DIM_PADDED + d[None, :])
-
-
-@triton.jit
-def _halves(x, WIDTH: tl.constexpr):
-    """The left and the right half of the columns; a relabelling of registers."""
-    return tl.reshape(x, (x.shape[0], 2, WIDTH // 2)).permute(0, 2, 1).split()
 
 
 @triton.jit
@@ -407,7 +387,7 @@ def _own_weights(
     return tl.where(is_own, softplus, 0.0), tl.where(is_own, w, 0.0)
 
 
-@triton.jit(do_not_specialize=["n", "num_blocks"])
+@triton.jit(do_not_specialize=["n", "num_blocks", "processors"])
 def contrast_kernel(
     gathered_ptr,  # (at least N, DIM_PADDED)
     inverse_norm_ptr,  # (at least N,)
@@ -421,10 +401,13 @@ def contrast_kernel(
     ends_ptr,  # running sum of the histogram (C + 1, num_blocks)
     label_ptr,  # (N,) int64
     weight_ptr,  # (C,)
-    loss_ptr,  # (N,) or (programs,)
+    part_log2_ptr,  # (processors * PART_M,)
+    part_mean_ptr,  # (processors * PART_M, DIM_PADDED) float32
+    loss_ptr,  # (N,), or (programs,) of the first launch, the larger one
     grad_ptr,  # (N, D) contiguous
     n,
     num_blocks,
+    processors,
     inverse_tau,
     C: tl.constexpr,
     D: tl.constexpr,
@@ -436,72 +419,70 @@ def contrast_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
+    ADD_PARTS: tl.constexpr,
+    PART_M: tl.constexpr,
+    KEYS_OF_A_PART: tl.constexpr,
 ):
-    """BLOCK_M queries against all keys; loss is by pixel, or a weighted sum by program."""
-    first_row = tl.program_id(0) * BLOCK_M
+    """BLOCK_M queries against all keys; loss is by pixel, or a weighted sum by program.
+
+    ADD_PARTS says which of the two launches it is, PART_M is BLOCK_M of the first.
+    """
     num_rows = tl.load(ends_ptr + C * num_blocks - 1)
+    num_keys = tl.load(start_ptr + C)
+    parts = _parts(num_rows, num_keys, processors, PART_M, KEYS_OF_A_PART)
+    if ADD_PARTS:
+        if parts == 1:
+            return
+        first_row = tl.program_id(0) * BLOCK_M
+    else:
+        first_row = tl.program_id(0) // parts * BLOCK_M
     if first_row >= num_rows:
         if not PER_PIXEL:
             tl.store(loss_ptr + tl.program_id(0), 0.0)
         return
 
-    place = first_row + tl.arange(0, BLOCK_M)
-    live = place < num_rows
-    rows = tl.load(rows_ptr + place, mask=live, other=0).to(tl.int64)
-    label = tl.load(label_ptr + rows, mask=live, other=0)
-    own_start = tl.load(start_ptr + label, mask=live, other=0)
-    own_end = tl.load(start_ptr + label + 1, mask=live, other=0)
-    # rows are ordered by class: the own keys of the tile lie between these two
-    first_class = tl.load(label_ptr + tl.load(rows_ptr + first_row))
-    last_row = tl.minimum(first_row + BLOCK_M, num_rows) - 1
-    last_class = tl.load(label_ptr + tl.load(rows_ptr + last_row))
-    tile_start = tl.load(start_ptr + first_class)
-    tile_end = tl.load(start_ptr + last_class + 1)
-
+    place, live, own_start, own_end, tile_start, tile_end, skip_end = _tile(
+        first_row, num_rows, rows_ptr, label_ptr, start_ptr, BLOCK_M
+    )
     q = _load_columns(gathered_ptr, place, 0, DIM_PADDED, DIM_PADDED)
     inverse_norm = tl.load(inverse_norm_ptr + place)
     scale = inverse_norm * (inverse_tau * LOG2E)
-    bound = tl.sqrt(tl.load(longest_ptr)) * (inverse_tau * (LOG2E * ROUNDING))
-    num_keys = tl.load(start_ptr + C)
-    skip_end = tl.where(first_class == last_class, tile_end, tile_start)
-    # of a float16 too few bits would be left where the largest score is far below the bound
-    if packed_ptr.dtype.element_ty != tl.float16 and bound <= MOST_BOUND:
-        log2_z, g = _sweep_negatives(
-            q,
-            scale,
-            bound,
-            own_start,
-            own_end,
-            packed_ptr,
-            num_keys,
-            tile_start,
-            skip_end,
-            BLOCK_M,
-            BLOCK_N,
-            DIM_PADDED,
-            NEED_GRAD,
-            PRECISION,
-            False,
+    if ADD_PARTS:
+        log2_z, g = _add_parts(
+            part_log2_ptr, part_mean_ptr, first_row, parts, BLOCK_M, PART_M, DIM_PADDED, NEED_GRAD
         )
     else:
-        log2_z, g = _sweep_negatives(
+        log2_z, g = _sweep(
             q,
             scale,
-            bound,
+            tl.load(longest_ptr),
+            inverse_tau,
             own_start,
             own_end,
             packed_ptr,
             num_keys,
             tile_start,
             skip_end,
+            tl.program_id(0) % parts,
+            parts,
             BLOCK_M,
             BLOCK_N,
             DIM_PADDED,
             NEED_GRAD,
             PRECISION,
-            True,
         )
+        if parts > 1:
+            place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+            tl.store(part_log2_ptr + place, log2_z)
+            if NEED_GRAD:
+                _store_columns(part_mean_ptr, g, place, 0, DIM_PADDED, DIM_PADDED)
+            if not PER_PIXEL:
+                tl.store(loss_ptr + tl.program_id(0), 0.0)
+            return
 
+    # read here and not before the sweep, which needs all registers
+    rows = tl.load(rows_ptr + place, mask=live, other=0).to(tl.int64)
+    label = tl.load(label_ptr + rows, mask=live, other=0)
     if PAIR:
         loss, w_mean = _softplus_and_sigmoid(
             log2_z - tl.load(cosine_ptr + place) * (inverse_tau * LOG2E)

@@ -49,8 +49,14 @@ TILES = {
     (86, "tf32", 256): Tile(32, 16, 16, 8, 2),
 }
 
+# Tiles of keys that a program walks over at least where few pixels count: adding up a part costs
+# the time of one or two. Estimated for an H100, not yet measured.
+TILES_OF_A_PART = 8
+ROWS_TO_ADD = 32  # of which a program adds up the parts; divides every block_m
+
 # small and odd against each other, so that a few dozen pixels already cross every boundary
 INTERPRETER_TILE = Tile(32, 16, 16, 4, 1)
+INTERPRETER_PROCESSORS = 7  # two parts of the keys for each of three tiles
 
 
 def architecture(major: int, minor: int) -> int:

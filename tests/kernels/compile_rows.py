@@ -15,11 +15,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from ctt_kernels import bucket, chunked, contrast, ema, push, tiles, topk
+from ctt_kernels import bucket, chunked, contrast, ema, gather, push, tiles, topk
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -48,6 +49,8 @@ CONTRAST_TYPES = {
     "push_ptr": "*fp32",
     "score_ptr": "*fp32",
     "product_ptr": "*fp32",
+    "part_log2_ptr": "*fp32",
+    "part_mean_ptr": "*fp32",
     "inverse_tau": "fp32",
 }
 CONTRAST_CONSTANTS = {
@@ -61,35 +64,40 @@ CONTRAST_CONSTANTS = {
 def contrast_cases(arch: int) -> Iterator[Case]:
     for (row_arch, kind, dim), tile in tiles.TILES.items():
         if row_arch == arch:
-            for pair in (False, True):
-                yield contrast_case(kind, dim, tile, pair)
+            for pair, add_parts in product((False, True), repeat=2):
+                yield contrast_case(kind, dim, tile, pair, add_parts=add_parts)
 
 
-def contrast_case(kind: str, dim: int, tile: Any, pair: bool) -> Case:
+def contrast_case(kind: str, dim: int, tile: Any, pair: bool, *, add_parts: bool = False) -> Case:
     kernel = contrast.contrast_kernel
     constants = {
         **CONTRAST_CONSTANTS,
         "D": dim,
         "DIM_PADDED": dim,
         "PAIR": pair,
-        "BLOCK_M": tile.block_m,
+        "BLOCK_M": tiles.ROWS_TO_ADD if add_parts else tile.block_m,
+        "PART_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_OWN": tile.block_own,
+        "ADD_PARTS": add_parts,
+        "KEYS_OF_A_PART": tiles.TILES_OF_A_PART * tile.block_n,
     }
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    name = f"contrast {kind} {dim} {'pair' if pair else 'queue'}"
+    if add_parts:
+        options = {"num_warps": 4, "num_stages": 1}
+    name = f"contrast {kind} {dim} {'pair' if pair else 'queue'}{' parts' * add_parts}"
     return Case(name, kernel, contrast_types(kernel, kind, constants), constants, options)
 
 
 def small_cases() -> Iterator[Case]:
     """The constants that the other cases leave out."""
     for kind in ("half", "tf32"):
-        for pair in (False, True):
-            case = contrast_case(kind, 64, tiles.TILES[90, kind, 64], pair)
+        for pair, add in product((False, True), repeat=2):
+            case = contrast_case(kind, 64, tiles.TILES[90, kind, 64], pair, add_parts=add)
             constants = case.constants | {"D": 5, "DIM_PADDED": 16, "PER_PIXEL": True, "C": 2}
             for need_grad in (False, True):
                 yield case._replace(
-                    name=f"small {kind} {'pair' if pair else 'queue'}{' gradient' * need_grad}",
+                    name=case.name.replace("contrast", "small") + " gradient" * need_grad,
                     constants=constants | {"NEED_GRAD": need_grad},
                 )
 
@@ -105,7 +113,7 @@ def contrast_types(kernel: Any, kind: str, constants: dict[str, Any]) -> dict[st
 
 def gather_cases() -> Iterator[Case]:
     """With the pixels or the features of a query next to each other in memory."""
-    kernel = contrast.gather_queries
+    kernel = gather.gather_queries
     for kind in ("half", "tf32"):
         for unit in ("n", "d"):
             for dim, rows in ((256, 32), (512, 16), (chunked.MAX_DIM, 2)):
@@ -166,15 +174,15 @@ def other_cases() -> Iterator[Case]:
     counting = {"bucket_ptr": i32, "histogram_ptr": i32}
     n = {"n": "i32", "num_blocks": "i32"}
     yield Case(
-        "contrast.assign_buckets",
-        contrast.assign_buckets,
+        "gather.assign_buckets",
+        gather.assign_buckets,
         {"label_ptr": i64, "mask_ptr": flag, "held_ptr": i64, **counting, **n},
         {**sizes, "BANKS": 2, "HAS_MASK": True, "OWN_MUST_HOLD": True},
         four,
     )
     yield Case(
-        "contrast.order_rows",
-        contrast.order_rows,
+        "gather.order_rows",
+        gather.order_rows,
         {**counting, "ends_ptr": i32, "rows_ptr": i32, "weight_ptr": f32, **n},
         {**sizes, "REDUCTION": "class"},
         four,
@@ -182,8 +190,8 @@ def other_cases() -> Iterator[Case]:
     for dim, rows in ((64, 32), (256, 32), (512, 16), (chunked.MAX_DIM, 2)):
         strides = {"stride_c": "i32", "stride_v": "i32"}
         yield Case(
-            f"contrast.pack_keys {dim}",
-            contrast.pack_keys,
+            f"gather.pack_keys {dim}",
+            gather.pack_keys,
             {
                 "keys_ptr": f32,
                 "held_ptr": i64,

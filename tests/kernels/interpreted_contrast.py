@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ctt_kernels import contrast, tiles
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -269,6 +270,34 @@ def test_scores_far_below_their_bound(temperature: float, longest: float) -> Non
         query,
         wide,
     )
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.1])
+@pytest.mark.parametrize(("processors", "parts"), [(1, 1), (2, 2), (5, 5), (50, 14)])
+def test_keys_are_split_where_few_pixels_count(
+    temperature: float, processors: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "INTERPRETER_PROCESSORS", processors)
+    monkeypatch.setattr(tiles, "TILES_OF_A_PART", 1)
+    monkeypatch.setattr(tiles, "ROWS_TO_ADD", 16)
+    query, positive, label, keys, count, mask = case((70, 4, 60, 19), torch.float32, seed=10)
+    count[:] = torch.tensor([60, 60, 50, 60])  # 14 tiles
+    keys = plain(keys).float()
+    mask &= mask.cumsum(0) <= 30  # one tile of the three counts
+    query.requires_grad_()
+    wide = query.detach().double().requires_grad_()
+    options = {"temperature": temperature, "mask": mask, "reduction": "none"}
+    banks = [(keys, count)]
+    found = []
+    add = contrast._add_parts
+    monkeypatch.setattr(contrast, "_add_parts", lambda *a: (found.append(int(a[3])), add(*a))[1])
+    high = info_nce(query, label, keys, count, backend="triton", **options)
+    check(high, reference.info_nce(wide, label, plain(keys), count, **options), query, wide)
+    low = pair_info_nce(query, positive, label, banks, backend="triton", **options)
+    banks = [(plain(keys), count)]
+    truth = reference.pair_info_nce(wide, positive.double(), label, banks, **options)
+    check(low, truth, query, wide)
+    assert found == ([parts] * 4 if parts > 1 else [])  # two losses, two programs each
 
 
 def test_a_key_of_nan_shows_in_the_loss() -> None:

@@ -126,7 +126,7 @@ def _contrast(
             "PER_PIXEL": per_pixel,
             "BLOCK_M": plan.tile.block_m,
         }
-        gather = triton._kernels("contrast").gather_queries
+        gather = triton._kernels("gather").gather_queries
         given |= triton._gather(query, positive, plan, _arguments(gather, given))
         _sweep(given, _operand(bank, keys))
     return (loss if per_pixel else loss.sum()), grad
@@ -137,7 +137,7 @@ def _plan(n: int, dim: int) -> triton._Plan:
     block = 32  # a multiple of the rows that a program gathers
     tile = triton._kernels("tiles").Tile(block, _ALIGNED, _ALIGNED, num_warps=8, num_stages=1)
     dim_padded = max(_ALIGNED, triton._power_of_2(dim))
-    return triton._Plan(tile, dim_padded, "ieee", triton._cdiv(n, block))
+    return triton._Plan(tile, dim_padded, "ieee", triton._cdiv(n, block), processors=1)
 
 
 def _operand(bank: triton._Bank, keys: list[Tensor]) -> Tensor:

@@ -349,6 +349,7 @@ class _Plan(NamedTuple):
     dim_padded: int
     precision: str
     programs: int
+    processors: int  # of the device
 
 
 def _plan(query: Tensor) -> _Plan | None:
@@ -358,7 +359,7 @@ def _plan(query: Tensor) -> _Plan | None:
     if _interpreted():
         if query.dtype == torch.float64 or dim > tiles.MAX_DIM:
             return None
-        tile, precision = tiles.INTERPRETER_TILE, "ieee"
+        tile, precision, processors = tiles.INTERPRETER_TILE, "ieee", tiles.INTERPRETER_PROCESSORS
     else:
         kind = _kind_of_dot(query.dtype)
         if kind is None:
@@ -367,8 +368,9 @@ def _plan(query: Tensor) -> _Plan | None:
         tile, precision = tiles.find(arch, kind, dim), "tf32"
         if tile is None:
             return None
+        processors = torch.cuda.get_device_properties(query.device).multi_processor_count
     programs = max(1, _cdiv(query.shape[0], tile.block_m))
-    return _Plan(tile, max(16, _power_of_2(dim)), precision, programs)
+    return _Plan(tile, max(16, _power_of_2(dim)), precision, programs, processors)
 
 
 def _kind_of_dot(dtype: torch.dtype) -> str | None:
@@ -403,7 +405,9 @@ def _contrast(
     """Equation (6), or equation (8) where `positive` is given."""
     n, dim = query.shape
     per_pixel = reduction == "none"
-    loss = query.new_empty(n if per_pixel else plan.programs, dtype=torch.float32)
+    parts = _parts(plan, keys)
+    programs = max(plan.programs, parts.processors, parts.programs)
+    loss = query.new_empty(n if per_pixel else programs, dtype=torch.float32)
     grad = query.new_empty(n, dim, dtype=gradient_dtype(query)) if need_grad else None
     if n == 0:
         return (loss if per_pixel else loss.new_zeros(())), grad
@@ -426,25 +430,49 @@ def _contrast(
             "PER_PIXEL": per_pixel,
             "BLOCK_M": plan.tile.block_m,
         }
-        gathered = _gather(query, positive, plan, shared)
-        _launch(
-            _kernels("contrast").contrast_kernel,
-            (plan.programs,),
-            **gathered,
-            **shared,
-            packed_ptr=bank.packed,
-            start_ptr=bank.start,
-            longest_ptr=bank.longest,
-            label_ptr=label,
-            weight_ptr=rows.weight,
-            inverse_tau=1 / temperature,
-            PRECISION=plan.precision,
-            BLOCK_N=plan.tile.block_n,
-            BLOCK_OWN=plan.tile.block_own,
-            num_warps=plan.tile.num_warps,
-            num_stages=plan.tile.num_stages,
-        )
+        shared |= _gather(query, positive, plan, shared)
+        shared |= {
+            "packed_ptr": bank.packed,
+            "start_ptr": bank.start,
+            "longest_ptr": bank.longest,
+            "label_ptr": label,
+            "weight_ptr": rows.weight,
+            "inverse_tau": 1 / temperature,
+            "PRECISION": plan.precision,
+            "BLOCK_N": plan.tile.block_n,
+            "BLOCK_OWN": plan.tile.block_own,
+            "processors": parts.processors,
+            "KEYS_OF_A_PART": parts.keys,
+            "PART_M": plan.tile.block_m,
+        }
+        room = parts.processors * plan.tile.block_m
+        shared["part_log2_ptr"] = loss.new_empty(room)
+        shared["part_mean_ptr"] = loss.new_empty(room if need_grad else 0, plan.dim_padded)
+        kernel = _kernels("contrast").contrast_kernel
+        options = {"num_warps": plan.tile.num_warps, "num_stages": plan.tile.num_stages}
+        _launch(kernel, (programs,), **shared, ADD_PARTS=False, **options)
+        if parts.programs:
+            shared["BLOCK_M"] = _kernels("tiles").ROWS_TO_ADD
+            _launch(kernel, (parts.programs,), **shared, ADD_PARTS=True, num_warps=4, num_stages=1)
         return (loss if per_pixel else loss.sum()), grad
+
+
+class _Parts(NamedTuple):
+    """How the keys are split among programs where few pixels count."""
+
+    processors: int  # programs that are wanted at least
+    programs: int  # that add up the parts; none if the keys are too few to split
+    keys: int  # of a part at least
+
+
+def _parts(plan: _Plan, keys: list[Tensor]) -> _Parts:
+    tiles, tile = _kernels("tiles"), plan.tile
+    least = tiles.TILES_OF_A_PART * tile.block_n
+    if keys[0].shape[0] * sum(k.shape[1] for k in keys) < 2 * least:
+        return _Parts(1, 0, least)
+    # of more tiles of rows than half the processors, none is split
+    split = min(plan.programs, plan.processors // 2)
+    return _Parts(plan.processors, split * tile.block_m // tiles.ROWS_TO_ADD, least)
 
 
 def _gather(
@@ -466,7 +494,7 @@ def _gather(
     }
     block = _rows_at_a_time(plan.dim_padded)
     _launch(
-        _kernels("contrast").gather_queries,
+        _kernels("gather").gather_queries,
         (_cdiv(room, block),),
         query_ptr=query,
         positive_ptr=v,
@@ -512,7 +540,7 @@ def _pack(
     block = _rows_at_a_time(plan.dim_padded)
     for bank, k in enumerate(keys):
         _launch(
-            _kernels("contrast").pack_keys,
+            _kernels("gather").pack_keys,
             (num_classes, max(1, _cdiv(k.shape[1], block))),  # the first also writes `start`
             k,
             held,
@@ -546,7 +574,7 @@ def _order(
 ) -> _Rows:
     n = label.shape[0]
     banks, num_classes = bank.held.shape
-    kernels, block = _kernels("contrast"), _kernels("bucket").BLOCK
+    kernels, block = _kernels("gather"), _kernels("bucket").BLOCK
     num_blocks = _cdiv(n, block)
     sizes = {"C": num_classes, "BINS": _bins(num_classes), "BLOCK": block}
     bucket, histogram = _buckets(n, num_classes, num_blocks, label.device)
