@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ctt.data.dataset import IGNORE, DatasetInfo
-from ctt.data.packed import unpack
+from ctt.data.dataset import DatasetInfo
 from ctt.data.seeding import derive_seed
-from ctt.data.views import to_unit
-from ctt.methods.base import Batch, Method, Round
+from ctt.methods.base import Method
 from ctt.methods.optim import learning_rate
 from ctt.methods.sharding import gather, settle
 from ctt.settings import Settings
+from ctt.train.batches import batch_of, split_batch
 from ctt.train.compiling import compile_networks
 from ctt.train.context import StepContext
+from ctt.train.data_parallel import DataParallel
 from ctt.train.distributed import World
 from ctt.train.graph_runner import GraphRunner
 from ctt.train.prefetcher import Batch as Images
@@ -69,8 +66,7 @@ class Engine:
             **method.schedules(),
         }
         self.step = StepContext(settings, info, device, self.world, schedules)
-        self.module = method if self.world.size == 1 else averaging_gradients(method)
-        self.averaged_buffers = [] if settings.model.sync_batch_norm else list(statistics(method))
+        self.parallel = DataParallel(method, self.world, not settings.model.sync_batch_norm)
         self.iteration = 0
         self.drawn = self.drawn_unlabeled = 0
         self.trained = self.untrained = 0
@@ -135,8 +131,8 @@ class Engine:
         sums: dict[str, Tensor] = {}
         parts = self.settings.train.accumulate
         for i, part in enumerate(split_batch(b, parts)):
-            with self._unsummed(i < parts - 1):
-                terms = self.module(part, step)
+            with self.parallel.summing(i == parts - 1):
+                terms = self.parallel.module(part, step)
                 total = torch.stack([weight * value for weight, value in terms.values()]).sum()
                 with step.phase("backward"):
                     # gradients are averaged over the processes, but a loss is a part of the mean
@@ -150,7 +146,7 @@ class Engine:
             self._optimize()
         with torch.no_grad():
             with step.phase("ema"):
-                self._average_buffers()
+                self.parallel.average_statistics()
             method.after_step(b, step)
         return sums | step.logged
 
@@ -184,25 +180,6 @@ class Engine:
                     nn.utils.clip_grad_norm_(parameters, self.settings.optim.clip_norm)
             self.scaler.step(optimizer)
         self.scaler.update()
-
-    @contextlib.contextmanager
-    def _unsummed(self, yes: bool) -> Iterator[None]:
-        """Where `yes`, a backward pass leaves the gradients of this process unsummed."""
-        if yes and isinstance(self.module, DistributedDataParallel):
-            with self.module.no_sync():
-                yield
-            return
-        yield
-
-    def _average_buffers(self) -> None:
-        """Running statistics of what is trained, on every process the mean over the processes."""
-        if self.world.size == 1 or not self.averaged_buffers:
-            return
-        flat = torch.cat([buffer.flatten() for buffer in self.averaged_buffers])
-        mean = self.world.total(flat) / self.world.size
-        parts = mean.split_with_sizes([buffer.numel() for buffer in self.averaged_buffers])
-        views = [p.view_as(b) for p, b in zip(parts, self.averaged_buffers, strict=True)]
-        torch._foreach_copy_(self.averaged_buffers, views)
 
     def gather(self) -> None:
         """Bring what several processes share out to the first, before it asks for `state_dict`."""
@@ -243,53 +220,3 @@ class Engine:
         # checkpoints of earlier versions have none
         self.trained, self.untrained = (int(state.get(n, 0)) for n in ("trained", "untrained"))
         self.method.round = self.rounds.at(self.iteration)
-
-
-def batch_of(inputs: Sequence[Tensor], kind: Round, outside: bool = False) -> Batch:
-    """Return the batch that a method gets from what the loader gives.
-
-    That is images and label and, if the method takes unlabelled images, those images and a second
-    map: 255 in the padding, or packed labels (see `ctt.data.packed`): kept ones or outside masks.
-
-    Args:
-        outside: the label is a mask that another model made, see `ctt.methods.mask_teacher`.
-    """
-    b: Batch = {"images": to_unit(inputs[0]), "label": inputs[1].long()}
-    if len(inputs) > 2:
-        b |= {"unlabeled": to_unit(inputs[2]), "padding": inputs[3] == IGNORE}
-    if len(inputs) > 2 and kind.images == "kept":
-        b["kept"], b["kept confidence"] = unpack(inputs[3])
-        b["padding"] = b["kept"] == IGNORE
-    elif len(inputs) > 2 and outside:
-        b["outside"], b["outside confidence"] = unpack(inputs[3])
-        b["padding"] = inputs[3] < 0
-    return b
-
-
-def split_batch(b: Batch, parts: int) -> Iterator[Batch]:
-    """Return parts of a batch, in order; what belongs to the whole goes to each."""
-    whole = {name: [x] * parts for name, x in b.items() if not x.dim()}
-    cut = {name: x.chunk(parts) for name, x in b.items() if x.dim()}
-    for i in range(parts):
-        yield {name: some[i] for name, some in (whole | cut).items()}
-
-
-def averaging_gradients(method: Method) -> DistributedDataParallel:
-    """Return the method with its gradients averaged over the processes during backward."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers, the name until 2.14
-        return DistributedDataParallel(
-            method,
-            broadcast_buffers=False,  # see Engine._average_buffers
-            gradient_as_bucket_view=True,
-            find_unused_parameters=method.find_unused,
-        )
-
-
-def statistics(method: Method) -> Iterator[Tensor]:
-    """Return the running statistics that training changes; teachers and copies are not trained."""
-    for module in method.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-            module.weight is None or module.weight.requires_grad
-        ):
-            yield from (x for x in module.buffers() if x.is_floating_point())

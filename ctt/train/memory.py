@@ -21,10 +21,10 @@ from ctt.data.views import constant
 from ctt.methods import About
 from ctt.methods.base import Batch, Method
 from ctt.settings import Settings
+from ctt.train.batches import batch_of, split_batch
 from ctt.train.compiling import repeated_blocks
 from ctt.train.context import StepContext
 from ctt.train.distributed import World
-from ctt.train.engine import batch_of, split_batch
 
 MEBI = 1 << 20
 FLOAT = 4  # bytes

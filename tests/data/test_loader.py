@@ -17,7 +17,7 @@ from ctt.data.prepare import Prepared
 from ctt.data.views import GeometricView
 from ctt.errors import LoaderError, UserError
 from ctt.methods.base import Round
-from ctt.train.engine import batch_of
+from ctt.train.batches import batch_of
 
 VIEW = GeometricView((8, 8), (0.8, 1.2), True, 10, 0.1, (0.5, 0.5, 0.5))
 

@@ -1,0 +1,75 @@
+"""Gradients and running statistics as means over the processes of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ctt.methods.base import Method
+from ctt.train.distributed import World
+
+
+class DataParallel:
+    """A method whose gradients, with several processes, are averaged during the backward pass.
+
+    Args:
+        statistics: average the running statistics of what is trained too; not where batch norms
+            take them from all processes themselves.
+
+    Attributes:
+        module: what returns the terms of the objective; the method itself where this process is
+            alone.
+    """
+
+    def __init__(self, method: Method, world: World, statistics: bool) -> None:
+        self.world = world
+        self.module: Method | DistributedDataParallel = method
+        self.statistics: list[Tensor] = []
+        if world.size > 1:
+            self.module = averaging_gradients(method)
+            self.statistics = list(running_statistics(method)) if statistics else []
+
+    @contextlib.contextmanager
+    def summing(self, yes: bool) -> Iterator[None]:
+        """Unless `yes`, let backward passes leave the gradients of this process as they are."""
+        if not yes and isinstance(self.module, DistributedDataParallel):
+            with self.module.no_sync():
+                yield
+            return
+        yield
+
+    def average_statistics(self) -> None:
+        """Set the running statistics on every process to the mean over the processes."""
+        if not self.statistics:
+            return
+        flat = torch.cat([buffer.flatten() for buffer in self.statistics])
+        mean = self.world.total(flat) / self.world.size
+        parts = mean.split_with_sizes([buffer.numel() for buffer in self.statistics])
+        views = [p.view_as(b) for p, b in zip(parts, self.statistics, strict=True)]
+        torch._foreach_copy_(self.statistics, views)
+
+
+def averaging_gradients(method: Method) -> DistributedDataParallel:
+    """Return the method with its gradients averaged over the processes during backward."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers, the name until 2.14
+        return DistributedDataParallel(
+            method,
+            broadcast_buffers=False,  # see DataParallel.average_statistics
+            gradient_as_bucket_view=True,
+            find_unused_parameters=method.find_unused,
+        )
+
+
+def running_statistics(method: Method) -> Iterator[Tensor]:
+    """Return the running statistics that training changes; teachers and copies are not trained."""
+    for module in method.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.weight is None or module.weight.requires_grad
+        ):
+            yield from (x for x in module.buffers() if x.is_floating_point())
