@@ -1,13 +1,20 @@
 """Atomic file writes, and one error type for failed ones."""
 
 import contextlib
+import errno
+import functools
 import hashlib
 import os
+import platform
+import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from ctt.errors import UnwritableError, UserError
 
+NAMED = 32  # letters of a file's name in the names of its parts
+PART = re.compile(r"(?s:(?P<name>.+))\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}\.part")
 LONGEST_WAIT = 60  # seconds, for a program that writes the same files
 
 
@@ -49,6 +56,49 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def part_of(path: Path) -> Path:
+    """Return a name beside `path` for a file that becomes it, which no other process takes."""
+    own = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f"{path.name[:NAMED]}.{own}.part")  # the whole name may be too long
+
+
+def is_part_of(part: Path, path: Path) -> bool:
+    """Return whether the name `part` is one that `part_of` gives."""
+    found = PART.fullmatch(part.name)
+    return found is not None and found["name"] == path.name[:NAMED]
+
+
+def remove_parts(folder: Path, *, alone: bool = False) -> None:
+    """Remove what processes that were killed have left of the files that they wrote in a folder.
+
+    Args:
+        alone: nobody but this process writes in the folder and those below it, so that also parts
+            of processes on other machines are left ones.
+    """
+    for part in folder.rglob("*.part") if alone else folder.glob("*.part"):
+        found = PART.fullmatch(part.name)
+        if found and (alone or found["machine"] == _machine()) and not _is_running(found):
+            with contextlib.suppress(OSError):  # Windows: it is being written
+                part.unlink()
+
+
+def _is_running(found: re.Match[str]) -> bool:
+    """Return whether another process of this machine has the number in the name of a part."""
+    process = int(found["process"])
+    if found["machine"] != _machine() or process == os.getpid() or os.name == "nt":
+        return False
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return error.errno == errno.EPERM  # it is another user's
+    return True
+
+
+@functools.cache
+def _machine() -> str:
+    return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path, which becomes `path` when the block ends and is removed if it fails.
@@ -58,7 +108,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         UnwritableError: the part cannot be written.
     """
-    part = path.with_name(f"{path.name}.part")
+    part = part_of(path)
     try:
         with as_write_error(path):
             part.touch()

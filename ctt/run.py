@@ -17,12 +17,11 @@ from ctt import checkpoint, methods, recipes
 from ctt.data.dataset import Dataset
 from ctt.data.split import read_lines
 from ctt.errors import UnwritableError, UserError
-from ctt.files import atomic_write
+from ctt.files import atomic_write, is_part_of, remove_parts
 from ctt.models.weights import IMAGENET
 from ctt.settings import Settings, to_dict, update
 
 CONFIG = "config.yaml"
-UNFINISHED = f"{CONFIG}.part"  # what a run leaves that ends while it writes its first file
 CHECKPOINT = Path("checkpoints") / "last.pt"
 WEIGHTS = "best.safetensors"
 SUMMARY = "summary.json"
@@ -72,7 +71,7 @@ def check_new(out: Path | None) -> None:
     with _as_out_error(folder):
         if out is not None and out.is_file():
             raise UserError(f"`out` {out}: this is a file; give a folder that is new or empty.")
-        if out is not None and out.is_dir() and any(p.name != UNFINISHED for p in out.iterdir()):
+        if out is not None and out.is_dir() and not _is_empty(out):
             go_on = f", or go on with its run by `resume` {out}"
             raise UserError(
                 f"`out` {out}: the folder is not empty. Give a new one"
@@ -84,6 +83,11 @@ def check_new(out: Path | None) -> None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _is_empty(folder: Path) -> bool:
+    """Return whether it holds nothing but what a run leaves that ends in its first write."""
+    return all(is_part_of(path, folder / CONFIG) for path in folder.iterdir())
 
 
 @contextlib.contextmanager
@@ -195,6 +199,8 @@ def begun(resume: Path | None) -> Path | None:
 def lock(folder: Path) -> contextlib.AbstractContextManager[object]:
     """Return a lock that keeps other programs from training in the folder while it is entered.
 
+    What killed programs have left of files that they wrote is removed.
+
     Raises:
         UserError: another program trains there.
     """
@@ -202,7 +208,9 @@ def lock(folder: Path) -> contextlib.AbstractContextManager[object]:
 
     try:
         (folder / "checkpoints").mkdir(exist_ok=True)
-        return FileLock(folder / "checkpoints" / ".lock").acquire(timeout=0)
+        held = FileLock(folder / "checkpoints" / ".lock").acquire(timeout=0)
+        remove_parts(folder, alone=True)
+        return held
     except Timeout:
         raise UserError(
             f"{folder}: another program trains in this folder right now. Wait for its end, or "

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from ctt.cli.common import BAD_INPUT, run_program
 from ctt.data import IMAGE_SUFFIXES, other_images
 from ctt.errors import LoaderError, UnwritableError, UserError
+from ctt.files import remove_parts
 from ctt.settings import EvalSettings, validate_eval
 from ctt.text import say
 
@@ -130,6 +131,8 @@ def _main(arguments: list[str]) -> int:
     if parsed.eval.protocol == "center-crop":
         raise UserError("--eval.protocol center-crop: a mask is made of the whole image.")
     predict = trained.predictor(device, for_images(parsed.eval))
+    for folder in {job.stem.parent for job in jobs}:
+        remove_parts(folder)
     run = segment_rasters if parsed.geotiff else segment
     failures = run(jobs, predict, trained.info, parsed)
     done = len(jobs) - len(failures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import math
@@ -14,9 +15,10 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
 from ctt.cli.common import BAD_INPUT
+from ctt.cli.ranking_checks import RESULTS, check_copies, check_names, check_places, earlier
 from ctt.errors import LoaderError, UserError
 from ctt.settings import EvalSettings, validate_eval
-from ctt.text import say
+from ctt.text import BYTES_AS_THEY_ARE, say
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 K = TypeVar("K")
 LABELED = 500  # images with labels, of which the others are told apart
 SHEET = 16  # images on the sheet
-RESULTS = ("rank.csv", "rank.png", "images", "annotations.json", "cvat.zip")  # in --out
 
 
 @dataclass(frozen=True)
@@ -70,19 +71,20 @@ def rank(parsed: Arguments, protocol_of: Callable[[EvalSettings], EvalSettings])
     dataset, known = of_run(parsed.weights, trained)
     entries = given(parsed) if parsed.images else unlabeled(parsed.weights, dataset)
     check_places(entries)
+    if "cvat" in parsed.annotations:
+        check_names(entries)
     check_copies(parsed.out, entries, dataset)
     committee = Committee(trained, device, protocol)
     read = partial(read_entry, dataset, trained)
     kept, ratings, failures = rated(committee, entries, read, parsed.workers)
-    features = []
-    if dataset is not None:
-        # an image that cannot be read any more is left out
-        images = images_of(partial(read_name, dataset), known, parsed.workers)
-        features = [committee.features(x) for x in images if not isinstance(x, UserError)]
+    features = features_of(committee, dataset, known, parsed.workers)
     places = order(ratings, features)
     for line in notes(committee, kept, features):
         say(line)
-    write_all(parsed, committee, kept, ratings, places, read)
+    for path in earlier(parsed.out):
+        path.unlink()
+    write_order(parsed, kept, ratings, places)
+    failures += write_first(parsed, committee, [kept[place.image] for place in places], read)
     for failure in failures:
         say(f"ctt-predict: {failure}", sys.stderr)
     return BAD_INPUT if failures else 0
@@ -99,27 +101,6 @@ def check(parsed: Arguments) -> None:
     there = [parsed.out / name for name in RESULTS if (parsed.out / name).exists()]
     if there and not parsed.overwrite:
         raise UserError(f"{there[0]} is there already. Give another --out, or --overwrite.")
-
-
-def check_copies(out: Path, entries: list[Entry], dataset: Dataset | None) -> None:
-    """Refuse, even with --overwrite, to write over an image that is ranked or in the dataset.
-
-    Raises:
-        UserError: names the file.
-    """
-    from ctt.data.check import identity, image_files
-
-    targets = [out / "rank.png", *(out / "images" / entry.place for entry in entries)]
-    there = {identity(target): target for target in targets if target.exists()}
-    if not there:
-        return
-    files = [entry.file for entry in entries if entry.file is not None]
-    if dataset is not None:
-        names = (dataset.train_ids(), dataset.unlabeled_ids(), dataset.eval_ids())
-        files += [path for part in image_files(dataset, *names).values() for path in part]
-    for file in files:
-        if target := there.get(identity(file)):
-            raise UserError(f"{target} is one of the images. Give another --out.")
 
 
 def of_run(weights: Path, trained: TrainedNetworks) -> tuple[Dataset | None, list[str]]:
@@ -185,26 +166,6 @@ def given(parsed: Arguments) -> list[Entry]:
     return entries
 
 
-def check_places(entries: Iterable[Entry]) -> None:
-    """Refuse images whose names differ in their endings alone, or not at all.
-
-    Masks of both would have one name: LabelMe's files and CVAT's archive leave endings out.
-
-    Raises:
-        UserError: names the first two.
-    """
-    seen: dict[PurePosixPath, Entry] = {}
-    for entry in entries:
-        place = entry.place.with_suffix("")
-        if place in seen:
-            raise UserError(
-                f"{seen[place].name} and {entry.name}: the masks of both would be named {place}. "
-                f"Rename one of them, or give the images after the run in two calls with an --out "
-                f"each."
-            )
-        seen[place] = entry
-
-
 def read_entry(dataset: Dataset | None, trained: TrainedNetworks, entry: Entry) -> Tensor:
     """Return an image as networks take it."""
     from ctt.data.rasters import read_as
@@ -238,20 +199,51 @@ def images_of(
 def rated(
     committee: Committee, entries: list[Entry], read: Callable[[Entry], Tensor], workers: int
 ) -> tuple[list[Entry], list[Rating], list[str]]:
-    """Return the images that can be read, their ratings, and messages about the others."""
+    """Return the images that can be read and rated, their ratings, and messages about the others.
+
+    Raises:
+        LoaderError: the processes that read have ended before the first one.
+    """
     from rich.progress import Progress
 
     kept, ratings, failures = [], [], []
     with Progress(transient=True) as bar:
         task = bar.add_task("looking", total=len(entries))
-        for entry, image in zip(entries, images_of(read, entries, workers), strict=True):
-            bar.advance(task)
-            if isinstance(image, UserError):
-                failures.append(str(image))
-                continue
-            kept.append(entry)
-            ratings.append(committee.rate(image))
+        try:
+            for entry, image in zip(entries, images_of(read, entries, workers), strict=True):
+                bar.advance(task)
+                try:
+                    if isinstance(image, UserError):
+                        raise image
+                    ratings.append(committee.rate(image))
+                    kept.append(entry)
+                except UserError as error:
+                    failures.append(told(entry, error))
+        except LoaderError as error:  # what was rated may have taken hours
+            if not kept:
+                raise
+            failures.append(f"The order is of the images before this: {error}")
     return kept, ratings, failures
+
+
+def told(entry: Entry, error: UserError) -> str:
+    """Return the message with the name of the image in it."""
+    text = str(error)
+    return text if entry.name in text else f"{entry.name}: {text}"
+
+
+def features_of(
+    committee: Committee, dataset: Dataset | None, names: list[str], workers: int
+) -> list[Tensor]:
+    """Return the features of labelled images, without those that cannot be read any more or do not
+    fit into memory."""
+    features = []
+    images = () if dataset is None else images_of(partial(read_name, dataset), names, workers)
+    for image in images:
+        if not isinstance(image, UserError):
+            with contextlib.suppress(UserError):
+                features.append(committee.features(image))
+    return features
 
 
 def notes(committee: Committee, kept: list[Entry], features: Sequence[Tensor]) -> Iterable[str]:
@@ -269,48 +261,61 @@ def notes(committee: Committee, kept: list[Entry], features: Sequence[Tensor]) -
         )
 
 
-def write_all(
-    parsed: Arguments,
-    committee: Committee,
-    kept: list[Entry],
-    ratings: Sequence[Rating],
-    places: list[Place],
-    read: Callable[[Entry], Tensor],
+def write_order(
+    parsed: Arguments, kept: list[Entry], ratings: Sequence[Rating], places: list[Place]
 ) -> None:
-    """Write rank.csv, rank.png, and the first images with their masks."""
+    """Write rank.csv."""
     from ctt.files import atomic_write
+
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    with (
+        atomic_write(parsed.out / "rank.csv") as part,
+        part.open("w", newline="", encoding="utf-8", errors=BYTES_AS_THEY_ARE) as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(["place", "image", "score", "disagreement", "entropy", "distance", "copy"])
+        for number, place in enumerate(places, 1):
+            entry, rating = kept[place.image], ratings[place.image]
+            numbers = (place.score, rating.disagreement, rating.entropy, place.distance)
+            cells = ("" if not math.isfinite(x) else f"{x:.5g}" for x in numbers)
+            copied = entry.place if number <= parsed.first else ""
+            writer.writerow([number, entry.name, *cells, copied])
+
+
+def write_first(
+    parsed: Arguments, committee: Committee, kept: list[Entry], read: Callable[[Entry], Tensor]
+) -> list[str]:
+    """Write rank.png, and the first images with their masks.
+
+    Returns:
+        messages about those that cannot be read any more.
+    """
     from ctt.inference.annotations import write
-    from ctt.inference.figures import draw_disagreement
+    from ctt.inference.figures import draw_disagreement, reduced
 
     folder = parsed.out / "images"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     masks: dict[str, Tensor] = {}
     shown: list[tuple[str, Tensor, Tensor, Tensor]] = []
-    for place in places[: parsed.first]:
-        entry = kept[place.image]
-        image = read(entry)
-        label, disagreement, _ = committee.look(image)
+    failures = []
+    for entry in kept[: parsed.first]:
+        try:
+            image = read(entry)
+            label, disagreement, _ = committee.look(image)
+        except UserError as error:
+            failures.append(told(entry, error))
+            continue
         masks[str(entry.place)] = label
         if len(shown) < SHEET:
-            shown.append((entry.name, image, label, disagreement))
+            shown.append((entry.name, *reduced(image, label, disagreement)))
         copy(entry, image, folder / entry.place)
     if shown:
         draw_disagreement(parsed.out / "rank.png", shown, committee.info)
     for form in parsed.annotations:
         path = write(form, parsed.out, folder, masks, committee.info)
         say(f"The masks of the first {len(masks)} images as {form}: {path}")
-    with (
-        atomic_write(parsed.out / "rank.csv") as part,
-        part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(["place", "image", "score", "disagreement", "entropy", "distance"])
-        for number, place in enumerate(places, 1):
-            rating = ratings[place.image]
-            numbers = (place.score, rating.disagreement, rating.entropy, place.distance)
-            cells = ("" if not math.isfinite(x) else f"{x:.5g}" for x in numbers)
-            writer.writerow([number, kept[place.image].name, *cells])
     say(f"The order: {parsed.out / 'rank.csv'}; the first ones: {parsed.out / 'rank.png'}")
+    return failures
 
 
 def copy(entry: Entry, image: torch.Tensor, target: Path) -> None:

@@ -186,6 +186,17 @@ def write_labelme(folder: Path, masks: Mapping[str, Tensor], info: DatasetInfo) 
             part.write_text(json.dumps(content), "utf-8")
 
 
+def is_of_labelme(path: Path) -> bool:
+    """Return whether a file is there that `write_labelme` has not written, or not like this."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        return (content["version"], content["imageData"]) != (LABELME, None)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, LookupError, TypeError):
+        return True
+
+
 def write_cvat(path: Path, masks: Mapping[str, Tensor], info: DatasetInfo) -> None:
     """Write the archive that CVAT calls "Segmentation mask 1.1": masks of colours, pixel by pixel.
 

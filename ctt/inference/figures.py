@@ -14,8 +14,10 @@ from ctt.inference.predict import best_class, predictor
 from ctt.inference.render import colorize, visible
 from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings
+from ctt.text import printable
 
 COLUMNS = 8  # of a sheet
+CELL = 512  # pixels of an image that are drawn on it, of which fewer are seen
 LETTERS = 24  # of a name on it
 
 
@@ -64,6 +66,13 @@ def draw_samples(
     save_figure(figure, path)
 
 
+def reduced(image: Tensor, label: Tensor, disagreement: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return every n-th row and column, as many as a sheet shows, in memory of their own."""
+    step = -(-max(label.shape) // CELL)
+    first, second, third = (x[..., ::step, ::step].clone() for x in (image, label, disagreement))
+    return first, second, third
+
+
 def draw_disagreement(
     path: Path, shown: Sequence[tuple[str, Tensor, Tensor, Tensor]], info: DatasetInfo
 ) -> None:
@@ -94,7 +103,7 @@ def draw_disagreement(
         cells[0].imshow(visible(image, info).permute(1, 2, 0).numpy(), interpolation="nearest")
         cells[1].imshow(colorize(label, info).numpy(), interpolation="nearest")
         cells[2].imshow(disagreement.numpy(), vmin=0, vmax=largest, cmap="magma")
-        title = f"{number + 1}  {name.rpartition('/')[2]}"
+        title = f"{number + 1}  {printable(name.rpartition('/')[2])}"
         cells[0].set_title(title[:LETTERS], fontsize=7, parse_math=False)
     for row, axis in enumerate(axes[:, 0]):
         axis.set_ylabel(kinds[row % len(kinds)], fontsize=8)

@@ -78,30 +78,31 @@ class Committee:
 
         Where an image has no data the label is 255 and both are 0.
         """
-        batch = image[None].to(self.device)
-        total, within = torch.zeros(()), torch.zeros(())
         with reraise_out_of_memory(self.settings):
+            batch = image[None].to(self.device)
+            total, within = torch.zeros(()), torch.zeros(())
             for predict in self.predicts:
                 probability = predict(batch)[0].cpu()  # (C, H, W)
                 total = total + probability / len(self.predicts)
                 within = within + entropy(probability) / len(self.predicts)
-        whole = entropy(total)
-        missing = image.isnan().any(dim=0)
-        _, label = best_class(total, image)
-        maps = [((whole - within) / self.largest).clamp(min=0), whole / self.largest]
-        return label, maps[0].masked_fill(missing, 0), maps[1].masked_fill(missing, 0)
+            whole = entropy(total)
+            missing = image.isnan().any(dim=0)
+            _, label = best_class(total, image)
+            maps = [((whole - within) / self.largest).clamp(min=0), whole / self.largest]
+            return label, maps[0].masked_fill(missing, 0), maps[1].masked_fill(missing, 0)
 
     @torch.no_grad()
     def features(self, image: Tensor) -> Tensor:
         """Return the mean over an image (C, H, W) of the first network's features: (D,)."""
         network: SegmentationModel = self.networks[0]
-        normal = normalize(to_unit(image[None].to(self.device)), self.info)
-        height, width = normal.shape[-2:]
-        if (factor := LONGEST / max(height, width)) < 1:
-            size = (max(1, round(factor * height)), max(1, round(factor * width)))
-            normal = F.interpolate(normal, size, mode="bilinear", antialias=True)
-        features: Tensor = network(normal).features
-        return features[0].float().mean(dim=(1, 2)).cpu()
+        with reraise_out_of_memory(self.settings):
+            normal = normalize(to_unit(image[None].to(self.device)), self.info)
+            height, width = normal.shape[-2:]
+            if (factor := LONGEST / max(height, width)) < 1:
+                size = (max(1, round(factor * height)), max(1, round(factor * width)))
+                normal = F.interpolate(normal, size, mode="bilinear", antialias=True)
+            features: Tensor = network(normal).features
+            return features[0].float().mean(dim=(1, 2)).cpu()
 
     def rate(self, image: Tensor) -> Rating:
         """Return the rating of an image (C, H, W)."""

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ctt.data.dataset import DatasetInfo
-from ctt.files import as_write_error
+from ctt.files import as_write_error, part_of
 
 OVERLAY = 0.55  # opacity of the mask's colours over the image
 # pixels that are blended at once: in float32 they take twenty times the memory of the picture
@@ -40,7 +40,7 @@ def save_png(picture: Image.Image, path: Path) -> None:
     Raises:
         UnwritableError: there is no room for it, or the folder cannot be written.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = part_of(path)
     try:
         with as_write_error(path):
             picture.save(part, format="PNG")

@@ -97,7 +97,9 @@ def test_a_full_disk_is_told(
 ) -> None:
     weights = file_of("small", "", tmp_path)
     suffix = "onnx" if file_format == "onnx" else "pt2"
-    (tmp_path / f"best.{suffix}.part").symlink_to("/dev/full")
+    full = tmp_path / "full.part"
+    full.symlink_to("/dev/full")
+    monkeypatch.setattr("ctt.files.part_of", lambda path: full)
     assert call(f"{weights} --format {file_format}", monkeypatch) == 2
     shown = " ".join(capsys.readouterr().err.split())
     assert f"{tmp_path / 'best'}.{suffix} cannot be written (No space left" in shown

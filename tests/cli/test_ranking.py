@@ -2,19 +2,26 @@
 
 import csv
 import json
+import os
 import runpy
 import shutil
+import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from ctt.cli import data, predict, train
-from ctt.cli.ranking import Entry, check_places, unlabeled
-from ctt.errors import UserError
+from ctt.cli import data, predict, ranking, train
+from ctt.cli.ranking import Entry, unlabeled
+from ctt.cli.ranking_checks import check_places
+from ctt.errors import LoaderError, UserError
 from ctt.inference.annotations import without_specks
+from ctt.inference.rank import Committee
 from ctt.settings import Settings
 from tests.data.trees import write_folder, write_voc
 
@@ -113,6 +120,86 @@ def test_images_that_are_given_and_one_network(
     found = rows(tmp_path / "out" / "rank.csv")
     assert len(found) == 4
     assert found[0]["distance"] == ""  # nothing stands before it
+
+
+def test_another_order_leaves_nothing_of_the_one_before(run: Path, tmp_path: Path) -> None:
+    """But what somebody has drawn on a copy is kept."""
+    images, out = tmp_path / "photos", tmp_path / "out"
+    shutil.copytree(run.parent / "data" / "unlabeled" / "größer", images)
+    arguments = [str(run), str(images), "--rank", "--out", str(out), "--workers", "0"]
+    assert predict._main([*arguments, "--annotations", "labelme", "cvat"]) == 0
+    before = sorted(path.name for path in (out / "images").iterdir())
+    assert before == ["photo 1.JPG", "photo 1.json", "photo 3.JPG", "photo 3.json"]
+    mine = out / "images" / "photo 3.json"
+    mine.write_text(mine.read_text().replace('"version": "5.0.0"', '"version": "5.5.0"'))
+    for path in images.iterdir():
+        path.rename(images / f"new {path.name}")
+    arguments += ["--overwrite", "--first", "1"]
+    assert predict._main(arguments) == 0
+    (first, second) = rows(out / "rank.csv")
+    assert second["copy"] == ""
+    kept = [first["copy"], "photo 3.JPG", "photo 3.json"]
+    assert sorted(path.name for path in (out / "images").iterdir()) == sorted(kept)
+    assert not (out / "cvat.zip").exists()
+
+
+def test_an_image_too_large_for_the_memory_is_left_out(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Committee.features
+
+    def features(self: Committee, image: torch.Tensor) -> torch.Tensor:
+        if image.shape[-1] > 24:
+            raise UserError("There is not enough memory for images of this size.")
+        return whole(self, image)
+
+    monkeypatch.setattr(Committee, "features", features)
+    images, out = tmp_path / "photos", tmp_path / "out"
+    shutil.copytree(run.parent / "data" / "unlabeled" / "größer", images)
+    Image.new("RGB", (30, 20)).save(images / "large.png")
+    arguments = [str(run), str(images), "--rank", "--out", str(out), "--workers", "0"]
+    assert predict._main(arguments) == 2
+    assert "large.png: There is not enough memory" in " ".join(capsys.readouterr().err.split())
+    assert [Path(row["image"]).name for row in rows(out / "rank.csv")] != []
+    assert len(rows(out / "rank.csv")) == 2
+
+
+@pytest.mark.parametrize("seen", ["rating", "writing"])
+def test_the_order_is_kept_when_something_ends_later(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: str
+) -> None:
+    """Rating a folder may take hours."""
+    out = tmp_path / "out"
+    arguments = [str(run), "--rank", "--out", str(out), "--workers", "0"]
+    if seen == "writing":
+        monkeypatch.setattr("ctt.cli.ranking.copy", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            predict._main(arguments)
+        assert len(rows(out / "rank.csv")) == 4
+        return
+    whole = ranking.images_of
+
+    def images_of(read: Any, keys: Any, workers: int) -> Iterator[Any]:
+        yield from whole(read, keys[:2], workers)
+        raise LoaderError("A process that reads images has ended.")
+
+    monkeypatch.setattr(ranking, "features_of", lambda *_: [])
+    monkeypatch.setattr(ranking, "images_of", images_of)
+    assert predict._main(arguments) == 2
+    assert len(rows(out / "rank.csv")) == 2
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are text there")
+def test_names_that_are_no_utf_8(run: Path, tmp_path: Path) -> None:
+    images, out = tmp_path / "photos", tmp_path / "out"
+    images.mkdir()
+    name = os.fsdecode(b"caf\xe9.png")
+    Image.new("RGB", (24, 20)).save(images / name)
+    arguments = [str(run), str(images), "--rank", "--out", str(out), "--workers", "0"]
+    with pytest.raises(UserError, match="is not in UTF-8"):
+        predict._main([*arguments, "--annotations", "cvat"])
+    assert predict._main([*arguments, "--annotations", "coco", "labelme"]) == 0
+    assert (out / "images" / name).is_file()
 
 
 def test_what_cannot_be_ranked(run: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from ctt import checkpoint, run
 from ctt.data.loader import DrawSampler
 from ctt.errors import UserError
+from ctt.files import part_of
 from ctt.inference.load import load_trained
 from ctt.settings import Settings, update
 from ctt.train.distributed import World
@@ -258,8 +259,9 @@ def test_what_a_run_leaves_in_its_first_moment_is_in_nobodys_way(
 ) -> None:
     out = tmp_path / "new"
     out.mkdir()
-    (out / run.UNFINISHED).touch()
+    part_of(out / run.CONFIG).touch()
     assert train(settings, out=out)["iterations"] == 6
+    assert not list(out.rglob("*.part"))
 
 
 def test_rows_of_a_resumed_run_are_those_of_one_that_went_through(

@@ -1,0 +1,96 @@
+"""What ctt-predict --rank finds in its folder, and which images it refuses."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from ctt.errors import UserError
+from ctt.text import BYTES_AS_THEY_ARE
+
+if TYPE_CHECKING:
+    from ctt.cli.ranking import Entry
+    from ctt.data.dataset import Dataset
+
+RESULTS = ("rank.csv", "rank.png", "images", "annotations.json", "cvat.zip")  # in --out
+
+
+def check_copies(out: Path, entries: list[Entry], dataset: Dataset | None) -> None:
+    """Refuse, even with --overwrite, to write over an image that is ranked or in the dataset.
+
+    Raises:
+        UserError: names the file.
+    """
+    from ctt.data.check import identity, image_files
+
+    copies = [out / "images" / entry.place for entry in entries]
+    targets = [out / "rank.png", *copies, *earlier(out)]
+    there = {identity(target): target for target in targets if target.exists()}
+    if not there:
+        return
+    files = [entry.file for entry in entries if entry.file is not None]
+    if dataset is not None:
+        names = (dataset.train_ids(), dataset.unlabeled_ids(), dataset.eval_ids())
+        files += [path for part in image_files(dataset, *names).values() for path in part]
+    for file in files:
+        if target := there.get(identity(file)):
+            raise UserError(f"{target} is one of the images. Give another --out.")
+
+
+def earlier(out: Path) -> list[Path]:
+    """Return what an earlier call has written, but for copies with masks that somebody has drawn
+    or changed since in LabelMe."""
+    from ctt.inference.annotations import is_of_labelme
+
+    table, images = out / "rank.csv", out / "images"
+    if not table.is_file():
+        return []
+    with table.open(newline="", encoding="utf-8", errors=BYTES_AS_THEY_ARE) as file:
+        reader = csv.DictReader(file)
+        if "copy" not in (reader.fieldnames or ()):
+            return []
+        names = [row["copy"] for row in reader]
+    found = [table, *(out / name for name in RESULTS if name != images.name)]
+    for copied in (images / name for name in names if name):
+        masks = copied.with_suffix(".json")
+        if not is_of_labelme(masks) and copied.resolve().is_relative_to(images.resolve()):
+            found += [copied, masks]
+    return [path for path in dict.fromkeys(found) if path.is_file()]
+
+
+def check_places(entries: Iterable[Entry]) -> None:
+    """Refuse images whose names differ in their endings alone, or not at all.
+
+    Masks of both would have one name: LabelMe's files and CVAT's archive leave endings out.
+
+    Raises:
+        UserError: names the first two.
+    """
+    seen: dict[PurePosixPath, Entry] = {}
+    for entry in entries:
+        place = entry.place.with_suffix("")
+        if place in seen:
+            raise UserError(
+                f"{seen[place].name} and {entry.name}: the masks of both would be named {place}. "
+                f"Rename one of them, or give the images after the run in two calls with an --out "
+                f"each."
+            )
+        seen[place] = entry
+
+
+def check_names(entries: Iterable[Entry]) -> None:
+    """Refuse images whose names CVAT's archive cannot hold.
+
+    Raises:
+        UserError: names the first one.
+    """
+    for entry in entries:
+        try:
+            str(entry.place).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{entry.name}: the name is not in UTF-8, as CVAT's archive needs it. Rename the "
+                f"image, or leave cvat out of --annotations."
+            ) from None
