@@ -219,7 +219,7 @@ def best_in(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """
     try:
         meta = _meta_of(path)
-    except (SafetensorError, OSError, json.JSONDecodeError):
+    except (SafetensorError, OSError, ValueError, RecursionError):
         return None
     best = meta.pop("best", None)
     return (best, meta) if isinstance(best, dict) else None
@@ -228,8 +228,8 @@ def best_in(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
 def _meta_of(path: Path) -> dict[str, Any]:
     """Return what a file of weights says of its network; an empty dict if it says nothing."""
     with safe_open(path, framework="pt") as file:
-        meta: dict[str, Any] = json.loads((file.metadata() or {}).get("ctt", "{}"))
-    return meta
+        meta = json.loads((file.metadata() or {}).get("ctt", "{}"))
+    return meta if isinstance(meta, dict) else {}
 
 
 def load_network(path: Path) -> tuple[SegmentationModel, DatasetInfo, str]:
@@ -247,7 +247,7 @@ def load_network(path: Path) -> tuple[SegmentationModel, DatasetInfo, str]:
         meta = _meta_of(path)
         with safe_open(path, framework="pt") as file:
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is no safetensors file that can be read ({error}). Give the best.safetensors "
             f"of a run."
@@ -259,7 +259,7 @@ def load_network(path: Path) -> tuple[SegmentationModel, DatasetInfo, str]:
         )
     try:
         network, info, note = _network_of(meta, tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(
             f"{path}: its tensors do not fit the network that it describes ({_reason(error)}). "
             f"Give the best.safetensors of a run."

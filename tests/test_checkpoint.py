@@ -125,3 +125,22 @@ def test_what_are_no_weights(tmp_path: Path) -> None:
     for name in ("text.safetensors", "other.safetensors", "missing.safetensors"):
         with pytest.raises(UserError, match=name):
             checkpoint.load_network(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[]",
+        "7",
+        "[" * 99_999,
+        '{"format": "ctt-weights-1"}',
+        '{"format": "ctt-weights-1", "dataset": "x", "classes": ["a"], "palette": [[0, 0, 0]], '
+        '"mean": [0], "std": [1], "model": {"name": 7}, "note": ""}',
+    ],
+)
+def test_weights_that_are_described_in_another_way(tmp_path: Path, said: str) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"a": torch.ones(1)}, path, {"ctt": said})
+    assert checkpoint.best_in(path) is None
+    with pytest.raises(UserError, match=r"other\.safetensors"):
+        checkpoint.load_network(path)

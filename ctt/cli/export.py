@@ -37,8 +37,8 @@ class Arguments:
     normalized: bool = False
     """The graph takes images that are normalised already, by the mean and std in its metadata."""
     size: tuple[int, int] | None = None
-    """Height and width of the images; by default any. Some vision transformers and networks with
-    TensorFlow's padding (tf_..., ConvNeXts) need it."""
+    """Height and width of the images; by default any. Some vision transformers, Swins and networks
+    with TensorFlow's padding (tf_..., ConvNeXts) need it."""
     overwrite: bool = False
     """Replace a file that is there already."""
     push: str = ""
@@ -59,8 +59,8 @@ def _main(arguments: list[str]) -> int:
     parsed = tyro.cli(
         Arguments, prog="ctt-export", args=arguments, config=(tyro.conf.PositionalRequiredArgs,)
     )
-    if parsed.size is not None and min(parsed.size) < 1:
-        raise UserError(f"--size must be at least 1 1, got {parsed.size}.")
+    if parsed.size is not None and not all(1 <= side < 2**31 for side in parsed.size):
+        raise UserError(f"--size {' '.join(map(str, parsed.size))}: give two numbers from 1 on.")
     if parsed.format == "safetensors" and (
         parsed.normalized or parsed.size or parsed.output != "probabilities"
     ):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 import tempfile
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ctt.data.dataset import IGNORE, DatasetInfo
 from ctt.data.rasters import read_as
 from ctt.errors import UserError
 from ctt.inference.load import TrainedNetworks
-from ctt.inference.predict import best_class, protocol_text
+from ctt.inference.predict import best_class, protocol_text, reraise_out_of_memory
 from ctt.inference.render import OVERLAY, colorize, overlay
 from ctt.settings import EvalSettings
 from ctt.text import printable
@@ -33,7 +34,7 @@ EXAMPLES = 8  # evaluation images offered
 SHOWN = (320, 1280)  # longer side of a picture on the page, in pixels: smallest and largest
 USER = "ctt"  # who gives the password
 MEGABYTE = 10**6
-KEPT = 16  # predictions that are not computed again
+KEPT = 10**9  # bytes of predictions that are not computed again
 # The browser itself refuses whatever is not from here: fonts, scripts, pictures.
 POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
@@ -59,6 +60,7 @@ CSS = """
 .scale { height: 10px; border-radius: 3px; }
 .ends { display: flex; justify-content: space-between; font-size: 12px; opacity: 0.75; }
 """
+Found = tuple[Tensor, Tensor, Tensor]
 
 
 class Viewer:
@@ -70,13 +72,32 @@ class Viewer:
         self.trained, self.device, self.settings = trained, device, settings
         self.info = trained.info
         self.names = trained.names()
-        self.predict = lru_cache(KEPT)(self._predict)
+        self.kept: OrderedDict[tuple[str, str], Found] = OrderedDict()  # the latest at the end
+        self.lock = threading.Lock()
 
-    def _predict(self, file: str, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Image (C, H, W), and labels and confidence (H, W) of `best_class`, on the CPU."""
+    def predict(self, file: str, name: str) -> Found:
+        """Return image (C, H, W), and labels and confidence (H, W) of `best_class`, on the CPU.
+
+        The latest results are kept, of at most `KEPT` bytes together.
+
+        Raises:
+            UserError: the image cannot be read, or there is not enough memory for it.
+        """
+        with self.lock:
+            if found := self.kept.get((file, name)):
+                self.kept.move_to_end((file, name))
+                return found
+        found = self._predict(file, name)
+        with self.lock:
+            self.kept[file, name] = found
+            while sum(x.nbytes for tensors in self.kept.values() for x in tensors) > KEPT:
+                self.kept.popitem(last=False)
+        return found
+
+    def _predict(self, file: str, name: str) -> Found:
         image = read_as(Path(file), self.info)
         predict = self.trained.choose([name]).predictor(self.device, self.settings)
-        with torch.no_grad():
+        with torch.no_grad(), reraise_out_of_memory(self.settings):
             confidence, label = best_class(predict(image[None])[0], image)
         return image, label.cpu(), confidence.cpu()
 

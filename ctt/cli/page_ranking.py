@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,8 +71,9 @@ def ranked(viewer: Viewer, paths: list[str]) -> tuple[list[tuple[Image.Image, st
     for number, place in enumerate(places, 1):
         file, rating = kept[place.image], ratings[place.image]
         if number <= SHOWN:
-            picture = beside(viewer, committee, read_as(file, viewer.info))
-            pictures.append((picture, f"{number}. {file.name}"))
+            with contextlib.suppress(UserError):  # its file has gone, or memory has become less
+                picture = beside(viewer, committee, read_as(file, viewer.info))
+                pictures.append((picture, f"{number}. {file.name}"))
         cells = (f"{rating.disagreement:.3f}", f"{rating.entropy:.3f}")
         rows.append(
             f"<tr><td>{number}. {html.escape(file.name)}</td>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -68,17 +68,26 @@ def outlines(label: Tensor, info: DatasetInfo) -> list[Outline]:
     found.sort(key=lambda outline: -outline.area)
     classes = drawn_classes(info)
     # background matters only where it lies in a hole of something
-    return [o for o in found if o.label in classes or _inside(o, found, classes)]
+    is_around = _areas_around([outline for outline in found if outline.label in classes])
+    return [outline for outline in found if outline.label in classes or is_around(outline)]
 
 
-def _inside(hole: Outline, found: list[Outline], classes: Mapping[int, str]) -> bool:
-    (left, top), (right, bottom) = hole.points.min(axis=0), hole.points.max(axis=0)
-    for other in found:
-        if other.label in classes and other.area > hole.area:
-            (x0, y0), (x1, y1) = other.points.min(axis=0), other.points.max(axis=0)
-            if x0 < left and y0 < top and right < x1 and bottom < y1:
-                return True
-    return False
+def _areas_around(found: list[Outline]) -> Callable[[Outline], bool]:
+    """Return whether the box of a larger one of the areas, the largest first, is around one's."""
+    if not found:
+        return lambda outline: False
+    # as arrays, for a mask may have thousands of areas
+    left, top = np.array([outline.points.min(axis=0) for outline in found]).T.copy()
+    right, bottom = np.array([outline.points.max(axis=0) for outline in found]).T.copy()
+    falling = np.array([-outline.area for outline in found])
+
+    def is_around(outline: Outline) -> bool:
+        (x0, y0), (x1, y1) = outline.points.min(axis=0), outline.points.max(axis=0)
+        n = int(np.searchsorted(falling, -outline.area))
+        around = (left[:n] < x0) & (top[:n] < y0) & (right[:n] > x1) & (bottom[:n] > y1)
+        return bool(around.any())
+
+    return is_around
 
 
 def without_specks(label: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -14,12 +15,15 @@ from typing import Literal
 import torch
 from timm.layers import Conv2dSame
 from timm.layers.pool2d_same import MaxPool2dSame
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 
 from ctt.checkpoint import description, save_network
 from ctt.errors import UserError
 from ctt.files import atomic_write
 from ctt.inference.load import TrainedNetworks
+from ctt.inference.predict import is_out_of_memory, out_of_memory_as
 from ctt.models.segmenter import Segmenter
 
 OPSET = 18  # of ONNX: the first whose resizing knows all that PyTorch's does
@@ -27,7 +31,14 @@ TOLERANCE = 1e-4  # of the outputs of the file, against those of the network
 EXAMPLE = (2, 161, 190)  # batch, height and width that open sizes are traced with
 TRIED = ((1, 129, 160), (3, 144, 205))  # and that they are checked with
 
-PADDED_BY_SIZE = (Conv2dSame, MaxPool2dSame)  # the tracer's expressions of sizes grow with each one
+# modules that need one size, as the tracer's expressions of sizes grow with each of them
+OF_ONE_SIZE = {
+    "convolutions that pad as TensorFlow does, by the size of the image": (
+        Conv2dSame,
+        MaxPool2dSame,
+    ),
+    "windows of attention (Swin)": (SwinTransformerBlock, SwinTransformerV2Block),
+}
 
 Format = Literal["onnx", "torch-export", "safetensors"]
 Result = Literal["probabilities", "logits"]
@@ -84,13 +95,14 @@ def export(
     batch, height, width = EXAMPLE
     channels = trained.info.channels
     shape = (batch, channels, *((height, width) if size is None else size))
-    program = trace(graph, torch.rand(shape), size is None)
+    with _as_lack_of_memory(shape):
+        program = trace(graph, torch.rand(shape), size is None)
     meta = {
         **description(network, trained.info, trained.origin),
         "input": "normalised" if normalized else "0..1",
         "output": result,
     }
-    with atomic_write(out) as part:
+    with atomic_write(out) as part, _as_lack_of_memory(shape):
         write = write_onnx if file_format == "onnx" else write_torch_export
         try:
             run = write(program, part, json.dumps(meta))
@@ -112,13 +124,22 @@ def export(
     return difference
 
 
+def _as_lack_of_memory(shape: tuple[int, ...]) -> contextlib.AbstractContextManager[None]:
+    height, width = shape[-2:]
+    return out_of_memory_as(
+        f"There is not enough memory to try the network on images of {height} x {width}. Give a "
+        f"smaller `size`."
+    )
+
+
 def trace(graph: Graph, images: Tensor, open_sizes: bool) -> torch.export.ExportedProgram:
     """Return the graph with an open batch, and with open height and width or those of `images`."""
-    if open_sizes and any(isinstance(module, PADDED_BY_SIZE) for module in graph.modules()):
-        raise UserError(
-            "The network has convolutions that pad as TensorFlow does, by the size of the image, "
-            "and putting them into a graph of open sizes takes too long." + _mend(open_sizes)
-        )
+    for what, kinds in OF_ONE_SIZE.items():
+        if open_sizes and any(isinstance(module, kinds) for module in graph.modules()):
+            raise UserError(
+                f"The network has {what}, and putting them into a graph of open sizes takes too "
+                f"long.{_mend(open_sizes)}"
+            )
     dynamic = torch.export.Dim.DYNAMIC
     shapes = {0: dynamic, 2: dynamic, 3: dynamic} if open_sizes else {0: dynamic}
     try:
@@ -174,7 +195,9 @@ def largest_difference(graph: Graph, run: Callable[[Tensor], Tensor], images: Te
     expected = graph(images)
     try:
         found = run(images)
-    except Exception:  # a runtime has errors of its own for sizes that were traced away
+    except Exception as error:  # a runtime has errors of its own for sizes that were traced away
+        if is_out_of_memory(error):
+            raise
         return float("inf")
     if found.shape != expected.shape:
         return float("inf")

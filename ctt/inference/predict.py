@@ -24,6 +24,7 @@ from ctt.errors import UserError
 from ctt.models.base import SegmentationModel, upsample
 from ctt.settings import EvalSettings
 
+TOO_LARGE = ("DefaultCPUAllocator", "Storage size calculation overflowed")  # in torch's messages
 Predict = Callable[[Tensor], Tensor]
 T = TypeVar("T")
 
@@ -195,9 +196,10 @@ def for_images(settings: EvalSettings) -> EvalSettings:
     return settings
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Return whether it was raised because a device, or the CPU, has too little memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(text in str(error) for text in TOO_LARGE)
 
 
 @contextmanager
@@ -205,7 +207,7 @@ def out_of_memory_as(text: str) -> Iterator[None]:
     """Turn a lack of memory into a UserError of this text."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(text) from None

@@ -67,6 +67,36 @@ def test_pictures_of_two_networks(viewer: page.Viewer, picture: Path) -> None:
     assert viewer.show(None, 0.5, "student_1")[:-1] == [None] * 3
 
 
+def test_few_predictions_are_kept(
+    viewer: page.Viewer, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen of large photographs would fill the memory."""
+    files = [str(picture), *(str(tmp_path / f"{n}.png") for n in range(3))]
+    for file in files[1:]:
+        shutil.copy(picture, file)
+    first = viewer.predict(files[0], "student_1")
+    assert viewer.predict(files[0], "student_1") is first
+    monkeypatch.setattr(page, "KEPT", 2 * sum(x.nbytes for x in first))
+    for file in files[1:]:
+        viewer.predict(file, "student_1")
+        assert viewer.predict(files[0], "student_1") is first
+    assert [file for file, _ in viewer.kept] == [files[3], files[0]]
+    monkeypatch.setattr(page, "KEPT", 0)
+    viewer.predict(files[1], "student_1")
+    assert not viewer.kept
+
+
+def test_a_lack_of_memory_is_told_on_the_page(
+    viewer: page.Viewer, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lack(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("ctt.inference.predict.logits_of", lack)
+    with pytest.raises(gradio.Error, match="not enough memory for images of this size"):
+        viewer.show(str(picture), 0.5, "student_1")
+
+
 def test_a_folder_is_ranked(viewer: page.Viewer, picture: Path, tmp_path: Path) -> None:
     other, broken = tmp_path / "<b>.png", tmp_path / "broken.jpg"
     Image.fromarray(np.full((50, 40, 3), 90, np.uint8)).save(other)

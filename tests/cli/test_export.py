@@ -13,6 +13,7 @@ from ctt import checkpoint, models
 from ctt.cli import export
 from ctt.data.digits import INFO
 from ctt.inference import export as graphs
+from tests.models.tiny import SWIN
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -76,6 +77,27 @@ def test_transformers_have_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     images = torch.rand(3, 3, 50, 40)
     (found,) = session.run(None, {"images": images.numpy()})
     np.testing.assert_allclose(found, ctt.load(weights)(images).numpy(), atol=1e-4)
+
+
+def test_windows_of_attention_need_a_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tracing them with open sizes does not end."""
+    weights = file_of("deeplabv3plus", SWIN, tmp_path)
+    assert call(f"{weights} --format torch-export", monkeypatch) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "windows of attention (Swin)" in shown
+    assert "by --size HEIGHT WIDTH" in shown
+
+
+@pytest.mark.parametrize("size", ["9000000 9000000", "2000000000 2000000000", "0 5", f"5 {2**64}"])
+def test_sizes_beyond_the_memory(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = file_of("small", "", tmp_path)
+    assert call(f"{weights} --size {size}", monkeypatch) == 2
+    assert "--size" in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == [weights]
 
 
 def test_a_file_that_computes_something_else_is_not_kept(
