@@ -1,17 +1,24 @@
 """What the programs share: one paragraph for a mistake, exit code 2, no traceback."""
 
+from __future__ import annotations
+
 import contextlib
+import dataclasses
 import errno
 import functools
 import os
 import select
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ctt.errors import AlreadyReportedError, UserError
 from ctt.text import fields_shown_by, printable, replace_what_cannot_be_shown
+
+if TYPE_CHECKING:
+    from ctt.settings import EvalSettings
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -66,6 +73,30 @@ def run_program(name: str, body: Callable[[], int], extra: str = "train") -> Non
         if not _drop_closed_streams():
             raise
         sys.exit(CLOSED_PIPE)
+
+
+def refuse_without_effect(parsed: Any, beside: str, reasons: Mapping[str, str]) -> None:
+    """Refuse options that were given and would change nothing.
+
+    Args:
+        parsed: the arguments, a dataclass.
+        beside: what leaves them without effect, such as `beside --rank`.
+        reasons: why, by the names of the fields.
+
+    Raises:
+        UserError: names the first one.
+    """
+    for field in dataclasses.fields(parsed):
+        value = getattr(parsed, field.name)
+        if field.name in reasons and value != field.default:
+            option = f"{'no-' * (value is False)}{field.name.replace('_', '-')}"
+            raise UserError(f"--{option} has no effect {beside}: {reasons[field.name]}.")
+
+
+def check_whole(protocol: EvalSettings) -> None:
+    """Refuse a protocol that shows the middle of an image alone."""
+    if protocol.protocol == "center-crop":
+        raise UserError("--eval.protocol center-crop: a mask is made of the whole image.")
 
 
 def as_option(name: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctt.cli.common import run_program
+from ctt.cli.common import check_whole, refuse_without_effect, run_program
 from ctt.errors import UserError
 from ctt.settings import EvalSettings, Settings, update, validate_eval
 from ctt.text import say
@@ -52,6 +52,15 @@ class Arguments:
     """The protocol; by default the run's."""
 
 
+BESIDE_EMBEDDING = {
+    "split": "the images are those of the run's own lists",
+    "out": "nothing but the picture is written",
+    "submission": "give the two in two calls",
+    "workers": "the main process reads the images",
+}
+SHOWN = ("stride", "scales", "flip", "amp", "fit", "batch_pixels")  # how, not which part of images
+
+
 def main() -> None:
     """Run the program."""
     run_program("ctt-eval", lambda: _main(sys.argv[1:]))
@@ -63,6 +72,8 @@ def _main(arguments: list[str]) -> int:
     _check_new("--submission", parsed.submission)
     if parsed.embedding is not None and parsed.embedding.exists():
         raise UserError(f"--embedding {parsed.embedding}: this is there already. Give a new name.")
+    if parsed.embedding is not None:
+        refuse_without_effect(parsed, "beside --embedding", BESIDE_EMBEDDING)
     if parsed.workers < 0:
         raise UserError(f"--workers {parsed.workers} must be at least 0.")
     from ctt.device import pick_device
@@ -73,6 +84,11 @@ def _main(arguments: list[str]) -> int:
     parsed = _parse(arguments, trained.settings.eval)
     validate_eval(parsed.eval)
     dataset, settings = _open_dataset(trained, parsed)
+    changed = [n for n in SHOWN if getattr(parsed.eval, n) != getattr(trained.settings.eval, n)]
+    if parsed.embedding is not None and changed:
+        raise UserError(
+            f"`eval.{changed[0]}` has no effect beside --embedding: the network sees an image once."
+        )
     if parsed.submission is not None:
         _submit(trained, dataset, device, parsed, parsed.submission)
         return 0
@@ -169,6 +185,8 @@ def _submit(
         raise UserError(
             "--submission is of the test images, without scores: leave out --split and --out."
         )
+    if trained.settings.eval.protocol != "center-crop":  # else it is the run's, and of no effect
+        check_whole(parsed.eval)
     if len(parsed.network) > 1:
         raise UserError("--submission is of one network: give one name to --network.")
     name = parsed.network[0] if parsed.network else trained.names()[-1]

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ctt.cli.common import BAD_INPUT, run_program
+from ctt.cli.common import BAD_INPUT, check_whole, refuse_without_effect, run_program
 from ctt.data import IMAGE_SUFFIXES, other_images
 from ctt.errors import LoaderError, UnwritableError, UserError
 from ctt.files import remove_parts
@@ -57,7 +57,7 @@ class Arguments:
     rank: bool = False
     """Write which of the images to label next, and no masks of the others: rank.csv, a sheet of the
     first ones (rank.png), their files and their masks. Without images, those that the run has
-    without labels. The run's teachers rate them, whatever --network says."""
+    without labels. The run's teachers rate them."""
     first: int = 20
     """rank: how many images are copied out with their masks, to be labelled."""
     annotations: tuple[Literal["coco", "labelme", "cvat"], ...] = ("coco",)
@@ -72,6 +72,8 @@ class Arguments:
     """How images are shown to the network; by default as in the evaluations of the run."""
 
 
+OF_RANK = dict.fromkeys(("first", "annotations"), "all masks are written, and no order")
+OF_GEOTIFF = dict.fromkeys(("tile", "margin"), "--eval says what the network sees at a time")
 KINDS = ("mask", "overlay", "confidence")  # of results
 ENDINGS = (".png", ".tif")  # of their files
 
@@ -103,6 +105,9 @@ def _main(arguments: list[str]) -> int:
         from ctt.cli.ranking import rank
 
         return rank(parsed, lambda protocol: _parse(arguments, protocol).eval)
+    refuse_without_effect(parsed, "without --rank", OF_RANK)
+    if not parsed.geotiff:
+        refuse_without_effect(parsed, "without --geotiff", OF_GEOTIFF)
     jobs = find_jobs(parsed.images, parsed.out, parsed.recursive)
     if not parsed.images:
         raise UserError("Which images? Give files, folders or patterns after the weights.")
@@ -128,8 +133,7 @@ def _main(arguments: list[str]) -> int:
         protocol = dataclasses.replace(protocol, protocol="whole")
     parsed = _parse(arguments, protocol)
     validate_eval(parsed.eval)
-    if parsed.eval.protocol == "center-crop":
-        raise UserError("--eval.protocol center-crop: a mask is made of the whole image.")
+    check_whole(parsed.eval)
     predict = trained.predictor(device, for_images(parsed.eval))
     for folder in {job.stem.parent for job in jobs}:
         remove_parts(folder)

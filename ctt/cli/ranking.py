@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
-from ctt.cli.common import BAD_INPUT
+from ctt.cli.common import BAD_INPUT, check_whole, refuse_without_effect
 from ctt.cli.ranking_checks import RESULTS, check_copies, check_names, check_places, earlier
 from ctt.errors import LoaderError, UserError
 from ctt.settings import EvalSettings, validate_eval
@@ -32,6 +32,15 @@ if TYPE_CHECKING:
 K = TypeVar("K")
 LABELED = 500  # images with labels, of which the others are told apart
 SHEET = 16  # images on the sheet
+WITHOUT_EFFECT = {
+    "overlay": "it writes no overlays",
+    "confidence": "it writes no confidence",
+    "tile": "it is of --geotiff",
+    "margin": "it is of --geotiff",
+    "skip_existing": "an order is of all images at once, and --overwrite replaces one",
+    "network": "the teachers of the run rate the images",
+}
+OF_FOLDERS = {"recursive": "the images are those that the run has without labels"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ def rank(parsed: Arguments, protocol_of: Callable[[EvalSettings], EvalSettings])
     else:
         protocol = protocol_of(trained.settings.eval)
     validate_eval(protocol)
+    check_whole(protocol)
     dataset, known = of_run(parsed.weights, trained)
     entries = given(parsed) if parsed.images else unlabeled(parsed.weights, dataset)
     check_places(entries)
@@ -96,6 +106,8 @@ def check(parsed: Arguments) -> None:
         raise UserError(f"--first {parsed.first} must be at least 1.")
     if parsed.geotiff:
         raise UserError("--geotiff writes masks, and --rank an order. Leave one of them out.")
+    reasons = WITHOUT_EFFECT if parsed.images else WITHOUT_EFFECT | OF_FOLDERS
+    refuse_without_effect(parsed, "beside --rank", reasons)
     if parsed.workers < 0:
         raise UserError(f"--workers {parsed.workers} must be at least 0.")
     there = [parsed.out / name for name in RESULTS if (parsed.out / name).exists()]

@@ -41,6 +41,10 @@ def test_the_features_of_a_run_are_drawn(folder: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_drawn_is_told(folder: Path, tmp_path: Path) -> None:
     two = [str(folder), "--embedding", str(tmp_path / "a.png"), "--network", "student_1"]
+    for option in (["--split", "val"], ["--workers", "1"], ["--submission", "a"], ["--eval.flip"]):
+        name = option[0].removeprefix("--")
+        with pytest.raises(UserError, match=f"{name}.* has no effect beside --embedding"):
+            evaluate._main([*two, *option])
     with pytest.raises(UserError, match="--embedding is of one network"):
         evaluate._main([*two, "teacher_1"])
     alone = tmp_path / "weights"

@@ -207,11 +207,19 @@ def test_what_cannot_be_ranked(run: Path, tmp_path: Path) -> None:
     for more, message in (
         (["--first", "0"], "--first 0"),
         (["--geotiff"], "Leave one of them out"),
+        (["--no-overlay"], "--no-overlay has no effect beside --rank: it writes no overlays"),
+        (["--skip-existing"], "--skip-existing has no effect"),
+        (["--network", "student_1"], "--network has no effect"),
+        (["--recursive"], "--recursive has no effect"),
+        (["--eval.protocol", "center-crop"], "a mask is made of the whole image"),
     ):
         with pytest.raises(UserError, match=message):
             predict._main([str(run), "--rank", *out, *more])
     with pytest.raises(UserError, match="dataset of the run is not at hand"):
         predict._main([str(run / "best.safetensors"), "--rank", *out])
+    for option in ("--first", "--tile"):
+        with pytest.raises(UserError, match=f"{option} has no effect without"):
+            predict._main([str(run), str(run.parent), *out, option, "3"])
 
 
 @pytest.mark.parametrize(

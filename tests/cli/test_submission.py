@@ -136,6 +136,7 @@ def test_what_cannot_be_submitted(
         (street, "so that leftImg8bit/test is there"),
         ([*street, "--split", "val"], "leave out --split and --out"),
         ([*street, "--network", "a", "b"], "of one network"),
+        ([*street, "--eval.protocol", "center-crop"], "a mask is made of the whole image"),
     ):
         assert call(evaluate.main, arguments, monkeypatch) == BAD_INPUT
         assert text in " ".join(capsys.readouterr().err.split())
