@@ -58,7 +58,7 @@ def may_compile(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[list[harness.Row]], None]:
-    """Keeps rows: in the file of their device, and for the summary."""
+    """Keep rows: in the file of their device, and for the summary."""
 
     def keep(rows: list[harness.Row]) -> None:
         first = rows[0]
@@ -74,7 +74,7 @@ def record(request: pytest.FixtureRequest) -> Callable[[list[harness.Row]], None
 
 @pytest.fixture
 def note(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Keeps a text for the summary."""
+    """Keep a text for the summary."""
     return lambda text: request.config.stash[TABLES].append(f"{text}\n")
 
 

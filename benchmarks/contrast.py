@@ -59,7 +59,7 @@ def pairwise_cosine(v: Tensor, keys: Tensor) -> Tensor:
 def published_loop(
     q: Tensor, case: Contrast, reduction: str, cosine: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Equation (6) as published programs compute it: a loop over the classes, the class's own keys
+    """Compute equation (6) as published programs do: a loop over the classes, the class's own keys
     before all others in one tensor, and autograd for the rest.
 
     With `norms_cosine` it does the operations of the program of the paper's authors. With
@@ -81,7 +81,7 @@ def published_loop(
 
 
 def class_loop(q: Tensor, case: Contrast, reduction: str) -> Tensor:
-    """The same loop at its best: unit keys, so that the cosines are products and nothing else."""
+    """Run the same loop at its best: with unit keys the cosines are products and nothing else."""
     losses = []
     for c in case.label.unique().tolist():
         if not 0 <= c < case.keys.shape[0]:
@@ -95,7 +95,7 @@ def class_loop(q: Tensor, case: Contrast, reduction: str) -> Tensor:
 
 
 def published_pair_loop(q: Tensor, case: Contrast, reduction: str) -> Tensor:
-    """Equation (8) with the operations of the program of the paper's authors."""
+    """Compute equation (8) with the operations of the program of the paper's authors."""
     assert case.positive is not None
     losses = []
     bank = torch.cat([k for k, _ in case.banks], dim=1)
@@ -133,8 +133,8 @@ def _others(keys: Tensor, c: int) -> Tensor:
 
 
 def metric_learning() -> Loss | None:
-    """pytorch-metric-learning's cross-batch memory, filled with the keys, of its InfoNCE: a mean
-    over pairs of query and positive.
+    """Return pytorch-metric-learning's cross-batch memory, filled with the keys, of its InfoNCE: a
+    mean over pairs of query and positive.
 
     With full queues each pixel has V of them, so that it is reduction "mean". The queries are not
     put into the memory.
@@ -175,8 +175,9 @@ Maker = Callable[[Shape, torch.dtype, torch.device, int], Contrast]
 
 
 def two_products(case: Contrast, banks: int) -> Run:
-    """The limit: scores and weighted keys of all pixels, 2 * (2 N M D) floating-point operations,
-    M = C * V keys of `banks` banks, in the dtype of the queries and with nothing between them."""
+    """Return the limit: scores and weighted keys of all pixels, 2 * (2 N M D) floating-point
+    operations, M = C * V keys of `banks` banks, in the dtype of the queries and with nothing
+    between them."""
     keys = torch.cat([k for k, _ in case.banks[:banks]], dim=1).flatten(0, 1)
     keys, query = keys.to(case.query.dtype), case.query
     size = min(len(query), max(1, (64 << 20) // (len(keys) * 4)))  # blocks, to bound its memory
@@ -205,7 +206,7 @@ def first(case: Contrast, pixels: int) -> Contrast:
 def check(
     name: str, loss: Loss, case: Contrast, truth: Loss, plain: Loss, reduction: str = "class"
 ) -> None:
-    """Raises where a way computes something else than equation (6) or (8), gradient included."""
+    """Raise where a way computes something else than equation (6) or (8), gradient included."""
     part = first(case, CHECKED)
     true = evaluate(truth, part.widened(), reduction)
     rough = evaluate(plain, part, reduction)
@@ -233,8 +234,8 @@ def compare(
     record: Callable[[list[Row]], None],
     make: Maker = make,
 ) -> Run:
-    """Checks, times and records every way; gives a call of the one that "auto" takes. What follows
-    a comma in `operation` tells what it is used for."""
+    """Check, time and record every way; return a call of the one that "auto" takes. What follows a
+    comma in `operation` tells what it is used for."""
     backends = available_backends(device)[operation.partition(",")[0]]
     case = make(shape, dtype, device)
     ways = {name: ours(name) for name in backends}
@@ -308,7 +309,7 @@ def _text(shape: Shape) -> str:
 
 
 def _fits(shape: Shape, banks: int, device: torch.device) -> bool:
-    """Whether plain PyTorch can hold the scores of all pixels in half of the free memory."""
+    """Return whether plain PyTorch can hold the scores of all pixels in half of the free memory."""
     need = shape[0] * shape[1] * shape[2] * banks * DENSE_BYTES
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def train_and_score(dataset: Earth, labeled: list[str], seed: int) -> float:
-    """mIoU in percent on the images to evaluate on."""
+    """Return the mIoU in percent on the images to evaluate on."""
     x, y = zip(*(pixels(dataset, name) for name in labeled), strict=True)
     features, label = np.concatenate(x), np.concatenate(y)
     known = np.flatnonzero(label != IGNORE)
@@ -85,7 +85,7 @@ def train_and_score(dataset: Earth, labeled: list[str], seed: int) -> float:
 
 
 def pixels(dataset: Earth, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, 21) float32 and labels (N,) uint8 of the N pixels of a tile."""
+    """Return features (N, 21) float32 and labels (N,) uint8 of the N pixels of a tile."""
     image, label = dataset.pair(name)
     channels = image.numpy().astype(np.float32) / 255  # (3, H, W)
     found = [channels]

@@ -72,7 +72,7 @@ def synchronize(device: torch.device) -> None:
 def time_in_turns(
     runs: dict[str, Run], device: torch.device, seconds: float, rounds: tuple[int, int] = (5, 60)
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call of each way; at least and at most so many rounds."""
+    """Return the milliseconds of each call of each way; at least and at most so many rounds."""
     repeats = {name: _repeats(run, device) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
@@ -89,14 +89,14 @@ def time_in_turns(
 
 
 def _repeats(run: Run, device: torch.device) -> int:
-    """Calls in a row that take at least two milliseconds; the first call warms up."""
+    """Return how many calls in a row take at least two milliseconds; the first call warms up."""
     run()
     once = seconds_of(run, device)
     return max(1, min(1000, round(2e-3 / max(once, 1e-7))))
 
 
 def seconds_of(run: Run, device: torch.device, repeats: int = 1) -> float:
-    """Of so many calls in a row."""
+    """Return the seconds of so many calls in a row."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
@@ -106,7 +106,7 @@ def seconds_of(run: Run, device: torch.device, repeats: int = 1) -> float:
 
 
 def replayed(runs: list[Run], device: torch.device) -> Run | None:
-    """A CUDA graph that calls `runs`, each on its own buffers; None where it cannot be recorded.
+    """Return a CUDA graph that calls `runs`, each on its own buffers; None if none can be recorded.
 
     With buffers that exceed the second-level cache no call finds its inputs there.
     """
@@ -128,7 +128,7 @@ def replayed(runs: list[Run], device: torch.device) -> Run | None:
 
 
 def _never_waits(run: Run, stream: torch.cuda.Stream) -> bool:
-    """Whether a call does without the host once it is warm."""
+    """Return whether a call does without the host once it is warm."""
     with torch.cuda.stream(stream):
         run()
         stream.synchronize()
@@ -144,7 +144,7 @@ def _never_waits(run: Run, stream: torch.cuda.Stream) -> bool:
 
 
 def copies_beyond_cache(bytes_each: int, device: torch.device) -> int:
-    """How many sets of buffers together are three times as large as the second-level cache."""
+    """Return how many sets of buffers are together three times the second-level cache."""
     return max(2, min(64, -(-3 * cache_bytes(device) // max(bytes_each, 1))))
 
 
@@ -186,7 +186,7 @@ def _resident(field: str) -> int:
 
 
 def copy_bandwidth(device: torch.device, values: int) -> Run:
-    """Copies `values` float32 values: 4 bytes read and 4 written for each."""
+    """Copy `values` float32 values: 4 bytes read and 4 written for each."""
     source = torch.randn(values, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
@@ -215,7 +215,7 @@ class Setting:
 
 
 def divided(times: dict[str, list[float]], calls: int) -> dict[str, list[float]]:
-    """Times of one call, where `calls` of them were timed at once."""
+    """Return the times of one call, where `calls` of them were timed at once."""
     return {name: [t / calls for t in spent] for name, spent in times.items()}
 
 
@@ -226,7 +226,9 @@ def rows(
     limit_ms: list[float] | None,
     reference: str = REFERENCE,
 ) -> list[Row]:
-    """limit_ms: the time of each round that the machine would need at its limit. reference: the way
+    """Return what was measured as rows of the file.
+
+    limit_ms: the time of each round that the machine would need at its limit. reference: the way
     that ratios are taken to."""
     device = setting.device
     base = times.get(reference)
@@ -268,7 +270,7 @@ def _short(x: float) -> float:
 
 
 def append(new: list[Row]) -> Path:
-    """Adds the rows to the file of their device."""
+    """Add the rows to the file of their device."""
     RESULTS.mkdir(exist_ok=True)
     slug = "-".join("".join(c if c.isalnum() else " " for c in new[0].device.lower()).split())
     path = RESULTS / f"{slug}.csv"

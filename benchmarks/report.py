@@ -98,7 +98,7 @@ def _work(shape: str) -> int:
 
 
 def _fastest(rows: list[Row]) -> tuple[Row | None, Row | None]:
-    """Ours, and the fastest of the ways that are not ours."""
+    """Return ours, and the fastest of the ways that are not ours."""
     by_way = {row["way"]: row for row in rows}
     ours = next((by_way[b] for b in BACKENDS if b != REFERENCE and b in by_way), None)
     others = [r for way, r in by_way.items() if way == REFERENCE or way not in (*BACKENDS, LIMIT)]
@@ -112,7 +112,7 @@ def _line(r: Row) -> str:
 
 
 def plots(rows: list[Row], folder: Path) -> list[Path]:
-    """Cost against N, V or C for each device, operation and letter, on logarithmic axes."""
+    """Draw cost against N, V or C for each device, operation and letter, on logarithmic axes."""
     try:
         import matplotlib
     except ImportError:

@@ -39,7 +39,7 @@ class Target:
 
 
 def of(rows: Rows, *ways: str) -> Row | None:
-    """The first of the ways that was measured; replayed over cold buffers rather than eager."""
+    """Return the first of the ways that was measured, replayed over cold buffers or else eager."""
     for mode in ("graph", "eager"):
         for way in ways:
             found = [r for r in rows if r["way"] == way and r["mode"] == mode]
@@ -49,7 +49,7 @@ def of(rows: Rows, *ways: str) -> Row | None:
 
 
 def over_products(rows: Rows) -> float | None:
-    """Time over that of the two matrix products, in one mode."""
+    """Return the time over that of the two matrix products, in one mode."""
     ours = of(rows, *OURS[1:])
     if ours is None:
         return None

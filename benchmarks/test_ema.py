@@ -37,8 +37,9 @@ COPIED = {"cpu": 16 << 20, "cuda": 256 << 20}  # values of the copy that gives t
 
 
 def shapes(size: str) -> list[tuple[int, ...]]:
-    """Bottleneck ResNet of these blocks with the four dilated classifiers of DeepLabV2, 21 classes:
-    weights of convolutions, and weight, bias, mean and variance of batch normalisation."""
+    """Return the shapes of a bottleneck ResNet of these blocks with the four dilated classifiers of
+    DeepLabV2, 21 classes: weights of convolutions, and weight, bias, mean and variance of batch
+    normalisation."""
     out: list[tuple[int, ...]] = []
 
     def block(inputs: int, outputs: int, kernel: int) -> None:
@@ -100,7 +101,7 @@ def loop(teacher: list[Tensor], student: list[Tensor]) -> tuple[Run, list[Tensor
 
 
 def flat(teacher: list[Tensor], student: list[Tensor]) -> tuple[Run, list[Tensor]]:
-    """All values in one tensor each: the traffic of the update and nothing else."""
+    """Return the update of all values in one tensor each: its traffic and nothing else."""
     one, other = (
         torch.cat([t.flatten() for t in teacher]),
         torch.cat([s.flatten() for s in student]),
@@ -114,7 +115,7 @@ def make(size: str, device: torch.device, seed: int) -> list[Tensor]:
 
 
 def check(name: str, run: Run, held: list[Tensor]) -> Callable[[list[Tensor], list[Tensor]], None]:
-    """Runs once; the returned function raises where the result is not that of the reference in
+    """Run once; the returned function raises where the result is not that of the reference in
     float64. A few tensors of each end stand for all, to bound the memory."""
     run()
 
@@ -134,8 +135,8 @@ def check(name: str, run: Run, held: list[Tensor]) -> Callable[[list[Tensor], li
 
 
 def prepare(size: str, device: torch.device) -> dict[str, Run]:
-    """Every way, checked; all on one teacher, as its place in memory alone makes a fifth of the
-    time."""
+    """Return every way, checked; all on one teacher, as its place in memory alone makes a fifth of
+    the time."""
     before, student = make(size, device, 0), make(size, device, 1)
     teacher = [t.clone() for t in before]
     makers = {n: partial(ours, n) for n in available_backends(device)["ema_update_"]}

@@ -54,7 +54,7 @@ GROUPS = {"default": PAPER, "paper": PAPER, "series": []}
 
 
 def write_files(root: Path, case: Case) -> Dataset:
-    """Real photographs in the files of a made-up dataset, so that decoding costs what it does."""
+    """Write real photographs into a made-up dataset, so that decoding costs what it does."""
     from sklearn.datasets import load_sample_images
 
     if case.dataset == "voc":
@@ -146,7 +146,7 @@ def test_input(
 
 
 def check(runs: dict[str, Run], dataset: Dataset, case: Case) -> None:
-    """Raises where a way gives something else than crops with the classes of the masks."""
+    """Raise where a way gives something else than crops with the classes of the masks."""
     classes = {*range(len(dataset.info.classes)), IGNORE}
     results = {name: run() for name, run in runs.items()}
     for name in (harness.REFERENCE, "ctt", "ctt, cached"):

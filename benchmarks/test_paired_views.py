@@ -34,13 +34,13 @@ def make(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) 
 
 
 def cross_entropy(q: Tensor, case: Contrast, reduction: str) -> Tensor:
-    """What everybody writes."""
+    """Compute what everybody writes."""
     keys = case.keys.flatten(0, 1).to(q.dtype)
     return F.cross_entropy(F.normalize(q, dim=1) @ keys.T / case.temperature, case.label)
 
 
 def inf_cl() -> Loss:
-    """Tiles of scores that are never stored; a program of Triton."""
+    """Return tiles of scores that are never stored; a program of Triton."""
     from inf_cl import cal_flash_loss
 
     def run(q: Tensor, case: Contrast, reduction: str) -> Tensor:
@@ -52,7 +52,7 @@ def inf_cl() -> Loss:
 
 
 def liger() -> Loss:
-    """The keys as weights of the last layer; chunks of scores, gradient made on the way."""
+    """Return the keys as weights of the last layer; chunks of scores, gradient made on the way."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     def run(q: Tensor, case: Contrast, reduction: str) -> Tensor:
@@ -65,7 +65,7 @@ def liger() -> Loss:
 
 
 def peers(device: torch.device, may_compile: bool) -> dict[str, Loss]:
-    """What is installed and runs here."""
+    """Return what is installed and runs here."""
     ways: dict[str, Loss] = {"cross_entropy": cross_entropy}
     if may_compile:
         ways["cross_entropy, torch.compile"] = contrast.compiled(cross_entropy)

@@ -43,7 +43,7 @@ def ours(backend: str) -> Update:
 
 
 def class_loop(inputs: Inputs, rings: Rings, k: int) -> None:
-    """A loop over the classes with boolean indexing, as published programs write it."""
+    """Run a loop over the classes with boolean indexing, as published programs write it."""
     features, label, confidence = inputs
     keys, count, cursor = rings
     capacity = keys.shape[1]
@@ -78,7 +78,7 @@ def empty(size: str, device: torch.device, dtype: torch.dtype = torch.float32) -
 
 
 def check(name: str, update: Update, inputs: Inputs, size: str) -> None:
-    """Raises where a way stores something else than the reference in float64, past the wrap."""
+    """Raise where a way stores something else than the reference in float64, past the wrap."""
     features, label, confidence = inputs
     k, capacity = SIZES[size][4], SIZES[size][2]
     got, want = empty(size, features.device), empty(size, features.device, torch.float64)

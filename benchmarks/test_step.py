@@ -98,7 +98,7 @@ def make_engine(settings: Settings, size: str, device: torch.device) -> Engine:
 def ours(
     settings: Settings, size: str, device: torch.device, batches: Batches, backend: str = "auto"
 ) -> tuple[Callable[[], dict[str, Tensor]], Engine]:
-    """One step, with full banks."""
+    """Return one step, with full banks."""
     about = methods.get(settings.method)
     engine = make_engine(settings, size, device)
     banks = [m for m in engine.method.modules() if isinstance(m, MemoryBank)]
@@ -136,7 +136,7 @@ def plain(settings: Settings, size: str, device: torch.device, batches: Batches)
 
 
 def variants(device: torch.device, may_compile: bool) -> dict[str, dict[str, Any]]:
-    """Settings of ways to run our step."""
+    """Return settings of ways to run our step."""
     ways: dict[str, dict[str, Any]] = {OURS: {}}
     if may_compile and device.type == "cpu":
         ways["ctt compiled"] = {"train": {"compile": "network"}}
@@ -151,7 +151,7 @@ def variants(device: torch.device, may_compile: bool) -> dict[str, dict[str, Any
 
 
 def phases_of(run: Run, engine: Engine, device: torch.device) -> tuple[dict[str, float], float]:
-    """Seconds of each phase and of the whole of some steps."""
+    """Return the seconds of each phase and of the whole of some steps."""
     run()
     phases = engine.step.phase
     phases.seconds()

@@ -74,7 +74,7 @@ class Operator(BenchmarkOperator):
 
     @register_metric()
     def flops(self, fn_name: str, example_inputs: Inputs, metrics: BenchmarkOperatorMetrics) -> int:
-        """Two matrix products of 2 N C V D each; the gradient is made in the forward pass."""
+        """Count two matrix products of 2 N C V D each; the gradient is made in the forward pass."""
         query, _, keys = example_inputs
         return 2 * 2 * len(query) * keys.numel()
 

@@ -16,7 +16,8 @@ BLOCK = 128  # pixels of a program: ranks within it come from a BLOCK x BLOCK co
 def store_histogram(
     histogram_ptr, bucket, inside, block, num_blocks, C: tl.constexpr, BINS: tl.constexpr
 ):
-    """BINS is a power of two above C + 1: places outside the data fall into bin C + 1."""
+    """Store how many pixels bucket 0..C has each; BINS is a power of two above C + 1, the bin of
+    places outside the data."""
     bins = tl.arange(0, BINS)
     pixels = tl.histogram(tl.where(inside, bucket, C + 1).to(tl.int32), BINS)
     tl.store(histogram_ptr + bins * num_blocks + block, pixels, mask=bins <= C)
@@ -24,7 +25,7 @@ def store_histogram(
 
 @triton.jit
 def place_in_bucket(histogram_ptr, ends_ptr, bucket, inside, block, num_blocks):
-    """Where each pixel goes when all are ordered by bucket, stably."""
+    """Return where each pixel goes when all are ordered by bucket, stably."""
     i = tl.arange(0, bucket.shape[0])
     earlier = (bucket[:, None] == bucket[None, :]) & (i[None, :] < i[:, None])
     slot = bucket * num_blocks + block
@@ -35,7 +36,7 @@ def place_in_bucket(histogram_ptr, ends_ptr, bucket, inside, block, num_blocks):
 
 @triton.jit
 def class_sizes(ends_ptr, num_blocks, C: tl.constexpr, BINS: tl.constexpr):
-    """Pixels in bucket 0..C-1, as a vector (BINS,) with zeros from C on."""
+    """Return the pixels in bucket 0..C-1, as a vector (BINS,) with zeros from C on."""
     c = tl.arange(0, BINS)
     end = tl.load(ends_ptr + c * num_blocks + num_blocks - 1, mask=c < C, other=0)
     start = tl.load(ends_ptr + c * num_blocks - 1, mask=(c > 0) & (c < C), other=0)

@@ -19,7 +19,9 @@ def ema_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ALIGNED: all addresses are multiples of 16 bytes, which the host has checked.
+    """Store the moving average of all tensors of a table.
+
+    ALIGNED: all addresses are multiples of 16 bytes, which the host has checked.
 
     A pointer out of a table carries no such knowledge, and the loads would be 4 bytes wide; marking
     the block of pointers gives 16.

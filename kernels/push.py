@@ -29,7 +29,7 @@ def queue_push_kernel(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One program a class, so that it alone reads and moves the cursor.
+    """Store entries in the queues; one program a class, which alone reads and moves the cursor.
 
     The entry of rank r among the valid ones goes to cursor + r modulo V. Of more than V only the
     last V are written: what is left of pushing them one after the other.

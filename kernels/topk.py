@@ -14,7 +14,7 @@ from .bucket import class_sizes, place_in_bucket, store_histogram
 # sizes that change from call to call: no new compilation for each divisibility
 @triton.jit(do_not_specialize=["n"])
 def make_sort_keys(confidence_ptr, key_ptr, n, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """An integer that rises as the confidence falls, with -0.0 equal to 0.0.
+    """Store an integer that rises as the confidence falls, with -0.0 equal to 0.0.
 
     WIDE is for float64, whose keys need 64 bits.
     """
@@ -45,7 +45,7 @@ def assign_buckets(
     HAS_VALID: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The class of each pixel in sorted order, C where it is no candidate."""
+    """Store the class of each pixel in sorted order, C where it is no candidate."""
     block = tl.program_id(0)
     place = block * BLOCK + tl.arange(0, BLOCK)
     inside = place < n

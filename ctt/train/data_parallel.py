@@ -36,7 +36,7 @@ class DataParallel:
 
     @contextlib.contextmanager
     def summing(self, yes: bool) -> Iterator[None]:
-        """Unless `yes`, let backward passes leave the gradients of this process as they are."""
+        """Let backward passes leave the gradients of this process as they are, unless `yes`."""
         if not yes and isinstance(self.module, DistributedDataParallel):
             with self.module.no_sync():
                 yield
