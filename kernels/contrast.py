@@ -16,7 +16,8 @@ onto the scores: q is then never rounded again.
 
 The launches of one call, in order: those of gather.py, and `contrast_kernel` twice. Where the
 pixels that count are too few to keep all processors of the device busy, the first launch splits the
-keys among its programs and the second adds up what they found; elsewhere the second does nothing.
+keys among its programs, and the second adds up what they found and finishes the rows; elsewhere the
+first finishes them and the second does nothing.
 The device decides, for only it knows how many pixels count.
 """
 
@@ -219,9 +220,9 @@ def _tile(first_row, num_rows, rows_ptr, label_ptr, start_ptr, BLOCK_M: tl.const
 
 
 @triton.jit
-def _parts(num_rows, num_keys, processors, BLOCK_M: tl.constexpr, KEYS_OF_A_PART: tl.constexpr):
-    """Into how many parts the keys are split for each tile of rows."""
-    idle = processors // tl.maximum(tl.cdiv(num_rows, BLOCK_M), 1)
+def _parts(num_rows, num_keys, wanted, BLOCK_M: tl.constexpr, KEYS_OF_A_PART: tl.constexpr):
+    """Into how many parts the keys are split for each tile of rows, to make `wanted` programs."""
+    idle = wanted // tl.maximum(tl.cdiv(num_rows, BLOCK_M), 1)
     return tl.maximum(tl.minimum(idle, num_keys // KEYS_OF_A_PART), 1)
 
 
@@ -387,7 +388,7 @@ def _own_weights(
     return tl.where(is_own, softplus, 0.0), tl.where(is_own, w, 0.0)
 
 
-@triton.jit(do_not_specialize=["n", "num_blocks", "processors"])
+@triton.jit(do_not_specialize=["n", "num_blocks", "wanted"])
 def contrast_kernel(
     gathered_ptr,  # (at least N, DIM_PADDED)
     inverse_norm_ptr,  # (at least N,)
@@ -401,13 +402,13 @@ def contrast_kernel(
     ends_ptr,  # running sum of the histogram (C + 1, num_blocks)
     label_ptr,  # (N,) int64
     weight_ptr,  # (C,)
-    part_log2_ptr,  # (processors * PART_M,)
-    part_mean_ptr,  # (processors * PART_M, DIM_PADDED) float32
-    loss_ptr,  # (N,), or (programs,) of the first launch, the larger one
+    part_log2_ptr,  # (wanted * PART_M,)
+    part_mean_ptr,  # (wanted * PART_M, DIM_PADDED) float32
+    loss_ptr,  # (N,), or (programs of the first launch,), which are no fewer
     grad_ptr,  # (N, D) contiguous
     n,
     num_blocks,
-    processors,
+    wanted,
     inverse_tau,
     C: tl.constexpr,
     D: tl.constexpr,
@@ -429,7 +430,7 @@ def contrast_kernel(
     """
     num_rows = tl.load(ends_ptr + C * num_blocks - 1)
     num_keys = tl.load(start_ptr + C)
-    parts = _parts(num_rows, num_keys, processors, PART_M, KEYS_OF_A_PART)
+    parts = _parts(num_rows, num_keys, wanted, PART_M, KEYS_OF_A_PART)
     if ADD_PARTS:
         if parts == 1:
             return
@@ -472,10 +473,10 @@ def contrast_kernel(
             PRECISION,
         )
         if parts > 1:
-            place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-            tl.store(part_log2_ptr + place, log2_z)
+            row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+            tl.store(part_log2_ptr + row, log2_z)
             if NEED_GRAD:
-                _store_columns(part_mean_ptr, g, place, 0, DIM_PADDED, DIM_PADDED)
+                _store_columns(part_mean_ptr, g, row, 0, DIM_PADDED, DIM_PADDED)
             if not PER_PIXEL:
                 tl.store(loss_ptr + tl.program_id(0), 0.0)
             return

@@ -49,14 +49,16 @@ TILES = {
     (86, "tf32", 256): Tile(32, 16, 16, 8, 2),
 }
 
-# Tiles of keys that a program walks over at least where few pixels count: adding up a part costs
-# the time of one or two. Estimated for an H100, not yet measured.
+# Tiles of keys of a part at least where few pixels count; adding up a part takes about the time of
+# one or two. Estimated for an H100, not yet measured.
 TILES_OF_A_PART = 8
-ROWS_TO_ADD = 32  # of which a program adds up the parts; divides every block_m
+# Rows of a program that adds up the parts; divides every block_m. Few, because it walks over the
+# own keys of all classes that its rows have.
+ROWS_TO_ADD = 16
 
 # small and odd against each other, so that a few dozen pixels already cross every boundary
 INTERPRETER_TILE = Tile(32, 16, 16, 4, 1)
-INTERPRETER_PROCESSORS = 7  # two parts of the keys for each of three tiles
+INTERPRETER_PROCESSORS = 7
 
 
 def architecture(major: int, minor: int) -> int:

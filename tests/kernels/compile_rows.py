@@ -78,13 +78,13 @@ def contrast_case(kind: str, dim: int, tile: Any, pair: bool, *, add_parts: bool
         "BLOCK_M": tiles.ROWS_TO_ADD if add_parts else tile.block_m,
         "PART_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "BLOCK_OWN": tile.block_own,
+        "BLOCK_OWN": tile.block_n if add_parts else tile.block_own,
         "ADD_PARTS": add_parts,
         "KEYS_OF_A_PART": tiles.TILES_OF_A_PART * tile.block_n,
     }
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if add_parts:
-        options = {"num_warps": 4, "num_stages": 1}
+        options = {"num_warps": 4, "num_stages": 2}
     name = f"contrast {kind} {dim} {'pair' if pair else 'queue'}{' parts' * add_parts}"
     return Case(name, kernel, contrast_types(kernel, kind, constants), constants, options)
 

@@ -1,5 +1,7 @@
 """`info_nce` and `pair_info_nce` in Triton's interpreter; run by test_interpreter.py."""
 
+from typing import Any
+
 import pytest
 import torch
 from ctt_kernels import contrast, tiles
@@ -272,35 +274,98 @@ def test_scores_far_below_their_bound(temperature: float, longest: float) -> Non
     )
 
 
-@pytest.mark.parametrize("temperature", [0.02, 0.1])
-@pytest.mark.parametrize(("processors", "parts"), [(1, 1), (2, 2), (5, 5), (50, 14)])
-def test_keys_are_split_where_few_pixels_count(
-    temperature: float, processors: int, parts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tiles, "INTERPRETER_PROCESSORS", processors)
-    monkeypatch.setattr(tiles, "TILES_OF_A_PART", 1)
-    monkeypatch.setattr(tiles, "ROWS_TO_ADD", 16)
-    query, positive, label, keys, count, mask = case((70, 4, 60, 19), torch.float32, seed=10)
-    count[:] = torch.tensor([60, 60, 50, 60])  # 14 tiles
-    keys = plain(keys).float()
-    mask &= mask.cumsum(0) <= 30  # one tile of the three counts
-    query.requires_grad_()
-    wide = query.detach().double().requires_grad_()
-    options = {"temperature": temperature, "mask": mask, "reduction": "none"}
-    banks = [(keys, count)]
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Into how many parts the keys were split, once for each program that added them up."""
     found = []
     add = contrast._add_parts
     monkeypatch.setattr(contrast, "_add_parts", lambda *a: (found.append(int(a[3])), add(*a))[1])
-    high = info_nce(query, label, keys, count, backend="triton", **options)
-    check(high, reference.info_nce(wide, label, plain(keys), count, **options), query, wide)
-    low = pair_info_nce(query, positive, label, banks, backend="triton", **options)
+    monkeypatch.setattr(tiles, "TILES_OF_A_PART", 1)
+    return found
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.1])
+@pytest.mark.parametrize(
+    ("processors", "expected"), [(1, []), (2, [2, 2]), (5, [5, 5]), (50, [14, 14])]
+)
+def test_keys_are_split_where_few_pixels_count(
+    temperature: float,
+    processors: int,
+    expected: list[int],
+    parts: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiles, "INTERPRETER_PROCESSORS", processors)
+    query, positive, label, keys, count, mask = case((70, 4, 60, 19), torch.float32, seed=10)
+    keys, count = plain(keys).float(), torch.tensor([60, 60, 50, 60])  # 14 tiles
+    mask &= mask.cumsum(0) <= 30  # one tile of the three counts
+    options = {"temperature": temperature, "mask": mask, "reduction": "none"}
+    compare(query, positive, label, keys, count, options)
+    assert parts == expected * 2  # of two losses
+
+
+@pytest.mark.parametrize(
+    ("size", "reduction", "split"),
+    [((150, 3, 30, 130), "class", 4), ((150, 3, 30, 130), "none", 4), ((65, 3, 30, 20), "mean", 3)],
+    ids=str,
+)
+def test_several_tiles_of_rows_and_pieces_of_columns(
+    size: tuple[int, int, int, int],
+    reduction: str,
+    split: int,
+    parts: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiles, "INTERPRETER_PROCESSORS", 9)
+    monkeypatch.setattr(tiles, "INTERPRETER_TILE", tiles.Tile(64, 16, 16, 4, 1))
+    query, positive, label, keys, count, mask = case(size, torch.float32, seed=11)
+    options = {"temperature": 0.1, "mask": mask, "reduction": reduction}
+    compare(query, positive, label, keys, count, options)
+    assert set(parts) == {split}
+    found = len(parts)
+    ours = info_nce(query, label, keys, count, backend="triton", **options)
+    truth = reference.info_nce(query.double(), label, plain(keys), count, **options)
+    torch.testing.assert_close(ours.double(), truth, rtol=0, atol=1e-5)
+    assert len(parts) > found  # without a gradient too
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_parts_without_negatives(
+    own: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One class holds nearly all keys, and they are the own keys of every pixel."""
+    monkeypatch.setattr(tiles, "INTERPRETER_PROCESSORS", 7)
+    query, positive, label, keys, count, mask = case((40, 2, 100, 20), torch.float32, seed=12)
+    count[1 - own], label[:] = 3, own
+    keys = plain(keys).float()
+    compare(query, positive, label, keys, count, {"temperature": 0.1, "mask": mask})
+    assert set(parts) == {6}
+
+
+def compare(
+    query: Tensor,
+    positive: Tensor,
+    label: Tensor,
+    keys: Tensor,
+    count: Tensor,
+    options: dict[str, Any],
+) -> None:
+    """Check both losses of the one-pass kernel and their gradients against float64."""
+    query = query.requires_grad_()
+    wide = query.detach().double().requires_grad_()
+    ours = info_nce(query, label, keys, count, backend="triton", **options)
+    check(ours, reference.info_nce(wide, label, plain(keys), count, **options), query, wide)
+    ours = pair_info_nce(query, positive, label, [(keys, count)], backend="triton", **options)
     banks = [(plain(keys), count)]
     truth = reference.pair_info_nce(wide, positive.double(), label, banks, **options)
-    check(low, truth, query, wide)
-    assert found == ([parts] * 4 if parts > 1 else [])  # two losses, two programs each
+    check(ours, truth, query, wide)
 
 
-def test_a_key_of_nan_shows_in_the_loss() -> None:
+@pytest.mark.parametrize("processors", [1, 7])
+def test_a_key_of_nan_shows_in_the_loss(
+    processors: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "INTERPRETER_PROCESSORS", processors)
     query, _, label, keys, _, mask = case((60, 4, 9, 19), torch.float32, seed=9)
     keys = plain(keys).float()
     keys[2, 3, 5] = torch.nan
@@ -310,3 +375,4 @@ def test_a_key_of_nan_shows_in_the_loss() -> None:
     )
     assert mask.any()
     assert loss[mask].isnan().all()
+    assert bool(parts) == (processors > 1)

@@ -364,11 +364,12 @@ def _plan(query: Tensor) -> _Plan | None:
         kind = _kind_of_dot(query.dtype)
         if kind is None:
             return None
-        arch = tiles.architecture(*torch.cuda.get_device_capability(query.device))
+        device = torch.cuda.get_device_properties(query.device)
+        arch = tiles.architecture(device.major, device.minor)
         tile, precision = tiles.find(arch, kind, dim), "tf32"
         if tile is None:
             return None
-        processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+        processors = device.multi_processor_count
     programs = max(1, _cdiv(query.shape[0], tile.block_m))
     return _Plan(tile, max(16, _power_of_2(dim)), precision, programs, processors)
 
@@ -406,7 +407,7 @@ def _contrast(
     n, dim = query.shape
     per_pixel = reduction == "none"
     parts = _parts(plan, keys)
-    programs = max(plan.programs, parts.processors, parts.programs)
+    programs = max(plan.programs, parts.wanted, parts.programs)
     loss = query.new_empty(n if per_pixel else programs, dtype=torch.float32)
     grad = query.new_empty(n, dim, dtype=gradient_dtype(query)) if need_grad else None
     if n == 0:
@@ -441,38 +442,41 @@ def _contrast(
             "PRECISION": plan.precision,
             "BLOCK_N": plan.tile.block_n,
             "BLOCK_OWN": plan.tile.block_own,
-            "processors": parts.processors,
+            "wanted": parts.wanted,
             "KEYS_OF_A_PART": parts.keys,
             "PART_M": plan.tile.block_m,
         }
-        room = parts.processors * plan.tile.block_m
+        room = parts.wanted * plan.tile.block_m
         shared["part_log2_ptr"] = loss.new_empty(room)
         shared["part_mean_ptr"] = loss.new_empty(room if need_grad else 0, plan.dim_padded)
         kernel = _kernels("contrast").contrast_kernel
         options = {"num_warps": plan.tile.num_warps, "num_stages": plan.tile.num_stages}
         _launch(kernel, (programs,), **shared, ADD_PARTS=False, **options)
         if parts.programs:
-            shared["BLOCK_M"] = _kernels("tiles").ROWS_TO_ADD
-            _launch(kernel, (parts.programs,), **shared, ADD_PARTS=True, num_warps=4, num_stages=1)
+            # few rows, which leave room for more of their own keys at a time
+            shared |= {"BLOCK_M": _kernels("tiles").ROWS_TO_ADD, "BLOCK_OWN": plan.tile.block_n}
+            _launch(kernel, (parts.programs,), **shared, ADD_PARTS=True, num_warps=4, num_stages=2)
         return (loss if per_pixel else loss.sum()), grad
 
 
 class _Parts(NamedTuple):
     """How the keys are split among programs where few pixels count."""
 
-    processors: int  # programs that are wanted at least
-    programs: int  # that add up the parts; none if the keys are too few to split
-    keys: int  # of a part at least
+    wanted: int  # programs, if there are keys for so many; 1: the keys are too few to split
+    programs: int  # of the launch that adds up the parts
+    keys: int  # of a part at least, with the own keys of its rows
 
 
 def _parts(plan: _Plan, keys: list[Tensor]) -> _Parts:
     tiles, tile = _kernels("tiles"), plan.tile
     least = tiles.TILES_OF_A_PART * tile.block_n
-    if keys[0].shape[0] * sum(k.shape[1] for k in keys) < 2 * least:
+    most = keys[0].shape[0] * sum(k.shape[1] for k in keys) // least
+    if most < 2:
         return _Parts(1, 0, least)
     # of more tiles of rows than half the processors, none is split
     split = min(plan.programs, plan.processors // 2)
-    return _Parts(plan.processors, split * tile.block_m // tiles.ROWS_TO_ADD, least)
+    wanted = min(plan.processors, plan.programs * most)
+    return _Parts(wanted, split * tile.block_m // tiles.ROWS_TO_ADD, least)
 
 
 def _gather(
