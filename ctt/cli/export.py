@@ -60,7 +60,7 @@ def _main(arguments: list[str]) -> int:
         Arguments, prog="ctt-export", args=arguments, config=(tyro.conf.PositionalRequiredArgs,)
     )
     if parsed.size is not None and not all(1 <= side < 2**31 for side in parsed.size):
-        raise UserError(f"--size {' '.join(map(str, parsed.size))}: give two numbers from 1 on.")
+        raise UserError(f"--size must be at least 1 1, and below {2**31}, got {parsed.size}.")
     if parsed.format == "safetensors" and (
         parsed.normalized or parsed.size or parsed.output != "probabilities"
     ):
