@@ -50,7 +50,7 @@ PHASE_STEPS = 5
 
 COMMON: dict[str, Any] = {
     "model": {"weights": ["none"]},
-    "bank": {"start_after": 0},
+    "bank": {"start_after": 0, "every": 1},  # as the plain step
     "loss": {"gamma": 0.0},
 }
 TINY: dict[str, Any] = {

@@ -306,8 +306,8 @@ class BankSettings:
     per_image: bool = False
     """Select and push for each labelled image of the batch by itself."""
     every: Annotated[int, AT_LEAST_1] = 1
-    """Fill the banks from every N-th labelled image of a batch, which N must divide; the teachers
-    then see only these."""
+    """Fill the banks from every N-th labelled image of a batch; the teachers then see only these.
+    Of a batch that N does not divide, from every M-th, with its largest divisor M below N."""
     random_choice: bool = True
     """Draw the pushed pixels from the top k at random, else take the most confident."""
     min_confidence: Annotated[float, SHARE] = 0.0

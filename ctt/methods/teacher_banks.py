@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ctt.errors import UserError
 from ctt.methods import losses
 from ctt.methods.base import Batch, Modules, Networks, Setup, Step
 from ctt.methods.losses import to_grid
@@ -24,17 +23,11 @@ class TeacherBanks(Modules[MemoryBank]):
 
         Args:
             width: D, length of a key.
-
-        Raises:
-            UserError: `bank.every` does not divide the batch.
         """
         self.settings = settings = setup.settings.bank
         images = setup.settings.data.batch_size
-        if images % settings.every:
-            raise UserError(
-                f"`bank.every` {settings.every} does not divide `data.batch_size` {images}. Give a "
-                f"divisor: else which images fill the banks depends on the number of processes."
-            )
+        # a divisor: each process then fills the banks from as many images of its batch
+        self.every = max(n for n in range(1, settings.every + 1) if images % n == 0)
         super().__init__(
             MemoryBank(setup.classes, settings.capacity, width) for _ in range(setup.pairs)
         )
@@ -53,7 +46,7 @@ class TeacherBanks(Modules[MemoryBank]):
             projections: of teacher k, which take its features (B, D, h, w) to the width of keys.
         """
         settings = self.settings
-        images, label = (b[name][:: settings.every] for name in ("images", "label"))
+        images, label = (b[name][:: self.every] for name in ("images", "label"))
         pushes = list(self.pushes(len(images), step))
         drawn = settings.random_choice and settings.top_k > self.per_class
         if drawn:

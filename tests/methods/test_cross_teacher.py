@@ -8,8 +8,10 @@ from torch import Tensor
 
 from ctt.data import mixing
 from ctt.data.dataset import IGNORE
-from ctt.errors import UserError
-from ctt.settings import Settings
+from ctt.data.digits import INFO
+from ctt.methods.base import Setup
+from ctt.methods.teacher_banks import TeacherBanks
+from ctt.settings import Settings, update
 from tests.methods.rendering import SIZE, Scene, mean_cross_entropy, mixed, no_gradient, scores
 
 START = 2  # iteration at which the contrast begins
@@ -156,9 +158,15 @@ def test_options_of_the_low_level_contrast(tiny: Settings, change: dict[str, Any
     )
 
 
-def test_every_image_that_fills_the_banks_is_in_each_batch(tiny: Settings) -> None:
-    with pytest.raises(UserError, match=r"`bank\.every` 2 does not divide `data\.batch_size` 3"):
-        Scene(tiny, "cross-teacher", {"bank": {"every": 2}}, 2)
+@pytest.mark.parametrize(
+    ("batch", "every", "expected"), [(3, 2, 1), (6, 4, 3), (12, 4, 4), (2, 9, 2)]
+)
+def test_banks_take_the_same_images_of_every_batch(
+    tiny: Settings, batch: int, every: int, expected: int
+) -> None:
+    change = {"bank": {"every": every}, "data": {"batch_size": batch}}
+    setup = Setup(update(tiny, change, "test"), INFO, 1, 6)
+    assert TeacherBanks(setup, 4).every == expected
 
 
 def test_contrast_begins_at_its_iteration(tiny: Settings) -> None:
