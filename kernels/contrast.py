@@ -424,7 +424,7 @@ def contrast_kernel(
     PART_M: tl.constexpr,
     KEYS_OF_A_PART: tl.constexpr,
 ):
-    """BLOCK_M queries against all keys; loss is by pixel, or a weighted sum by program.
+    """Compare BLOCK_M queries with all keys; store losses by pixel, or weighted sums by program.
 
     ADD_PARTS says which of the two launches it is, PART_M is BLOCK_M of the first.
     """

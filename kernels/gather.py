@@ -126,7 +126,7 @@ def order_rows(
     REDUCTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """rows (N,) lists the pixels by bucket; weight (C,) is what a pixel's loss counts for."""
+    """Store the pixels by bucket in rows (N,), and the weight of a pixel's loss by class (C,)."""
     block = tl.program_id(0)
     pixel = block * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < n
@@ -183,7 +183,7 @@ def gather_queries(
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Queries that count, in order of class, with 1/|q|; the others get a zero loss and gradient.
+    """Gather the queries that count by class, with 1/|q|; set loss and gradient of others to 0.
 
     The contrast kernel has no registers to spare for gathering whole features from any strides and
     for squaring them. Its last tile is filled up with zeros.

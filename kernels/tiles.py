@@ -62,14 +62,14 @@ INTERPRETER_PROCESSORS = 7
 
 
 def architecture(major: int, minor: int) -> int:
-    """The row of the table for a compute capability of at least 8.0, by its shared memory."""
+    """Return the architecture of the table for a compute capability of at least 8.0."""
     if (major, minor) in ((8, 0), (8, 7)):
         return 80
     return 90 if major in (9, 10, 11) else 86
 
 
 def find(arch: int, kind: str, dim: int) -> Tile | None:
-    """The smallest row that holds `dim`, or None."""
+    """Return the smallest row that holds `dim`, or None."""
     for width in (64, 128, MAX_DIM):
         if dim <= width and (arch, kind, width) in TILES:
             return TILES[arch, kind, width]

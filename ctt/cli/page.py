@@ -72,7 +72,8 @@ class Viewer:
         self.trained, self.device, self.settings = trained, device, settings
         self.info = trained.info
         self.names = trained.names()
-        self.kept: OrderedDict[tuple[str, str], Found] = OrderedDict()  # the latest at the end
+        # by file and network, the latest at the end, with the time of the file that they are of
+        self.kept: OrderedDict[tuple[str, str], tuple[int, Found]] = OrderedDict()
         self.lock = threading.Lock()
 
     def predict(self, file: str, name: str) -> Found:
@@ -83,14 +84,17 @@ class Viewer:
         Raises:
             UserError: the image cannot be read, or there is not enough memory for it.
         """
+        changed = Path(file).stat().st_mtime_ns if Path(file).exists() else 0
         with self.lock:
-            if found := self.kept.get((file, name)):
+            kept = self.kept.get((file, name))
+            if kept is not None and kept[0] == changed:
                 self.kept.move_to_end((file, name))
-                return found
+                return kept[1]
         found = self._predict(file, name)
         with self.lock:
-            self.kept[file, name] = found
-            while sum(x.nbytes for tensors in self.kept.values() for x in tensors) > KEPT:
+            self.kept[file, name] = changed, found
+            self.kept.move_to_end((file, name))
+            while sum(x.nbytes for _, tensors in self.kept.values() for x in tensors) > KEPT:
                 self.kept.popitem(last=False)
         return found
 

@@ -86,6 +86,15 @@ def test_few_predictions_are_kept(
     assert not viewer.kept
 
 
+def test_a_file_that_changed_is_predicted_again(viewer: page.Viewer, picture: Path) -> None:
+    before, _, _ = viewer.predict(str(picture), "student_1")
+    time = picture.stat().st_mtime_ns
+    Image.fromarray(np.full((50, 40, 3), 90, np.uint8)).save(picture)
+    os.utime(picture, ns=(time, time + 10**9))
+    after, _, _ = viewer.predict(str(picture), "student_1")
+    assert after.shape[1:] == (50, 40) != before.shape[1:]
+
+
 def test_a_lack_of_memory_is_told_on_the_page(
     viewer: page.Viewer, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
