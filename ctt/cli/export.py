@@ -105,8 +105,8 @@ def check_target(out: Path, parsed: Arguments) -> None:
         raise UserError(f"--out {out}: there is no folder {out.parent}.")
     if out.is_dir():
         raise UserError(f"--out {out}: this is a folder; give the name of a file.")
-    dataset = parsed.path / "best.safetensors" if parsed.path.is_dir() else parsed.path
-    if out.resolve() == dataset.resolve():
+    weights = parsed.path / "best.safetensors" if parsed.path.is_dir() else parsed.path
+    if out.resolve() == weights.resolve():
         raise UserError(f"{out} is the network itself. Give another --out.")
     if out.exists() and not parsed.overwrite:
         raise UserError(f"{out} is there already. Give another --out, or --overwrite.")

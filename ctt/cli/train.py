@@ -106,7 +106,7 @@ def list_methods() -> None:
     from ctt.console import plain_console
 
     table = Table(title="training methods", caption=METHODS_CAPTION)
-    for column in ("method", "dataset", "students", "beside students and teachers", "cost"):
+    for column in ("method", "paper", "students", "beside students and teachers", "cost"):
         right = column in ("students", "cost")
         table.add_column(column, justify="right" if right else "left", no_wrap=column == "method")
     for name in [*methods.names(), *methods.installed()]:

@@ -114,6 +114,12 @@ def test_the_list_names_every_method(capsys: pytest.CaptureFixture[str]) -> None
     assert train("--list-methods") == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in methods.names())
+    heading = next(line for line in shown.splitlines() if "method" in line and "cost" in line)
+    assert [part.strip() for part in heading.strip("┃").split("┃")][:3] == [
+        "method",
+        "paper",
+        "students",
+    ]
 
 
 @pytest.mark.parametrize("name", methods.names())
