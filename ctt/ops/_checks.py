@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("class", "mean", "none")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what backends read
 
 
 def tensor(
@@ -17,7 +18,7 @@ def tensor(
     dtype: torch.dtype | None,
     device: torch.device | None = None,
 ) -> None:
-    """Check a tensor: `shape` holds sizes or letters (free sizes); `dtype` None: any float.
+    """Check a tensor: `shape` holds sizes or letters (free sizes); `dtype` None: see `floating`.
 
     Raises:
         TypeError: not a tensor, or of another dtype.
@@ -26,8 +27,7 @@ def tensor(
     if not isinstance(value, Tensor):
         raise TypeError(f"{operation}: {name} must be a tensor, got {type(value).__name__}")
     if dtype is None:
-        if not value.is_floating_point():
-            raise TypeError(f"{operation}: {name} must be floating point, got {value.dtype}")
+        floating(operation, name, value)
     elif value.dtype != dtype:
         raise TypeError(f"{operation}: {name} must be {dtype}, got {value.dtype}")
     if value.dim() != len(shape) or any(
@@ -40,6 +40,18 @@ def tensor(
         )
     if device is not None and value.device != device:
         raise ValueError(f"{operation}: {name} must be on {device}, got {value.device}")
+
+
+def floating(operation: str, name: str, value: Tensor) -> None:
+    """Refuse a tensor that is not of one of `FLOATS`, such as integers and 8-bit floats.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"{operation}: {name} must be floating point of 16, 32 or 64 bits, got {value.dtype}"
+        )
 
 
 def pairs(operation: str, name: str, what: str, value: object) -> None:
@@ -107,7 +119,7 @@ def temperature(operation: str, value: object) -> float:
 
 def learned_temperature(operation: str, value: Tensor, device: torch.device) -> Tensor:
     """Return a temperature that is a tensor with shape ()."""
-    if not value.is_floating_point() or value.numel() != 1:
+    if value.dtype not in FLOATS or value.numel() != 1:
         raise ValueError(
             f"{operation}: temperature must be a number or a floating-point tensor of one value, "
             f"got {value.dtype} {tuple(value.shape)}"

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ctt.ops import _checks
+
 try:
     from ctt._cpu import Layout as CppLayout
 except ImportError:
@@ -140,6 +142,9 @@ def _check(teacher: Tensors, student: Tensors) -> None:
                 f"ema_update_: element {i} must be floating point (averaged) or integer (copied) "
                 f"in both, got teacher {t.dtype} and student {s.dtype}"
             )
+        if t.is_floating_point():
+            for name, x in (("teacher", t), ("student", s)):
+                _checks.floating("ema_update_", f"element {i} of the {name}", x)
         if t.shape != s.shape:
             raise ValueError(
                 f"ema_update_: element {i} must have one shape, got teacher {tuple(t.shape)} and "

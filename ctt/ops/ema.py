@@ -86,7 +86,7 @@ def _traced(
 
 def _checked(decay: float | Tensor) -> float | Tensor:
     if isinstance(decay, Tensor):
-        if decay.dim() != 0 or not decay.is_floating_point():
+        if decay.dim() != 0 or decay.dtype not in _checks.FLOATS:
             raise ValueError(
                 f"ema_update_: decay must be a number or a floating-point tensor of shape (), "
                 f"got {decay.dtype} {tuple(decay.shape)}"

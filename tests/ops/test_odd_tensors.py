@@ -1,7 +1,7 @@
 """Tensors and modes that other people's programs bring along."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ctt.ops import class_topk, ema_update_, queue_push_
+from ctt.ops import (
+    MemoryBank,
+    class_topk,
+    ema_update_,
+    info_nce,
+    pair_info_nce,
+    queue_push_,
+)
 from tests.ops.common import contrast, high_level, low_level, runs
 
 EMA = pytest.mark.parametrize(("backend", "device"), runs("ema_update_"))
@@ -145,3 +152,23 @@ def test_pushes_of_views_that_negate_their_memory(backend: str, device: str) -> 
     )
     expected = nn.functional.normalize(features[:2], dim=1)
     torch.testing.assert_close(keys[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_floats_of_8_bits_are_refused_by_name(dtype: torch.dtype) -> None:
+    values, small = torch.rand(8, 4), torch.rand(8, 4).to(dtype)
+    label, bank = torch.zeros(8, dtype=torch.int64), MemoryBank(2, 4, 4)
+    keys, count = torch.rand(2, 4, 4), torch.full((2,), 4)
+    calls: list[Callable[[], object]] = [
+        lambda: info_nce(small, label, keys, count, temperature=0.1),
+        lambda: info_nce(values, label, keys.to(dtype), count, temperature=0.1),
+        lambda: pair_info_nce(small, values, label, [(keys, count)], temperature=0.1),
+        lambda: class_topk(small[:, 0], label, 2, 2),
+        lambda: bank.push(small, label, values[:, 0], top_k=2, per_class=2),
+        lambda: ema_update_([small], [values], 0.9),
+        lambda: ema_update_([values], [small], 0.9),
+        lambda: ema_update_([values], [values], torch.ones(()).to(dtype)),
+    ]
+    for call in calls:
+        with pytest.raises((TypeError, ValueError), match=f"floating.*got .*{dtype}"):
+            call()
