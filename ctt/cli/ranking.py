@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ctt.cli.predict import Arguments
+    from ctt.cli.ratings_file import RatingsFile
     from ctt.data.dataset import Dataset
     from ctt.inference.load import TrainedNetworks
     from ctt.inference.rank import Committee, Place, Rating
@@ -64,6 +65,7 @@ def rank(parsed: Arguments, protocol_of: Callable[[EvalSettings], EvalSettings])
     Args:
         protocol_of: the protocol as the command line changes one.
     """
+    from ctt.cli.ratings_file import RatingsFile
     from ctt.device import pick_device
     from ctt.inference.load import load_trained
     from ctt.inference.rank import Committee, order
@@ -86,7 +88,8 @@ def rank(parsed: Arguments, protocol_of: Callable[[EvalSettings], EvalSettings])
     check_copies(parsed.out, entries, dataset)
     committee = Committee(trained, device, protocol)
     read = partial(read_entry, dataset, trained)
-    kept, ratings, failures = rated(committee, entries, read, parsed.workers)
+    file = RatingsFile(parsed.out, committee)
+    kept, ratings, failures = rated(committee, entries, read, parsed.workers, file)
     features = features_of(committee, dataset, known, parsed.workers)
     places = order(ratings, features)
     for line in notes(committee, kept, features):
@@ -94,6 +97,7 @@ def rank(parsed: Arguments, protocol_of: Callable[[EvalSettings], EvalSettings])
     for path in earlier(parsed.out):
         path.unlink()
     write_order(parsed, kept, ratings, places)
+    file.remove()
     failures += write_first(parsed, committee, [kept[place.image] for place in places], read)
     for failure in failures:
         say(f"ctt-predict: {failure}", sys.stderr)
@@ -209,33 +213,49 @@ def images_of(
 
 
 def rated(
-    committee: Committee, entries: list[Entry], read: Callable[[Entry], Tensor], workers: int
+    committee: Committee,
+    entries: list[Entry],
+    read: Callable[[Entry], Tensor],
+    workers: int,
+    file: RatingsFile,
 ) -> tuple[list[Entry], list[Rating], list[str]]:
     """Return the images that can be read and rated, their ratings, and messages about the others.
+
+    Args:
+        file: ratings of an interrupted call, to which the new ones are added.
 
     Raises:
         LoaderError: the processes that read have ended before the first one.
     """
     from rich.progress import Progress
 
-    kept, ratings, failures = [], [], []
-    with Progress(transient=True) as bar:
-        task = bar.add_task("looking", total=len(entries))
+    failures = []
+    ratings = {entry: known for entry in entries if (known := file.get(entry)) is not None}
+    if ratings:
+        say(f"{len(ratings)} of {len(entries)} images were rated before an interruption.")
+    others = [entry for entry in entries if entry not in ratings]
+    with Progress(transient=True) as bar, file.opened() as opened:
+        task = bar.add_task("looking", total=len(entries), completed=len(ratings))
         try:
-            for entry, image in zip(entries, images_of(read, entries, workers), strict=True):
+            for entry, image in zip(others, images_of(read, others, workers), strict=True):
                 bar.advance(task)
                 try:
                     if isinstance(image, UserError):
                         raise image
-                    ratings.append(committee.rate(image))
-                    kept.append(entry)
+                    ratings[entry] = committee.rate(image)
                 except UserError as error:
                     failures.append(told(entry, error))
+                else:
+                    file.add(opened, entry, ratings[entry])
         except LoaderError as error:  # what was rated may have taken hours
-            if not kept:
+            if not ratings:
                 raise
             failures.append(f"The order is of the images before this: {error}")
-    return kept, ratings, failures
+        except KeyboardInterrupt:
+            say(f"{len(ratings)} of {len(entries)} images are rated; the same command goes on.")
+            raise
+    kept = [entry for entry in entries if entry in ratings]
+    return kept, [ratings[entry] for entry in kept], failures
 
 
 def told(entry: Entry, error: UserError) -> str:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ctt.cli import data, predict, ranking, train
 from ctt.cli.ranking import Entry, unlabeled
 from ctt.cli.ranking_checks import check_places
 from ctt.errors import LoaderError, UserError
 from ctt.inference.annotations import without_specks
-from ctt.inference.rank import Committee
+from ctt.inference.rank import Committee, Rating
 from ctt.settings import Settings
 from tests.data.trees import write_folder, write_voc
 
@@ -187,6 +189,42 @@ def test_the_order_is_kept_when_something_ends_later(
     monkeypatch.setattr(ranking, "images_of", images_of)
     assert predict._main(arguments) == 2
     assert len(rows(out / "rank.csv")) == 2
+
+
+def test_the_same_command_goes_on_after_an_interruption(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, out, whole = (tmp_path / name for name in ("photos", "out", "whole"))
+    photos.mkdir()
+    for i in range(4):
+        noise = np.random.default_rng(i).integers(0, 256, (20, 24, 3), np.uint8)
+        Image.fromarray(noise).save(photos / f"{i}.png")
+    arguments = [str(run), str(photos), "--rank", "--workers", "0", "--out"]
+    assert predict._main([*arguments, str(whole)]) == 0
+    rate, asked = Committee.rate, []
+
+    def stopped(committee: Committee, image: Tensor, after: int) -> Rating:
+        if len(asked) == after:
+            raise KeyboardInterrupt
+        asked.append(image)
+        return rate(committee, image)
+
+    monkeypatch.setattr(Committee, "rate", partialmethod(stopped, after=3))
+    with pytest.raises(KeyboardInterrupt):
+        predict._main([*arguments, str(out)])
+    assert "3 of 4 images are rated; the same command goes on" in capsys.readouterr().out
+    assert [path.name for path in out.iterdir()] == ["ratings.jsonl"]
+    ratings = out / "ratings.jsonl"
+    ratings.write_text(ratings.read_text()[:-9])  # cut short while it was written
+    Image.new("RGB", (24, 20)).save(photos / "1.png")  # another image by now
+    asked.clear()
+    monkeypatch.setattr(Committee, "rate", partialmethod(stopped, after=99))
+    assert predict._main([*arguments, str(out)]) == 0
+    assert "1 of 4 images were rated before" in capsys.readouterr().out
+    assert len(asked) == 3
+    assert not ratings.exists()
+    assert predict._main([*arguments, str(whole), "--overwrite"]) == 0
+    assert (out / "rank.csv").read_bytes() == (whole / "rank.csv").read_bytes()
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are text there")
