@@ -124,8 +124,8 @@ def read_coco(path: Path) -> CocoFile:
     """Return what an instance file holds.
 
     Raises:
-        UserError: it cannot be read, is no JSON, lacks what an instance file has, or names an image
-            of more than `most_pixels`.
+        UserError: it cannot be read, is no JSON, lacks what an instance file has, gives one id to
+            two images or categories, or names an image of more than `most_pixels`.
     """
     values = read_json(path)
     parts = ("images", "annotations", "categories")
@@ -134,12 +134,18 @@ def read_coco(path: Path) -> CocoFile:
         raise UserError(
             f"{path} is no COCO file of instances: it must hold the lists {', '.join(parts)}."
         )
-    images, categories = {}, {}
+    images: dict[Key, CocoImage] = {}
+    categories: dict[Key, str] = {}
     for entry in lists[0] or ():
         image = CocoImage(_name(entry, "file_name", path), *_size(entry, path))
-        images[_key(entry, path)] = image
+        other = images.setdefault(_key(entry, path), image)
+        if other != image:
+            raise _repeated("images", entry, other.name, image.name, path)
     for entry in lists[2] or ():
-        categories[_key(entry, path)] = _name(entry, "name", path)
+        name = _name(entry, "name", path)
+        first = categories.setdefault(_key(entry, path), name)
+        if first != name:
+            raise _repeated("categories", entry, first, name, path)
     if not images or not categories:
         raise UserError(f"{path}: the file names no images, or no categories.")
     annotations: dict[Key, list[dict[str, Any]]] = {}
@@ -178,6 +184,14 @@ def _key(entry: Any, path: Path) -> Key:
     if not isinstance(key, int | str):
         raise UserError(f"{path}: {brief(entry)} has no id.")
     return key
+
+
+def _repeated(what: str, entry: Any, one: str, other: str, path: Path) -> UserError:
+    return UserError(
+        f"{path}: the {what} {brief(one)} and {brief(other)} have the same id "
+        f"{brief(entry['id'])}, so that nothing says to which of them an annotation belongs. Give "
+        f"each an id of its own, as the tool does if all are exported together."
+    )
 
 
 def _name(entry: Any, key: str, path: Path) -> str:

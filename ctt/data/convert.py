@@ -97,6 +97,7 @@ def convert(
     Raises:
         UserError: the target holds something else, or cannot be written.
     """
+    export.items = _once(export)
     if not any(item.paint for item in export.items):
         first = f" {export.faults[0]}" if export.faults else ""
         raise UserError(f"{export.images.root}: no annotated image is found.{first}")
@@ -195,7 +196,7 @@ def prepare(target: Path, export: Export) -> None:
 def _jobs(export: Export, unlabeled: Iterable[Path]) -> list[Job]:
     """Return the images and their places below the target.
 
-    An image that is annotated twice, or would share its mask with another one, becomes a fault.
+    An image that would share its mask with another one becomes a fault.
     """
     jobs: dict[str, Job] = {}
     folders = [PurePosixPath(item.name).parent for item in export.items]
@@ -221,18 +222,36 @@ def _jobs(export: Export, unlabeled: Iterable[Path]) -> list[Job]:
     return list(jobs.values())
 
 
+def _once(export: Export) -> list[Item]:
+    """Return each image once; one that two entries annotate becomes a fault.
+
+    Either may lack a part of the shapes, or mean another image.
+    """
+    entries: dict[str, list[Item]] = {}
+    for item in export.items:
+        entries.setdefault(item.name, []).append(item)
+    items = []
+    for name, found in entries.items():
+        annotated = [item for item in found if item.paint is not None]
+        if len(annotated) < 2:
+            items.append(next(iter(annotated or found)))
+            continue
+        one, other = (item.entry or str(item.mask) for item in annotated[:2])
+        export.faults.append(
+            f"{export.images.root / name}: the image is annotated twice, as {one} and as {other}; "
+            f"neither is used. Take one of the two out, or correct which image it is of."
+        )
+    return items
+
+
 def _put(jobs: dict[str, Job], job: Job, export: Export) -> None:
     stem = same_name(str(PurePosixPath(job.place).with_suffix("")))
     other = jobs.setdefault(stem, job)
-    if other is job:
-        return
-    why = (
-        f"{job.source}: the image is annotated in two places, of which the first is used."
-        if other.source == job.source
-        else f"{job.source}: {other.source} has the same name and would be the same image of the "
-        f"folder. Rename one of the two."
-    )
-    export.faults.append(why)
+    if other.source != job.source:
+        export.faults.append(
+            f"{job.source}: {other.source} has the same name and would be the same image of the "
+            f"folder. Rename one of the two."
+        )
 
 
 def _write(job: Job, target: Path, export: Export, link: bool) -> _Done:

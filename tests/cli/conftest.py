@@ -1,9 +1,15 @@
+import re
 import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ctt.cli import data as program
 from ctt.cli import train
+
+Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +22,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert train._main([*shlex.split(quick), "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs `ctt-data convert`; gives its exit code, what it printed, and its error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ctt-data", "convert", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            program.main()
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.err
+        return int(stop.value.code or 0), shown.out, re.sub(r"\s+", " ", shown.err)
+
+    return run

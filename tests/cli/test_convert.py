@@ -1,43 +1,25 @@
 """ctt-data convert: every form of export becomes a folder that can be trained on."""
 
 import json
-import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ctt.cli import data as program
 from ctt.cli import predict, train
+from tests.cli.conftest import Call
 from tests.data import exports
 
 pytest.importorskip("pycocotools")
-Call = Callable[..., tuple[int, str, str]]
 TRAIN = (
     "--dataset folder --recipe digits --ratio 1/1 --model.width 4 --model.features 8 "
     "--data.crop 24 24 --data.batch-size 2 --train.iterations 2 --train.threads 1 "
     "--train.no-tensorboard"
 )
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs `ctt-data convert`; gives its exit code, what it printed, and its error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ctt-data", "convert", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            program.main()
-        shown = capsys.readouterr()
-        assert "Traceback" not in shown.err
-        return int(stop.value.code or 0), shown.out, re.sub(r"\s+", " ", shown.err)
-
-    return run
 
 
 def mask_of(folder: Path, name: str = "photo 0") -> np.ndarray:

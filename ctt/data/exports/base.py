@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import posixpath
 import re
 import shlex
 from collections import Counter
@@ -24,6 +26,8 @@ BACKGROUND = "background"
 BACKGROUNDS = (BACKGROUND, "_background_")  # names that mean what is outside of all shapes
 EVALUATION = re.compile(r"(val|valid|validation)(\d{4})?")
 TEST = re.compile(r"test(\d{4})?")
+# folders whose names say what kind of file they hold, and not which images
+KINDS = ("images", "image", "imgs", "img", "jpegimages", "labels", "annotations", "json", "jsons")
 Size = tuple[int, int]  # height and width
 
 
@@ -69,6 +73,7 @@ class Item:
         paint: the label for a height and width; None: the image is not annotated.
         size: for which the outlines were drawn, where the export says so.
         mask: the file of which the label has the size.
+        entry: what the export calls it, for messages.
         evaluation: it belongs to the part to evaluate on.
     """
 
@@ -76,6 +81,7 @@ class Item:
     paint: Callable[[int, int], Painted] | None
     size: Size | None = None
     mask: Path | None = None
+    entry: str = ""
     evaluation: bool = False
 
 
@@ -102,34 +108,61 @@ class Images:
             if not any((root / name).resolve().is_relative_to(path) for path in hidden)
         ]
         self._by_file: dict[str, list[str]] = {}
+        self._ends: set[str] = set()  # of the folders: of a/b both a/b and b
         for name in self.names:
             path = PurePosixPath(same_name(name))
             for key in {path.name, path.stem}:
                 self._by_file.setdefault(key, []).append(name)
+            folders = path.parent.parts
+            self._ends |= {"/".join(folders[i:]) for i in range(len(folders))}
 
     def find(self, entry: str, near: str = "") -> str:
         """Return the path below the folder of the image that an export calls `entry`.
 
+        The last folders of both paths, as many as the shorter one has, must be the same, except
+        `KINDS`. A name without folders may be of any image below `near`.
+
         Args:
             entry: a path as any machine wrote it, or a name without its ending.
-            near: a folder below the root that comes first if several images fit.
+            near: the folder that the entry starts from.
 
         Raises:
             UserError: there is none, or more than one.
         """
-        parts = PurePosixPath(same_name(entry.replace("\\", "/"))).parts
-        found = self._by_file.get(parts[-1], []) if parts else []
+        text = same_name(entry.replace("\\", "/"))
+        path = posixpath.normpath(posixpath.join(near, text))
+        named = self._by_file.get(posixpath.basename(path), [])
+        found = [
+            name
+            for name in named
+            if all(a == b for a, b in zip(_telling(path), _telling(name), strict=False))
+            or ("/" not in text and same_name(name).startswith(f"{near}/"))
+        ]
         if len(found) > 1:
-            shared = {name: _shared_end(parts, name) for name in found}
+            shared = {n: (same_name(n) == path, _shared_end(path, n)) for n in found}
             most = max(shared.values())
             found = [name for name in found if shared[name] == most]
-        if len(found) > 1 and near:
-            found = [name for name in found if name.startswith(f"{near}/")] or found
         if len(found) == 1:
             return found[0]
-        if not found:
-            raise UserError(f"{entry}: there is no such image in {self.root}.")
-        raise UserError(f"{entry} may be {found[0]} or {found[1]} in {self.root}.")
+        if found:
+            raise UserError(f"{entry} may be {found[0]} or {found[1]} in {self.root}.")
+        other = (
+            f" {named[0]} is in another folder; if it is this image, give its folder (`images`)."
+            if named
+            else ""
+        )
+        raise UserError(f"{entry}: there is no such image in {self.root}.{other}")
+
+    def place(self, file: Path, request: Request) -> str:
+        """Return the folder of a file of the export, below that of the images or the source."""
+        folder = file.parent.resolve()
+        bases = (self.root.resolve(), request.folder.resolve())
+        base = next((base for base in bases if folder.is_relative_to(base)), folder)
+        return same_name(folder.relative_to(base).as_posix())
+
+    def near(self, folder: str) -> str:
+        """Return `folder` if there are images in a folder of this name; else the root, empty."""
+        return folder if same_name(folder) in self._ends else ""
 
     def others(self, used: set[str], tests: set[str]) -> tuple[list[str], int]:
         """Return the images beside used ones, and how many there are in other folders."""
@@ -176,6 +209,7 @@ class Export:
 
     def add_the_rest(self) -> None:
         """Add the images without annotation in the folders of annotated ones."""
+        self.items = [item for item in self.items if item.name not in self.tests]
         used = {item.name for item in self.items}
         beside, elsewhere = self.images.others(used, self.tests)
         self.items += [Item(name, None) for name in beside]
@@ -192,16 +226,21 @@ class Export:
         return {name: number for number, name in enumerate(self.classes)}
 
 
-def _shared_end(parts: tuple[str, ...], name: str) -> int:
+def _folders(path: str) -> tuple[str, ...]:
+    """Return the folders of a path, the last one first."""
+    return PurePosixPath(same_name(path)).parts[-2::-1]
+
+
+def _telling(path: str) -> list[str]:
+    """Return those of the folders that tell images apart."""
+    drives = ("/", "..", ":")  # what stands before folders
+    return [f for f in _folders(path) if not f.endswith(drives) and f.lower() not in KINDS]
+
+
+def _shared_end(path: str, other: str) -> int:
     """Return how many folders before the file name are the same."""
-    count = 0
-    for one, other in zip(
-        parts[-2::-1], PurePosixPath(same_name(name)).parts[-2::-1], strict=False
-    ):
-        if one != other:
-            break
-        count += 1
-    return count
+    pairs = zip(_folders(path), _folders(other), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def with_background(

@@ -75,9 +75,7 @@ def _add(file: CocoFile, images: Images, export: Export, request: Request) -> No
         export.left_out["annotations of images or categories that are not in the file"] += (
             file.strays
         )
-    below = file.path.parent.resolve()
-    inside = below.is_relative_to(images.root.resolve())
-    near = below.relative_to(images.root.resolve()).as_posix() if inside else ""
+    near = images.near(images.place(file.path, request))
     # of one file that was named everything is wanted
     alone = file.path == request.source
     part = "train" if alone else part_of(file.path.relative_to(request.source).as_posix())
@@ -90,7 +88,8 @@ def _add(file: CocoFile, images: Images, export: Export, request: Request) -> No
         annotated = key in file.annotations or request.empty == BACKGROUND
         size = (image.height, image.width) if image.height else None
         painted = partial(_paint, file, key, export, request.crowd == "class")
-        export.add(Item(name, painted if annotated else None, size), part)
+        entry = f"{image.name} in {file.path}"
+        export.add(Item(name, painted if annotated else None, size, entry=entry), part)
 
 
 def _paint(

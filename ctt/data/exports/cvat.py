@@ -53,7 +53,7 @@ def read(request: Request) -> Export:
     for path, tree in trees.items():
         for image in tree.iterfind("image"):
             try:
-                name = images.find(image.get("name", ""), image.get("subset", ""))
+                name = images.find(image.get("name", ""), images.near(image.get("subset", "")))
             except UserError as error:
                 export.faults.append(f"{path}: {error}")
                 continue
@@ -63,7 +63,8 @@ def read(request: Request) -> Export:
             sides = [image.get("height", ""), image.get("width", "")]
             size = (int(sides[0]), int(sides[1])) if all(map(str.isdecimal, sides)) else None
             painted = partial(_paint, path, image, export) if annotated else None
-            export.add(Item(name, painted, size), part)
+            entry = f"{image.get('name')} in {path}"
+            export.add(Item(name, painted, size, entry=entry), part)
     return export
 
 

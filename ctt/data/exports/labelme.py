@@ -38,7 +38,7 @@ def read(request: Request) -> Export:
     """Return the images of one file, or of all in a folder, with their shapes."""
     images = Images(request.images or request.folder, request.target)
     faults: list[str] = []
-    found: dict[str, tuple[Path, Any]] = {}
+    found: dict[Path, tuple[str, Any]] = {}
     for path in files_of(request.source, "*.json"):
         if path.resolve().is_relative_to(request.target.resolve()):
             continue
@@ -46,12 +46,10 @@ def read(request: Request) -> Export:
             values = read_json(path)
             if not isinstance(values, dict) or not isinstance(values.get("shapes"), list):
                 raise UserError(f"{path} is no LabelMe file: it has no list `shapes`.")
-            name = _image(path, values, images)
-            if name in found:
-                raise UserError(f"{path}: {found[name][0]} is of the same image, {name}.")
+            name = _image(path, values, images, request)
             # not the rest: LabelMe keeps the whole image in the file
             kept = {key: values.get(key) for key in ("imageHeight", "imageWidth")}
-            found[name] = (path, kept | {"labels": {_label(s, path) for s in values["shapes"]}})
+            found[path] = (name, kept | {"labels": {_label(s, path) for s in values["shapes"]}})
         except UserError as error:
             faults.append(str(error))
     labels = {label for _, values in found.values() for label in values["labels"]}
@@ -60,20 +58,18 @@ def read(request: Request) -> Export:
     classes = with_background(names, request)
     outside, order = class_outside(names, classes), "the later shape lies on top"
     export = Export("LabelMe", images, classes, order, outside, faults=faults)
-    for name, (path, values) in found.items():
+    for path, (name, values) in found.items():
         annotated = values["labels"] or request.empty == BACKGROUND
         size = (values["imageHeight"], values["imageWidth"])
         known = all(isinstance(side, int) and side > 0 for side in size)
         painted = partial(_paint, path, export) if annotated else None
-        export.add(Item(name, painted, size if known else None), "train")
+        export.add(Item(name, painted, size if known else None, entry=str(path)), "train")
     return export
 
 
-def _image(path: Path, values: dict[str, Any], images: Images) -> str:
+def _image(path: Path, values: dict[str, Any], images: Images, request: Request) -> str:
     """Return the image of a file: the one that it names, or of its own name."""
-    folder = path.parent.resolve()
-    inside = folder.is_relative_to(images.root.resolve())
-    near = folder.relative_to(images.root.resolve()).as_posix() if inside else ""
+    near = images.place(path, request)
     entry = values.get("imagePath")
     try:
         return images.find(entry if isinstance(entry, str) else path.stem, near)

@@ -1,0 +1,129 @@
+"""ctt-data convert: which image an annotation belongs to, and how it was turned when drawn."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.cli.conftest import Call
+
+pytest.importorskip("pycocotools")
+SIDE = 12
+
+
+def write_image(path: Path, value: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((SIDE, SIDE, 3), value, np.uint8)).save(path)
+
+
+def box(label: str, size: int) -> dict[str, Any]:
+    corners = [[0, 0], [size, 0], [size, size], [0, size]]
+    return {"label": label, "shape_type": "polygon", "points": corners}
+
+
+def write_labelme(path: Path, image: str, *shapes: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"shapes": shapes, "imagePath": image}))
+
+
+def write_coco(path: Path, *names: str, ids: tuple[int, ...] = (), categories: Any = None) -> None:
+    """An instance file of images with a cat in the corner, one pixel larger from image to image."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers = ids or range(len(names))
+    images = [
+        {"id": i, "file_name": name, "height": SIDE, "width": SIDE}
+        for i, name in zip(numbers, names, strict=True)
+    ]
+    annotations = [
+        {
+            "id": number,
+            "image_id": image["id"],
+            "category_id": 1,
+            "segmentation": [[0, 0, number, 0, number, number, 0, number]],
+        }
+        for number, image in enumerate(images, 1)
+    ]
+    values = {"images": images, "annotations": annotations}
+    path.write_text(json.dumps(values | {"categories": categories or [{"id": 1, "name": "cat"}]}))
+
+
+def drawn(folder: Path) -> dict[str, int]:
+    """How many pixels of class 1 each mask holds."""
+    return {
+        path.relative_to(folder).as_posix(): int((np.asarray(Image.open(path)) == 1).sum())
+        for path in sorted(folder.rglob("masks/**/*.png"))
+    }
+
+
+def test_an_image_of_another_folder_is_not_the_one_that_is_missing(
+    tmp_path: Path, call: Call
+) -> None:
+    source, mine = tmp_path / "labelme", tmp_path / "a"
+    for name in ("day2/1.png", "day1/2.png", "day1/photos/3.png", "4.png"):
+        write_image(source / name)
+    write_labelme(source / "day1" / "1.json", "1.png", box("cat", 2))
+    write_labelme(source / "day1" / "2.json", "1.png", box("cat", 3))  # its own name serves
+    write_labelme(source / "day1" / "3.json", "3.png", box("cat", 4))
+    write_labelme(source / "4.json", "C:\\work\\4.png", box("cat", 5))
+    code, out, _ = call(source, "--to", mine)
+    assert (code, "1.png: there is no such image in" in out) == (2, True)
+    assert "day2/1.png is in another folder; if it is this image, give its folder (--images)" in out
+    found = {"masks/day1/2.png": 9, "masks/day1/photos/3.png": 16, "masks/4.png": 25}
+    assert drawn(mine) == found
+    source, mine = tmp_path / "coco", tmp_path / "b"
+    for name in ("cam2/1.png", "cam1/2.png", "deep/cam3/3.png"):
+        write_image(source / "images" / name)
+    entries = ("cam1/1.png", "cam2/1.png", "/data/JPEGImages/cam1/2.png", "cam3/3.png")
+    write_coco(source / "annotations" / "instances.json", *entries)
+    code, out, err = call(source, "--to", mine)
+    assert (code, "1 file could not be used" in err) == (2, True)
+    assert "instances.json: cam1/1.png: there is no such image" in out
+    assert drawn(mine) == {
+        "masks/cam1/2.png": 9,
+        "masks/cam2/1.png": 4,
+        "masks/deep/cam3/3.png": 16,
+    }
+
+
+def test_bare_names_belong_to_the_folder_of_their_file(tmp_path: Path, call: Call) -> None:
+    """Each part has a JSON file beside its images, which have the same names in all parts."""
+    source = tmp_path / "export"
+    for name in ("train/1.png", "valid/1.png", "valid/2.png"):
+        write_image(source / name, len(name) + int(name[-5]))
+    write_coco(source / "train" / "a.json", "1.png", "2.png")
+    write_coco(source / "valid" / "a.json", "1.png", "2.png")
+    code, out, _ = call(source, "--to", tmp_path / "mine")
+    assert (code, f"{source / 'train' / 'a.json'}: 2.png: there is no such image" in out) == (2, 1)
+    assert drawn(tmp_path / "mine") == {
+        "masks/train/1.png": 1,
+        "val/masks/valid/1.png": 1,
+        "val/masks/valid/2.png": 4,
+    }
+
+
+def test_two_annotations_of_one_image_are_named_and_not_used(tmp_path: Path, call: Call) -> None:
+    source = tmp_path / "export"
+    for name in ("cam/1.png", "cam/2.png"):
+        write_image(source / name)
+    write_coco(source / "i.json", "/a/cam/1.png", "/b/cam/1.png", "cam/2.png")
+    code, out, _ = call(source, "--to", tmp_path / "mine")
+    file = source / "i.json"
+    assert code == 2
+    assert f"annotated twice, as /a/cam/1.png in {file} and as /b/cam/1.png in {file}" in out
+    assert drawn(tmp_path / "mine") == {"masks/2.png": 9}
+
+
+def test_ids_of_coco_are_of_one_image_or_category(tmp_path: Path, call: Call) -> None:
+    source, to = tmp_path / "export", ("--to", tmp_path / "mine")
+    for i in (1, 2):
+        write_image(source / f"{i}.png", i)
+    write_coco(source / "i.json", "1.png", "2.png", ids=(7, 7))
+    assert "the images '1.png' and '2.png' have the same id 7" in call(source, *to)[2]
+    both = [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]
+    write_coco(source / "i.json", "1.png", categories=both)
+    assert "the categories 'cat' and 'dog' have the same id 1" in call(source, *to)[2]
+    write_coco(source / "i.json", "1.png", categories=both[:1] * 2)  # which says the same twice
+    assert call(source, *to)[0] == 0
