@@ -17,8 +17,8 @@ from ctt.data.files import (
     same_name,
 )
 from ctt.data.labels import LabelMap, plain_map
+from ctt.data.masks import read_mask
 from ctt.data.options import DatasetOptions
-from ctt.data.pictures import read_mask
 from ctt.data.voc import bit_palette
 from ctt.errors import UserError
 

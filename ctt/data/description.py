@@ -10,7 +10,7 @@ from ctt.data import channels
 from ctt.data.channels import channels_of
 from ctt.data.dataset import IGNORE, DatasetInfo
 from ctt.data.labels import VALUES
-from ctt.data.pictures import Colour
+from ctt.data.masks import Colour
 from ctt.data.voc import bit_palette
 from ctt.errors import UserError
 from ctt.text import brief, from_yaml

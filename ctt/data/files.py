@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ctt.data.dataset import IGNORE, Dataset, DatasetInfo
 from ctt.data.labels import LabelMap
+from ctt.data.masks import read_mask
 from ctt.data.options import DatasetOptions
-from ctt.data.pictures import read_mask
 from ctt.data.rasters import read_as, size_of
 from ctt.data.remarks import of_channels, of_darkness, of_pages, of_turning, traits
 from ctt.data.split import NO_MASK, draw_split, with_all_classes
@@ -36,7 +36,7 @@ class FileDataset(Dataset):
 
     Attributes:
         turned: images are turned as their files say; published masks belong to the stored pixels.
-        lossy: masks may be JPEG files, because their exact values do not count.
+        lossy: masks may be JPEG files and the like, because their exact values do not count.
         states_white: the user can state the value of white, so that it is never guessed.
     """
 

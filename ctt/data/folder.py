@@ -59,8 +59,10 @@ class Folder(FileDataset):
         path = self.root / DESCRIPTION
         self.description = description = read_description(path)
         classes = description.info.classes
-        self.labels = LabelMap(description.mapping, classes, description.colours, str(path))
-        self.lossy = description.threshold is not None
+        self.lossy = by_grey = description.threshold is not None
+        self.labels = LabelMap(
+            description.mapping, classes, description.colours, str(path), by_grey
+        )
         self.assumed_ignore = None if description.says_ignore else IGNORE
         train = find_images(self.root, "images")
         if not train:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ctt.data.dataset import IGNORE
-from ctt.data.pictures import Array, Colour, Mask
+from ctt.data.masks import Array, Colour, Mask
 from ctt.errors import UserError
 
 VALUES = 2**16  # that a mask may hold
@@ -30,6 +30,7 @@ class LabelMap:
         colours: class, or 255, for each colour that a mask may hold; None: nothing says what
             colours mean.
         origin: where the colours can be stated, for the message.
+        by_grey: the mapping is of the greys that viewers show, not of the numbers in the file.
     """
 
     def __init__(
@@ -38,12 +39,13 @@ class LabelMap:
         classes: Iterable[str],
         colours: Mapping[Colour, int] | None = None,
         origin: str = "",
+        by_grey: bool = False,
     ) -> None:
         self.table = np.full(VALUES, -1, np.int16)
         for value, label in mapping.items():
             self.table[value] = label
         self.allowed = sorted(mapping)
-        self.classes = tuple(classes)
+        self.classes, self.by_grey = tuple(classes), by_grey
         self.colours, self.origin = dict(colours or {}), origin
         packed = sorted((_pack(colour), label) for colour, label in self.colours.items())
         self.packed = np.array([number for number, _ in packed], np.int32)
@@ -59,7 +61,12 @@ class LabelMap:
             UserError: a number or colour that is no class, or a palette that says that another
                 class is meant; names the file.
         """
-        values = mask.values
+        values = mask.shown() if self.by_grey else mask.values
+        if self.by_grey and mask.palette and values.min() < 0:
+            raise UserError(
+                f"{path}: the mask holds numbers for which its palette has no colour, so that "
+                f"nothing says how bright they are. Save it as a grey PNG."
+            )
         if values.ndim == 3:
             grey = (values == values[..., :1]).all()
             if not (grey and self.greys_mean_numbers):
@@ -69,12 +76,14 @@ class LabelMap:
         label = self.table[values] if inside else None
         if label is None or label.min() < 0:
             raise UserError(self._complain(np.unique(values), path))
-        self._compare(mask, path)
+        if not self.by_grey:
+            self._compare(mask, path)
         return torch.from_numpy(label.astype(np.uint8))
 
     def key(self) -> bytes:
         """Return what tells this map from others."""
-        return b"".join(part.tobytes() for part in (self.table, self.packed, self.of_packed))
+        parts = (self.table, self.packed, self.of_packed, np.array(self.by_grey))
+        return b"".join(part.tobytes() for part in parts)
 
     def _of_colours(self, values: Array, path: Path) -> Tensor:
         """Return the classes (H, W) of colours (H, W, 3)."""

@@ -13,8 +13,8 @@ from ctt.data.dataset import Dataset
 from ctt.data.faults import Fault
 from ctt.data.files import FileDataset
 from ctt.data.labels import plain_map
+from ctt.data.masks import read_mask
 from ctt.data.packed import pack
-from ctt.data.pictures import read_mask
 from ctt.data.prepare import Prepared, resize_label
 from ctt.errors import UserError
 from ctt.files import expanded
@@ -82,7 +82,7 @@ class OutsideMasks:
         if self.sure is None:
             return pack(label, torch.full_like(label, SURE))
         path = self._there(name, "confidence")
-        values = read_mask(path).values
+        values = read_mask(path).shown()
         if values.ndim != 2 or values.min() < 0 or values.max() > SURE:
             raise UserError(
                 f"{path}: a map of confidence is a grey image of 8 bits, in which 255 stands for "

@@ -1,4 +1,4 @@
-"""Images and masks in files: how they are read, and what is said of one that is broken."""
+"""Images in files: how they are read, and what is said of one that is broken."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
@@ -20,12 +19,7 @@ from ctt.errors import UserError
 # of an image, unless CTT_MAX_PIXELS says otherwise; reading one takes some 5 GB
 MOST_PIXELS = 500_000_000
 MOST_PIXELS_VARIABLE = "CTT_MAX_PIXELS"
-NUMBERS = ("1", "L", "P", "I", "F")  # modes with one number a pixel, beside I;16 and its kin
 TIFF = (".tif", ".tiff")
-WITH_ALPHA = {"LA": "L", "PA": "P", "RGBA": "RGB"}
-LOSSY = ("JPEG", "MPO")  # formats that change the values of a mask
-# Pillow spreads the values of grey PNGs of 2 and 4 bits over 0..255
-SPREAD = {"L;2": 85, "L;4": 17}
 REDUCED = 1  # bit of a TIFF page that is a small copy of another one
 SUBFILE_TYPE = 254  # its tag
 ORIENTATION = 0x0112
@@ -33,20 +27,6 @@ EXTRA_SAMPLES, PREMULTIPLIED = 338, 1  # a tag about the fourth channel, and its
 TURNED, ON_ITS_SIDE = range(2, 9), range(5, 9)  # its values that are not upright
 BIG_TIFF, BIG_ENDIAN_BIG_TIFF, PNG = b"II+\0", b"MM\0+", b"\x89PNG"
 STATS = "ctt-data stats --data-root FOLDER --write"
-Array = np.ndarray[tuple[int, ...], np.dtype[np.integer]]
-Colour = tuple[int, int, int]
-
-
-class Mask(NamedTuple):
-    """What a mask's file holds.
-
-    Attributes:
-        values: (H, W) numbers, of a palette PNG the indices; or (H, W, 3) colours.
-        palette: of a palette PNG, the colours of the indices.
-    """
-
-    values: Array
-    palette: tuple[Colour, ...] = ()
 
 
 class _NoLimit:
@@ -221,97 +201,6 @@ def pages(file: Image.Image) -> int:
         own += not file.tag_v2.get(SUBFILE_TYPE, 0) & REDUCED  # type: ignore[attr-defined]
     file.seek(0)
     return own
-
-
-def read_mask(path: Path, *, turned: bool = False, lossy: bool = False) -> Mask:
-    """Read the numbers or colours of a mask as they are stored.
-
-    Args:
-        turned: as the camera's note in the file (EXIF) says, as `read_image` does.
-        lossy: also take formats that change values, such as JPEG.
-
-    Raises:
-        UserError: there is no such file, or it is no image, a broken one, or one from which the
-            drawn values cannot be recovered.
-    """
-    try:
-        with open_picture(path) as file:
-            raw = raw_mode(file)
-            _refuse_altered(path, file, raw, lossy)
-            picture = ImageOps.exif_transpose(file) if turned else file
-            if picture.mode in WITH_ALPHA:
-                picture = _without_alpha(path, picture)
-            values = np.array(picture)
-            palette = _colours_of(picture) if picture.mode == "P" else ()
-    except UserError:
-        raise
-    except Exception as error:  # bytes that are no image can raise anything
-        raise broken(path, "a mask", error) from None
-    if values.dtype == np.bool_:
-        values = values.astype(np.uint8)
-    if values.dtype.kind == "f":
-        values = _whole(path, values)
-    return Mask(values // SPREAD[raw] if raw in SPREAD else values, palette)
-
-
-def _refuse_altered(path: Path, file: Image.Image, raw: str, lossy: bool) -> None:
-    """Refuse files that do not hold, or do not give, one number or colour for each pixel."""
-    if file.format in LOSSY and not lossy:
-        raise UserError(
-            f"{path}: the mask is a {file.format} file, which changes the values at the edges of "
-            f"objects. Save masks as PNG, from what they were drawn in."
-        )
-    if "16" in raw and not is_deep(file.mode):
-        raise UserError(
-            f"{path}: the mask has colours of 16 bits, of which only the upper 8 can be read. "
-            f"Write it again as a grey PNG of class numbers, or with 8 bits a colour."
-        )
-    if (count := pages(file)) > 1:
-        raise UserError(
-            f"{path}: the mask's file holds {count} pages, but one number for each pixel is "
-            f"expected, the class. Write the classes of all pages into one."
-        )
-    known = file.mode in (*NUMBERS, *WITH_ALPHA, "RGB") or file.mode.startswith("I;16")
-    if not known:
-        raise UserError(
-            f"{path}: the mask is an image of colours (mode {file.mode}), but one number for each "
-            f"pixel is expected, the class: a PNG with a palette (mode P) or a grey one (mode L). "
-            f"Write it again with the classes as values."
-        )
-
-
-def _without_alpha(path: Path, picture: Image.Image) -> Image.Image:
-    """Return a mask without transparency; transparent black, as drawing tools leave it, is black.
-
-    Raises:
-        UserError: other pixels are transparent, wholly or partly.
-    """
-    alpha = np.asarray(picture.getchannel("A"))
-    opaque = picture.convert(WITH_ALPHA[picture.mode])
-    clear = (alpha == 0) & (np.asarray(opaque).reshape(*alpha.shape, -1) == 0).all(-1)
-    other = int(((alpha < 255) & ~clear).sum())
-    if other:
-        raise UserError(
-            f"{path}: the mask has {other:,} transparent pixels (mode {picture.mode}), of which it "
-            f"is unclear whether they count. Save it without transparency."
-        )
-    return opaque
-
-
-def _colours_of(picture: Image.Image) -> tuple[Colour, ...]:
-    channels = picture.getpalette() or []
-    return tuple(zip(channels[::3], channels[1::3], channels[2::3], strict=True))
-
-
-def _whole(path: Path, values: np.ndarray[tuple[int, ...], np.dtype[np.floating]]) -> Array:
-    """Return numbers that a file holds as fractions, as geographic programs write them."""
-    numbers = values.astype(np.int64) if np.isfinite(values).all() else None
-    if numbers is None or (numbers != values).any():
-        raise UserError(
-            f"{path}: the mask holds fractions, but one whole number for each pixel is expected, "
-            f"the class. Write it again with the classes as values."
-        )
-    return numbers
 
 
 def broken(path: Path, what: str, error: Exception) -> UserError:

@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 FORMATS = (*TIFF, ".png")  # of `Raster`
 CACHE = 64  # megabytes of blocks that GDAL keeps; its own choice is a share of the memory
 LAYOUT = "IMAGE_STRUCTURE"  # GDAL's tags about how the pixels lie in the file
+LOSSLESS = (  # GDAL's names of compressions of TIFF files that keep the values, "": none; also LERC
+    *("", "PACKBITS", "LZW", "DEFLATE", "LZMA", "ZSTD"),
+    *("CCITTRLE", "CCITTRLEW", "CCITTFAX3", "CCITTFAX4"),
+)
 Values = np.ndarray[tuple[int, int, int], np.dtype[Any]]
 
 
@@ -111,8 +115,7 @@ def read_bands(
                 chosen = values[[band - 1 for band in _existing(bands, len(values), path)]]
                 return chosen, np.zeros(chosen.shape[1:], bool)
     with Raster(path) as raster:
-        if raster.height * raster.width > most_pixels():
-            raise too_large(path, raster.width, raster.height)
+        raster.refuse_too_large()
         return raster.read(bands)
 
 
@@ -236,6 +239,27 @@ class Raster:
     def close(self) -> None:
         """Close the file."""
         self._stack.close()
+
+    def refuse_too_large(self) -> None:
+        """Refuse a file that has too many pixels to be read whole.
+
+        Raises:
+            UserError: it has more than `most_pixels`.
+        """
+        if self.height * self.width > most_pixels():
+            raise too_large(self.path, self.width, self.height)
+
+    @property
+    def compression(self) -> str:
+        """Return GDAL's name of the compression; empty: none."""
+        return str(self.first.tags(ns=LAYOUT).get("COMPRESSION", ""))
+
+    @property
+    def is_lossy(self) -> bool:
+        """Return whether the compression of a TIFF file may change its values."""
+        if self.compression.startswith("LERC"):
+            return float(self.first.tags(ns=LAYOUT).get("MAX_Z_ERROR", 0)) > 0
+        return self.compression not in LOSSLESS
 
     @property
     def is_png(self) -> bool:

@@ -18,8 +18,9 @@ from PIL import Image, ImageOps
 from ctt.data.dataset import IGNORE
 from ctt.data.description import DESCRIPTION
 from ctt.data.folder import Folder
+from ctt.data.masks import read_mask, refuse_lossy_raster
 from ctt.data.options import DatasetOptions
-from ctt.data.pictures import TIFF, open_picture, raw_mode, read_mask
+from ctt.data.pictures import TIFF, open_picture, raw_mode
 from ctt.data.pixels import is_deep
 from ctt.data.rasters import Raster
 from ctt.errors import UserError
@@ -69,9 +70,11 @@ class _Picture:
             return cls(ImageOps.exif_transpose(file))
 
     @classmethod
-    def of_mask(cls, path: Path, lossy: bool) -> _Picture:
-        values, palette = read_mask(path, turned=True, lossy=lossy)
+    def of_mask(cls, path: Path, by_grey: bool) -> _Picture:
+        mask = read_mask(path, turned=True, lossy=by_grey)
+        values, palette = mask.values, mask.palette
         if not palette:
+            values = mask.shown() if by_grey else values
             is_byte = values.dtype == np.uint8
             return cls(Image.fromarray(values if is_byte else values.astype(np.uint16)))
         picture = Image.fromarray(values.astype(np.uint8), mode="P")
@@ -151,9 +154,11 @@ class _Raster:
 
 @contextlib.contextmanager
 def _opened(path: Path, lossy: bool | None = None) -> Iterator[_Picture | _Raster]:
-    """Open an image, or a mask that may be a JPEG file or not."""
+    """Open an image, or a mask; `lossy`: whether it may be one whose values have changed."""
     if path.suffix.lower() in TIFF or (lossy is None and _has_deep_colours(path)):
         with Raster(path) as raster:
+            if lossy is False:
+                refuse_lossy_raster(raster)
             yield _Raster(raster, lossy is not None)
     else:
         yield _Picture.of_image(path) if lossy is None else _Picture.of_mask(path, lossy)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ctt.data.dataset import Dataset, DatasetInfo
 from ctt.data.loader import read_in_order, reraise_user_errors
+from ctt.data.masks import read_mask
 from ctt.data.packed import pack
-from ctt.data.pictures import open_picture, read_mask
+from ctt.data.pictures import open_picture
 from ctt.data.prepare import Prepared
 from ctt.data.split import write_list
 from ctt.errors import UserError

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from ctt.cli import predict, train
+from ctt.data.voc import bit_palette
 from tests.cli.conftest import Call
 from tests.data import exports
 
@@ -274,6 +275,32 @@ def test_tables_of_other_programs(
     code, out, _ = call(source, "--to", tmp_path / "mine")
     assert (code, "4 images with masks, 2 without" in out) == (0, True)
     assert np.array_equal(mask_of(tmp_path / "mine"), exports.label())
+
+
+def test_masks_of_few_bits_are_of_the_colours_that_viewers_show(tmp_path: Path, call: Call) -> None:
+    source = exports.masks(tmp_path / "export")
+    (source / "labelmap.txt").write_text("background:0,0,0::\ncat:255,255,255::\n")
+    expected = (exports.label() == 1).astype(np.uint8)
+    for path in (source / "SegmentationClass").iterdir():
+        Image.fromarray(expected * 255).convert("1").save(path)
+    code, out, _ = call(source, "--to", tmp_path / "mine")
+    assert (code, "No class" in out) == (0, False)
+    assert np.array_equal(mask_of(tmp_path / "mine"), expected)
+
+
+def test_numbers_beyond_a_palette_match_no_class(tmp_path: Path, call: Call) -> None:
+    source = exports.masks(tmp_path / "export")
+    (source / "labelmap.txt").write_text("background:0,0,0::\ncat:128,0,0::\n")
+    expected = (exports.label() == 1).astype(np.uint8)
+    expected[0] = 255
+    picture = Image.fromarray(expected, mode="P")
+    picture.putpalette([channel for colour in bit_palette(21) for channel in colour])
+    for path in (source / "SegmentationClass").iterdir():
+        picture.save(path)
+    for target, tolerance in (("a", 0), ("b", 255)):
+        code, out, _ = call(source, "--to", tmp_path / target, "--tolerance", tolerance)
+        assert (code, "such as numbers beyond the palette in photo 0.png" in out) == (0, True)
+    assert np.array_equal(mask_of(tmp_path / "a"), expected)
 
 
 def test_void_is_ignored(tmp_path: Path, call: Call) -> None:

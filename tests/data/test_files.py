@@ -17,8 +17,9 @@ from ctt.data.dataset import Dataset
 from ctt.data.folder import find_images
 from ctt.data.labels import ranges
 from ctt.data.loader import DrawSampler, ViewDataset, load
+from ctt.data.masks import read_mask
 from ctt.data.options import DatasetOptions
-from ctt.data.pictures import read_image, read_mask
+from ctt.data.pictures import read_image
 from ctt.data.split import make_split, parse_ratio
 from ctt.data.views import GeometricView
 from ctt.data.voc import AUG_COUNTS, bit_palette

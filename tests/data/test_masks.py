@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ctt.data import open_dataset
 from ctt.data.check import check_quickly
+from ctt.data.masks import read_mask
 from ctt.data.options import DatasetOptions
-from ctt.data.pictures import open_picture, read_image, read_mask
+from ctt.data.pictures import open_picture, read_image
 from ctt.data.split import read_list
 from ctt.errors import UserError
 

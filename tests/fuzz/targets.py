@@ -32,8 +32,9 @@ from ctt.data.dataset import Dataset
 from ctt.data.description import KEYS, read_description
 from ctt.data.digits import INFO
 from ctt.data.labels import LabelMap
+from ctt.data.masks import read_mask
 from ctt.data.options import DatasetOptions
-from ctt.data.pictures import read_image, read_mask
+from ctt.data.pictures import read_image
 from ctt.data.split import read_list
 from ctt.errors import UserError
 from ctt.models import weights

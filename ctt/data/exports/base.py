@@ -18,7 +18,7 @@ from ctt.data.dataset import IGNORE
 from ctt.data.description import MOST_CLASSES
 from ctt.data.files import same_name
 from ctt.data.folder import walk
-from ctt.data.pictures import Colour
+from ctt.data.masks import Colour
 from ctt.data.shapes import Painted
 from ctt.errors import UserError
 

@@ -17,7 +17,7 @@ from ctt.data.exports import TABLES
 from ctt.data.exports.base import Export, Images, Item, Request, as_class, part_of, with_background
 from ctt.data.folder import JOINTS, JPEG_SUFFIXES, MASK_SUFFIXES, walk
 from ctt.data.labels import SHOWN, VALUES
-from ctt.data.pictures import Array, Colour, read_mask
+from ctt.data.masks import NO_COLOUR, Array, Colour, read_mask
 from ctt.data.shapes import Painted
 from ctt.data.voc import bit_palette
 from ctt.errors import UserError
@@ -202,10 +202,8 @@ def _paint(
     file: Path, numbers: Mapping[Key, int], tolerance: int, table: Path, height: int, width: int
 ) -> Painted:
     mask = read_mask(file, turned=True, lossy=tolerance > 0)
-    values = mask.values
     coloured = any(isinstance(key, tuple) for key in numbers)
-    if coloured and mask.palette:
-        values = np.array(mask.palette, np.uint8)[values]
+    values = mask.shown() if coloured else mask.values
     if coloured and values.ndim == 2:
         values = np.repeat(values[..., None], 3, 2)
     if not coloured and values.ndim == 3:
@@ -222,7 +220,10 @@ def _paint(
     counts = np.bincount(place.ravel(), minlength=len(found))
     pixels = int(counts[unmatched].sum())
     order = np.argsort(-counts[unmatched])[:SHOWN]
-    common = ", ".join(str(v.tolist()) for v in found[unmatched][order])
+    common = ", ".join(
+        "numbers beyond the palette" if v[0] == NO_COLOUR else str(v.tolist())
+        for v in found[unmatched][order]
+    )
     dropped = {f"masks with colours of no class, such as {common} in {file.name}": 1}
     label = labels[place.ravel()].reshape(height, width)
     return Painted(label, 0, pixels, dropped if pixels else {})
