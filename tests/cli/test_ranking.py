@@ -201,7 +201,8 @@ def test_the_same_command_goes_on_after_an_interruption(
         Image.fromarray(noise).save(photos / f"{i}.png")
     arguments = [str(run), str(photos), "--rank", "--workers", "0", "--out"]
     assert predict._main([*arguments, str(whole)]) == 0
-    rate, asked = Committee.rate, []
+    rate = Committee.rate
+    asked: list[Tensor] = []
 
     def stopped(committee: Committee, image: Tensor, after: int) -> Rating:
         if len(asked) == after:
