@@ -15,12 +15,12 @@ from ctt import methods, recipes
 from ctt.cli import train
 from ctt.cli.common import INTERRUPTED, run_program
 from ctt.errors import UserError
-from ctt.experiments import catalog, results
+from ctt.experiments import budgets, catalog, results
 from ctt.settings import Settings, validate
 from ctt.text import say
 
 if TYPE_CHECKING:
-    from ctt.experiments.catalog import Variant
+    from ctt.experiments.catalog import Experiment, Variant
     from ctt.experiments.results import Row
     from ctt.experiments.runs import Run
 
@@ -90,6 +90,8 @@ def _main(arguments: list[str]) -> int:
     table = out / f"{parsed.experiment}.csv"
     command = ["ctt-sweep", *(text for text in arguments if text != "--print")]
 
+    check_kept(table, runs)
+
     def write() -> list[Row]:
         out.mkdir(parents=True, exist_ok=True)
         return write_results(table, runs, command)
@@ -127,6 +129,29 @@ def _main(arguments: list[str]) -> int:
     return SOME_FAILED if failed else 0
 
 
+def check_kept(table: Path, runs: Sequence[Run]) -> None:
+    """Refuse to write a table without the finished runs that it has.
+
+    Raises:
+        UserError: names the table and one of them.
+    """
+    if not table.is_file():
+        return
+    planned = {r.folder.name for r in runs}
+    lost = [
+        row
+        for row in results.read(table)
+        if row["status"] == results.DONE and row.get("settings_hash") not in planned
+    ]
+    if lost:
+        first = ", ".join(lost[0][name] for name in ("variant", "share", "budget") if lost[0][name])
+        raise UserError(
+            f"{table} has {len(lost)} finished runs that this command does not train, such as "
+            f"{first}, seed {lost[0]['seed']}. Repeat the command in {table.with_suffix('.yaml')} "
+            f"and add to it, give another --out, or move the table away."
+        )
+
+
 def list_experiments() -> None:
     """Print a table of the experiments."""
     from rich.table import Table
@@ -153,7 +178,14 @@ def check(parsed: Arguments, given: Sequence[str]) -> None:
         raise UserError(f"--jobs must be at least 1, got {parsed.jobs}.")
     if not parsed.seeds:
         raise UserError("--seeds needs at least one number.")
-    named = {text.partition("=")[0].replace("_", "-") for text in given}
+    for name, values in (("seeds", parsed.seeds), ("shares", parsed.shares)):
+        for value in values:
+            if values.count(value) > 1:
+                raise UserError(f"--{name} {value} is given twice, and would count twice.")
+    named = {text.partition("=")[0].replace("_", "-") for text in given if text[:2] == "--"}
+    rows = catalog.get(parsed.experiment).chosen(parsed.only)
+    for name in named.intersection(*(v.options for v in rows)):
+        raise UserError(f"{name} is what the rows of {parsed.experiment} differ in. Leave it out.")
     for name in OWN:
         if name in named:
             instead = {"--seed": ". Give --seeds", "--ratio": ". Give --shares"}.get(name, "")
@@ -162,54 +194,100 @@ def check(parsed: Arguments, given: Sequence[str]) -> None:
         raise UserError(f"{given[0]}: this belongs to no option. Give one experiment at a time.")
 
 
+@dataclass(frozen=True)
+class Way:
+    """A row of an experiment as this command trains it.
+
+    Attributes:
+        options: those of `ctt-train`, without labels, seed and budget.
+    """
+
+    variant: Variant
+    options: tuple[str, ...]
+    settings: Settings
+
+
 def plan(parsed: Arguments, given: Sequence[str], out: Path) -> Iterator[Run]:
     """Yield the runs, those of the first seed first.
 
     Raises:
         UserError: options that cannot work.
     """
-    from ctt.data.split import parse_ratio
-    from ctt.experiments.runs import RUNS, Run, data_name
+    from ctt.experiments.runs import RUNS, Run
 
     experiment = catalog.get(parsed.experiment)
-    base = ["--dataset", parsed.dataset]
-    ways = []
-    for variant in experiment.chosen(parsed.only):
-        options = [*base, *fitting(given, variant), *variant.options]
-        read, settings = train.read(options)
-        ways.append((variant, [*options, *default_recipe(read, given)], settings))
-    common = ways[0][2]
-    shares = parsed.shares or experiment.shares.get(data_name(common), ()) or (common.ratio,)
-    for share in shares:
-        parse_ratio(share, MANY)
-    if common.split_labeled is not None and len(shares) > 1:
-        raise UserError(
-            f"`split_labeled` {common.split_labeled} is one share of labels, and --shares "
-            f"{' '.join(shares)} would train on it {len(shares)} times. Give one --shares."
-        )
+    wanted = experiment.chosen(parsed.only)
+    # a budget is a share of what the costliest row costs, whether this row is wanted or not
+    rows = experiment.variants if experiment.budgets else wanted
+    ways = [way(parsed, given, variant) for variant in rows]
     for seed in parsed.seeds:
-        validate(dataclasses.replace(common, seed=seed))
-        for share in shares:
-            for variant, options, settings in ways:
-                for budget, iterations in experiment.iterations(variant, settings.train.iterations):
-                    changed = dataclasses.replace(
-                        settings,
-                        seed=seed,
-                        ratio=share,
-                        train=dataclasses.replace(settings.train, iterations=iterations),
-                    )
-                    own = ["--ratio", share, "--seed", str(seed)]
-                    if iterations != settings.train.iterations:
-                        own += ["--train.iterations", str(iterations)]
-                    yield Run(
-                        experiment=parsed.experiment,
-                        share=share,
-                        budget=budget,
-                        variant=variant.name,
-                        arguments=(*options, *own),
-                        settings=changed,
-                        folder=out / RUNS / changed.hash(),
-                    )
+        validate(dataclasses.replace(ways[0].settings, seed=seed))
+        for share, w in itertools.product(shares(parsed, ways[0].settings), ways):
+            if w.variant not in wanted or lacks_unlabeled(parsed, share, w):
+                continue
+            for budget, settings, more in lengths(w, experiment, ways):
+                settings = dataclasses.replace(settings, seed=seed, ratio=share)
+                yield Run(
+                    experiment=parsed.experiment,
+                    share=share,
+                    budget=budget,
+                    variant=w.variant.name,
+                    arguments=(*w.options, "--ratio", share, "--seed", str(seed), *more),
+                    settings=settings,
+                    folder=out / RUNS / settings.hash(),
+                )
+
+
+def way(parsed: Arguments, given: Sequence[str], variant: Variant) -> Way:
+    """Return how a row is trained; its method is named, because a recipe may have another."""
+    own = () if "--method" in variant.options else ("--method", variant.method)
+    options = ["--dataset", parsed.dataset, *fitting(given, variant), *own, *variant.options]
+    read, settings = train.read(options)
+    return Way(variant, (*options, *default_recipe(read, given)), settings)
+
+
+def shares(parsed: Arguments, settings: Settings) -> tuple[str, ...]:
+    """Return the labelled shares of the runs.
+
+    Raises:
+        UserError: a share that is none, or several of one list of labelled images.
+    """
+    from ctt.data.split import parse_ratio
+    from ctt.experiments.runs import data_name
+
+    of_dataset = catalog.get(parsed.experiment).shares.get(data_name(settings), ())
+    found = parsed.shares or of_dataset or (settings.ratio,)
+    for share in found:
+        parse_ratio(share, MANY)
+    if settings.split_labeled is not None and len(found) > 1:
+        raise UserError(
+            f"`split_labeled` {settings.split_labeled} is one share of labels, and --shares "
+            f"{' '.join(found)} would train on it {len(found)} times. Give one --shares."
+        )
+    return found
+
+
+def lacks_unlabeled(parsed: Arguments, share: str, w: Way) -> bool:
+    """Return whether a row of the experiment itself has no unlabelled images at this share.
+
+    The paper, too, has supervised training alone for all labels. A share that the user gives is
+    tried, because a folder may have unlabelled images of its own.
+    """
+    return not parsed.shares and share == "1/1" and methods.get(w.variant.method).unlabeled
+
+
+def lengths(
+    w: Way, experiment: Experiment, ways: Sequence[Way]
+) -> Iterator[tuple[str, Settings, list[str]]]:
+    """Yield the budgets of a row: name, settings and the options that make these."""
+    if not experiment.budgets:
+        yield "", w.settings, []
+        return
+    yield catalog.EQUAL_ITERATIONS, w.settings, []
+    most = max(budgets.forwards(other.settings) for other in ways)
+    for budget in experiment.budgets:
+        length = budgets.iterations(w.settings, most, budget)
+        yield f"cost {budget}", *budgets.of_length(w.settings, length)
 
 
 def default_recipe(read: train.Arguments, given: Sequence[str]) -> list[str]:
@@ -225,14 +303,12 @@ def default_recipe(read: train.Arguments, given: Sequence[str]) -> list[str]:
 
 def fitting(given: Sequence[str], variant: Variant) -> list[str]:
     """Return the user's options without those that the variant's method does not read."""
-    chosen = dict(itertools.pairwise(variant.options))
-    about = methods.get(chosen.get("--method", Settings.method))
-    unused = about.unused(int(chosen.get("--pairs", about.pairs)))
+    pairs = int(dict(itertools.pairwise(variant.options)).get("--pairs", 0))
     kept, keep = [], True
     for text in given:
         if text.startswith("--"):
             name = text.partition("=")[0][2:].replace("-", "_").replace(".no_", ".")
-            keep = name not in unused and name.partition(".")[0] not in unused
+            keep = methods.get(variant.method).reads(name, pairs)
         if keep:
             kept.append(text)
     return kept

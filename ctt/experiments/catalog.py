@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 from ctt.errors import UserError
 from ctt.experiments import paper
+from ctt.settings import Settings
 
 NO_CONTRAST = ("--loss.hc", "0", "--loss.lc", "0")
 EQUAL_ITERATIONS = "equal iterations"
@@ -19,14 +21,15 @@ class Variant:
 
     Attributes:
         options: those of `ctt-train` that make it.
-        cost: of a step, in forward passes for each labelled image of the batch; 0: not counted. A
-            forward pass that gradients follow counts for three, as the backward pass takes twice
-            the time of the forward pass. The losses themselves are not counted.
     """
 
     name: str
     options: tuple[str, ...] = ()
-    cost: float = 0.0
+
+    @property
+    def method(self) -> str:
+        """Return the name of its method."""
+        return dict(itertools.pairwise(self.options)).get("--method", Settings.method)
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Experiment:
         shares: labelled shares by dataset (of VOC's classic set `voc classic`); none: that of the
             recipe.
         budgets: costs of the runs, as shares of the costliest variant's with the iterations of the
-            recipe; every variant gets the iterations that it can do for it. None: the iterations of
-            the recipe for all.
+            recipe; every variant gets the iterations that it can do for it (`budgets.iterations`).
+            None: the iterations of the recipe for all.
     """
 
     what: str
@@ -68,20 +71,6 @@ class Experiment:
                 raise UserError(f"`only` {name}: no such row. Rows: {', '.join(known)}.")
         return [v for v in self.variants if not names or v.name in names]
 
-    def iterations(self, variant: Variant, base: int) -> Iterator[tuple[str, int]]:
-        """Yield the iterations of a variant with the name of each budget, "" where there is one.
-
-        Args:
-            base: iterations of the recipe.
-        """
-        if not self.budgets:
-            yield "", base
-            return
-        yield EQUAL_ITERATIONS, base
-        most = max(v.cost for v in self.variants)
-        for budget in self.budgets:
-            yield f"cost {budget}", max(1, round(base * float(budget) * most / variant.cost))
-
 
 def plain(*names: str) -> tuple[Variant, ...]:
     """Return a variant for each of these methods."""
@@ -93,13 +82,11 @@ def values(option: str, *numbers: str) -> tuple[Variant, ...]:
     return tuple(Variant(number, (option, number)) for number in numbers)
 
 
-SUPERVISED = Variant("supervised", ("--method", "supervised"), cost=3)
-MEAN_TEACHER = Variant("mean teacher", ("--method", "mean-teacher"), cost=7)
-ENSEMBLE = Variant("ensemble of two mean teachers", ("--method", "mean-teacher-ensemble"), cost=14)
-CROSS_TEACHER = Variant("cross teacher", NO_CONTRAST, cost=14)
-# a bank of each pair is filled with what its teacher gives for the labelled images: for all of
-# them, so that with `bank.every` above 1 a run of equal cost in fact costs a little less
-ALL = Variant("cross teacher and contrast", cost=16)
+SUPERVISED = Variant("supervised", ("--method", "supervised"))
+MEAN_TEACHER = Variant("mean teacher", ("--method", "mean-teacher"))
+ENSEMBLE = Variant("ensemble of two mean teachers", ("--method", "mean-teacher-ensemble"))
+CROSS_TEACHER = Variant("cross teacher", NO_CONTRAST)
+ALL = Variant("cross teacher and contrast")
 LADDER = (SUPERVISED, MEAN_TEACHER, ENSEMBLE, CROSS_TEACHER, ALL)
 # encoders whose ImageNet weights Python packages bring
 IMAGENET_ENCODERS = (

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import base64
 import html
-import io
-import statistics
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from ctt import run
 from ctt.errors import UserError
 from ctt.experiments import catalog, paper, results
-from ctt.experiments.catalog import EQUAL_ITERATIONS
-from ctt.experiments.results import CURVES, DONE, Row, difference, numbers, spread
+from ctt.experiments.charts import Chart, curves, score_by_cost, score_by_share
+from ctt.experiments.results import CURVES, DONE, Row, difference, mean, numbers, spread
 from ctt.experiments.runs import RUNS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 LEGEND = (
     "mIoU in percent: mean ± standard deviation over the seeds, after the last iteration. "
@@ -52,20 +46,6 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A picture and what it shows.
-
-    Attributes:
-        file: its bytes.
-        kind: of the file, as pages name it.
-    """
-
-    title: str
-    file: bytes
-    kind: str = "svg+xml"
 
 
 @dataclass
@@ -103,6 +83,8 @@ def sections(folder: Path, embeddings: bool = False) -> list[Section]:
 
 def is_table(file: Path) -> bool:
     """Return whether a CSV seems to be a table of `ctt-sweep`: others may lie beside it."""
+    if not file.is_file():
+        return False
     with file.open(encoding="utf-8", errors="replace") as opened:
         return opened.readline().startswith("experiment,")
 
@@ -126,11 +108,7 @@ def section(file: Path, embeddings: bool = False) -> Section:
     split = {"tune": "images held out to choose settings by"}.get(rows[0].get("eval_split", ""))
     text += [f"Scores are on the {split}."] if split else []
     if len(done) < len(rows):
-        failed = sum(row["status"] == results.FAILED for row in rows)
-        text.append(
-            f"{len(rows) - len(done)} of {len(rows)} runs are not finished, {failed} of them "
-            f"failed; what follows is of the others."
-        )
+        text += unfinished(rows)
     text.append(versions(done))
     found = Section(f"{name} on {data}", [sentence for sentence in text if sentence])
     baseline = compared_with(rows)
@@ -152,6 +130,24 @@ def section(file: Path, embeddings: bool = False) -> Section:
     if beside.is_file():
         found.settings = beside.read_text("utf-8")
     return found
+
+
+def unfinished(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield sentences on the runs of which the tables say nothing."""
+    without = [row for row in rows if row["status"] != DONE]
+    failed = [row for row in without if row["status"] == results.FAILED]
+    yield (
+        f"{len(without)} of {len(rows)} runs are not finished, {len(failed)} of them failed; what "
+        f"follows is of the others."
+    )
+    for (variant,), own in results.groups(without, "variant").items():
+        which = [
+            ", ".join(part for part in (row["share"], row["budget"], f"seed {row['seed']}") if part)
+            for row in own
+        ]
+        yield f"Not finished: {variant} ({'; '.join(which)})."
+    for (error,), own in results.groups(failed, "error").items():
+        yield f"{own[0]['variant']}, seed {own[0]['seed']}, failed: {error}"
 
 
 def compared_with(rows: Sequence[Row]) -> str:
@@ -190,7 +186,7 @@ def comparison(rows: Sequence[Row], share: str, budget: str, baseline: str) -> T
     lines = []
     for (variant,), own in by_variant.items():
         leads = [
-            "" if variant == baseline else str(difference(own, others, column) or "")
+            "" if variant == baseline else lead(own, others, column)
             for column in ("last", "ensemble")
         ]
         score = paper.printed(own[0]["experiment"], own[0]["dataset"], share, variant)
@@ -202,12 +198,21 @@ def comparison(rows: Sequence[Row], share: str, budget: str, baseline: str) -> T
                 *leads,
                 *([f"{score:.2f}" if score is not None else ""] if told else []),
                 *(f"{m:,.0f}" if (m := mean(own, c)) is not None else "" for c in COSTS),
-                ", ".join(row["seed"] for row in own),
+                ", ".join(row["seed"] for row in own if row["last"]),
             )
         )
     labeled = ", ".join(dict.fromkeys(row["labeled"] for row in rows))
     of = f", {budget}" if budget else ""
     return Table(f"{labeled} labelled images (--ratio {share}){of}", columns, lines)
+
+
+def lead(rows: Sequence[Row], others: Sequence[Row], column: str) -> str:
+    """Return the difference of two variants, with the number of seeds if some are in one alone."""
+    found = difference(rows, others, column)
+    if found is None:
+        return ""
+    some = 1 < found.pairs < len(numbers(rows, column))
+    return f"{found} ({found.pairs} seeds)" if some else str(found)
 
 
 def by_class(rows: Sequence[Row], where: str) -> list[Table]:
@@ -227,12 +232,6 @@ def by_class(rows: Sequence[Row], where: str) -> list[Table]:
 COSTS = ("iterations", "forwards", "seconds")
 
 
-def mean(rows: Sequence[Row], column: str) -> float | None:
-    """Return the mean of a column; None where it is empty."""
-    values = numbers(rows, column)
-    return sum(values) / len(values) if values else None
-
-
 def of_paper(row: Row) -> str:
     """Return the heading of the paper's scores beside those of a row; empty: it has none."""
     if row["experiment"] in paper.TABLES:
@@ -250,91 +249,6 @@ def by_share(rows: Sequence[Row], budget: str) -> Table:
         lines.append((variant, *(spread(numbers(at.get((s,), []), "last")) for s in shares)))
     title = "networks by share of labels" + (f", {budget}" if budget else "")
     return Table(title, ("row", *shares), lines)
-
-
-def draw(title: str, across: str, body: Any, log: bool = False) -> Chart:
-    """Return a chart of mIoU that `body` draws on its axes."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "ctt"}):
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        body(axes)
-        axes.set(title=title, xlabel=across, ylabel="mIoU, %")
-        if log:
-            axes.set_xscale("log")
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return Chart(title, file.getvalue())
-
-
-def lines(axes: Axes, rows: Sequence[Row], across: str) -> None:
-    """Draw a line for each variant through its means, with the standard deviation over seeds."""
-    for (variant,), own in results.groups(rows, "variant").items():
-        points = []
-        for at in results.groups(own, "share", "budget").values():
-            x, y = mean(at, across), numbers(at, "last")
-            if x is not None and y:
-                deviation = statistics.stdev(y) if len(y) > 1 else 0.0
-                points.append((x, sum(y) / len(y), deviation))
-        if points:
-            xs, ys, bars = zip(*sorted(points), strict=True)
-            axes.errorbar(xs, ys, bars, marker="o", markersize=4, capsize=3, label=variant)
-
-
-def score_by_share(rows: Sequence[Row]) -> Chart:
-    """Return the chart of scores over the number of labelled images."""
-    first = [row for row in rows if row["budget"] in ("", EQUAL_ITERATIONS)]
-
-    def body(axes: Axes) -> None:
-        lines(axes, first, "labeled")
-        axes.set_xscale("log")
-        counts = sorted({int(value) for value in numbers(first, "labeled")})
-        axes.set_xticks(counts, [str(count) for count in counts])
-        axes.minorticks_off()
-
-    return draw("mIoU and labelled images", "labelled images", body)
-
-
-def score_by_cost(rows: Sequence[Row], column: str, place: str = "") -> Chart:
-    """Return the chart of scores over the cost of training, counted or measured.
-
-    Args:
-        rows: of one share of labels. place: that share, for the title.
-    """
-    costly = [row for row in rows if row["budget"] != EQUAL_ITERATIONS]
-    of = {"forwards": "forward passes of images", "seconds": "seconds of training"}[column]
-    return draw(f"mIoU and {of}{place}", of, lambda axes: lines(axes, costly, column), log=True)
-
-
-def curves(file: Path) -> list[Chart]:
-    """Return a chart of the scores during the runs for each share and budget; none without a file.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    if not file.is_file():
-        return []
-    found = []
-    points = results.read_table(file, ("share", "budget", "variant", "iteration", "last"))
-    for (share, budget), own in results.groups(points, "share", "budget").items():
-
-        def body(axes: Axes, own: Sequence[Row] = own) -> None:
-            for (variant,), some in results.groups(own, "variant").items():
-                steps = {
-                    int(i): numbers(at, "last")
-                    for (i,), at in results.groups(some, "iteration").items()
-                }
-                means = [sum(values) / len(values) for values in steps.values()]
-                axes.plot(list(steps), means, label=variant)
-
-        place = ", ".join(part for part in (f"--ratio {share}", budget) if part)
-        found.append(draw(f"mIoU during training, {place}", "iteration", body))
-    return found
 
 
 def pictures(rows: Sequence[Row], folder: Path, embeddings: bool) -> list[Chart]:

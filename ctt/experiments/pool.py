@@ -50,11 +50,16 @@ def places(jobs: int, given: Sequence[str]) -> list[Place]:
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is being trained."""
+    """A run that is being trained.
+
+    Attributes:
+        said: letters that its log had before.
+    """
 
     run: Run
     process: subprocess.Popen[bytes]
     place: Place
+    said: int
 
 
 def start(r: Run, place: Place) -> Job | None:
@@ -73,6 +78,7 @@ def start(r: Run, place: Place) -> Job | None:
         if fresh and (r.folder / run.CONFIG).is_file():
             shutil.rmtree(r.folder)  # stopped before its first checkpoint
         with r.log.open("wb" if fresh else "ab") as log:
+            said = log.tell()
             process = subprocess.Popen(
                 [*PROGRAM, *r.command(), *place],
                 stdin=subprocess.DEVNULL,
@@ -83,7 +89,7 @@ def start(r: Run, place: Place) -> Job | None:
             )
     finally:
         os.close(claim)
-    return Job(r, process, place)
+    return Job(r, process, place, said)
 
 
 def claimed(r: Run) -> int | None:
@@ -106,19 +112,32 @@ def claimed(r: Run) -> int | None:
     return claim
 
 
-def finish(r: Run, code: int) -> bool:
-    """Return whether a run is finished, and keep what it said last if it failed."""
+def finish(r: Run, code: int, said: int = 0) -> bool:
+    """Return whether a run is finished, and keep why it failed, if it did.
+
+    Args:
+        code: with which its program ended; below 0, the signal that killed it.
+        said: letters of its log that are of earlier tries.
+    """
     if code == 0 and r.summary() is not None:
         return True
     if code not in (INTERRUPTED, -signal.SIGINT):
-        said = last_words(r.log) or f"The program ended with code {code}."
-        if code == 0:
-            said = (
-                f"There is no {run.SUMMARY} of these settings in {r.folder}, though the program "
-                f"ended well. Remove this folder to train the run anew."
-            )
-        r.error.write_text(said, "utf-8")
+        r.error.write_text(reason(r, code, said), "utf-8")
     return False
+
+
+def reason(r: Run, code: int, said: int) -> str:
+    """Return why the program of a run ended, see `finish`."""
+    if code == 0:
+        return (
+            f"There is no {run.SUMMARY} of these settings in {r.folder}, though the program "
+            f"ended well. Remove this folder to train the run anew."
+        )
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        why = ", as systems do when memory is short" if -code == signal.SIGKILL else ""
+        return f"The program was killed ({name}){why}."
+    return last_words(r.log, said) or f"The program ended with code {code}."
 
 
 def train_all(
@@ -159,7 +178,7 @@ def train_all(
                 for job in [job for job in active if job.process.poll() is not None]:
                     active.remove(job)
                     free.append(job.place)
-                    done(job.run, finish(job.run, job.process.returncode))
+                    done(job.run, finish(job.run, job.process.returncode, job.said))
                 time.sleep(POLL)
         finally:  # a second Ctrl-C
             for job in active:
@@ -179,5 +198,5 @@ def train_one(r: Run, given: Sequence[str]) -> None:
         job = start(r, place)
         if job is None:
             time.sleep(POLL)
-        elif not finish(r, job.process.wait()):
-            raise UserError(f"{r.name}: {last_words(r.log)}")
+        elif not finish(r, job.process.wait(), job.said):
+            raise UserError(f"{r.name}: {r.row().get('error') or 'it was interrupted.'}")

@@ -43,6 +43,7 @@ COLUMNS = (
     "untrained",
     "forwards",
     "seconds",
+    "processes",
     "device",
     "settings_hash",
     "ctt",
@@ -78,6 +79,7 @@ def from_summary(summary: Mapping[str, Any]) -> Row:
         **forwards,
         "forwards": (1 + BACKWARD) * forwards["trained"] + forwards["untrained"],
         "seconds": summary["seconds"],
+        "processes": summary.get("processes"),
         "device": summary["device"],
         "settings_hash": summary["settings_hash"],
         **summary["versions"],
@@ -119,7 +121,7 @@ def curve(metrics: Iterable[Mapping[str, str]]) -> list[tuple[int, float]]:
         scores = {
             name.removeprefix("miou_"): float(value)
             for name, value in row.items()
-            if name.startswith("miou_") and name != "miou_ensemble" and value
+            if name.startswith("miou_") and name != "miou_ensemble" and _is_number(value)
         }
         if scores and (value := _single(scores)) is not None:
             points.append((int(row["iteration"]), value))
@@ -186,6 +188,12 @@ def _is_number(text: str) -> bool:
 def numbers(rows: Iterable[Row], column: str) -> list[float]:
     """Return the values of a column, without the empty ones."""
     return [float(row[column]) for row in rows if row.get(column)]
+
+
+def mean(rows: Sequence[Row], column: str) -> float | None:
+    """Return the mean of a column; None where it is empty."""
+    values = numbers(rows, column)
+    return sum(values) / len(values) if values else None
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

@@ -179,15 +179,18 @@ def unique(runs: Iterable[Run]) -> list[Run]:
     return list({r.folder: r for r in reversed(list(runs))}.values())[::-1]
 
 
-def last_words(log: Path) -> str:
+def last_words(log: Path, start: int = 0) -> str:
     """Return how a program that failed ended its log: its own message, or the end of a traceback.
 
     On one line.
+
+    Args:
+        start: where in the log the program began.
     """
     try:
         with log.open("rb") as file:
             file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 2**14))
+            file.seek(max(start, file.tell() - 2**14))
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return ""

@@ -92,6 +92,15 @@ class About:
             found.append("data.unlabeled_batch_size")
         return tuple(found)
 
+    def reads(self, name: str, pairs: int = 0) -> bool:
+        """Return whether a setting, such as `bank.capacity`, may change something.
+
+        Args:
+            pairs: K; 0: that of the method.
+        """
+        unused = self.unused(pairs or self.pairs)
+        return name not in unused and name.partition(".")[0] not in unused
+
     def option_class(self) -> type[Options]:
         """Return the class of the settings that the method alone has."""
         if not isinstance(self.options, str):

@@ -11,6 +11,7 @@ from ctt.methods import losses
 from ctt.methods.base import Batch, Modules, Networks, Setup, Step
 from ctt.methods.losses import to_grid
 from ctt.ops import MemoryBank
+from ctt.settings import Settings
 
 
 class TeacherBanks(Modules[MemoryBank]):
@@ -25,9 +26,7 @@ class TeacherBanks(Modules[MemoryBank]):
             width: D, length of a key.
         """
         self.settings = settings = setup.settings.bank
-        images = setup.settings.data.batch_size
-        # a divisor: each process then fills the banks from as many images of its batch
-        self.every = max(n for n in range(1, settings.every + 1) if images % n == 0)
+        self.every = images_between(setup.settings)
         super().__init__(
             MemoryBank(setup.classes, settings.capacity, width) for _ in range(setup.pairs)
         )
@@ -86,6 +85,15 @@ class TeacherBanks(Modules[MemoryBank]):
         full = torch.stack([bank.full.float().mean() for bank in self]).mean()
         similar = torch.stack([torch.stack(similarities(bank)) for bank in self]).mean(dim=0)
         return dict(zip(self.LOGGED, [float(full), *similar.tolist()], strict=True))
+
+
+def images_between(settings: Settings) -> int:
+    """Return N, where every N-th labelled image of a batch fills the banks.
+
+    N divides the batch, so that each process fills the banks from as many images of its own.
+    """
+    images = settings.data.batch_size
+    return max(n for n in range(1, settings.bank.every + 1) if images % n == 0)
 
 
 def similarities(bank: MemoryBank) -> tuple[Tensor, Tensor]:

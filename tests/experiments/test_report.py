@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
 from ctt.cli import report
 from ctt.errors import UserError
-from ctt.experiments import pages, results
+from ctt.experiments import charts, pages, results
 
 TABLE = Path(__file__).parent / "shares.csv"  # of made-up runs
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "training"
@@ -56,6 +57,8 @@ def test_the_tables_as_markdown(folder: Path) -> None:
     text = (folder / "report.md").read_text()
     assert "## shares on voc" in text
     assert "1 of 9 runs are not finished, 1 of them failed" in text
+    assert re.search(r"Not finished: [\w-]+ \(1/\d+, seed \d\)\.", text)
+    assert re.search(r"[\w-]+, seed \d, failed: ", text)
     # the paper's scores beside ours, where it prints some for this share
     assert "| row | networks | ensemble | networks against supervised |" in text
     assert re.search(r"\| supervised \| 40\.0 ± 1\.0 \| .* \| 55\.69 \|", text)
@@ -66,6 +69,38 @@ def test_the_tables_as_markdown(folder: Path) -> None:
     assert "| supervised | 50.0 ± 1.0 | 30.0 ± 1.0 |" in text
     assert "Trained with ctt 0.1.0; PyTorch 2.9.0" in text
     assert "command: [ctt-sweep, shares]" in text
+
+
+def test_seeds_without_a_score_are_not_told(tmp_path: Path) -> None:
+    (tmp_path / "a folder.csv").mkdir()
+    rows = [row for row in results.read(TABLE) if row["share"] == "1/50"]
+    supervised = [row for row in rows if row["variant"] == "supervised"]
+    supervised[1]["last"] = ""
+    results.write(tmp_path / "shares.csv", rows, results.COLUMNS)
+    assert report._main([str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    line = next(x for x in text.splitlines() if x.startswith("| supervised |"))
+    assert line.endswith("| 0, 2 |")
+    assert re.search(r"\| cross-teacher \| .*\] \(2 seeds\) \|", text)
+
+
+def test_scores_that_are_no_numbers_make_no_curve() -> None:
+    metrics = [
+        {"iteration": "2", "miou_teacher_1": "nan"},
+        {"iteration": "4", "miou_teacher_1": "5"},
+    ]
+    assert results.curve(metrics) == [(4, 5.0)]
+
+
+def test_sixteen_lines_can_be_told_apart() -> None:
+    axes = Figure().add_subplot()
+    rows = [
+        {"variant": str(i), "share": "50", "budget": "", "labeled": "50", "last": "40"}
+        for i in range(16)
+    ]
+    charts.lines(axes, rows, "labeled")
+    forms = {(x[0].get_color(), x[0].get_linestyle(), x[0].get_marker()) for x in axes.containers}
+    assert len(forms) == 16
 
 
 def test_one_table_alone_without_what_lies_beside_it(tmp_path: Path) -> None:
@@ -109,14 +144,14 @@ def test_costs_have_a_chart_for_each_share(tmp_path: Path, monkeypatch: pytest.M
         row |= {"experiment": "cost", "share": ("50", "100")[i // 2 % 2], "budget": budget}
     results.write(tmp_path / "cost.csv", rows, results.COLUMNS)
     drawn: list[set[str]] = []
-    lines = pages.lines
+    lines = charts.lines
 
     def seen(axes: Any, rows: Sequence[results.Row], across: str) -> None:
         if across != "labeled":
             drawn.append({row["share"] for row in rows})
         lines(axes, rows, across)
 
-    monkeypatch.setattr(pages, "lines", seen)
+    monkeypatch.setattr(charts, "lines", seen)
     (part,) = pages.sections(tmp_path)
     assert drawn == [{"50"}, {"50"}, {"100"}, {"100"}]
     titles = [chart.title for chart in part.charts]

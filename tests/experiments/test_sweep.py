@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from ctt import checkpoint, methods, recipes, run
+from ctt import checkpoint, fingerprint, methods, recipes, run
 from ctt.cli import sweep, train
 from ctt.errors import UserError
 from ctt.experiments import catalog, paper, pool, runs
 from ctt.experiments.results import Row, read
 from ctt.inference.load import load_trained
+from ctt.settings import Settings
 from tests.conftest import leave_out_figures
 from tests.data import trees
 
@@ -289,14 +292,75 @@ def test_runs_in_common_are_trained_once(whole: Path, capsys: pytest.CaptureFixt
     assert "4 of 4 runs are finished" in capsys.readouterr().out
 
 
-def test_costs_are_equal() -> None:
-    cost = catalog.get("cost")
-    wanted = {v.name: dict(cost.iterations(v, 1600)) for v in cost.variants}
-    for budget, share in (("cost 1/4", 0.25), ("cost 1/2", 0.5), ("cost 1", 1)):
-        for variant in cost.variants:
-            spent = wanted[variant.name][budget] * variant.cost
-            assert spent == pytest.approx(share * 1600 * 16, rel=0.01)
-    assert {w["equal iterations"] for w in wanted.values()} == {1600}
+def test_a_table_keeps_its_finished_runs(whole: Path) -> None:
+    table = whole / "table4.csv"
+    before = table.read_bytes()
+    for other in (["--seeds", "1"], ["--only", "all"], ["--optim.lr", "0.2"]):
+        with pytest.raises(UserError, match=r"table4.csv has \d finished runs that this command"):
+            sweep._main([*FOUR, *other, "--out", str(whole), "--print"])
+        assert table.read_bytes() == before
+
+
+def test_rows_have_their_own_method_whatever_a_recipe_says(tmp_path: Path) -> None:
+    parsed = sweep.Arguments(
+        "ladder",
+        dataset="voc",
+        seeds=(0,),
+        shares=("92",),
+        only=("supervised", "cross teacher and contrast"),
+    )
+    given = shlex.split("--data.voc-set classic --recipe voc-classic-dinov2-unimatch-v2")
+    planned = {r.variant: r.settings.method for r in sweep.plan(parsed, given, tmp_path)}
+    assert planned == {
+        "supervised": "supervised",
+        "cross teacher and contrast": "cross-teacher",
+    }
+
+
+def test_all_labels_are_for_methods_without_unlabelled_images(tmp_path: Path) -> None:
+    runs = list(sweep.plan(sweep.Arguments("shares", seeds=(0,)), [], tmp_path))
+    assert [r.variant for r in runs if r.share == "1/1"] == ["supervised"]
+    assert len([r for r in runs if r.share == "50"]) == 16
+    asked = sweep.Arguments("shares", seeds=(0,), shares=("1/1",), only=("cross-teacher",))
+    assert [r.share for r in sweep.plan(asked, [], tmp_path)] == ["1/1"]
+
+
+def test_why_a_run_was_killed_is_told(tmp_path: Path) -> None:
+    r = runs.Run("table4", "6", "", "all", (), Settings(), tmp_path / "run")
+    r.log.write_text("ctt-train: an earlier error\n")
+    said = r.log.stat().st_size
+    with r.log.open("a") as log:
+        log.write("iteration 40  mIoU student_1 21.4\n")
+    assert not pool.finish(r, -signal.SIGKILL, said)
+    assert r.error.read_text() == (
+        "The program was killed (SIGKILL), as systems do when memory is short."
+    )
+    assert not pool.finish(r, 1, said)
+    assert "iteration 40" in r.error.read_text()
+
+
+def test_masks_anywhere_belong_to_the_data(tmp_path: Path) -> None:
+    for name in ("images/1.png", "drawn/by hand/x.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.new("L", (24, 24)).save(tmp_path / name)
+    (tmp_path / "pairs.txt").write_text("images/1.png\tdrawn/by hand/x.png\n")
+    (tmp_path / "dataset.yaml").write_text("classes: [ground, tree]\npairs: pairs.txt\n")
+    before = fingerprint.of_dataset(tmp_path)
+    Image.new("L", (24, 24), 1).save(tmp_path / "drawn/by hand/x.png")
+    assert "" != fingerprint.of_dataset(tmp_path) != before
+
+
+def test_a_run_that_teaches_counts_by_all_its_networks(whole: Path, tmp_path: Path) -> None:
+    folder = next(path for path in (whole / "runs").iterdir() if path.is_dir())
+    teacher = tmp_path / "teacher"
+    shutil.copytree(folder, teacher)
+    before = fingerprint.of_teacher(teacher)
+    assert before == fingerprint.of_teacher(folder)
+    with (teacher / run.CHECKPOINT).open("ab") as file:
+        file.write(b" ")
+    assert fingerprint.of_teacher(teacher) != before
+    shutil.rmtree(teacher / "checkpoints")
+    assert fingerprint.of_teacher(teacher) == fingerprint.of_teacher(teacher / run.WEIGHTS)
 
 
 @pytest.mark.parametrize("name", list(catalog.EXPERIMENTS))
@@ -340,6 +404,9 @@ def test_the_papers_methods_are_all_there() -> None:
         ("tau --train.iterations 0", "`train.iterations` must be at least 1"),
         ("tau --shares few", "`ratio` few is no ratio"),
         ("tau --seeds -1", "`seed` must be in 0"),
+        ("tau --seeds 0 1 0", "--seeds 0 is given twice"),
+        ("tau --shares 6 6", "--shares 6 is given twice"),
+        ("table7 --bank.capacity 32", "--bank.capacity is what the rows of table7 differ in"),
     ],
 )
 def test_bad_input_is_told(arguments: str, text: str, tmp_path: Path) -> None:
