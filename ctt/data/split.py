@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from ctt.data import IMAGE_SUFFIXES
 from ctt.data.dataset import Dataset
 from ctt.data.faults import Fault
 from ctt.data.seeding import generator
@@ -129,11 +130,12 @@ def resolve(
 
     A line is a bare name, the path of an image, or an image and its mask with a space or a tab
     between them; paths may start with a slash or have backslashes. File names may contain spaces,
-    so every way to split the line is tried until `find` knows the image.
+    so every way to split the line is tried until `find` knows the image. Beside a mask the image
+    must have its ending, or `IMG (1).jpg` would also be the image IMG and a mask.
 
     Args:
         is_mask: whether the file of this path is the mask of the image of this name; None where
-            there is no such file, so that its name decides.
+            there is no such file, so that its name decides if no reading names a file.
 
     Returns:
         None where no reading is an image that `find` knows.
@@ -141,17 +143,22 @@ def resolve(
     Raises:
         UserError: the mask is that of another image.
     """
-    strangers = []
+    pairs = []
     for image, mask in readings(line):
         name = find(image)
         if name is None:
             continue
-        known = None if mask in ("", NO_MASK) else is_mask(name, mask)
-        if mask in ("", NO_MASK) or (mask_fits_name(mask, image) if known is None else known):
+        if mask in ("", NO_MASK):
             return name, mask
-        strangers.append((image, mask))
-    if strangers:
-        image, mask = strangers[0]
+        ending = PurePosixPath(name).suffix
+        if ending.lower() not in IMAGE_SUFFIXES or image.endswith(ending):
+            pairs.append((image, name, mask, is_mask(name, mask)))
+    likely = [pair for pair in pairs if pair[-1] is not None] or pairs
+    for image, name, mask, known in likely:
+        if mask_fits_name(mask, image) if known is None else known:
+            return name, mask
+    if likely:
+        image, _, mask, _ = likely[0]
         raise UserError(f"{image} is listed with {mask}, which is not its mask.{PAIRING}")
     if "\\" in line:  # a list that was written on Windows
         return resolve(line.replace("\\", "/"), find, is_mask)

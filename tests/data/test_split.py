@@ -3,16 +3,19 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ctt.data import open_dataset
 from ctt.data.check import examine_split
 from ctt.data.dataset import Dataset
 from ctt.data.digits import INFO
 from ctt.data.files import same_name
+from ctt.data.options import DatasetOptions
 from ctt.data.split import (
     draw_split,
     make_split,
@@ -23,6 +26,7 @@ from ctt.data.split import (
     write_list,
 )
 from ctt.errors import UserError
+from tests.data.trees import save_image, save_mask
 
 IDS = [f"image {i:03}" for i in range(100)]
 
@@ -151,6 +155,29 @@ def test_the_mask_of_another_image_is_no_mask() -> None:
     assert resolve("a b.jpg a b.png", known.get) == ("a b", "a b.png")
     with pytest.raises(UserError, match=r"a\.jpg is listed with b\.png, which is not its mask"):
         resolve("a.jpg b.png", known.get)
+
+
+@pytest.mark.parametrize("masks", ["masks", "elsewhere"])
+@pytest.mark.parametrize("separator", [" ", "\t"])
+def test_a_name_that_begins_with_another_one(tmp_path: Path, masks: str, separator: str) -> None:
+    """As file managers name copies; the masks may also be those of another machine."""
+    names = ["IMG", "IMG (1)", "IMG (2)"]
+    for name in names:
+        save_image(tmp_path / "images" / f"{name}.jpg", np.zeros((4, 4, 3), np.uint8))
+        save_image(tmp_path / "unlabeled" / f"u {name}.jpg", np.zeros((4, 4, 3), np.uint8))
+        save_mask(tmp_path / "masks" / f"{name}.png", np.ones((4, 4), np.uint8), "L")
+    save_image(tmp_path / "val" / "images" / "v.jpg", np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "dataset.yaml").write_text("classes: [ground, thing]\n")
+    dataset = open_dataset("folder", tmp_path, DatasetOptions())
+    for name in names:
+        line = f"images/{name}.jpg{separator}{masks}/{name}.png"
+        expected = (f"images/{name}.jpg", f"{masks}/{name}.png")
+        assert resolve(line, dataset.find, dataset.is_mask) == expected
+        assert resolve(f"images/{name}", dataset.find) == (expected[0], "")
+        unlabeled = (f"unlabeled/u {name}.jpg", "None")
+        assert resolve(separator.join(unlabeled), dataset.find, dataset.is_mask) == unlabeled
+    line = f"images/IMG (3).jpg{separator}{masks}/IMG (3).png"
+    assert resolve(line, dataset.find, dataset.is_mask) is None
 
 
 def test_nothing_to_label() -> None:
