@@ -215,9 +215,10 @@ def check_masks(
     if command.split_labeled is None:
         names = [n for n in (*labeled, *unlabeled) if masks.path(n).is_file()]
     if not names:
+        expected = next((f", such as {masks.path(n)}" for n in (*unlabeled, *labeled)), "")
         raise UserError(
             f"--masks {command.masks}: there is no mask of an unlabelled image in it. They must "
-            f"have the images' names: NAME.png or NAME_mask.png."
+            f"have the images' names: NAME.png or NAME_mask.png{expected}."
         )
     with Progress(console=plain_console(), transient=True) as progress:
         bar = progress.add_task("reading masks", total=len(names))

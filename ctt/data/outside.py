@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -52,18 +55,53 @@ class OutsideMasks:
         self.labels = plain_map(info.classes, colours=colours)
 
     def path(self, name: str, kind: str = "mask") -> Path:
-        """Return the file of an image, or where it would be; `kind` is mask or confidence."""
+        """Return the file of an image, or where it would be; `kind` is mask or confidence.
+
+        Raises:
+            UserError: it could also be that of another image.
+        """
         folder = self.folder if kind == "mask" else self.sure
         assert folder is not None
-        files = self.dataset.files(name, labeled=False)
-        stems = [name]
-        if files:  # by which ctt-predict names what it writes
-            stems.append(str(PurePosixPath(name).with_name(files[0].stem)))
         ends = [f"_{kind}", ""]
         if kind == "confidence" and folder == self.folder:
             ends.pop()  # that would be the mask
-        places = [folder / f"{stem}{end}.png" for stem in stems for end in ends]
-        return next((place for place in places if place.is_file()), places[0])
+        whole, short = self._stems(name)
+        for stem in (*whole, *short):
+            for end in ends:
+                place = folder / f"{stem}{end}.png"
+                if place.is_file():
+                    if stem in short:
+                        self._refuse_shared(stem, place, folder / f"{whole[0]}{end}.png")
+                    return place
+        return folder / f"{whole[0]}{ends[0]}.png"
+
+    def _stems(self, name: str) -> tuple[list[str], list[str]]:
+        """Return what the files of an image are called: by its whole name, and by what is left of
+        its path where `ctt-predict` was given one of the folders above it."""
+        files = self.dataset.files(name, labeled=False)
+        if not files:
+            return [name], []
+        whole = [str(PurePosixPath(name).with_name(files[0].stem)), name]
+        parts = files[0].absolute().with_name(files[0].stem).parts
+        short = ["/".join(parts[first:]) for first in range(1, len(parts))]
+        return whole, [stem for stem in short if stem not in whole]
+
+    @cached_property
+    def _owners(self) -> dict[str, list[str]]:
+        """The images to which a part of a path belongs."""
+        dataset, owners = self.dataset, defaultdict[str, list[str]](list)
+        for name in (*dataset.train_ids(), *dataset.unlabeled_ids(), *dataset.eval_ids()):
+            for stem in itertools.chain(*self._stems(name)):
+                owners[stem].append(name)
+        return owners
+
+    def _refuse_shared(self, stem: str, place: Path, mended: Path) -> None:
+        owners = self._owners[stem]
+        if len(owners) > 1:
+            raise UserError(
+                f"{place} could belong to {owners[0]} or to {owners[1]}. Name it by the whole path "
+                f"of its image in the dataset, such as {mended}."
+            )
 
     def read(self, name: str, size: tuple[int, ...]) -> Tensor:
         """Return mask and confidence of an image in one, see `pack`: (H, W) int32.
@@ -108,7 +146,8 @@ class OutsideMasks:
             what = "mask" if kind == "mask" else "map of confidence"
             raise UserError(
                 f"{path}: there is no such file, but {option} must hold a {what} of every "
-                f"unlabelled image: NAME.png or NAME_{kind}.png. Make it, or leave the image out "
+                f"unlabelled image: NAME.png or NAME_{kind}.png, with or without the folders in "
+                f"front of NAME. Make it, or leave the image out "
                 f"of the unlabelled ones by `split_unlabeled`."
             )
         return path
@@ -141,7 +180,7 @@ class OutsideMasks:
             try:
                 self.pair(name)
             except UserError as error:
-                yield Fault(str(error), str(self.path(name)), (name,))
+                yield Fault(str(error), name, (name,))
             advance()
 
 

@@ -79,6 +79,36 @@ def test_masks_are_found_by_the_name_of_the_image_file(tmp_path: Path) -> None:
     assert OutsideMasks(city, tmp_path / "m", None).path(name).name == f"{stem}_mask.png"
 
 
+@pytest.mark.parametrize("given", ["mine", "mine/unlabeled", "mine/unlabeled/a"])
+def test_what_ctt_predict_writes_is_found(tmp_path: Path, given: str) -> None:
+    """It names a mask by what comes below the folder that it was given."""
+    root = trees.write_folder(tmp_path / "mine", unlabeled=1)
+    trees.save_image(root / "unlabeled" / "a" / "1.jpg", np.zeros((8, 8, 3), np.uint8))
+    dataset = open_dataset("folder", root, DatasetOptions())
+    below = (root / "unlabeled" / "a").relative_to(tmp_path / given)
+    trees.save_mask(tmp_path / "m" / below / "1_mask.png", np.zeros((8, 8), np.uint8), "P")
+    trees.save_mask(tmp_path / "m" / below / "1_confidence.png", np.ones((8, 8), np.uint8), "L")
+    masks = OutsideMasks(dataset, tmp_path / "m", tmp_path / "m")
+    assert masks.path("unlabeled/a/1.jpg").parent == tmp_path / "m" / below
+    masks.check(["unlabeled/a/1.jpg"], ["unlabeled/a/1.jpg"])
+    with pytest.raises(UserError, match=r"m/unlabeled/photo 0_mask\.png: there is no such file"):
+        masks.check(["unlabeled/photo 0.JPG"], [])
+
+
+def test_a_mask_that_fits_two_images_is_refused(tmp_path: Path) -> None:
+    root = trees.write_folder(tmp_path / "mine", unlabeled=1)
+    dataset = open_dataset("folder", root, DatasetOptions())
+    for place in (tmp_path / "m", tmp_path / "m" / "unlabeled"):
+        trees.save_mask(place / "photo 0_mask.png", np.zeros((40, 48), np.uint8), "L")
+    masks = OutsideMasks(dataset, tmp_path / "m", None)
+    assert masks.path("unlabeled/photo 0.JPG").parent.name == "unlabeled"
+    (tmp_path / "m" / "unlabeled" / "photo 0_mask.png").unlink()
+    with pytest.raises(UserError, match=r"m/photo 0_mask\.png could belong to images/photo 0\.jpg"):
+        masks.path("unlabeled/photo 0.JPG")
+    (fault,) = masks.faults(["unlabeled/photo 0.JPG"], lambda: None)
+    assert "m/unlabeled/photo 0_mask.png" in fault.text
+
+
 def test_masks_follow_the_geometry(dataset: Digits, tmp_path: Path) -> None:
     """As labels do, which the tests of views hold to the image."""
     names = dataset.train_ids()[:3]
@@ -208,6 +238,8 @@ def test_ctt_data_check_looks_at_all_masks(
         data_program([*command, str(tmp_path / "m")])
     assert "has 7x5 pixels, but its image has" in re.sub(r"\s+", " ", capsys.readouterr().out)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="there is no mask of an unlabelled image in it"):
+    with pytest.raises(
+        UserError, match=r"no mask .* such as .*/empty/unlabeled/größer/photo 1_mask"
+    ):
         data_program([*command, str(tmp_path / "empty")])
     assert len(INFO.classes) == 11
