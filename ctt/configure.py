@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from ctt import methods, recipes
 from ctt.errors import UserError
 from ctt.settings import Settings, update
+
+WEIGHTS = "labeled.class_weights"
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,9 @@ def recipes_of(values: dict[str, Any], source: str, given: Given) -> list[str]:
 def _group(values: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the settings of a group in a file; none if it holds what `update` refuses."""
     group = values.get(name)
-    return group if isinstance(group, dict) else {}
+    if not isinstance(group, dict):
+        return {}
+    return {str(key).replace("-", "_"): value for key, value in group.items()}
 
 
 def named_in(values: dict[str, Any]) -> list[str]:
@@ -109,6 +114,27 @@ def named_in(values: dict[str, Any]) -> list[str]:
     return [name.replace("-", "_") for name in names]
 
 
+def without_effect(s: Settings) -> Iterator[tuple[str, str]]:
+    """Yield settings that the value of another one makes idle, and this value, as messages do."""
+    labeled, optim, protocol = s.labeled, s.optim, s.eval.protocol
+    windows = protocol in ("sliding", "center-crop")
+    for name, value, counts, names in (
+        ("model.name", " ".join(s.model.names), "small" in s.model.names, ["model.width"]),
+        (WEIGHTS, labeled.class_weights, labeled.class_weights == "none", ["labeled.weights"]),
+        (WEIGHTS, labeled.class_weights, labeled.class_weights == "effective", ["labeled.beta"]),
+        ("labeled.ohem", labeled.ohem, labeled.ohem > 0, ["labeled.ohem_kept"]),
+        ("optim.name", optim.name, optim.name == "sgd", ["optim.momentum", "optim.nesterov"]),
+        ("optim.name", optim.name, optim.name == "adamw", ["optim.betas"]),
+        ("optim.schedule", optim.schedule, optim.schedule == "poly", ["optim.power"]),
+        ("eval.protocol", protocol, windows, ["eval.window"]),
+        ("eval.protocol", protocol, protocol == "sliding", ["eval.stride"]),
+        ("dataset", s.dataset, s.dataset == "voc", ["data.voc_set"]),
+        ("dataset", s.dataset, s.dataset == "digits", ["data.labeled_pool", "data.eval_images"]),
+    ):
+        if not counts:
+            yield from ((each, f"`{name}` {value}") for each in names)
+
+
 def refuse_unused(settings: Settings, names: list[str]) -> None:
     """Refuse settings that the user names and that would change nothing.
 
@@ -119,10 +145,7 @@ def refuse_unused(settings: Settings, names: list[str]) -> None:
     pairs = settings.pairs or method.pairs
     what = f"`method` {settings.method} with {pairs} pair{'s' * (pairs > 1)}"
     unused = dict.fromkeys(method.unused(pairs), what)
-    if "small" not in settings.model.names:
-        unused["model.width"] = f"`model.name` {' '.join(settings.model.names)}"
-    if settings.labeled.class_weights != "none":
-        unused["labeled.weights"] = f"`labeled.class_weights` {settings.labeled.class_weights}"
+    unused |= dict(without_effect(settings))
     for name in names:
         by = unused.get(name) or unused.get(name.partition(".")[0])
         if by is not None:

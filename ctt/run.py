@@ -18,6 +18,7 @@ from ctt.data.dataset import Dataset
 from ctt.data.split import read_lines
 from ctt.errors import UnwritableError, UserError
 from ctt.files import atomic_write, is_part_of, remove_parts
+from ctt.fingerprint import of_teacher
 from ctt.models.weights import IMAGENET
 from ctt.settings import Settings, to_dict, update
 
@@ -31,11 +32,14 @@ UNLABELED_LIST = Path("split") / "unlabeled.txt"
 EVALUATION_LIST = Path("split") / "evaluation.txt"
 
 # What a checkpoint's tensors and data order stand for: a resumed run cannot change it.
-FIXED = ("dataset", "ratio", "method", "pairs", "seed", "split_labeled", "split_unlabeled", "model")
+FIXED = (
+    *("dataset", "ratio", "method", "teacher", "pairs", "seed"),
+    *("split_labeled", "split_unlabeled", "model"),
+)
 FIXED_IN = {
     "data": ("eval_split", "labeled_pool", "voc_set", "holdout"),
     "bank": ("capacity",),
-    "labeled": ("class_weights", "weights"),
+    "labeled": ("class_weights", "beta", "weights"),
     "optim": ("name", "layer_decay", "decay_vectors"),
 }
 # What the score depends on, by which the run has chosen its best network so far.
@@ -343,6 +347,10 @@ def _fixed(old: Settings, new: Settings) -> Iterator[tuple[str, Any, Any]]:
         if name == "pairs":  # 0 stands for what the method uses by default
             default = methods.get(old.method).pairs
             before, after = before or default, after or default
+        if name == "teacher" and before and after and before != after:
+            # a run that was moved is the same one
+            same = not before.exists() or of_teacher(before) == of_teacher(after)
+            before = after if same else before
         if dataclasses.is_dataclass(before):
             for f in dataclasses.fields(before):
                 yield f"{name}.{f.name}", getattr(before, f.name), getattr(after, f.name)

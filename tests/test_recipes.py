@@ -48,8 +48,9 @@ def test_the_number_of_a_device_is_no_name(tmp_path: Path) -> None:
 
 def test_the_set_of_voc_in_a_file_counts_too(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("dataset: voc\ndata: {voc_set: classic}\n")
-    assert parse(["--config", str(file)]).model.name == "deeplabv3plus"
+    for name in ("voc_set", "voc-set"):
+        file.write_text(f"dataset: voc\ndata: {{{name}: classic}}\n")
+        assert parse(["--config", str(file)]).model.name == "deeplabv3plus"
     file.write_text("dataset: voc\ndata: 3\n")
     with pytest.raises(UserError, match="data must hold settings"):
         parse(["--config", str(file)])

@@ -74,6 +74,21 @@ def test_the_optimiser_of_a_run_is_fixed(option: str, change: dict[str, object])
     run.check_resumable(Settings(), update(Settings(), {"optim": {"lr": 9.0}}, ""))
 
 
+def test_what_taught_and_weighed_a_run_is_fixed(tmp_path: Path) -> None:
+    beta = update(Settings(), {"labeled": {"beta": 0.5}}, "")
+    with pytest.raises(UserError, match=r"^`labeled.beta` 0.5: .* its checkpoint fits nothing"):
+        run.check_resumable(Settings(), beta)
+    for name, text in (("a", "one"), ("moved", "one"), ("b", "another")):
+        (tmp_path / name).write_text(text)
+    a, moved, b, gone = (
+        Settings(method="distill", teacher=tmp_path / name) for name in ("a", "moved", "b", "gone")
+    )
+    run.check_resumable(a, moved)
+    run.check_resumable(gone, a)
+    with pytest.raises(UserError, match=r"^`teacher` .*b: the run to be resumed has .*a, and its"):
+        run.check_resumable(a, b)
+
+
 def test_a_run_goes_on_from_another_folder(
     tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

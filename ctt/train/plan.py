@@ -198,6 +198,11 @@ class Plan:
                 f"Warning: the weight of the pseudo-labels never reaches its full value, because "
                 f"`loss.ct_ramp` {loss.ct_ramp} is above `train.iterations` {total}."
             )
+        if self.settings.optim.warmup >= total:
+            found.append(
+                f"Warning: the learning rate never reaches its full value, because `optim.warmup` "
+                f"{self.settings.optim.warmup} is not below `train.iterations` {total}."
+            )
         networks = self.settings.model.names
         own = self.settings.dataset == "folder" and self.device.type == "cpu"
         if own and "small" not in networks:

@@ -165,12 +165,14 @@ def test_what_cannot_happen_within_the_run_is_told(
 ) -> None:
     dry_run(tiny)
     assert "never" not in capsys.readouterr().out
-    late = update(tiny, {"bank": {"start_after": 6}, "loss": {"ct_ramp": 7}}, "test")
+    change = {"bank": {"start_after": 6}, "loss": {"ct_ramp": 7}, "optim": {"warmup": 6}}
+    late = update(tiny, change, "test")
     dry_run(late)
     shown = " ".join(capsys.readouterr().out.split())
     assert "the contrast never begins, because `bank.start_after` 6 is not below" in shown
     assert "never reaches its full value, because `loss.ct_ramp` 7 is above" in shown
-    dry_run(dataclasses.replace(late, method="supervised"))
+    assert "learning rate never reaches its full value, because `optim.warmup` 6 is" in shown
+    dry_run(dataclasses.replace(late, method="supervised", optim=tiny.optim))
     assert "never" not in capsys.readouterr().out
 
 
