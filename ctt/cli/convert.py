@@ -123,6 +123,8 @@ def report(export: Export, result: Result, target: Path) -> list[str]:
         f"(unlabeled/), from {export.form}.",
         f"{len(export.classes)} classes, from 0 on: {', '.join(export.classes)}.",
     ]
+    if export.order:  # its annotation is shapes
+        lines.append(f"Pixels in no shape: {_outside(export)}.")
     if result.present:
         lines.append(f"{result.present:,} of the images were there already and are left alone.")
     if result.clashes:
@@ -147,3 +149,11 @@ def report(export: Export, result: Result, target: Path) -> list[str]:
     lines += [f"Left out: {count:,} {reason}." for reason, count in result.left_out.items()]
     quoted = shlex.quote(str(target))
     return [*lines, f"Next: ctt-data check --dataset folder --data-root {quoted}"]
+
+
+def _outside(export: Export) -> str:
+    from ctt.data.dataset import IGNORE
+
+    if export.outside == IGNORE:
+        return f"{IGNORE}, which is ignored; a class called background would take them"
+    return f"{export.outside}, {export.classes[export.outside]}"

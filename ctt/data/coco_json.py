@@ -18,6 +18,10 @@ RUN_STRING = re.compile(r"(?:[P-o]{0,6}[0-O])*")
 Key = int | str
 
 
+class NoInstancesError(UserError):
+    """Raised when a JSON file is none of instances, such as one of captions."""
+
+
 @dataclass(frozen=True)
 class CocoImage:
     """An image's entry in the file; `height` and `width` are 0 if it gives none."""
@@ -124,14 +128,15 @@ def read_coco(path: Path) -> CocoFile:
     """Return what an instance file holds.
 
     Raises:
-        UserError: it cannot be read, is no JSON, lacks what an instance file has, gives one id to
-            two images or categories, or names an image of more than `most_pixels`.
+        NoInstancesError: it lacks what an instance file has.
+        UserError: it cannot be read, is no JSON, gives one id to two images or categories, or names
+            an image of more than `most_pixels`.
     """
     values = read_json(path)
     parts = ("images", "annotations", "categories")
     lists = [values.get(part) if isinstance(values, dict) else None for part in parts]
     if not all(isinstance(part, list) for part in lists):
-        raise UserError(
+        raise NoInstancesError(
             f"{path} is no COCO file of instances: it must hold the lists {', '.join(parts)}."
         )
     images: dict[Key, CocoImage] = {}

@@ -100,7 +100,13 @@ def convert(
     export.items = _once(export)
     if not any(item.paint for item in export.items):
         first = f" {export.faults[0]}" if export.faults else ""
-        raise UserError(f"{export.images.root}: no annotated image is found.{first}")
+        tests = (
+            f" The part test is left out, {len(export.tests)} images: if it is to be learned, "
+            f"rename its files or folders, or give its JSON file in place of the folder."
+            if export.tests
+            else ""
+        )
+        raise UserError(f"{export.images.root}: no annotated image is found.{tests}{first}")
     prepare(target, export)
     jobs = _jobs(export, unlabeled)
     result = Result(left_out=export.left_out, faults=export.faults)

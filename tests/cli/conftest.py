@@ -4,7 +4,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from ctt.cli import data as program
 from ctt.cli import train
@@ -37,3 +39,9 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         return int(stop.value.code or 0), shown.out, re.sub(r"\s+", " ", shown.err)
 
     return run
+
+
+def mask_of(folder: Path, name: str = "photo 0") -> np.ndarray:
+    found = [*folder.rglob(f"masks/**/{name}.png")]
+    assert len(found) == 1
+    return np.asarray(Image.open(found[0]))

@@ -28,6 +28,7 @@ EVALUATION = re.compile(r"(val|valid|validation)(\d{4})?")
 TEST = re.compile(r"test(\d{4})?")
 # folders whose names say what kind of file they hold, and not which images
 KINDS = ("images", "image", "imgs", "img", "jpegimages", "labels", "annotations", "json", "jsons")
+WITHOUT_AREA = "images, which count as not annotated: lines, points and tags have no area"
 Size = tuple[int, int]  # height and width
 
 
@@ -135,7 +136,7 @@ class Images:
         found = [
             name
             for name in named
-            if all(a == b for a, b in zip(_telling(path), _telling(name), strict=False))
+            if all(a == b for a, b in zip(telling(path), telling(name), strict=False))
             or ("/" not in text and same_name(name).startswith(f"{near}/"))
         ]
         if len(found) > 1:
@@ -178,7 +179,6 @@ class Export:
 
     Attributes:
         classes: names, class 0 first.
-        outside: class of the pixels in no shape, or 255.
         palette: their colours, or none.
         order: which of two shapes lies on top, as the end of a sentence.
         items: images that it lists.
@@ -192,7 +192,6 @@ class Export:
     images: Images
     classes: tuple[str, ...]
     order: str = ""
-    outside: int = 0
     palette: tuple[Colour, ...] = ()
     items: list[Item] = field(default_factory=list)
     tests: set[str] = field(default_factory=set)
@@ -222,8 +221,13 @@ class Export:
 
     @cached_property
     def numbers(self) -> dict[str, int]:
-        """Return the class number of each name."""
-        return {name: number for number, name in enumerate(self.classes)}
+        """Return the class number of each name, as `as_class` gives it."""
+        return {as_class(name): number for number, name in enumerate(self.classes)}
+
+    @property
+    def outside(self) -> int:
+        """Return the class of pixels in no shape: the background, or 255 if no class is one."""
+        return self.numbers.get(BACKGROUND, IGNORE)
 
 
 def _folders(path: str) -> tuple[str, ...]:
@@ -231,8 +235,8 @@ def _folders(path: str) -> tuple[str, ...]:
     return PurePosixPath(same_name(path)).parts[-2::-1]
 
 
-def _telling(path: str) -> list[str]:
-    """Return those of the folders that tell images apart."""
+def telling(path: str) -> list[str]:
+    """Return the folders of a path that tell images apart, the last one first."""
     drives = ("/", "..", ":")  # what stands before folders
     return [f for f in _folders(path) if not f.endswith(drives) and f.lower() not in KINDS]
 
@@ -253,7 +257,8 @@ def with_background(
         always: there is a background, whether or not it is named.
 
     Raises:
-        UserError: there are none, or more than a mask can number, or one that is not to be there.
+        UserError: there are none, or more than a mask can number, or one that is not to be there;
+            or images without shapes are to be background, and no class is.
     """
     found = list(dict.fromkeys(names))
     others = [name for name in found if name.lower() not in BACKGROUNDS]
@@ -271,23 +276,14 @@ def with_background(
             f"There must be 2 to {MOST_CLASSES} classes, the background among them, and here are "
             f"{len(classes)}. `classes` names those that are wanted."
         )
-    if len(set(classes)) < len(classes):
+    if len({*map(as_class, classes)}) < len(classes):
         raise UserError(f"`classes` names a class twice ({', '.join(classes)}).")
+    if request.empty == BACKGROUND and BACKGROUND not in map(as_class, classes):
+        raise UserError(
+            f"`empty` {BACKGROUND}: none of the classes is called {BACKGROUND}, of "
+            f"{', '.join(classes)}."
+        )
     return classes
-
-
-def class_outside(names: Iterable[str], classes: tuple[str, ...]) -> int:
-    """Return the class of pixels in no shape: the background, or class 0 if nobody draws it.
-
-    Args:
-        names: those of the export.
-
-    Returns:
-        255 if there is no such class.
-    """
-    if BACKGROUND in classes:
-        return classes.index(BACKGROUND)
-    return IGNORE if classes[0] in names else 0
 
 
 def as_class(label: str) -> str:

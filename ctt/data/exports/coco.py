@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from ctt.data.coco_json import CocoFile, Key, read_coco
+from ctt.data.coco_json import CocoFile, Key, NoInstancesError, read_coco
 from ctt.data.exports.base import (
     BACKGROUND,
     Export,
@@ -13,7 +14,6 @@ from ctt.data.exports.base import (
     Item,
     Request,
     as_class,
-    class_outside,
     files_of,
     part_of,
     with_background,
@@ -26,34 +26,54 @@ BOXES = "annotations with a box and no outline: their pixels are ignored"
 
 def read(request: Request) -> Export:
     """Return the images and outlines of one instance file, or of all in a folder."""
-    files, faults = _files(request.source)
+    files, faults, left_out = _files(request.source)
     images = Images(_folder_of_images(request, files), request.target)
-    names = [name for file in files for name in file.categories.values()]
-    classes = with_background(names, request)
-    order = "the smaller shape lies on top"
-    outside = class_outside(names, classes)
-    export = Export("COCO", images, classes, order, outside, faults=faults)
-    for file in files:
-        _add(file, images, export, request)
+    found = [(file, *_found(file, images, request)) for file in files]
+    # COCO's own folder also has files of the keypoints and the ground of the same images
+    own = {n for file, names, _ in found if _is_own(file.path) for n in names.values()}
+    same = [
+        f for f, names, _ in found if names and not _is_own(f.path) and own >= {*names.values()}
+    ]
+    if same:
+        left_out[f"JSON files of images that those of instances have, such as {same[0].path}"] += (
+            len(same)
+        )
+    found = [entry for entry in found if entry[0] not in same]
+    labels = [label for file, _, _ in found for label in file.categories.values()]
+    classes = with_background(labels, request)
+    export = Export("COCO", images, classes, "the smaller shape lies on top", left_out=left_out)
+    export.faults += faults
+    for file, names, missing in found:
+        export.faults += missing
+        _add(file, names, export, request)
     return export
 
 
-def _files(source: Path) -> tuple[list[CocoFile], list[str]]:
-    """Return the instance files, and what is wrong with others.
+def _is_own(path: Path) -> bool:
+    return "instances" in path.stem.lower()
 
-    COCO's own folder also has captions and keypoints of the same images, which do not count.
+
+def _files(source: Path) -> tuple[list[CocoFile], list[str], Counter[str]]:
+    """Return the instance files, what is wrong with others, and what is left out.
+
+    Raises:
+        UserError: there is no instance file.
     """
-    paths = files_of(source, "*.json")
-    paths = [path for path in paths if "instances" in path.stem.lower()] or paths
-    files, faults = [], []
-    for path in paths:
+    files, faults, others = [], [], []
+    for path in files_of(source, "*.json"):
         try:
             files.append(read_coco(path))
+        except NoInstancesError as error:
+            others.append((path, str(error)))
         except UserError as error:
-            if path == paths[-1] and not files:
-                raise
             faults.append(str(error))
-    return files, faults
+    if not files:
+        messages = [*faults, *(text for _, text in others), f"{source}: there is no .json file."]
+        raise UserError(messages[0])
+    reason = (
+        f"JSON files that are none of COCO's instances, such as {others[0][0]}" if others else ""
+    )
+    return files, faults, Counter({reason: len(others)} if others else {})
 
 
 def _folder_of_images(request: Request, files: list[CocoFile]) -> Path:
@@ -70,21 +90,28 @@ def _folder_of_images(request: Request, files: list[CocoFile]) -> Path:
     return request.folder
 
 
-def _add(file: CocoFile, images: Images, export: Export, request: Request) -> None:
+def _found(file: CocoFile, images: Images, request: Request) -> tuple[dict[Key, str], list[str]]:
+    """Return the images of a file by their ids, and what is wrong with others."""
+    near = images.near(images.place(file.path, request))
+    names, faults = {}, []
+    for key, image in file.images.items():
+        try:
+            names[key] = images.find(image.name, near)
+        except UserError as error:
+            faults.append(f"{file.path}: {error}")
+    return names, faults
+
+
+def _add(file: CocoFile, names: dict[Key, str], export: Export, request: Request) -> None:
     if file.strays:
         export.left_out["annotations of images or categories that are not in the file"] += (
             file.strays
         )
-    near = images.near(images.place(file.path, request))
     # of one file that was named everything is wanted
     alone = file.path == request.source
     part = "train" if alone else part_of(file.path.relative_to(request.source).as_posix())
-    for key, image in file.images.items():
-        try:
-            name = images.find(image.name, near)
-        except UserError as error:
-            export.faults.append(f"{file.path}: {error}")
-            continue
+    for key, name in names.items():
+        image = file.images[key]
         annotated = key in file.annotations or request.empty == BACKGROUND
         size = (image.height, image.width) if image.height else None
         painted = partial(_paint, file, key, export, request.crowd == "class")

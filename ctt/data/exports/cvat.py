@@ -11,12 +11,12 @@ import numpy as np
 
 from ctt.data.exports.base import (
     BACKGROUND,
+    WITHOUT_AREA,
     Export,
     Images,
     Item,
     Request,
     as_class,
-    class_outside,
     files_of,
     part_of,
     with_background,
@@ -49,7 +49,7 @@ def read(request: Request) -> Export:
     names = [*filter(None, [*names, *sorted(used)])]
     classes = with_background(names, request)
     order = "the shape of the higher z_order lies on top, of equal ones the later"
-    export = Export("CVAT", images, classes, order, class_outside(names, classes))
+    export = Export("CVAT", images, classes, order)
     for path, tree in trees.items():
         for image in tree.iterfind("image"):
             try:
@@ -60,6 +60,8 @@ def read(request: Request) -> Export:
             part = part_of(image.get("subset", ""))
             annotated = any(shape.tag in WITH_AREA for shape in image)
             annotated |= request.empty == BACKGROUND
+            if len(image) and not annotated:
+                export.left_out[WITHOUT_AREA] += 1
             sides = [image.get("height", ""), image.get("width", "")]
             size = (int(sides[0]), int(sides[1])) if all(map(str.isdecimal, sides)) else None
             painted = partial(_paint, path, image, export) if annotated else None

@@ -16,12 +16,12 @@ from PIL import Image
 from ctt.data.coco_json import read_json
 from ctt.data.exports.base import (
     BACKGROUND,
+    WITHOUT_AREA,
     Export,
     Images,
     Item,
     Request,
     as_class,
-    class_outside,
     files_of,
     with_background,
 )
@@ -30,6 +30,7 @@ from ctt.errors import UserError
 from ctt.text import brief
 
 IGNORE_LABEL = "__ignore__"  # pixels of no class, in LabelMe's own conversion
+WITH_AREA = ("polygon", "oriented_rectangle", "rectangle", "circle", "mask")
 CORNERS = 64  # of the polygon that stands for a circle
 LABELS = "labels.txt"  # names in the order of their numbers, where LabelMe was given one
 
@@ -49,17 +50,20 @@ def read(request: Request) -> Export:
             name = _image(path, values, images, request)
             # not the rest: LabelMe keeps the whole image in the file
             kept = {key: values.get(key) for key in ("imageHeight", "imageWidth")}
-            found[path] = (name, kept | {"labels": {_label(s, path) for s in values["shapes"]}})
+            kept["labels"] = {_label(shape, path) for shape in values["shapes"]}
+            kept["area"] = any(_kind(shape) in WITH_AREA for shape in values["shapes"])
+            found[path] = (name, kept)
         except UserError as error:
             faults.append(str(error))
     labels = {label for _, values in found.values() for label in values["labels"]}
     listed = [*_listed(request.folder / LABELS), *sorted(labels)]
     names = [as_class(name) for name in listed if name not in (IGNORE_LABEL, IGNORED)]
     classes = with_background(names, request)
-    outside, order = class_outside(names, classes), "the later shape lies on top"
-    export = Export("LabelMe", images, classes, order, outside, faults=faults)
+    export = Export("LabelMe", images, classes, "the later shape lies on top", faults=faults)
     for path, (name, values) in found.items():
-        annotated = values["labels"] or request.empty == BACKGROUND
+        annotated = values["area"] or request.empty == BACKGROUND
+        if values["labels"] and not annotated:
+            export.left_out[WITHOUT_AREA] += 1
         size = (values["imageHeight"], values["imageWidth"])
         known = all(isinstance(side, int) and side > 0 for side in size)
         painted = partial(_paint, path, export) if annotated else None
@@ -96,6 +100,10 @@ def _label(shape: Any, path: Path) -> str:
     return IGNORED if label == IGNORE_LABEL else as_class(label)
 
 
+def _kind(shape: dict[str, Any]) -> Any:
+    return shape.get("shape_type") or "polygon"
+
+
 def _paint(path: Path, export: Export, height: int, width: int) -> Painted:
     shapes, dropped = [], dict[str, int]()
     for number, shape in enumerate(read_json(path)["shapes"], 1):
@@ -118,11 +126,11 @@ def _shape(shape: dict[str, Any], label: str, pixels: int) -> Shape | None:
     Args:
         pixels: of the image, which a bitmap cannot exceed.
     """
-    kind, points = shape.get("shape_type") or "polygon", shape.get("points")
+    kind, points = _kind(shape), shape.get("points")
+    if kind not in WITH_AREA:
+        return None
     if kind in ("polygon", "oriented_rectangle"):
         return Shape(label, (outline(points),))
-    if kind not in ("rectangle", "circle", "mask"):
-        return None
     try:
         (x, y), (right, bottom) = np.asarray(points, np.float64).tolist()
     except (ValueError, TypeError):

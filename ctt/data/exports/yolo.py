@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,15 +15,18 @@ from ctt.data.exports.base import (
     Item,
     Request,
     as_class,
-    class_outside,
     part_of,
+    telling,
     with_background,
 )
+from ctt.data.files import same_name
 from ctt.data.folder import walk
 from ctt.data.shapes import IGNORED, Painted, Shape, outline, paint, rectangle
 from ctt.errors import UserError
 from ctt.text import brief, from_yaml
 
+PARTS = ("train", "val", "test")
+LIST = ".txt"  # of images
 BOX = 4  # numbers of a box: its middle, width and height
 BOXES = "lines with a box and no outline: their pixels are ignored"
 
@@ -38,18 +42,14 @@ def read(request: Request) -> Export:
     known = [as_class(name) for name in names]
     classes = with_background(known, request)
     images = Images(request.images or path.parent, request.target)
-    outside, order = class_outside(known, classes), "the smaller shape lies on top"
-    export = Export("YOLO", images, classes, order, outside)
+    export = Export("YOLO", images, classes, "the smaller shape lies on top")
     labels = _label_files(path.parent)
-    evaluation = {_last_folders(entry) for entry in _entries(values.get("val"))}
-    training = {_last_folders(entry) for entry in _entries(values.get("train"))}
+    named = {part: _entries(values.get(part)) for part in PARTS}
+    listed = _listed(named, values.get("path"), path, export)
     for name in images.names:
         file = labels.pop(_key(name), None)
-        folder = PurePosixPath(name).parent.as_posix()
-        part = part_of(folder)
-        if any(folder.endswith(end) for end in evaluation - training if end):
-            part = "val"
-        filled = file is not None and (file.stat().st_size > 0 or request.empty == BACKGROUND)
+        part = listed.get(name) or _part(name, named)
+        filled = file is not None and (_is_filled(file) or request.empty == BACKGROUND)
         if filled or part == "test":
             painted = partial(_paint, file, names, export) if file is not None else None
             export.add(Item(name, painted), part)
@@ -92,9 +92,16 @@ def _label_files(root: Path) -> dict[str, Path]:
     return found
 
 
+def _is_filled(file: Path) -> bool:
+    try:
+        return bool(file.read_bytes().removeprefix(codecs.BOM_UTF8).strip())
+    except OSError:
+        return True  # painting it tells why it cannot be read
+
+
 def _key(name: str) -> str:
     """Return what an image and its labels have in common: the path without images/ or labels/."""
-    path = PurePosixPath(name).with_suffix("")
+    path = PurePosixPath(same_name(name)).with_suffix("")
     return "/".join(part for part in path.parts if part not in ("images", "labels"))
 
 
@@ -103,21 +110,103 @@ def _entries(value: Any) -> list[str]:
     return [entry for entry in entries if isinstance(entry, str)]
 
 
-def _last_folders(entry: str) -> str:
-    """Return the folders of a path in data.yaml, without what leads to them on another machine."""
-    parts = PurePosixPath(entry.replace("\\", "/")).parts
-    named = not entry.lower().endswith((".txt", *IMAGE_SUFFIXES))
-    kept = [part for part in parts if part not in ("..", ".", "/")]
-    return "/".join(kept[-2:]) if named else ""
+def _names_images(entry: str) -> bool:
+    return entry.lower().endswith((LIST, *IMAGE_SUFFIXES))
+
+
+def _inside(entry: str) -> list[str]:
+    """Return the parts of a path in data.yaml but those that only lead upwards."""
+    parts = PurePosixPath(same_name(entry.replace("\\", "/"))).parts
+    return [part for part in parts if part not in ("..", ".", "/")]
+
+
+def _part(name: str, named: dict[str, list[str]]) -> str:
+    """Return the part of an image: of the deepest of its folders in data.yaml, else by its path.
+
+    A folder that is named for training too, as where there is no other, is no other part.
+    """
+    depths = [
+        (_depth(entry, name), part)
+        for part in PARTS
+        for entry in named[part]
+        if not _names_images(entry)
+    ]
+    depth, part = max(depths, key=lambda pair: pair[0], default=(0, ""))
+    if depth and part != PARTS[0]:
+        return part
+    return part_of(PurePosixPath(name).parent.as_posix())
+
+
+def _depth(entry: str, name: str) -> int:
+    """Return how deep in an image's path the folder lies that data.yaml names; 0: nowhere."""
+    ends, folders = telling("/".join([*_inside(entry), "a file"])), telling(name)
+    starts = range(len(folders) if ends else 0)
+    fitting = (s for s in starts if all(map(str.__eq__, ends, folders[s:])))
+    return max((len(folders) - start for start in fitting), default=0)
+
+
+def _listed(named: dict[str, list[str]], base: Any, path: Path, export: Export) -> dict[str, str]:
+    """Return the parts of the images in lists; of an image in several the last of `PARTS`.
+
+    Args:
+        base: the folder of the dataset, as data.yaml calls it.
+
+    Raises:
+        UserError: a list is not there, so that its images would be learned.
+    """
+    found = {}
+    training = [*map(_inside, named[PARTS[0]])]
+    for part in PARTS:
+        lists = filter(_names_images, named[part])
+        for entry in (e for e in lists if part == PARTS[0] or _inside(e) not in training):
+            lines, wrong = _images_of(entry, part, base, path), []
+            for line in lines:
+                try:
+                    found[export.images.find(line)] = part
+                except UserError as error:
+                    wrong.append(str(error))
+            if wrong and part != PARTS[0]:
+                export.faults.append(
+                    f"{path}: {part}: {len(wrong)} lines of {entry} are no image. {wrong[0]}"
+                )
+    return found
+
+
+def _images_of(entry: str, part: str, base: Any, path: Path) -> list[str]:
+    """Return the paths of images in a list, or the one image that data.yaml itself names."""
+    if not entry.lower().endswith(LIST):
+        return [entry]
+    file = _list_file(path.parent, f"{base or ''}/{entry}")
+    if file is not None:
+        return [*filter(None, map(str.strip, _lines(file)))]
+    if part == PARTS[0]:
+        return []
+    raise UserError(
+        f"{path}: {part}: the list {entry} is not in {path.parent}. Put it there, or take its name "
+        f"out of {path.name}."
+    )
+
+
+def _list_file(root: Path, entry: str) -> Path | None:
+    """Return the list below the folder of data.yaml, wherever it was on another machine."""
+    parts = _inside(entry)
+    places = (root.joinpath(*parts[start:]) for start in range(len(parts)))
+    try:
+        return next(filter(Path.is_file, places), None)
+    except OSError:  # such as a name that is too long
+        return None
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error}).") from None
 
 
 def _paint(file: Path, names: list[str], export: Export, height: int, width: int) -> Painted:
-    try:
-        lines = file.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({error}).") from None
     shapes, boxes = [], 0
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(file), 1):
         if not line.strip():
             continue
         try:
