@@ -63,7 +63,8 @@ class World:
         before."""
         if self.size == 1:
             return values.roll(1, dims=0)
-        last, before = values[-1].contiguous(), torch.empty_like(values[0])
+        last = values[-1].contiguous()  # as messages must be
+        before = torch.empty_like(last)
         requests = dist.batch_isend_irecv(
             [
                 dist.P2POp(dist.isend, last, (self.rank + 1) % self.size),
@@ -73,6 +74,15 @@ class World:
         for request in requests:
             request.wait()
         return torch.cat([before[None], values[:-1]])
+
+    def wait(self) -> None:
+        """Wait until all processes have come here.
+
+        A collective on a GPU does not do that: it only orders the work of the GPU, and the process
+        goes on at once.
+        """
+        if self.size > 1:
+            dist.barrier(self.messages)
 
     def broadcast(self, text: str) -> str:
         """Send the first process's text to all processes, and return it."""

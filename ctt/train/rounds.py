@@ -157,11 +157,11 @@ class Labeling:
 
     def finish(self) -> None:
         """Write the list of the images, after all processes have written their labels."""
-        self.world.total(torch.zeros((), device=self.device))
+        self.world.wait()
         if self.world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_list(self.folder / LIST, self.names)
-        self.world.total(torch.zeros((), device=self.device))
+        self.world.wait()
 
 
 def _save(picture: Image.Image, path: Path) -> None:

@@ -139,7 +139,8 @@ def test_processes_end_alike(tiny: Settings, tmp_path: Path, sync: bool, device:
 
 def roll_and_write(folder: Path) -> None:
     with join() as world:
-        own = torch.arange(2) + 2 * world.rank
+        own = torch.arange(16).view(2, 2, 2, 2) + 16 * world.rank
+        own = own.to(memory_format=torch.channels_last)
         torch.save(world.roll(own), folder / f"rolled-{world.rank}.pt")
 
 
@@ -147,7 +148,7 @@ def test_a_joined_batch_is_rolled_from_process_to_process(tmp_path: Path) -> Non
     """Of two processes each is the other's neighbour on both sides; of three it is not."""
     assert finish(start(3, tmp_path, roll_and_write, tmp_path)) == [0] * 3, shown(tmp_path)
     rolled = torch.cat([torch.load(tmp_path / f"rolled-{rank}.pt") for rank in range(3)])
-    assert torch.equal(rolled, torch.arange(6).roll(1))
+    assert torch.equal(rolled, torch.arange(48).view(6, 2, 2, 2).roll(1, dims=0))
 
 
 def command_line(arguments: str) -> None:

@@ -1,6 +1,7 @@
 """Runs in rounds: when they begin, what they label, and how they go on after a crash."""
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from ctt import checkpoint, run
@@ -20,7 +22,7 @@ from ctt.methods.dst_cbc import class_thresholds
 from ctt.methods.st import mean_iou
 from ctt.settings import Settings, update
 from ctt.train import rounds
-from ctt.train.distributed import World
+from ctt.train.distributed import World, join
 from ctt.train.loop import Trainer, train
 from ctt.train.rounds import Labeling, Rounds
 from tests.train.processes import finish, shown, start
@@ -257,6 +259,31 @@ def test_each_process_carries_its_own_labels(
         first.keep("d", large, torch.ones(200, 200))
     for path in first.before.rglob("*.png"):
         assert (folder / path.relative_to(first.before)).read_bytes() == path.read_bytes()
+
+
+def label_one_each(settings: Settings, folder: Path) -> None:
+    """Finish a round, with collectives that return at once as those of a GPU do."""
+    names, collective, begun = ["a", "b"], dist.all_reduce, []
+
+    def at_once(*arguments: Any) -> None:
+        begun.append(collective(*arguments, async_op=True))
+
+    with join() as world, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", at_once)
+        cpu = torch.device("cpu")
+        labeling = Labeling(settings, settings.open_dataset(), names, folder, 1, cpu, world)
+        time.sleep(0.5 * world.rank)
+        labeling.keep(names[world.rank], torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2))
+        labeling.finish()
+        found = sorted(path.name for path in labeling.folder.rglob("*.*"))
+        (folder / f"found-{world.rank}.txt").write_text("\n".join(found))
+
+
+def test_a_round_begins_once_all_processes_have_labelled(tiny: Settings, tmp_path: Path) -> None:
+    assert finish(start(2, tmp_path, label_one_each, tiny, tmp_path)) == [0, 0], shown(tmp_path)
+    for rank in (0, 1):
+        found = (tmp_path / f"found-{rank}.txt").read_text().split()
+        assert found == ["a.png", "a.png", "b.png", "b.png", "images.txt"]
 
 
 def test_what_rounds_and_their_labels_depend_on_is_fixed(tiny: Settings, tmp_path: Path) -> None:
