@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from ctt.data.channel_statistics import Statistics
 
+OF_RGB = ("white", "mean", "std")  # keys that mean something else once there are bands
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -28,7 +30,8 @@ class Stats:
     data_root: Path | None = None
     """Folder of the images, for datasets that have one."""
     write: bool = False
-    """folder: add the lines to its dataset.yaml; keys that it has stay as they are."""
+    """folder: add the lines to its dataset.yaml; keys that it has stay as they are. But where bands
+    are added, its lines of white, mean and std become comments: those were of RGB images."""
     cut: tuple[float, float] = (0.1, 99.9)
     """Percentiles of each channel that become 0 and 1, where dataset.yaml names no range and the
     images have more than 8 bits; 0 100 cuts nothing off."""
@@ -41,7 +44,7 @@ def stats(command: Stats) -> int:
 
     from ctt.cli.data import open_dataset
     from ctt.console import plain_console
-    from ctt.data.channel_statistics import append, lines, statistics
+    from ctt.data.channel_statistics import adds_bands, append, lines, statistics
     from ctt.data.description import DESCRIPTION
     from ctt.data.folder import Folder
     from ctt.text import from_yaml
@@ -66,18 +69,20 @@ def stats(command: Stats) -> int:
     path = dataset.root / DESCRIPTION
     known = list(from_yaml(path.read_text("utf-8-sig"), str(path)))
     text = lines(found, known)
+    of_rgb = [key for key in OF_RGB if key in known] if adds_bands(found, known) else []
+    instead = f", in place of {', '.join(of_rgb)}" if of_rgb else ""
     if not text:
         console.print(f"{path} says all of it already.", soft_wrap=True)
-    elif command.write:
-        append(path, text)
-        console.print(f"{path} has these lines now:", *text, sep="\n", soft_wrap=True)
-    else:
-        console.print(f"Lines for {path}, which --write adds:", *text, sep="\n", soft_wrap=True)
+        return 0
+    if command.write:
+        append(path, text, of_rgb)
+    head = f"{path} has these lines now" if command.write else f"Lines that --write adds to {path}"
+    console.print(f"{head}{instead}:", *text, sep="\n", soft_wrap=True)
     return 0
 
 
 def channel_table(found: Statistics) -> Table:
-    """Return a row for each channel, in the numbers of the files."""
+    """Return a row for each channel, in the numbers that `statistics` looked at."""
     from rich.table import Table
 
     from ctt.data.channel_statistics import PERCENTILES
