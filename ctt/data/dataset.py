@@ -172,6 +172,11 @@ class Dataset(ABC):
         """Return a sentence on why an image and its mask are of two sizes; empty: unknown."""
         return ""
 
+    def meaning(self) -> dict[str, str]:
+        """Return what the `numbers` and `colours` in masks mean, for a resumed run to compare;
+        nothing where a benchmark fixes it."""
+        return {}
+
     def find(self, entry: str) -> str | None:
         """Return the name of the image that `entry` in a split list means; None if there is
         none."""

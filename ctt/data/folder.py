@@ -100,6 +100,10 @@ class Folder(FileDataset):
                 f"Warning: {len(self._strays)} of the masks belong to no image, such as {stray}.",
             )
 
+    def meaning(self) -> dict[str, str]:
+        numbers, colours = self.description.mapping, self.description.colours or {}
+        return {"numbers": str(sorted(numbers.items())), "colours": str(sorted(colours.items()))}
+
     def _misnamed(self) -> list[str]:
         """Return a sentence for each folder whose name is nearly one of this layout."""
         found = [name for name in list_names(self.root) if (self.root / name).is_dir()]
