@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from ctt.files import expanded
 from ctt.ranges import AT_LEAST_0
 from ctt.text import say
 
@@ -38,11 +37,10 @@ def coco_masks(command: CocoMasks) -> int:
     from ctt.console import plain_console
     from ctt.data.coco import write_masks
 
-    root = expanded(command.data_root, "--data-root")
     with Progress(console=plain_console(), transient=True) as progress:
         bar = progress.add_task("reading annotations", total=None)
         new, present = write_masks(
-            root,
+            command.data_root,
             command.threads,
             lambda part, images: progress.reset(bar, total=images, description=part),
             lambda: progress.advance(bar),
@@ -50,6 +48,6 @@ def coco_masks(command: CocoMasks) -> int:
     there = f" {present:,} were there already and are left alone." if present else ""
     say(
         f"{new:,} masks are written.{there} Check them with: ctt-data check --dataset coco "
-        f"--data-root {root}"
+        f"--data-root {command.data_root}"
     )
     return 0

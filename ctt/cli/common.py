@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctt.errors import AlreadyReportedError, UserError
+from ctt.files import expanded
 from ctt.text import fields_shown_by, printable, replace_what_cannot_be_shown
 
 if TYPE_CHECKING:
@@ -131,8 +132,21 @@ def _drop_closed_streams() -> bool:
     return bool(closed)
 
 
+def with_home(argument: str) -> str:
+    """Return an argument with the home folder in `--to=~/x` and `'~/x'`, where shells leave `~`.
+
+    Raises:
+        UserError: it is not known which folder that is.
+    """
+    option, _, value = argument.partition("=")
+    if option.startswith("--") and value.startswith("~"):
+        return f"{option}={expanded(Path(value), option)}"
+    return str(expanded(Path(argument), "the path")) if argument.startswith("~/") else argument
+
+
 def _run(name: str, body: Callable[[], int], extra: str) -> None:
     try:
+        sys.argv[1:] = map(with_home, sys.argv[1:])
         code = body()
     except AlreadyReportedError:
         sys.exit(BAD_INPUT)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ctt.errors import UserError
-from ctt.files import expanded
 from ctt.text import say
 
 
@@ -48,7 +47,7 @@ def tiles(command: Tiles) -> int:
     with Progress(console=plain_console(), transient=True) as progress:
         bar = progress.add_task("cutting", total=1.0)
         found = cut(
-            expanded(command.source, "SOURCE"),
+            command.source,
             command.to,
             command.side,
             lambda share: progress.advance(bar, share),

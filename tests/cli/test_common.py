@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +67,23 @@ def test_messages_name_options_where_libraries_name_fields(
     options = "--model.output-stride 3, --method, --options.my-own: `range` of `ctt-data check`, "
     assert shown.err.split() == ["ctt-x:", *options.split(), "`a.b`"]
     assert printable(text) == text  # the program has ended
+
+
+def test_a_tilde_is_the_home_folder_wherever_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shells replace it at the front of a word alone; no program may make a folder of that name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    given = ["tiles", "~/a b", "--to=~/x=1", "--side=~", "~kept.png", "x/~/y", "--note=a~b"]
+    monkeypatch.setattr(sys, "argv", ["ctt-x", *given])
+    seen = []
+    with pytest.raises(SystemExit):
+        run_program("ctt-x", lambda: seen.append(sys.argv[1:]) or 0)
+    moved = [str(tmp_path / "a b"), f"--to={tmp_path / 'x=1'}", f"--side={tmp_path}"]
+    assert seen == [["tiles", *moved, *given[4:]]]
+    monkeypatch.setattr(sys, "argv", ["ctt-x", "--out=~nobody-of-this-name/x"])
+    with pytest.raises(SystemExit) as stop:
+        run_program("ctt-x", lambda: 0)
+    assert stop.value.code == BAD_INPUT
+    assert "--out ~nobody-of-this-name/x: it is not known which folder" in capsys.readouterr().err
