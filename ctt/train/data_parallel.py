@@ -1,12 +1,12 @@
 """Gradients and running statistics as means over the processes of a run."""
 
-from __future__ import annotations
-
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,7 +31,7 @@ class DataParallel:
         self.module: Method | DistributedDataParallel = method
         self.statistics: list[Tensor] = []
         if world.size > 1:
-            self.module = averaging_gradients(method)
+            self.module = averaging_gradients(method, world)
             self.statistics = list(running_statistics(method)) if statistics else []
 
     @contextlib.contextmanager
@@ -54,16 +54,34 @@ class DataParallel:
         torch._foreach_copy_(self.statistics, views)
 
 
-def averaging_gradients(method: Method) -> DistributedDataParallel:
+def averaging_gradients(method: Method, world: World) -> DistributedDataParallel:
     """Return the method with its gradients averaged over the processes during backward."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers, the name until 2.14
-        return DistributedDataParallel(
+        parallel = DistributedDataParallel(
             method,
             broadcast_buffers=False,  # see DataParallel.average_statistics
             gradient_as_bucket_view=True,
             find_unused_parameters=method.find_unused,
         )
+    if next(method.parameters()).device.type == "cpu":
+        parallel.register_comm_hook(world, average_in_order)
+    return parallel
+
+
+def average_in_order(
+    world: World,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
+    """Return the mean of a bucket of gradients, summed in the order of the processes.
+
+    An all-reduce sums each part of a bucket in another order, and DDP fills its buckets anew after
+    the first step: after a resume a gradient could be rounded otherwise.
+    """
+    own = bucket.buffer()
+    parts = own.new_empty(world.size, own.numel())
+    gathered = dist.all_gather(list(parts.unbind()), own, async_op=True).get_future()
+    return gathered.then(lambda _: functools.reduce(torch.add, parts.unbind()) / world.size)
 
 
 def running_statistics(method: Method) -> Iterator[Tensor]:

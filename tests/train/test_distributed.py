@@ -1,5 +1,6 @@
 """Several processes on the CPU that train one run together."""
 
+import copy
 import json
 import os
 import shlex
@@ -24,8 +25,9 @@ from ctt.train import loop
 from ctt.train.distributed import VARIABLES, join
 from ctt.train.engine import Engine
 from tests.conftest import leave_out_figures
+from tests.train import steps
 from tests.train.processes import finish, shown, start
-from tests.train.steps import exactly
+from tests.train.steps import exactly, make
 
 EVERYTHING: list[dict[str, Any]] = [
     {"views": {"mix": "cutmix"}, "loss": {"confidence_weight": "none"}},
@@ -135,6 +137,27 @@ def test_processes_end_alike(tiny: Settings, tmp_path: Path, sync: bool, device:
     for name, value in first["method"].items():
         assert torch.equal(value, second["method"][name]), name
     assert first["drawn"] == 3 * 2 * 4
+
+
+def train_and_resume(settings: Settings, folder: Path) -> None:
+    """Train three steps, and the last two of them again from the state after the first."""
+    with join() as world:
+        whole, resumed = (make(settings, world=world) for _ in range(2))
+        steps.run(whole, 3, 1)
+        resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+        for engine in (whole, resumed):
+            steps.run(engine, 3, 2, first=1)
+        torch.save((whole.state_dict(), resumed.state_dict()), folder / f"ends-{world.rank}.pt")
+
+
+def test_three_processes_go_on_to_equal_weights(tiny: Settings, tmp_path: Path) -> None:
+    """Of three summands the order decides the rounding; of two it does not."""
+    three = start(3, tmp_path, train_and_resume, tiny, tmp_path)
+    assert finish(three) == [0] * 3, shown(tmp_path)
+    for rank in range(3):
+        whole, resumed = torch.load(tmp_path / f"ends-{rank}.pt")
+        for name, value in whole["method"].items():
+            assert torch.equal(value, resumed["method"][name]), name
 
 
 def roll_and_write(folder: Path) -> None:
