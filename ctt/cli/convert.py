@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ctt.data.exports.base import Export
 
 
+SHOWN = 5  # images named in a message
+
+
 @dataclass(frozen=True)
 class Convert:
     """Turn what an annotation tool exports into a folder for --dataset folder: COCO (polygons and
@@ -145,6 +148,15 @@ def report(export: Export, result: Result, target: Path) -> list[str]:
         lines.append(
             f"Turned: {result.turned:,} photographs were annotated as they are stored; their masks "
             f"are turned as viewers turn them (EXIF)."
+        )
+    if result.unsure:
+        named = ", ".join(map(str, result.unsure[:SHOWN]))
+        more = ", ..." if len(result.unsure) > SHOWN else ""
+        lines.append(
+            f"Unsure: viewers turn or mirror {len(result.unsure):,} of the photographs (EXIF), and "
+            f"no size in the export tells whether the annotation tool did: {named}{more}. They "
+            f"count as annotated in the turned view. If their masks do not fit, take the note out "
+            f"of the images (`exiftool -Orientation= FILE`) and convert them into a new folder."
         )
     lines += [f"Left out: {count:,} {reason}." for reason, count in result.left_out.items()]
     quoted = shlex.quote(str(target))

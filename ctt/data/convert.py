@@ -8,27 +8,28 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import yaml
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ctt.data import IMAGE_SUFFIXES
 from ctt.data.check import content
 from ctt.data.dataset import IGNORE
 from ctt.data.description import DESCRIPTION, read_description
-from ctt.data.exports.base import Export, Item, Size
+from ctt.data.exports.base import Export, Item
+from ctt.data.exports.views import View, convention, paint_as_shown, view_of
 from ctt.data.files import same_name
 from ctt.data.folder import IMAGE_FOLDERS, MASK_SUFFIXES, walk
-from ctt.data.pictures import ORIENTATION, broken, is_turned, open_picture
 from ctt.data.shapes import Label, Painted
-from ctt.data.voc import bit_palette
 from ctt.errors import UserError
 from ctt.files import atomic_write
 
 ANOTHER = "images, for another one of the same name is there already: rename them"
+OTHER_PART = "changes between images/ and val/: images stay in the part in which they are"
+T = TypeVar("T")
 HEAD = "# The numbers in masks/ and what they mean; written by ctt-data convert.\n"
 
 
@@ -41,6 +42,7 @@ class Result:
         present: of these, those that were there before.
         clashes, unmatched: pixels, and the images that have some.
         turned: images whose outlines were drawn before a viewer turns them.
+        unsure: images of which nothing says whether they were drawn before or after.
         left_out: why something was not used, and how often.
         faults: images that were skipped, and why.
     """
@@ -53,6 +55,7 @@ class Result:
     clashes: list[int] = field(default_factory=list)
     unmatched: list[int] = field(default_factory=list)
     turned: int = 0
+    unsure: list[Path] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
@@ -67,12 +70,32 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class _Done:
-    """What became of one image."""
+    """What became of one image.
 
+    Attributes:
+        place: below the target; empty: another image has it.
+        as_stored: it was annotated before a viewer turns it; None: nobody knows.
+    """
+
+    place: str
     painted: Painted | None = None
-    turned: bool = False
     present: bool = False
-    another: bool = False
+    as_stored: bool | None = False
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where images go.
+
+    Attributes:
+        present: images that were there before, below the folder, by their file names.
+        palette: red, green and blue of the numbers 0 to 255 in masks.
+    """
+
+    folder: Path
+    present: dict[str, list[str]]
+    palette: list[int]
+    link: bool
 
 
 def convert(
@@ -110,36 +133,47 @@ def convert(
     prepare(target, export)
     jobs = _jobs(export, unlabeled)
     result = Result(left_out=export.left_out, faults=export.faults)
-
-    def work(job: Job) -> _Done | str:
-        try:
-            return _write(job, target, export, link)
-        except UserError as error:
-            return str(error)
-
+    place = _Target(target, _present(target, jobs), _palette(target), link)
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         try:
-            for (item, _, place), done in zip(jobs, pool.map(work, jobs), strict=True):
+            views = [*pool.map(_tried(view_of), (j.item for j in jobs), (j.source for j in jobs))]
+            work = _tried(partial(_write, target=place, as_stored=convention(views)))
+            for job, done in zip(jobs, pool.map(work, jobs, views), strict=True):
                 advance()
-                if isinstance(done, str):
-                    result.faults.append(done)
-                    continue
-                if done.another:
+                if isinstance(done, UserError):
+                    result.faults.append(str(done))
+                elif done.place:
+                    _count(result, job, done)
+                else:
                     result.left_out[ANOTHER] += 1
-                    continue
-                result.present += done.present
-                result.turned += done.turned
-                result.unlabeled += item.paint is None
-                result.evaluation += place.startswith("val/")
-                result.labeled += place.startswith("images/")
-                if done.painted is not None:
-                    _count(result, done.painted)
         finally:
             pool.shutdown(cancel_futures=True)
     return result
 
 
-def _count(result: Result, painted: Painted) -> None:
+def _tried(work: Callable[..., T]) -> Callable[..., T | UserError]:
+    """Return a function that returns its UserError in place of raising it."""
+
+    def try_it(*arguments: Any) -> T | UserError:
+        try:
+            return work(*arguments)
+        except UserError as error:
+            return error
+
+    return try_it
+
+
+def _count(result: Result, job: Job, done: _Done) -> None:
+    result.present += done.present
+    result.unlabeled += done.place.startswith("unlabeled/")
+    result.evaluation += done.place.startswith("val/")
+    result.labeled += done.place.startswith("images/")
+    if job.item.paint is not None and done.place.startswith("val/") != job.item.evaluation:
+        result.left_out[OTHER_PART] += 1
+    if (painted := done.painted) is None:
+        return
+    result.turned += done.as_stored is True
+    result.unsure += [job.source] if done.as_stored is None else []
     result.pixels += painted.label.size
     result.clashes += [painted.clashes] if painted.clashes else []
     result.unmatched += [painted.unmatched] if painted.unmatched else []
@@ -260,54 +294,81 @@ def _put(jobs: dict[str, Job], job: Job, export: Export) -> None:
         )
 
 
-def _write(job: Job, target: Path, export: Export, link: bool) -> _Done:
-    item, source, place = job
-    image = target / place
-    if _is_taken(image, source):
-        return _Done(another=True)
-    if item.paint is None:
-        if _there(item, source, target, IMAGE_FOLDERS) is not None:
-            return _Done(present=True)
-        stored_size(source)
-        _bring(source, image, link)
-        return _Done()
-    mask = (target / place.replace("images/", "masks/", 1)).with_suffix(".png")
-    if image.exists() and any(mask.with_suffix(s).exists() for s in MASK_SUFFIXES):
-        return _Done(present=True)
-    painted, turned = _label(item, source)
-    if not mask.exists():
-        mask.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(mask) as part:
-            _picture(painted.label, export).save(part, "PNG")
-    if not image.exists():  # after its mask, without which it would be a fault
-        before = _there(item, source, target, ("unlabeled",))
-        if before is None:
-            _bring(source, image, link)
-        else:
-            image.parent.mkdir(parents=True, exist_ok=True)
-            before.rename(image)
-    return _Done(painted, turned)
+def _write(job: Job, view: View | UserError, target: _Target, as_stored: bool | None) -> _Done:
+    """Write the image and its mask.
 
-
-def _is_taken(image: Path, source: Path) -> bool:
-    """Return whether another image has the place, or the mask that would belong to it."""
-    if image.exists():
-        return content(image) != content(source)
-    endings = (ending for suffix in IMAGE_SUFFIXES for ending in (suffix, suffix.upper()))
-    return any(image.with_suffix(ending).exists() for ending in endings)
-
-
-def _there(item: Item, source: Path, target: Path, parts: Iterable[str]) -> Path | None:
-    """Return the copy of an image in one of the parts of the target, from before its annotation.
-
-    An export may have put the image into more folders than it has there.
+    Args:
+        as_stored: as `convention` returns it.
     """
-    names = PurePosixPath(item.name).parts
-    for part in parts:
-        for start in range(len(names)):
-            path = target.joinpath(part, *names[start:])
-            if path.is_file() and content(path) == content(source):
-                return path
+    item, source, _ = job
+    place = _place(job, target)
+    if not place:
+        return _Done("")
+    image = target.folder / place
+    mask = (target.folder / place.replace("images/", "masks/", 1)).with_suffix(".png")
+    if image.exists() and (
+        item.paint is None or any(mask.with_suffix(s).exists() for s in MASK_SUFFIXES)
+    ):
+        return _Done(place, present=True)
+    if isinstance(view, UserError):
+        raise view
+    painted, turned = None, view.is_as_stored(as_stored)
+    if item.paint is not None:
+        painted = paint_as_shown(item, view, turned)
+        if not mask.exists():
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(mask) as part:
+                _picture(painted.label, target.palette).save(part, "PNG")
+    if not image.exists():  # after its mask, without which it would be a fault
+        image.parent.mkdir(parents=True, exist_ok=True)
+        if before := _there(source, target, ("unlabeled/",)):
+            (target.folder / before).rename(image)
+        else:
+            _bring(source, image, target.link)
+    return _Done(place, painted, as_stored=turned)
+
+
+def _place(job: Job, target: _Target) -> str:
+    """Return where an image is or goes below the target; empty: another one has the place.
+
+    Raises:
+        UserError: a link is there that leads nowhere.
+    """
+    item, source, place = job
+    image = target.folder / place
+    if image.is_symlink() and not image.exists():
+        raise UserError(
+            f"{image}: the link leads to {image.readlink()}, which is not there. Bring that file "
+            f"back, or remove the link and its mask, and give the command again."
+        )
+    if image.exists() and content(image) == content(source):
+        return place
+    # the folders of the names depend on which images an export holds
+    parts = ("images/", "val/images/", *(["unlabeled/"] if item.paint is None else []))
+    if there := _there(source, target, parts):
+        return there
+    endings = (ending for suffix in IMAGE_SUFFIXES for ending in (suffix, suffix.upper()))
+    if image.exists() or any(image.with_suffix(ending).exists() for ending in endings):
+        return ""  # also where another one has the mask
+    return place
+
+
+def _present(target: Path, jobs: Iterable[Job]) -> dict[str, list[str]]:
+    """Return the images below the target, by file names, but those in the places of jobs."""
+    found: dict[str, list[str]] = {}
+    places = {job.place for job in jobs}
+    for name in (name for part in IMAGE_FOLDERS for name in walk(target, part)):
+        if name not in places:
+            found.setdefault(same_name(PurePosixPath(name).name), []).append(name)
+    return found
+
+
+def _there(source: Path, target: _Target, parts: tuple[str, ...]) -> str | None:
+    """Return the copy of an image that was in one of the parts of the target before."""
+    for name in target.present.get(same_name(source.name), []):
+        path = target.folder / name
+        if name.startswith(parts) and path.is_file() and content(path) == content(source):
+            return name
     return None
 
 
@@ -320,51 +381,19 @@ def _bring(source: Path, image: Path, link: bool) -> None:
         shutil.copyfile(source, part)
 
 
-def _picture(label: Label, export: Export) -> Image.Image:
+def _picture(label: Label, palette: list[int]) -> Image.Image:
     picture = Image.fromarray(label, mode="P")
-    colours = export.palette or bit_palette(len(export.classes))
-    # of pixels to ignore; the palette must be whole, or Pillow gives 255 another number
-    free = next((v, v, v) for v in range(IGNORE, -1, -1) if (v, v, v) not in colours)
-    whole = [*colours, *[free] * (IGNORE + 1 - len(colours))]
-    picture.putpalette([channel for colour in whole for channel in colour])
+    picture.putpalette(palette)
     return picture
 
 
-def stored_size(path: Path) -> tuple[Size, int]:
-    """Return height and width of an image as it is stored, and how viewers turn it (EXIF).
-
-    Raises:
-        UserError: it cannot be read as an image, or is a too large one.
-    """
-    try:
-        with open_picture(path) as file:
-            turn = file.getexif().get(ORIENTATION, 1) if is_turned(file) else 1
-            return (file.height, file.width), turn
-    except UserError:
-        raise
-    except Exception as error:  # bytes that are no image can raise anything
-        raise broken(path, "an image", error) from None
-
-
-def _label(item: Item, source: Path) -> tuple[Painted, bool]:
-    """Return the label of an image as viewers show it, and whether it was turned for that.
-
-    Raises:
-        UserError: the outlines were drawn for an image of another size.
-    """
-    assert item.paint is not None
-    stored, turn = stored_size(source)
-    shown = stored[::-1] if turn >= 5 else stored  # 5 to 8 exchange the sides
-    size = item.size or (stored_size(item.mask)[0] if item.mask else shown)
-    if size == shown:
-        return item.paint(*shown), False
-    if size != stored:
-        raise UserError(
-            f"{source}: the image has {shown[1]}x{shown[0]} pixels, but was annotated with "
-            f"{size[1]}x{size[0]}. Give the images that were annotated (`images`)."
-        )
-    painted = item.paint(*stored)
-    picture = Image.fromarray(painted.label)
-    picture.getexif()[ORIENTATION] = turn
-    turned = np.asarray(ImageOps.exif_transpose(picture))
-    return painted._replace(label=turned), True
+def _palette(target: Path) -> list[int]:
+    """Return red, green and blue of each number in masks, as the target's description says."""
+    found = read_description(target / DESCRIPTION)
+    colours = found.info.palette
+    ignored = [colour for colour, label in (found.colours or {}).items() if label == IGNORE]
+    greys = ((v, v, v) for v in range(IGNORE, -1, -1) if (v, v, v) not in colours)
+    free = ignored[0] if ignored else next(greys)
+    # it must be whole, or Pillow gives 255 another number
+    whole = [*colours, *[free] * (IGNORE + 1 - len(colours))]
+    return [channel for colour in whole for channel in colour]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH
 from torch import Tensor
 
 from ctt.data.dataset import DatasetInfo
@@ -131,14 +132,25 @@ def size_of(path: Path, *, turned: bool) -> tuple[int, int]:
     with _as_read_error(path):
         try:
             with open_picture(path) as file:
-                on_its_side = turned and file.getexif().get(ORIENTATION, 1) in ON_ITS_SIDE
-                return (file.width, file.height) if on_its_side else (file.height, file.width)
+                if not turned:
+                    return file.height, file.width
+                stored, turn = stored_size(file)
+                return stored[::-1] if turn in ON_ITS_SIDE else stored
         except Exception:
             if path.suffix.lower() not in TIFF:
                 raise
         # a TIFF of channels that Pillow does not know
         with Raster(path) as raster:
             return raster.height, raster.width
+
+
+def stored_size(file: Image.Image) -> tuple[tuple[int, int], int]:
+    """Return height and width of the pixels in an open file, and how viewers turn them (EXIF)."""
+    turn = file.getexif().get(ORIENTATION, 1)
+    size = (file.height, file.width)
+    if isinstance(file, TiffImagePlugin.TiffImageFile):  # of which Pillow gives the turned size
+        size = (file.tag_v2[IMAGELENGTH], file.tag_v2[IMAGEWIDTH])
+    return size, turn if turn in TURNED else 1
 
 
 def _channels(picture: Image.Image) -> Values:
