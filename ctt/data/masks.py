@@ -103,8 +103,8 @@ def _of_raster(path: Path, lossy: bool) -> Mask:
         raise broken(path, "a mask", ValueError(f"TIFFs of this kind need {error.name}")) from None
     if len(values) > 1 or values.dtype.kind not in "iuf":
         raise UserError(
-            f"{path}: the mask has {len(values)} channels of {values.dtype}, but one whole number "
-            f"for each pixel is expected, the class. Write it again with the classes as values."
+            f"{path}: the mask holds {len(values)} x {values.dtype} for each pixel, but one whole "
+            f"number is expected, the class. Write it again with the classes as values."
         )
     return Mask(_whole(path, values[0]))
 

@@ -159,8 +159,8 @@ def test_tiffs_that_pillow_does_not_know(
             "TIFF file with JPEG compression",
         ),
         ("half", {}, "the mask holds fractions"),
-        ("complex64", {}, "the mask has 1 channels of complex64"),
-        ("channels", {}, "the mask has 2 channels of int64"),
+        ("complex64", {}, "the mask holds 1 x complex64"),
+        ("channels", {}, "the mask holds 2 x int64"),
     ],
 )
 def test_tiffs_that_pillow_does_not_know_and_that_are_no_masks(
