@@ -51,7 +51,8 @@ class Convert:
     read too."""
     classes: tuple[str, ...] = ()
     """The classes in the order of their numbers, the background first. Pixels of other ones are
-    ignored. By default those of the folder --to, or all with the background in front."""
+    ignored, and so are pixels in no shape if no class is called background. By default those of the
+    folder --to, or all with the background in front."""
     empty: Literal["unlabeled", "background"] = "unlabeled"
     """What an image is that the export lists without any shape: not annotated, or annotated as
     background alone."""

@@ -65,16 +65,18 @@ def test_an_image_of_another_folder_is_not_the_one_that_is_missing(
     tmp_path: Path, call: Call
 ) -> None:
     source, mine = tmp_path / "labelme", tmp_path / "a"
-    for name in ("day2/1.png", "day1/2.png", "day1/photos/3.png", "4.png"):
+    for name in ("day2/1.png", "day1/2.png", "day3/photos/3.png", "4.png", "old/5.png"):
         write_image(source / name)
     write_labelme(source / "day1" / "1.json", "1.png", box("cat", 2))
     write_labelme(source / "day1" / "2.json", "1.png", box("cat", 3))  # its own name serves
-    write_labelme(source / "day1" / "3.json", "3.png", box("cat", 4))
+    write_labelme(source / "day3" / "3.json", "3.png", box("cat", 4))
+    write_labelme(source / "5.json", "5.png", box("cat", 6))
     write_labelme(source / "4.json", "C:\\work\\4.png", box("cat", 5))
     code, out, _ = call(source, "--to", mine)
     assert (code, "1.png: there is no such image in" in out) == (2, True)
-    assert "day2/1.png is in another folder; if it is this image, give its folder (--images)" in out
-    found = {"masks/day1/2.png": 9, "masks/day1/photos/3.png": 16, "masks/4.png": 25}
+    for name in ("day2/1.png", "old/5.png"):
+        assert f"{name} is in another folder; if it is this image, give its folder (--im" in out
+    found = {"masks/day1/2.png": 9, "masks/day3/photos/3.png": 16, "masks/4.png": 25}
     assert drawn(mine) == found
     source, mine = tmp_path / "coco", tmp_path / "b"
     for name in ("cam2/1.png", "cam1/2.png", "deep/cam3/3.png"):

@@ -109,36 +109,42 @@ class Images:
             if not any((root / name).resolve().is_relative_to(path) for path in hidden)
         ]
         self._by_file: dict[str, list[str]] = {}
-        self._ends: set[str] = set()  # of the folders: of a/b both a/b and b
         for name in self.names:
             path = PurePosixPath(same_name(name))
             for key in {path.name, path.stem}:
                 self._by_file.setdefault(key, []).append(name)
-            folders = path.parent.parts
-            self._ends |= {"/".join(folders[i:]) for i in range(len(folders))}
+        self._folders = {posixpath.dirname(same_name(name)) for name in self.names}
+        self._ends: set[str] = set()  # of a/b both a/b and b
+        for folder in self._folders:
+            parts = PurePosixPath(folder).parts
+            self._ends |= {"/".join(parts[i:]) for i in range(len(parts) or 1)}
 
-    def find(self, entry: str, near: str = "") -> str:
+    def find(self, entry: str, near: str | None = None) -> str:
         """Return the path below the folder of the image that an export calls `entry`.
 
         The last folders of both paths, as many as the shorter one has, must be the same, except
-        `KINDS`. A name without folders may be of any image below `near`.
+        `KINDS`. A name without folders is of an image in `near`, or below if there are none in it.
 
         Args:
             entry: a path as any machine wrote it, or a name without its ending.
-            near: the folder that the entry starts from.
+            near: the folder that the entry starts from; None: any.
 
         Raises:
             UserError: there is none, or more than one.
         """
         text = same_name(entry.replace("\\", "/"))
-        path = posixpath.normpath(posixpath.join(near, text))
-        named = self._by_file.get(posixpath.basename(path), [])
-        found = [
-            name
-            for name in named
-            if all(a == b for a, b in zip(telling(path), telling(name), strict=False))
-            or ("/" not in text and same_name(name).startswith(f"{near}/"))
-        ]
+        path = posixpath.normpath(posixpath.join(near or "", text))
+        named, own = self._by_file.get(posixpath.basename(path), []), telling(path)
+        bare = "/" not in text
+        if bare and near in self._folders:
+            found = [name for name in named if telling(name) == own]
+        else:
+            below = f"{near}/" if bare and near else "/"  # with which no name starts
+            found = [
+                name
+                for name in named
+                if all(map(str.__eq__, own, telling(name))) or same_name(name).startswith(below)
+            ]
         if len(found) > 1:
             shared = {n: (same_name(n) == path, _shared_end(path, n)) for n in found}
             most = max(shared.values())
@@ -154,16 +160,21 @@ class Images:
         )
         raise UserError(f"{entry}: there is no such image in {self.root}.{other}")
 
-    def place(self, file: Path, request: Request) -> str:
-        """Return the folder of a file of the export, below that of the images or the source."""
-        folder = file.parent.resolve()
-        bases = (self.root.resolve(), request.folder.resolve())
-        base = next((base for base in bases if folder.is_relative_to(base)), folder)
-        return same_name(folder.relative_to(base).as_posix())
+    def place(self, file: Path, request: Request) -> str | None:
+        """Return the folder of a file of the export below that of the images, empty: this one.
 
-    def near(self, folder: str) -> str:
-        """Return `folder` if there are images in a folder of this name; else the root, empty."""
-        return folder if same_name(folder) in self._ends else ""
+        Of a file elsewhere its folder below the source, or None.
+        """
+        folder, root = file.parent.resolve(), self.root.resolve()
+        if folder == root:
+            return ""
+        bases = (root, request.folder.resolve())
+        base = next((base for base in bases if folder.is_relative_to(base)), folder)
+        return same_name(folder.relative_to(base).as_posix()) if folder != base else None
+
+    def near(self, folder: str | None) -> str | None:
+        """Return `folder` if there are images in a folder of this name, else None."""
+        return folder if folder is not None and same_name(folder) in self._ends else None
 
     def others(self, used: set[str], tests: set[str]) -> tuple[list[str], int]:
         """Return the images beside used ones, and how many there are in other folders."""

@@ -53,7 +53,7 @@ def read(request: Request) -> Export:
     for path, tree in trees.items():
         for image in tree.iterfind("image"):
             try:
-                name = images.find(image.get("name", ""), images.near(image.get("subset", "")))
+                name = images.find(image.get("name", ""), images.near(image.get("subset") or None))
             except UserError as error:
                 export.faults.append(f"{path}: {error}")
                 continue
