@@ -116,23 +116,23 @@ def refuse_lossy_raster(raster: Raster) -> None:
         UserError: names the compression.
     """
     if raster.is_lossy:
-        raise _changed(raster.path, f"TIFF file with {raster.compression} compression")
+        raise _changed(raster.path, f"TIFF with {raster.compression} compression")
 
 
 def _changed(path: Path, kind: str) -> UserError:
     return UserError(
-        f"{path}: the mask is a {kind}, which changes the values at the edges of objects, or may "
-        f"have done so. Save masks as PNG, from what they were drawn in."
+        f"{path}: the mask is stored as {kind}, which changes the values at the edges of objects, "
+        f"or may have done so. Save masks as PNG, from what they were drawn in."
     )
 
 
 def _refuse_altered(path: Path, file: Image.Image, raw: str, lossy: bool) -> None:
     """Refuse files that do not hold, or do not give, one number or colour for each pixel."""
     if not lossy and file.format not in LOSSLESS:
-        raise _changed(path, f"{file.format} file")
+        raise _changed(path, str(file.format))
     compression = file.info.get("compression") if file.format == "TIFF" else "raw"
     if not lossy and compression not in LOSSLESS_TIFF:
-        raise _changed(path, f"TIFF file with {compression} compression")
+        raise _changed(path, f"TIFF with {compression} compression")
     if "16" in raw and not is_deep(file.mode):
         raise UserError(
             f"{path}: the mask has colours of 16 bits, of which only the upper 8 can be read. "

@@ -196,7 +196,7 @@ def test_masks_with_smooth_edges(tmp_path: Path, call: Call) -> None:
     Image.fromarray(pixels).save(path.with_suffix(".jpg"), quality=100)
     path.unlink()
     code, out, _ = call(source, "--to", tmp_path / "c")
-    assert (code, "the mask is a JPEG file" in out) == (2, True)
+    assert (code, "the mask is stored as JPEG" in out) == (2, True)
     assert call(source, "--to", tmp_path / "d", "--tolerance", 40)[0] == 0
 
 

@@ -71,7 +71,7 @@ def test_all_that_is_wrong_is_named(tmp_path: Path, call: Call) -> None:
         (images / f"{truncated}.jpg", "cannot be read as an image"),
         (masks / f"{size}.png", "the mask has 50x39 pixels"),
         (masks / f"{label}.png", "holds numbers that are no class: 37, 41"),
-        (masks / f"{colours}.png", "the mask is a JPEG file, which changes"),
+        (masks / f"{colours}.png", "the mask is stored as JPEG, which changes"),
         (images / f"{missing}.jpg", "there is no such"),
     ):
         assert any(str(name) in line and text in line for line in out.splitlines()), text

@@ -71,7 +71,7 @@ def test_what_is_wrong_or_not_read_is_told(root: Path, capsys: pytest.CaptureFix
         program._main(["check", "--dataset", "folder", "--data-root", str(root)])
     shown = capsys.readouterr().out
     for text in (
-        "grau.jpg: the mask is a JPEG file",
+        "grau.jpg: the mask is stored as JPEG",
         "kaputt.jpg cannot be read as an image",
         "2 files in a format that is not read, such as unlabeled/IMG_1.HEIC: convert",
         "have transparent pixels, such as",
