@@ -89,11 +89,13 @@ class _Target:
 
     Attributes:
         present: images that were there before, below the folder, by their file names.
+        sources: files by the places below the folder where they go.
         palette: red, green and blue of the numbers 0 to 255 in masks.
     """
 
     folder: Path
     present: dict[str, list[str]]
+    sources: dict[str, Path]
     palette: list[int]
     link: bool
 
@@ -120,7 +122,6 @@ def convert(
     Raises:
         UserError: the target holds something else, or cannot be written.
     """
-    export.items = _once(export)
     if not any(item.paint for item in export.items):
         first = f" {export.faults[0]}" if export.faults else ""
         tests = (
@@ -133,7 +134,8 @@ def convert(
     prepare(target, export)
     jobs = _jobs(export, unlabeled)
     result = Result(left_out=export.left_out, faults=export.faults)
-    place = _Target(target, _present(target, jobs), _palette(target), link)
+    sources = {job.place: job.source for job in jobs}
+    place = _Target(target, _present(target), sources, _palette(target), link)
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         try:
             views = [*pool.map(_tried(view_of), (j.item for j in jobs), (j.source for j in jobs))]
@@ -262,28 +264,6 @@ def _jobs(export: Export, unlabeled: Iterable[Path]) -> list[Job]:
     return list(jobs.values())
 
 
-def _once(export: Export) -> list[Item]:
-    """Return each image once; one that two entries annotate becomes a fault.
-
-    Either may lack a part of the shapes, or mean another image.
-    """
-    entries: dict[str, list[Item]] = {}
-    for item in export.items:
-        entries.setdefault(item.name, []).append(item)
-    items = []
-    for name, found in entries.items():
-        annotated = [item for item in found if item.paint is not None]
-        if len(annotated) < 2:
-            items.append(next(iter(annotated or found)))
-            continue
-        one, other = (item.entry or str(item.mask) for item in annotated[:2])
-        export.faults.append(
-            f"{export.images.root / name}: the image is annotated twice, as {one} and as {other}; "
-            f"neither is used. Take one of the two out, or correct which image it is of."
-        )
-    return items
-
-
 def _put(jobs: dict[str, Job], job: Job, export: Export) -> None:
     stem = same_name(str(PurePosixPath(job.place).with_suffix("")))
     other = jobs.setdefault(stem, job)
@@ -353,21 +333,24 @@ def _place(job: Job, target: _Target) -> str:
     return place
 
 
-def _present(target: Path, jobs: Iterable[Job]) -> dict[str, list[str]]:
-    """Return the images below the target, by file names, but those in the places of jobs."""
+def _present(target: Path) -> dict[str, list[str]]:
+    """Return the images below the target by their file names."""
     found: dict[str, list[str]] = {}
-    places = {job.place for job in jobs}
     for name in (name for part in IMAGE_FOLDERS for name in walk(target, part)):
-        if name not in places:
-            found.setdefault(same_name(PurePosixPath(name).name), []).append(name)
+        found.setdefault(same_name(PurePosixPath(name).name), []).append(name)
     return found
 
 
 def _there(source: Path, target: _Target, parts: tuple[str, ...]) -> str | None:
-    """Return the copy of an image that was in one of the parts of the target before."""
+    """Return the copy of an image that was in one of the parts of the target before.
+
+    An equal image of the export, whose place it is, has it first.
+    """
     for name in target.present.get(same_name(source.name), []):
-        path = target.folder / name
-        if name.startswith(parts) and path.is_file() and content(path) == content(source):
+        path, owner = target.folder / name, target.sources.get(name)
+        if not name.startswith(parts) or not path.is_file() or content(path) != content(source):
+            continue
+        if owner is None or content(owner) != content(source):
             return name
     return None
 

@@ -210,6 +210,13 @@ def test_images_that_are_there_are_found_in_other_folders(tmp_path: Path, call: 
     code, out, _ = call(source, "--to", mine)
     assert (code, drawn(mine)) == (0, found)
     assert "Left out: 1 changes between images/ and val/: images stay in the part" in out
+    (source / "val.json").unlink()
+    write_image(source / "images" / "1.png", 7)
+    write_image(source / "images" / "c" / "2.png", 1)  # equal to b/2.png
+    write_coco(source / "train.json", "1.png", "a/1.png", "b/2.png", "c/2.png")
+    code, out, _ = call(source, "--to", mine)
+    assert (code, "Left out: 1 images, for another one of the same name" in out) == (0, True)
+    assert drawn(mine) == found | {"masks/c/2.png": 16}
 
 
 def test_masks_that_are_added_have_the_palette_of_the_folder(tmp_path: Path, call: Call) -> None:

@@ -146,9 +146,11 @@ class Images:
                 if all(map(str.__eq__, own, telling(name))) or same_name(name).startswith(below)
             ]
         if len(found) > 1:
-            shared = {n: (same_name(n) == path, _shared_end(path, n)) for n in found}
-            most = max(shared.values())
-            found = [name for name in found if shared[name] == most]
+            fit = {
+                name: (same_name(name) == path, telling(name) == own, _shared_end(path, name))
+                for name in found
+            }
+            found = [name for name in found if fit[name] == max(fit.values())]
         if len(found) == 1:
             return found[0]
         if found:
@@ -219,8 +221,8 @@ class Export:
 
     def add_the_rest(self) -> None:
         """Add the images without annotation in the folders of annotated ones."""
-        self.items = [item for item in self.items if item.name not in self.tests]
         used = {item.name for item in self.items}
+        self.items = self._once()
         beside, elsewhere = self.images.others(used, self.tests)
         self.items += [Item(name, None) for name in beside]
         if self.tests:
@@ -229,6 +231,27 @@ class Export:
             self.left_out[f"images in folders of {self.images.root} without annotated ones"] += (
                 elsewhere
             )
+
+    def _once(self) -> list[Item]:
+        """Return each image once, without tests; one that two entries annotate becomes a fault.
+
+        Either may lack a part of the shapes, or mean another image.
+        """
+        entries: dict[str, list[Item]] = {}
+        for item in self.items:
+            entries.setdefault(item.name, []).append(item)
+        items = []
+        for name in (name for name in entries if name not in self.tests):
+            annotated = [item for item in entries[name] if item.paint is not None]
+            if len(annotated) < 2:
+                items += annotated or entries[name][:1]
+                continue
+            one, other = (item.entry or str(item.mask) for item in annotated[:2])
+            self.faults.append(
+                f"{self.images.root / name}: the image is annotated twice, as {one} and as "
+                f"{other}; neither is used. Take one out, or correct which image it is of."
+            )
+        return items
 
     @cached_property
     def numbers(self) -> dict[str, int]:
