@@ -11,6 +11,7 @@ from torch import Tensor
 from ctt.errors import UserError
 from ctt.files import atomic_write
 from ctt.text import BYTES_AS_THEY_ARE
+from ctt.train.resuming import resume_hint
 from ctt.train.streams import Streams
 
 
@@ -47,7 +48,7 @@ class Losses:
         values = self.engine.world.total(torch.stack(list(self.sums.values()))).tolist()
         sums = dict(zip(self.sums, values, strict=True))
         if not math.isfinite(sums["total"]):
-            bad = ", ".join(f"{name} {value}" for name, value in sums.items())
+            bad = ", ".join(f"{n} {value / self.counts[n]:.6g}" for n, value in sums.items())
             raise self._diverged(f"the loss is NaN or infinite ({bad})", self.counts["total"])
         return sums
 
@@ -78,8 +79,8 @@ class Losses:
                 part.write_text(lines, "utf-8", BYTES_AS_THEY_ARE)
         return UserError(
             f"Training diverged: by iteration {engine.iteration}, {what}. Lower `optim.lr`, "
-            f"set `optim.clip_norm` or leave out `train.amp` fp16; the last checkpoint in "
-            f"{folder} is from before, and {path} names the images of the steps in question."
+            f"set `optim.clip_norm` or leave out `train.amp` fp16; {path} names the images of the "
+            f"steps in question.{resume_hint(folder)}"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,10 +8,13 @@ from pathlib import Path
 from ctt import checkpoint, run
 from ctt.console import plain_console
 from ctt.settings import Settings
+from ctt.train import loggers
 from ctt.train.cost import CARDS, card_of, cost_table, step_operations
 from ctt.train.memory import ACTIVATIONS, MOMENTA, estimate, memory_table
 from ctt.train.pace import duration, seconds_of_step
-from ctt.train.plan import Plan, check_iterations
+from ctt.train.plan import Plan
+from ctt.train.resuming import finished, loading, nothing_left
+from ctt.train.rounds import Rounds
 
 
 def dry_run(
@@ -37,6 +40,7 @@ def dry_run(
     for name in names:
         card_of(name)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    loggers.check(settings)
     begun = run.begun(resume)
     plan = Plan.of(settings, begun, processes)
     if begun is None:
@@ -46,13 +50,19 @@ def dry_run(
     else:
         saved, broken = checkpoint.load_last(begun / run.CHECKPOINT)
         done = int(saved["iteration"])
-        check_iterations(settings, done)
         start = f"go on after iteration {done}"
     settings = plan.settings
     method = plan.build(finish=False)
+    rounds = Rounds(method.rounds(), settings.train.iterations).rounds
+    console = plain_console()
+    if begun is not None:
+        with loading(saved, plan, begun, len(rounds)):
+            method.load_state_dict(saved["method"])
+        if finished(begun, done, settings.train.iterations) is not None:
+            console.print(nothing_left(begun, settings.train.iterations), soft_wrap=True)
+            return
     sketch = plan.sketch(method)
     parts = estimate(settings, method, plan.dataset.info, plan.about)
-    console = plain_console()
     console.print(
         f"{settings.method} with {plan.pairs} pair{'s' * (plan.pairs > 1)} on {settings.dataset} "
         f"would {start} with {len(plan.labeled)} labelled and {len(plan.unlabeled)} unlabelled "
@@ -64,7 +74,7 @@ def dry_run(
     )
     console.print(memory_table(per_process(parts, settings, processes), settings, plan.device))
     operations = step_operations(settings, method, plan.dataset.info, plan.about)
-    labels = any(kind.images == "kept" for kind in method.rounds())
+    labels = any(kind.images == "kept" for kind in rounds)
     del method
     left = settings.train.iterations - done
     if operations is not None and ACTIVATIONS in parts:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +15,6 @@ from torch.profiler import record_function
 
 from ctt import checkpoint, run
 from ctt.console import plain_console
-from ctt.data.dataset import first_difference
 from ctt.data.loader import lost_worker
 from ctt.data.split import write_list
 from ctt.errors import LoaderError, UnwritableError, UserError
@@ -40,11 +37,12 @@ from ctt.train.divergence import Losses
 from ctt.train.engine import Engine
 from ctt.train.evaluator import Evaluator
 from ctt.train.loggers import Logger
-from ctt.train.plan import Plan, check_iterations, check_rounds
+from ctt.train.plan import Plan
 from ctt.train.prefetcher import DevicePrefetcher
 from ctt.train.profiling import Profile
 from ctt.train.record import Recorder, draw_curves
 from ctt.train.report import announcement, draw_predictions, ending, progress_bar, summary_of
+from ctt.train.resuming import finished, loading, nothing_left, resume_hint
 from ctt.train.rounds import Labeling, folder_of
 from ctt.train.setup import without_fixed_size_tuning
 from ctt.train.signals import interrupt_flag
@@ -111,13 +109,6 @@ def train(
             ) from None
 
 
-def resume_hint(folder: Path | None) -> str:
-    """Return a hint to append to an error: how to resume from the last checkpoint."""
-    if folder is None or not run.has_checkpoint(folder):
-        return ""
-    return f" The last checkpoint is whole: `resume` {shlex.quote(str(folder))} goes on from it."
-
-
 class Trainer:
     """One run, from its data to its summary."""
 
@@ -174,13 +165,9 @@ class Trainer:
         """Run to the last iteration, evaluate, and write everything the run folder holds."""
         settings, engine = self.settings, self.engine
         total = settings.train.iterations
-        if (finished := self._finished()) is not None:
-            self.console.print(
-                f"The run in {self.folder} is finished: all {total} iterations are done and "
-                f"evaluated. To train further, give a larger `train.iterations`.",
-                soft_wrap=True,
-            )
-            return finished
+        if (summary := finished(self.folder, engine.iteration, total)) is not None:
+            self.console.print(nothing_left(self.folder, total), soft_wrap=True)
+            return summary
         if self.world.is_main:
             run.write_settings(self.folder, self.plan.asked)  # for the next time it is resumed
             if self.broken:  # the next checkpoint must not take the place of the whole one
@@ -192,6 +179,7 @@ class Trainer:
                 [*loggers.make(settings, self.folder, engine.iteration), *self.loggers],
                 measures.names(self.method.networks()) if self.evaluator.measured else (),
                 partial(self.console.print, soft_wrap=True),
+                evaluates=engine.iteration == total,
             )
         told = announcement(self.plan, engine, self.folder, self.broken)
         self.console.print(told, soft_wrap=True)
@@ -227,18 +215,6 @@ class Trainer:
             if self.recorder is not None:
                 self.recorder.close()
         return self._finish(scores)
-
-    def _finished(self) -> dict[str, Any] | None:
-        """Return the summary of a resumed run that has nothing left to do, else None."""
-        path = self.folder / run.SUMMARY
-        if self.engine.iteration < self.settings.train.iterations or not path.is_file():
-            return None
-        try:
-            summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-            return None  # it is written anew
-        same = summary.get("settings_hash") == self.plan.asked.hash()
-        return summary if same else None
 
     def _every(self, name: str) -> int:
         settings = self.settings.train
@@ -322,25 +298,9 @@ class Trainer:
         )
 
     def _load(self, saved: dict[str, Any]) -> None:
-        trained = checkpoint.info_of(saved)
-        difference = first_difference(trained, self.dataset.info) if trained else ""
-        if difference:
-            raise UserError(
-                f"{self.folder / run.CHECKPOINT}: its networks were trained on other data than "
-                f"the run would go on with: {difference}. Restore the dataset as it was, its "
-                f"dataset.yaml above all, or start a new run."
-            )
-        try:
+        rounds = len(self.engine.rounds.rounds)
+        with loading(saved, self.plan, self.folder, rounds):
             self.engine.load_state_dict(saved)
-        except (RuntimeError, KeyError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{self.folder / run.CHECKPOINT} does not fit the settings of its run ({reason}). "
-                f"Restore the run's config.yaml, or start a new run."
-            ) from None
-        check_iterations(self.settings, self.engine.iteration)
-        if len(self.engine.rounds.rounds) > 1:
-            check_rounds(saved["settings"], self.settings)
         self.seconds, self.waited = float(saved["seconds"]), float(saved["waited"])
         self.evaluator.resume(saved["best"])
         self.losses.load_state_dict(saved)
@@ -352,11 +312,11 @@ class Trainer:
         summary |= classes_as_json(classes)
         if not self.world.is_main:
             return summary
-        write_json(self.folder / run.SUMMARY, summary)
         write_classes(self.folder / run.CLASSES, classes)
         draw_curves(self.folder)
         with without_fixed_size_tuning(self.settings.train.compile):
             draw_predictions(plan, engine, self.folder / "samples.png")
+        write_json(self.folder / run.SUMMARY, summary)  # the last: with it the run is finished
         self.console.print(score_table(scores, self.dataset.info))
         assert best is not None  # the last evaluation has chosen one
         chosen = ENSEMBLE if ENSEMBLE in scores else best["network"]

@@ -15,7 +15,8 @@ from ctt.train.loggers import Logger
 class Recorder:
     """Appends rows to metrics.csv, and hands the numbers to loggers.
 
-    `measured` are columns beside those of the method, and `warn` tells of a logger that fails.
+    `measured` are columns beside those of the method, and `warn` tells of a logger that fails. A
+    run that `evaluates` before another step writes the scores of `iteration` again.
 
     Going on from a checkpoint drops the rows after `iteration`: they will be written again. Columns
     of a term that is switched off by then stay, after the others.
@@ -29,6 +30,7 @@ class Recorder:
         loggers: Iterable[Logger] = (),
         measured: Iterable[str] = (),
         warn: Callable[[str], object] = print,
+        evaluates: bool = False,
     ) -> None:
         self.loggers, self.warn = list(loggers), warn
         self.path = folder / "metrics.csv"
@@ -42,11 +44,16 @@ class Recorder:
             *(f"miou_{name}" for name in names_of_scores(method.networks())),
             *measured,
         ]
-        # a line that a crash cut short has no number
-        rows = [row for row in read_rows(self.path) if (row["iteration"] or "").isdecimal()]
-        kept = [row for row in rows if int(row["iteration"]) <= iteration]
-        if kept:  # None: what stands beyond the last column
-            self.columns += [c for c in kept[0] if c is not None and c not in self.columns]
+        kept = [row for row in read_rows(self.path) if int(row["iteration"]) <= iteration]
+        if evaluates:
+            scores = [c for c in self.columns if c.startswith("miou_")]
+            kept = [
+                row
+                for row in kept
+                if int(row["iteration"]) < iteration or not any(map(row.get, scores))
+            ]
+        if kept:
+            self.columns += [c for c in kept[0] if c not in self.columns]
         with atomic_write(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
@@ -85,12 +92,26 @@ class Recorder:
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Return the rows of a metrics.csv; none if there is no such file.
 
-    Broken bytes, as of a disk that lost power, become U+FFFD and end no run.
+    Broken bytes, as of a disk that lost power, end no run: a value that is no number is empty, and
+    a row without the number of its iteration, as of a line that a crash cut short, is left out.
     """
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        return list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if (row.get("iteration") or "").isdecimal()]
+    return [  # None: the name of what stands beyond the last column
+        {name: text if is_number(text) else "" for name, text in row.items() if name is not None}
+        for row in rows
+    ]
+
+
+def is_number(text: str | None) -> bool:
+    """Return whether a value of metrics.csv can be read."""
+    try:
+        float(text or "")
+    except ValueError:
+        return False
+    return True
 
 
 def draw_curves(folder: Path) -> None:

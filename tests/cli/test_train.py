@@ -219,7 +219,7 @@ def test_resume_refuses_what_the_checkpoint_does_not_fit(
     list_of_run = out / "split" / "unlabeled.txt"
     list_of_run.write_text(list_of_run.read_text().partition("\n")[2])
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert run(f"--resume {out} --dry-run", monkeypatch) == 0
+    assert run(f"--resume {out} --dry-run --train.iterations 3", monkeypatch) == 0
     assert "go on after iteration 2 with 6 labelled and 17 unlab" in capsys.readouterr().out
     assert run(f"--resume {out} --dry-run --train.iterations 1", monkeypatch) == 2
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -23,6 +23,7 @@ from ctt.methods.st import mean_iou
 from ctt.settings import Settings, update
 from ctt.train import rounds
 from ctt.train.distributed import World, join
+from ctt.train.dry_run import dry_run
 from ctt.train.loop import Trainer, train
 from ctt.train.rounds import Labeling, Rounds
 from tests.train.processes import finish, shown, start
@@ -294,8 +295,9 @@ def test_what_rounds_and_their_labels_depend_on_is_fixed(tiny: Settings, tmp_pat
         ({"options": {"first": 0.5}}, r"`options.first` 0.5: this run was started with 0.3"),
         ({"data": {"resize": [8, 8]}}, r"`data.resize` \[8, 8\]: this run was started with None"),
     ):
-        with pytest.raises(UserError, match=message):
-            train(update(settings, change, "test"), resume=tmp_path / "run")
+        for resume in (train, dry_run):
+            with pytest.raises(UserError, match=message):
+                resume(update(settings, change, "test"), resume=tmp_path / "run")
 
 
 def test_rows_tell_the_round(tiny: Settings, tmp_path: Path) -> None:

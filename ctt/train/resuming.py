@@ -1,0 +1,108 @@
+"""What a run that goes on must fit, and whether it has anything left to do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ctt import checkpoint, run
+from ctt.data.dataset import first_difference
+from ctt.errors import UserError
+from ctt.settings import WITHOUT_EFFECT, Settings, to_dict
+from ctt.train.loggers import flattened
+from ctt.train.plan import Plan, check_iterations, check_rounds
+
+
+def resume_hint(folder: Path | None) -> str:
+    """Return a hint to append to an error: how to resume from the last checkpoint."""
+    if folder is None or not run.has_checkpoint(folder):
+        return ""
+    return f" The last checkpoint is whole: `resume` {shlex.quote(str(folder))} goes on from it."
+
+
+@contextlib.contextmanager
+def loading(saved: dict[str, Any], plan: Plan, folder: Path, rounds: int) -> Iterator[None]:
+    """Check that a run can go on from a checkpoint, and load its networks within the context.
+
+    Args:
+        saved: the checkpoint.
+        plan: what the run would go on with.
+        folder: of the run.
+        rounds: how many the method has.
+
+    Raises:
+        UserError: the data or the settings are others than the checkpoint fits, or it does not
+            fit the networks.
+    """
+    path = folder / run.CHECKPOINT
+    trained = checkpoint.info_of(saved)
+    difference = first_difference(trained, plan.dataset.info) if trained else ""
+    if difference:
+        raise UserError(
+            f"{path}: its networks were trained on other data than the run would go on with: "
+            f"{difference}. Restore the dataset as it was, its dataset.yaml above all, or start a "
+            f"new run."
+        )
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path} does not fit the settings of its run ({reason}). Restore the run's "
+            f"config.yaml, or start a new run."
+        ) from None
+    done = int(saved["iteration"])
+    check_iterations(plan.settings, done)
+    if rounds > 1:
+        check_rounds(saved["settings"], plan.settings)
+    if done == plan.settings.train.iterations:
+        check_unchanged(folder, plan.asked, rounds)
+
+
+def check_unchanged(folder: Path, asked: Settings, rounds: int) -> None:
+    """Refuse other settings for a run whose iterations are done: it was not trained with them.
+
+    Raises:
+        UserError: names the settings.
+    """
+    old = run.read_settings(folder)
+    if old.hash() == asked.hash():
+        return
+    before, after = (dict(flattened(to_dict(run.with_whole_paths(s)))) for s in (old, asked))
+    names = {f"{group}.{n}" for group, within in WITHOUT_EFFECT.items() for n in within}
+    changed = [n for n in after if before.get(n) != after[n] and n not in names | {"data_root"}]
+    further = "give a larger `train.iterations`, to train further with it"
+    raise UserError(
+        f"All {asked.train.iterations} iterations of the run in {folder} are done, and no step is "
+        f"left for what differs from its {run.CONFIG} now: `{'`, `'.join(changed)}`. Leave it out, "
+        f"or {further if rounds == 1 else 'start a new run'}."
+    )
+
+
+def finished(folder: Path, done: int, total: int) -> dict[str, Any] | None:
+    """Return the summary of a run that has nothing left to do, else None.
+
+    Args:
+        done: its iterations.
+        total: those that it is to do.
+    """
+    if done < total:
+        return None
+    try:
+        summary = json.loads((folder / run.SUMMARY).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None  # it is written anew
+    whole = isinstance(summary, dict) and summary.get("iterations") == total
+    return summary if whole else None
+
+
+def nothing_left(folder: Path, total: int) -> str:
+    """Return the sentence about a run that is finished."""
+    return (
+        f"The run in {folder} is finished: all {total} iterations are done and evaluated. To train "
+        f"further, give a larger `train.iterations`."
+    )
