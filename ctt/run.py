@@ -25,6 +25,7 @@ from ctt.settings import Settings, to_dict, update
 CONFIG = "config.yaml"
 CHECKPOINT = Path("checkpoints") / "last.pt"
 WEIGHTS = "best.safetensors"
+LOCK = Path("checkpoints") / ".lock"
 SUMMARY = "summary.json"
 CLASSES = "classes.csv"
 LABELED_LIST = Path("split") / "labeled.txt"
@@ -49,20 +50,22 @@ SCORED = {
 }
 
 
-def create(out: Path | None, settings: Settings) -> Path:
-    """Return a new folder for a run, with its config.yaml.
+def create(out: Path | None, settings: Settings) -> tuple[Path, contextlib.ExitStack]:
+    """Return a new folder for a run, with its config.yaml, and the `lock` of it.
 
     Raises:
         UserError: there is a run already, or the folder cannot be written.
     """
     check_new(out)
     folder = out or Path("runs")
-    with _as_out_error(folder):
+    with _as_out_error(folder), contextlib.ExitStack() as held:
         if out is None:
             folder = new_numbered(settings)
         folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(lock(folder))
+        check_new(out)  # another program may have begun and ended there since
         write_settings(folder, settings)
-    return folder
+        return folder, held.pop_all()
 
 
 def check_new(out: Path | None) -> None:
@@ -91,7 +94,8 @@ def check_new(out: Path | None) -> None:
 
 def _is_empty(folder: Path) -> bool:
     """Return whether it holds nothing but what a run leaves that ends in its first write."""
-    return all(is_part_of(path, folder / CONFIG) for path in folder.iterdir())
+    own = {folder / LOCK, (folder / LOCK).parent}
+    return all(path in own or is_part_of(path, folder / CONFIG) for path in folder.rglob("*"))
 
 
 @contextlib.contextmanager
@@ -211,8 +215,8 @@ def lock(folder: Path) -> contextlib.AbstractContextManager[object]:
     from filelock import FileLock, Timeout
 
     try:
-        (folder / "checkpoints").mkdir(exist_ok=True)
-        held = FileLock(folder / "checkpoints" / ".lock").acquire(timeout=0)
+        (folder / LOCK).parent.mkdir(exist_ok=True)
+        held = FileLock(folder / LOCK).acquire(timeout=0)
         remove_parts(folder, alone=True)
         return held
     except Timeout:

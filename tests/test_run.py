@@ -22,7 +22,7 @@ def test_paths_of_a_run_hold_in_every_folder(
     monkeypatch.chdir(tmp_path)
     cached = DataSettings(cache=Path("~/cache"))
     settings = Settings(data_root=Path("set"), split_labeled=Path("list.txt"), data=cached)
-    folder = run.create(tmp_path / "run", settings)
+    folder, _ = run.create(tmp_path / "run", settings)
     kept = run.read_settings(folder)
     assert (kept.data_root, kept.split_labeled) == (tmp_path / "set", tmp_path / "list.txt")
     assert kept.data.cache == Path("~/cache")  # of whoever resumes it
@@ -39,7 +39,7 @@ def test_weights_of_a_run_are_found_from_every_folder(
     monkeypatch.chdir(tmp_path)
     model = ModelSettings(weights=("imagenet", "none", "net.pth"))
     settings = Settings(model=model)
-    kept = run.read_settings(run.create(tmp_path / "run", settings))
+    kept = run.read_settings(run.create(tmp_path / "run", settings)[0])
     assert kept.model.weights == ("imagenet", "none", str(tmp_path / "net.pth"))
     run.check_resumable(kept, settings)
 
@@ -119,7 +119,7 @@ def test_a_run_goes_on_with_the_images_that_it_was_evaluated_on(
     """Whether they were in val/ or held out, and whatever is in val/ now."""
     settings = Settings(dataset="folder", data_root=tmp_path / "set")
     root = trees.write_folder(tmp_path / "set", evaluation=evaluation)
-    folder = run.create(tmp_path / "run", settings)
+    folder, _ = run.create(tmp_path / "run", settings)
     before = settings.open_dataset()
     (folder / "split").mkdir()
     for path, names in (
@@ -145,7 +145,7 @@ def test_the_settings_of_a_run_are_a_settings_file(tmp_path: Path, method: str) 
     """Also those that its method does not use; what is given beside them must change something."""
     begin = ["--dataset", "digits", "--method", method]
     _, settings = program.read(begin)
-    file = run.create(tmp_path / "run", settings) / run.CONFIG
+    file = run.create(tmp_path / "run", settings)[0] / run.CONFIG
     repeat = ["--config", str(file)]
     assert program.read(repeat)[1] == run.with_whole_paths(settings)
     with pytest.raises(UserError, match="`teacher` changes nothing with"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,13 +39,13 @@ def train(
         settings: over all of these.
 
     Returns:
-        what summary.json holds, and under `folder` the path of the run, for `ctt.load`.
+        what summary.json holds, and under `folder` the path of the run, for `ctt.load`. With
+        several processes they return the same folder, and `best` is known to the first.
 
     Raises:
         ctt.errors.UserError: settings or data that cannot work, too little memory, a full disk.
     """
-    from ctt.train.loop import Stopped
-    from ctt.train.loop import train as run_training
+    from ctt.train.loop import Stopped, train_in_folder
 
     given = _nested(settings)
     values = recipes.load_file(Path(config)) if config is not None else {}
@@ -60,17 +59,13 @@ def train(
     made = layered(values, SOURCE, early)
     validate(made)
     refuse_unused(made, named)
-    folder = None if out is None else Path(out)
     if resume is not None:
-        folder = run.find(Path(resume))
-        run.check_resumable(run.read_settings(folder), made)
-    elif folder is None and int(os.environ.get("RANK", "0")) == 0:
-        folder = run.new_numbered(made)
+        run.check_resumable(run.read_settings(run.find(Path(resume))), made)
     try:
-        summary = run_training(
+        folder, summary = train_in_folder(
             made,
-            out=folder if resume is None else None,
-            resume=folder if resume is not None else None,
+            out=None if out is None else Path(out),
+            resume=None if resume is None else Path(resume),
             own=loggers,
         )
     except Stopped as stopped:

@@ -44,7 +44,7 @@ from ctt.train.record import Recorder, draw_curves
 from ctt.train.report import announcement, draw_predictions, ending, progress_bar, summary_of
 from ctt.train.resuming import finished, loading, nothing_left, resume_hint
 from ctt.train.rounds import Labeling, folder_of
-from ctt.train.setup import without_fixed_size_tuning
+from ctt.train.setup import restored_threads, without_fixed_size_tuning
 from ctt.train.signals import interrupt_flag
 from ctt.train.step_log import StepLog
 from ctt.train.streams import Streams
@@ -71,15 +71,26 @@ def train(
     *,
     out: Path | None = None,
     resume: Path | None = None,
-    own: Sequence[Logger] = (),
 ) -> dict[str, Any]:
+    """Do what `train_in_folder` does, and return what summary.json holds."""
+    return train_in_folder(settings, out=out, resume=resume)[1]
+
+
+def train_in_folder(
+    settings: Settings,
+    *,
+    out: Path | None = None,
+    resume: Path | None = None,
+    own: Sequence[Logger] = (),
+) -> tuple[Path, dict[str, Any]]:
     """Train as `settings` say, in a new folder `out` or going on in the run folder `resume`.
 
     Args:
+        out: by default a numbered one in runs/.
         own: loggers beside those that the settings name.
 
     Returns:
-        what summary.json holds.
+        the folder of the run, and what its summary.json holds.
 
     In the processes that torchrun starts, all train one run together.
 
@@ -88,12 +99,12 @@ def train(
         Stopped: interrupted, checkpoint written.
     """
     folder = resume
-    with join() as world:
+    with restored_threads(), join() as world:
         try:
             trainer = Trainer(settings, out, resume, world, own)
             folder = trainer.folder
             with trainer.lock:
-                return trainer.train()
+                return folder, trainer.train()
         except (UnwritableError, LoaderError) as error:
             raise UserError(f"{error}{resume_hint(folder)}") from None
         except RuntimeError as error:
@@ -123,32 +134,37 @@ class Trainer:
         self.world, self.loggers = world, own
         loggers.check(settings)
         self.console = plain_console(quiet=not world.is_main)
-        begun = run.begun(resume)
-        self.plan = plan = Plan.of(settings, begun, world.size).counted(world)
-        self.settings = settings = plan.settings
-        self.dataset, self.device = plan.dataset, plan.device
-        self.method = plan.build()
-        self.engine = Engine(self.method, settings, self.dataset.info, self.device, world)
-        self.seconds, self.waited = 0.0, 0.0  # of training, and of it without a batch
-        self.recorder: Recorder | None = None
-        self.broken = ""  # what is wrong with the last checkpoint
-        if begun is None:
-            self.folder = Path(
-                world.broadcast(str(self._create(out, resume)) if world.is_main else "")
-            )
-        else:
-            self.folder = begun
-        self.streams = Streams(plan, self.engine, self.folder)
-        self.losses = Losses(self.streams)
-        self.evaluator = Evaluator(plan, self.engine, self.folder, world, self.console)
-        if begun is not None:
-            saved, self.broken = checkpoint.load_last(self.folder / run.CHECKPOINT)
-            self._load(saved)
-        self.lock = run.lock(self.folder) if world.is_main else contextlib.nullcontext()
+        with contextlib.ExitStack() as held:  # a run that cannot begin keeps no lock
+            if resume is not None:  # before anything is read that another program may write
+                if world.is_main:
+                    held.enter_context(run.lock(run.find(resume)))
+                world.wait()
+            begun = run.begun(resume)
+            self.plan = plan = Plan.of(settings, begun, world.size).counted(world)
+            self.settings = settings = plan.settings
+            self.dataset, self.device = plan.dataset, plan.device
+            self.method = plan.build()
+            self.engine = Engine(self.method, settings, self.dataset.info, self.device, world)
+            self.seconds, self.waited = 0.0, 0.0  # of training, and of it without a batch
+            self.recorder: Recorder | None = None
+            self.broken = ""  # what is wrong with the last checkpoint
+            if begun is None:
+                folder = str(self._create(out, resume, held)) if world.is_main else ""
+                self.folder = Path(world.broadcast(folder))
+            else:
+                self.folder = begun
+            self.streams = Streams(plan, self.engine, self.folder)
+            self.losses = Losses(self.streams)
+            self.evaluator = Evaluator(plan, self.engine, self.folder, world, self.console)
+            if begun is not None:
+                saved, self.broken = checkpoint.load_last(self.folder / run.CHECKPOINT)
+                self._load(saved)
+            self.lock = held.pop_all()
 
-    def _create(self, out: Path | None, resume: Path | None) -> Path:
+    def _create(self, out: Path | None, resume: Path | None, held: contextlib.ExitStack) -> Path:
         if resume is None:
-            folder = run.create(out, self.plan.asked)
+            folder, lock = run.create(out, self.plan.asked)
+            held.enter_context(lock)
         else:
             folder = run.find(resume)
             self.dataset.notes += (NO_CHECKPOINT,)

@@ -28,6 +28,17 @@ def set_up_torch(settings: Settings) -> None:
 
 
 @contextlib.contextmanager
+def restored_threads() -> Iterator[None]:
+    """Set PyTorch's number of threads back at the end: the next run may ask for the usual one."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def without_fixed_size_tuning(compiled: str) -> Iterator[None]:
     """Switch off cuDNN's search and torch.compile within the context, for evaluation.
 

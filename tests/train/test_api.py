@@ -1,6 +1,7 @@
 """ctt.train, the program as a function."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import yaml
 
 import ctt
 from ctt.errors import UserError
+from tests.conftest import leave_out_figures
 from tests.data.trees import save_mask, write_folder
+from tests.train.processes import finish, shown, start
 
 TINY: dict[str, Any] = {
     "recipe": "digits",
@@ -41,6 +44,43 @@ def test_it_trains_as_the_program_does(tmp_path: Path, monkeypatch: pytest.Monke
     assert (more["folder"], more["iterations"]) == (done["folder"], 3)
     with pytest.raises(UserError, match="the folder is not empty"):
         ctt.train(**TINY, **where, out=done["folder"])
+
+
+def test_what_cannot_begin_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="nowhere"):
+        ctt.train(**TINY, dataset="folder", data_root=tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_leaves_the_threads_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = [2]  # as PyTorch has them
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    with pytest.raises(UserError, match="nowhere"):
+        ctt.train(**TINY, dataset="folder", data_root=tmp_path / "nowhere")
+    assert threads == [2, 1, 2]
+
+
+def train_from_python(folder: Path, data: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_figures(patch)
+        patch.chdir(folder)
+        done = ctt.train(**TINY, dataset="folder", data_root=data, **{"train.iterations": 1})
+    (folder / f"folder-{os.environ['RANK']}").write_text(str(done["folder"]))
+
+
+def test_every_process_returns_the_folder(tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", labeled=4, unlabeled=4, size=(20, 24))
+    both = start(2, tmp_path, train_from_python, tmp_path, data)
+    assert finish(both) == [0, 0], shown(tmp_path)
+    for rank in (0, 1):
+        assert (tmp_path / f"folder-{rank}").read_text() == "runs/folder-cross-teacher-1"
+    assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
 def test_masks_that_are_ignored_everywhere_give_no_score(

@@ -126,7 +126,29 @@ def test_a_second_program_in_the_folder_is_refused(settings: Settings, tmp_path:
     first = Trainer(settings, None, tmp_path / "run", World())
     with first.lock, pytest.raises(UserError, match="another program trains in this folder"):
         train(settings, resume=tmp_path / "run")
+    broken = update(settings, {"optim": {"name": "adamw"}}, "test")
+    with pytest.raises(UserError, match="does not fit"):
+        train(broken, resume=tmp_path / "run")  # and lets go of the lock
     assert train(settings, resume=tmp_path / "run")["iterations"] == 6
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_second_program_writes_nothing_before_it_is_refused(
+    settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch, goes_on: bool
+) -> None:
+    """Both were started at the same time, or the first has no checkpoint yet."""
+    for path in out.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with run.lock(out):
+        if goes_on:
+            run.write_settings(out, settings)
+        monkeypatch.setattr(run, "check_new", lambda out: None)
+        before = contents(out)
+        with pytest.raises(UserError, match="another program trains in this folder"):
+            train(settings, **{"resume" if goes_on else "out": out})
+        assert contents(out) == before
+    monkeypatch.undo()
+    assert Trainer(settings, out if not goes_on else None, out if goes_on else None, World())
 
 
 def test_weights_that_are_no_numbers_are_not_written(
