@@ -21,6 +21,8 @@ PROJECT = "ctt"  # unless the environment variables of W&B and MLflow name anoth
 PARAMETERS = 50  # that go to MLflow at once
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
 Name = Literal["wandb", "mlflow"]
+Ending = Literal["finished", "stopped", "failed"]
+STATUS: dict[Ending, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 class Logger(Protocol):
@@ -33,7 +35,10 @@ class Logger(Protocol):
         """
 
     def close(self) -> None:
-        """End, because the run has ended or stopped."""
+        """End, because the run has ended or stopped.
+
+        A logger with an attribute `ending` finds there which of `Ending` it was.
+        """
 
 
 class TensorBoard:
@@ -58,6 +63,8 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of W&B in the project that WANDB_PROJECT names; WANDB_MODE=offline stays on disk."""
 
+    ending: Ending = "finished"
+
     def __init__(self, folder: Path, settings: Settings) -> None:
         import wandb
 
@@ -75,11 +82,13 @@ class WeightsAndBiases:
         self.run.log({grouped(name): value for name, value in values.items()}, step=iteration)
 
     def close(self) -> None:
-        self.run.finish()
+        self.run.finish(exit_code=int(self.ending != "finished"))
 
 
 class Mlflow:
     """A run of MLflow, at MLFLOW_TRACKING_URI and in the experiment of MLFLOW_EXPERIMENT_NAME."""
+
+    ending: Ending = "finished"
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         from mlflow import MlflowClient
@@ -113,7 +122,7 @@ class Mlflow:
         self.client.log_batch(self.run, metrics=metrics)
 
     def close(self) -> None:
-        self.client.set_terminated(self.run)
+        self.client.set_terminated(self.run, STATUS[self.ending])
 
 
 def make(settings: Settings, folder: Path, iteration: int) -> list[Logger]:

@@ -36,7 +36,7 @@ from ctt.train.distributed import World, join
 from ctt.train.divergence import Losses
 from ctt.train.engine import Engine
 from ctt.train.evaluator import Evaluator
-from ctt.train.loggers import Logger
+from ctt.train.loggers import Ending, Logger
 from ctt.train.plan import Plan
 from ctt.train.prefetcher import DevicePrefetcher
 from ctt.train.profiling import Profile
@@ -203,6 +203,7 @@ class Trainer:
         if settings.train.profile and self.world.is_main:
             profile = Profile(settings.train.profile, engine.step.phase, self.folder)
         scores: dict[str, Score] = {}
+        ending: Ending = "failed"
         try:
             with (
                 interrupt_flag() as interrupted,
@@ -226,10 +227,14 @@ class Trainer:
                 self._save()
                 scores = self._evaluate()
                 self._save(keep=False)  # with what was found to be the best network
+            ending = "finished"
+        except (Stopped, KeyboardInterrupt):
+            ending = "stopped"
+            raise
         finally:
             self.streams.close()
             if self.recorder is not None:
-                self.recorder.close()
+                self.recorder.close(ending)
         return self._finish(scores)
 
     def _every(self, name: str) -> int:

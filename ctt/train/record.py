@@ -9,7 +9,7 @@ from ctt.files import as_write_error, atomic_write
 from ctt.inference.evaluate import names_of_scores
 from ctt.inference.figures import save_figure
 from ctt.methods.base import Method
-from ctt.train.loggers import Logger
+from ctt.train.loggers import Ending, Logger
 
 
 class Recorder:
@@ -66,8 +66,11 @@ class Recorder:
             csv.DictWriter(file, self.columns).writerow({"iteration": iteration, **row})
         self._tell(lambda logger: logger.log(iteration, values))
 
-    def close(self) -> None:
-        """End the loggers."""
+    def close(self, ending: Ending) -> None:
+        """End the loggers, as the steps of the run have ended."""
+        for logger in self.loggers:
+            if hasattr(logger, "ending"):
+                logger.ending = ending
         self._tell(lambda logger: logger.close())
 
     def _tell(self, what: Callable[[Logger], None]) -> None:

@@ -14,12 +14,16 @@ import ctt
 from ctt.errors import UserError
 from ctt.settings import Settings, TrainSettings
 from ctt.train import loggers
+from ctt.train.engine import Engine
+from tests.conftest import leave_out_figures
 from tests.data.trees import write_folder
 from tests.train.test_api import TINY
 
 
 class Own:
     """A logger of a user, which may break."""
+
+    ending: str
 
     def __init__(self, breaks: bool = False) -> None:
         self.breaks, self.closed = breaks, False
@@ -56,6 +60,31 @@ def test_own_loggers_take_what_metrics_csv_takes(
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     assert {"loss/total", "miou/teacher_1", "train/lr"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(
+    ("error", "ending"),
+    [(KeyboardInterrupt(), "stopped"), (UserError("Training diverged."), "failed")],
+)
+def test_loggers_know_how_a_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, ending: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    data = write_folder(tmp_path / "data", labeled=3, unlabeled=2, size=(20, 24))
+    own = Own()
+    own.ending = ""
+    arguments: dict[str, Any] = {**TINY, "dataset": "folder", "data_root": data, "loggers": [own]}
+    leave_out_figures(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "__call__", fail)
+        with pytest.raises(type(error)):
+            ctt.train(**arguments, out=tmp_path / "run")
+    assert own.ending == ending
+    assert own.closed
+    ctt.train(**arguments, out=tmp_path / "other", **{"train.iterations": 1})
+    assert own.ending == "finished"
 
 
 def settings(*names: Any) -> Settings:
@@ -99,6 +128,10 @@ def test_mlflow_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(run.data.params) > 100
     assert run.data.metrics == {"loss/total": 5}
     assert [m.step for m in logger.client.get_metric_history(logger.run, "loss/total")] == [1, 2]
+    for ending, status in (("stopped", "KILLED"), ("failed", "FAILED")):
+        logger.ending = ending  # type: ignore[assignment]
+        logger.close()
+        assert logger.client.get_run(logger.run).info.status == status
 
 
 def test_a_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
