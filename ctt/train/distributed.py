@@ -174,8 +174,8 @@ def join() -> Iterator[World]:
             raise AlreadyReportedError from None
         raise UserError(
             f"Another process of this run has ended, so process {rank} of {size} ends too "
-            f"({str(error).splitlines()[0]}). The run goes on from its last checkpoint, with as "
-            f"many processes as you like: `resume` with its folder."
+            f"({str(error).splitlines()[0]}). `resume` with its folder goes on from its last "
+            f"checkpoint, if it has one yet, with as many processes as you like."
         ) from None
     world.leave()
 
