@@ -28,6 +28,7 @@ WEIGHTS = "best.safetensors"
 LOCK = Path("checkpoints") / ".lock"
 SUMMARY = "summary.json"
 CLASSES = "classes.csv"
+METHOD = "method.py"  # the file of a method of one's own
 LABELED_LIST = Path("split") / "labeled.txt"
 UNLABELED_LIST = Path("split") / "unlabeled.txt"
 EVALUATION_LIST = Path("split") / "evaluation.txt"
@@ -127,6 +128,12 @@ def write_settings(folder: Path, settings: Settings) -> None:
     values = to_dict(with_whole_paths(settings))
     with atomic_write(folder / CONFIG) as part:
         part.write_text(yaml.safe_dump(values, sort_keys=False), "utf-8")
+
+
+def method_file(settings: Settings) -> Path | None:
+    """Return the file of a method of one's own, given as file.py:Class; None of other methods."""
+    own = Path(settings.method.rpartition(":")[0])
+    return own if own.suffix == ".py" else None
 
 
 def with_whole_paths(settings: Settings) -> Settings:

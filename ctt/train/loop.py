@@ -31,7 +31,7 @@ from ctt.inference.evaluate import (
 )
 from ctt.inference.predict import is_out_of_memory
 from ctt.settings import Settings, to_dict
-from ctt.train import loggers, measures
+from ctt.train import loggers, measures, same_data
 from ctt.train.distributed import World, join
 from ctt.train.divergence import Losses
 from ctt.train.engine import Engine
@@ -143,6 +143,7 @@ class Trainer:
             self.plan = plan = Plan.of(settings, begun, world.size).counted(world)
             self.settings = settings = plan.settings
             self.dataset, self.device = plan.dataset, plan.device
+            self.data = same_data.facts(plan.dataset, plan.labeled)
             self.method = plan.build()
             self.engine = Engine(self.method, settings, self.dataset.info, self.device, world)
             self.seconds, self.waited = 0.0, 0.0  # of training, and of it without a batch
@@ -172,9 +173,6 @@ class Trainer:
         write_list(folder / run.LABELED_LIST, self.plan.labeled)
         write_list(folder / run.UNLABELED_LIST, self.plan.unlabeled)
         write_list(folder / run.EVALUATION_LIST, self.dataset.eval_ids())
-        own = Path(self.settings.method.rpartition(":")[0])
-        if own.suffix == ".py":
-            shutil.copyfile(own, folder / "method.py")
         return folder
 
     def train(self) -> dict[str, Any]:
@@ -186,6 +184,8 @@ class Trainer:
             return summary
         if self.world.is_main:
             run.write_settings(self.folder, self.plan.asked)  # for the next time it is resumed
+            if (own := run.method_file(settings)) is not None:
+                shutil.copyfile(own, self.folder / run.METHOD)
             if self.broken:  # the next checkpoint must not take the place of the whole one
                 (self.folder / run.CHECKPOINT).unlink(missing_ok=True)
             self.recorder = Recorder(
@@ -310,6 +310,7 @@ class Trainer:
                 **self.engine.state_dict(),
                 "settings": to_dict(self.settings),
                 "info": checkpoint.facts(self.dataset.info),
+                "data": self.data,
                 "seconds": self.seconds,
                 "waited": self.waited,
                 "best": self.evaluator.best,

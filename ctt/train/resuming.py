@@ -13,6 +13,7 @@ from ctt import checkpoint, run
 from ctt.data.dataset import first_difference
 from ctt.errors import UserError
 from ctt.settings import WITHOUT_EFFECT, Settings, to_dict
+from ctt.train import same_data
 from ctt.train.loggers import flattened
 from ctt.train.plan import Plan, check_iterations, check_rounds
 
@@ -41,12 +42,14 @@ def loading(saved: dict[str, Any], plan: Plan, folder: Path, rounds: int) -> Ite
     path = folder / run.CHECKPOINT
     trained = checkpoint.info_of(saved)
     difference = first_difference(trained, plan.dataset.info) if trained else ""
-    if difference:
+    before, now = saved.get("data", {}), same_data.facts(plan.dataset, plan.labeled)
+    if difference := difference or same_data.difference(before, now):
         raise UserError(
             f"{path}: its networks were trained on other data than the run would go on with: "
             f"{difference}. Restore the dataset as it was, its dataset.yaml above all, or start a "
             f"new run."
         )
+    plan.dataset.notes += (*same_data.changed(before, now), *changed_method(folder, plan.settings))
     try:
         yield
     except (RuntimeError, KeyError, ValueError) as error:
@@ -61,6 +64,16 @@ def loading(saved: dict[str, Any], plan: Plan, folder: Path, rounds: int) -> Ite
         check_rounds(saved["settings"], plan.settings)
     if done == plan.settings.train.iterations:
         check_unchanged(folder, plan.asked, rounds)
+
+
+def changed_method(folder: Path, settings: Settings) -> Iterator[str]:
+    """Yield a sentence if the file of a method of one's own is another one than in the run."""
+    own, kept = run.method_file(settings), folder / run.METHOD
+    if own is not None and kept.is_file() and kept.read_bytes() != own.read_bytes():
+        yield (
+            f"Warning: {own} has changed since the run began, and the run goes on with it as it "
+            f"is now."
+        )
 
 
 def check_unchanged(folder: Path, asked: Settings, rounds: int) -> None:

@@ -38,9 +38,16 @@ def difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the names of labelled images that have other files now, image or mask."""
+    """Return a sentence if some of the labelled images or their masks are other files now."""
     before = saved.get("files", {})
-    return [name for name, content in now["files"].items() if before.get(name, content) != content]
+    found = [name for name, text in now["files"].items() if before.get(name, text) != text]
+    if not found:
+        return []
+    return [
+        f"Warning: {', '.join(found)} or their masks have changed since the run began "
+        f"({len(now['files'])} labelled images were compared), and the run goes on with them as "
+        f"they are now."
+    ]
 
 
 def _content(dataset: Dataset, name: str) -> str:

@@ -1,5 +1,6 @@
 """What a run that goes on must fit, and runs that have nothing or only their end left to do."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from ctt.train.distributed import World
 from ctt.train.dry_run import dry_run
 from ctt.train.loop import Trainer, train
 from ctt.train.record import draw_curves, read_rows
+from tests.data import trees
 from tests.train.test_crash_safety import contents, rows
 
 RESUME = (train, dry_run)
+PALETTE = [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]  # that of VOC
 
 
 @pytest.fixture
@@ -131,3 +134,67 @@ def test_divergence_tells_means_and_only_a_checkpoint_that_is_there(
     checkpoint.save(out / run.CHECKPOINT, {})
     with pytest.raises(UserError, match=r"steps in question\. The last checkpoint is whole: `res"):
         trainer.losses.total()
+
+
+@pytest.fixture
+def of_folder(settings: Settings, tmp_path: Path) -> Settings:
+    root = trees.write_folder(tmp_path / "set")
+    return dataclasses.replace(settings, dataset="folder", data_root=root, ratio="2")
+
+
+@pytest.mark.parametrize(
+    ("line", "meaning"),
+    [
+        ("id_map: {0: 1, 1: 0, 2: 2, 3: 3}", "numbers in masks have another meaning"),
+        (f"palette: {PALETTE}", "colours in masks have another meaning"),
+    ],
+)
+def test_masks_that_mean_something_else_are_refused(
+    of_folder: Settings, out: Path, line: str, meaning: str
+) -> None:
+    train(of_folder, out=out)
+    assert of_folder.data_root is not None
+    with (of_folder.data_root / "dataset.yaml").open("a") as file:
+        file.write(f"{line}\n")
+    more = update(of_folder, {"train": {"iterations": 3}}, "test")
+    before = contents(out)
+    for resume in RESUME:
+        with pytest.raises(UserError, match=f"were trained on other data than .*: {meaning}"):
+            resume(more, resume=out)
+    assert contents(out) == before
+
+
+def test_files_that_have_changed_are_told(
+    of_folder: Settings, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "mine.py"
+    method = (
+        "from ctt.methods.supervised import Supervised\n\n\nclass Mine(Supervised):\n    pass\n"
+    )
+    own.write_text(method)
+    settings = dataclasses.replace(of_folder, method=f"{own}:Mine")
+    train(settings, out=out)
+    more = update(settings, {"train": {"iterations": 3}}, "test")
+    dry_run(more, resume=out)
+    assert "changed since" not in " ".join(capsys.readouterr().out.split())
+    first = (out / run.LABELED_LIST).read_text("utf-8").splitlines()[0]
+    assert settings.data_root is not None
+    with next(settings.data_root.glob(f"{first}*")).open("ab") as file:
+        file.write(b" ")
+    own.write_text(f"{method}    # better\n")
+    dry_run(more, resume=out)
+    train(more, resume=out)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("or their masks have changed since the run began (2 labelled images") == 2
+    assert shown.count("mine.py has changed since the run began") == 2
+    assert (out / run.METHOD).read_text() == own.read_text()
+
+
+def test_a_checkpoint_of_an_earlier_version_says_nothing_of_files(
+    of_folder: Settings, out: Path
+) -> None:
+    train(of_folder, out=out)
+    saved, _ = checkpoint.load_last(out / run.CHECKPOINT)
+    del saved["data"]
+    checkpoint.save(out / run.CHECKPOINT, saved)
+    train(update(of_folder, {"train": {"iterations": 3}}, "test"), resume=out)
