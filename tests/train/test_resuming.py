@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ctt
 from ctt import checkpoint, run
 from ctt.errors import UnwritableError, UserError
 from ctt.settings import Settings, update
@@ -15,6 +16,7 @@ from ctt.train.dry_run import dry_run
 from ctt.train.loop import Trainer, train
 from ctt.train.record import draw_curves, read_rows
 from tests.data import trees
+from tests.train.test_api import TINY
 from tests.train.test_crash_safety import contents, rows
 
 RESUME = (train, dry_run)
@@ -58,6 +60,17 @@ def test_other_settings_are_refused_once_all_iterations_are_done(
     assert train(settings, resume=done)["settings_hash"] == summary["settings_hash"]
     more = update(changed, {"train": {"iterations": 3}}, "test")
     assert train(more, resume=done)["settings_hash"] != summary["settings_hash"]
+
+
+def test_a_run_whose_data_has_moved_is_as_finished_as_before(tmp_path: Path, out: Path) -> None:
+    data = trees.write_folder(tmp_path / "data", labeled=3, unlabeled=2, size=(20, 24))
+    first = {**TINY, "dataset": "folder", "data_root": data, "method": "supervised"}
+    done = ctt.train(**first, out=out, **{"train.iterations": 1})
+    moved = data.rename(tmp_path / "moved")
+    for _ in range(2):
+        again = ctt.train(resume=out, data_root=moved)
+        assert again["settings_hash"] == done["settings_hash"]
+        (out / run.SUMMARY).unlink()
 
 
 def test_the_last_evaluation_has_one_row(settings: Settings, done: Path) -> None:
