@@ -63,7 +63,8 @@ def test_a_folder_on_a_cpu_is_trained_and_told_of_from_start_to_end(
     assert re.search(rf"{best} Next: ctt-predict '{out}' IMAGES --out predictions$", shown)
     settings = yaml.safe_load((out / "config.yaml").read_text())
     assert settings["data"]["crop"] == [0, 0]  # for which a resumed run finds the same
-    assert train._main(["--resume", str(out), "--dry-run"]) == 0
+    more = ["--resume", str(out), "--train.iterations", "6", "--dry-run"]
+    assert train._main(more) == 0
     assert "crops of 40x56" in told(capsys)
 
 
