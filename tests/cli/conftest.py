@@ -1,3 +1,4 @@
+import functools
 import re
 import shlex
 import sys
@@ -27,18 +28,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs `ctt-data convert`; gives its exit code, what it printed, and its error."""
+def ctt_data(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs ctt-data; gives its exit code, what it printed, and its paragraph on stderr."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ctt-data", "convert", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["ctt-data", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "100")
         with pytest.raises(SystemExit) as stop:
             program.main()
         shown = capsys.readouterr()
         assert "Traceback" not in shown.err
-        return int(stop.value.code or 0), shown.out, re.sub(r"\s+", " ", shown.err)
+        return int(stop.value.code or 0), shown.out, re.sub(r"[\s│]+", " ", shown.err)
 
     return run
+
+
+@pytest.fixture
+def call(ctt_data: Call) -> Call:
+    """Runs `ctt-data convert`."""
+    return functools.partial(ctt_data, "convert")
 
 
 def mask_of(folder: Path, name: str = "photo 0") -> np.ndarray:

@@ -2,7 +2,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from PIL import Image
 import ctt
 from ctt import data, models
 from ctt.checkpoint import save_network
-from ctt.cli import data as program
 from ctt.cli import predict
 from ctt.data.check import check_quickly, handful
 from ctt.data.options import DatasetOptions
@@ -21,25 +19,13 @@ from ctt.data.split import draw_split, make_split
 from ctt.errors import UserError
 from ctt.settings import Settings
 from ctt.train.plan import Plan
+from tests.cli.conftest import Call
 from tests.data import trees
-
-Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs ctt-data; gives its exit code, what it printed, and its paragraph on stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ctt-data", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "100")
-        with pytest.raises(SystemExit) as stop:
-            program.main()
-        shown = capsys.readouterr()
-        assert "Traceback" not in shown.err
-        return int(stop.value.code or 0), shown.out, re.sub(r"[\s│]+", " ", shown.err)
-
-    return run
+def call(ctt_data: Call) -> Call:
+    return ctt_data
 
 
 def test_a_whole_data_set_passes(tmp_path: Path, call: Call) -> None:
