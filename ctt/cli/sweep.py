@@ -268,12 +268,17 @@ def shares(parsed: Arguments, settings: Settings) -> tuple[str, ...]:
 
 
 def lacks_unlabeled(parsed: Arguments, share: str, w: Way) -> bool:
-    """Return whether a row of the experiment itself has no unlabelled images at this share.
+    """Return whether a row has no unlabelled images at a share that the experiment itself names.
 
-    The paper, too, has supervised training alone for all labels. A share that the user gives is
-    tried, because a folder may have unlabelled images of its own.
+    The paper, too, has supervised training alone for all labels. A share of the user or of the
+    recipe is tried, because a folder may have unlabelled images beside those with labels.
     """
-    return not parsed.shares and share == "1/1" and methods.get(w.variant.method).unlabeled
+    from ctt.experiments.runs import data_name
+
+    own = catalog.get(parsed.experiment).shares.get(data_name(w.settings), ())
+    if parsed.shares or share not in own:
+        return False
+    return share == "1/1" and methods.get(w.variant.method).unlabeled
 
 
 def lengths(

@@ -323,6 +323,12 @@ def test_all_labels_are_for_methods_without_unlabelled_images(tmp_path: Path) ->
     assert len([r for r in runs if r.share == "50"]) == 16
     asked = sweep.Arguments("shares", seeds=(0,), shares=("1/1",), only=("cross-teacher",))
     assert [r.share for r in sweep.plan(asked, [], tmp_path)] == ["1/1"]
+    # the recipe of a folder takes all images with masks, and has others without
+    for name in ("ladder", "shares"):
+        folder = sweep.Arguments(name, dataset="folder", seeds=(0,))
+        planned = list(sweep.plan(folder, ["--recipe", "folder-small"], tmp_path))
+        assert {r.share for r in planned} == {"1/1"}
+        assert [r.variant for r in planned] == [v.name for v in catalog.get(name).variants]
 
 
 def test_why_a_run_was_killed_is_told(tmp_path: Path) -> None:
