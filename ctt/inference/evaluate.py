@@ -116,15 +116,16 @@ def confusions(
             images, label = images.to(device), label.to(device).long()
             if shown is not None:
                 shown += torch.stack([histogram(one, classes)[:-1] > 0 for one in label]).sum(0)
-            total: Tensor | None = None  # of the teachers; as good as the mean for argmax
+            total: Tensor | None = None  # of the teachers; as good as the mean for the largest
             for name, predict in predictors.items():
                 with reraise_out_of_memory(settings):
                     probability = predict(images)  # (B, C, H, W)
-                count(matrices[name], probability.argmax(dim=1), label)
+                # argmax finds the same in five times the time on a CPU
+                count(matrices[name], probability.max(dim=1).indices, label)
                 if name in teachers:
                     total = probability if total is None else total.add_(probability)
             if total is not None:
-                count(matrices[ENSEMBLE], total.argmax(dim=1), label)
+                count(matrices[ENSEMBLE], total.max(dim=1).indices, label)
             progress(len(images))
     finally:
         for name, network in networks.items():

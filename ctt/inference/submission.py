@@ -59,7 +59,9 @@ def write_submission(
     with in_threads(workers) as call:
         for group in stacks(images, lambda pair: pair[1].shape[1:], settings.batch_pixels):
             with reraise_out_of_memory(settings):
-                labels = predict(torch.stack([image for _, image in group])).argmax(dim=1).cpu()
+                labels = (
+                    predict(torch.stack([image for _, image in group])).max(dim=1).indices.cpu()
+                )
             for (name, _), label in zip(group, labels, strict=True):
                 file = folder / f"{name}{wanted.ending}"
                 call(save_png, server_mask(label, wanted, dataset.info), file)

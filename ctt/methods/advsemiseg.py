@@ -95,7 +95,7 @@ class AdvSemiSeg(Adversarial):
             made, real = critic(fake), critic(one_hot(label, fake))
         believed = valid[n:] & (seen[n:].detach().sigmoid() >= self.options.threshold)
         step.log("believed", believed.sum() / b["seen"] / len(self.students))
-        own = fake[n:].argmax(dim=1).masked_fill(~believed, IGNORE)
+        own = fake[n:].max(dim=1).indices.masked_fill(~believed, IGNORE)
         taught = (own, step.count(own) * self.settings.train.accumulate)
         fakes = judged(made, False, valid, b["both"])
         return {

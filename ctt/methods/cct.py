@@ -133,7 +133,7 @@ class Cct(Method):
         for draw in b[f"channels {k}"].unbind(dim=1):  # (B, D)
             yield z * ((draw >= o.dropout) / (1 - o.dropout))[:, :, None, None]
         if o.background >= 0:
-            objects = (target.argmax(dim=1) != o.background)[:, None]
+            objects = (target.max(dim=1).indices != o.background)[:, None]
             yield from [z * objects] * CONTEXT
             yield from [z * ~objects] * OBJECTS
         attention = z.detach().abs().mean(dim=1, keepdim=True)  # (B, 1, h, w)

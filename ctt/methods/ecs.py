@@ -99,7 +99,7 @@ class Ecs(Judged):
                 out: Output = network(torch.cat([seen, maps], dim=1))
             return upsample(out.logits, size, grid)  # (2B, C + 1, H, W)
 
-        as_predicted, own = scores.shape[1], scores.argmax(dim=1)
+        as_predicted, own = scores.shape[1], scores.max(dim=1).indices
         right = torch.where(label == IGNORE, IGNORE, as_predicted)
         truth = torch.where(own[:n] == label, as_predicted, label)
         found = findings(frozen(corrector), probability)

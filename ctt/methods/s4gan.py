@@ -90,7 +90,7 @@ class S4Gan(Adversarial):
         chosen = fake & (score.detach().sigmoid() > self.options.threshold)
         step.log("images_chosen", chosen.sum() / b["fakes"] / len(self.students))
         ignored = b["padding"] | ~chosen[:, None, None]
-        own = probability.argmax(dim=1).masked_fill(ignored, IGNORE)
+        own = probability.max(dim=1).indices.masked_fill(ignored, IGNORE)
         parts = self.settings.train.accumulate
         taught = (own, step.count(own) * parts)
         fakes = judged(made_score, False, fake, b["fakes"])

@@ -114,7 +114,7 @@ class StPlusPlus(St):
         place = {name: i for i, name in enumerate(names)}
         networks = [*self.snapshots, *self.students]
         for name, given in labeler.probabilities(networks, names, EvalSettings()):
-            label = [p.argmax(dim=0) for p in given]
+            label = [p.max(dim=0).indices for p in given]
             agreement = [
                 mean_iou(label[j], label[2 * count + j % count], self.setup.classes)
                 for j in range(2 * count)

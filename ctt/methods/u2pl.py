@@ -103,7 +103,7 @@ class U2pl(EmbeddingTeacher):
         lost = [~(p.amax(dim=1) > 0) for p in given]  # where the probabilities are NaN
         self.log_lost(lost, padding, step)
         for k, p in enumerate(given):
-            label = mix(p.argmax(dim=1).masked_fill(padding | lost[k], IGNORE))
+            label = mix(p.max(dim=1).indices.masked_fill(padding | lost[k], IGNORE))
             out = step.forward(self.teachers[k], torch.cat([b["images"], b["mixed"]]))
             size = (padding.shape[-2], padding.shape[-1])
             scores = upsample(out.logits[n:], size, self.teachers[k].grid)

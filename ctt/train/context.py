@@ -198,7 +198,7 @@ class StepContext:
             noise = self.rand(f"{name} noise", (images, *size), 0)
             keep = mixing.cow_mask(noise, self.rand(name, (images,), 0))
         else:
-            label = mean_of(probability).argmax(dim=1).masked_fill(padding, IGNORE)
+            label = mean_of(probability).max(dim=1).indices.masked_fill(padding, IGNORE)
             draw = self.rand(name, (images, probability[0].shape[1]), 0)
             keep = mixing.classmix_mask(label, draw, rule == "classmix-fewer")
         return lambda values: mixing.mix(values, self.roll(values), keep)

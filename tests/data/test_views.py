@@ -61,7 +61,9 @@ def test_what_is_rotated_keeps_its_shape(seed: int, flip: bool) -> None:
     """In pixels the map is a rotation, mirrored or not, over the factor of the resize."""
     turning = view(crop=(20, 28), scale=(0.5, 2), flip=flip, rotation=60, translation=0.1)
     factor = 0.8
-    theta = turning.matrix((50, 30), factor, random.Random(seed))[:, :2]
+    theta = torch.tensor(
+        turning.matrix((50, 30), factor, random.Random(seed)), dtype=torch.float64
+    )[:, :2]
     pixels = torch.tensor([[30], [50]]) * theta / torch.tensor([28, 20])
     torch.testing.assert_close(pixels @ pixels.T, torch.eye(2, dtype=torch.float64) / factor**2)
     assert flip or torch.det(pixels) > 0
@@ -162,7 +164,7 @@ def test_reading_a_part_gives_what_the_whole_image_gives(seed: int, size: tuple[
     label = torch.randint(0, 21, size, generator=rng, dtype=torch.uint8)
     seen, mask = rich(image, label, seed)
     draw = random.Random(seed)
-    theta = rich.matrix(size, draw.uniform(*rich.scale), draw)
+    theta = torch.tensor(rich.matrix(size, draw.uniform(*rich.scale), draw), dtype=torch.float64)
     grid = torch.nn.functional.affine_grid(theta[None], [1, 1, 33, 47], align_corners=False)
     mean = 255 * torch.tensor(MEAN, dtype=torch.float64)[:, None, None]
     expected = torch.nn.functional.grid_sample((image - mean)[None], grid, align_corners=False)[0]
