@@ -8,11 +8,13 @@ from ctt import methods
 from ctt.experiments.results import BACKWARD
 from ctt.settings import Settings, update
 
-SCHEDULES = ("optim.warmup", "loss.ct_ramp", "bank.start_after")  # settings in iterations
+# settings in iterations
+SCHEDULES = ("optim.warmup", "loss.ct_ramp", "loss.ct_after", "bank.start_after")
 
 
-def forwards(settings: Settings) -> int:
-    """Return the cost of a step in forward passes of an image, as the column `forwards` counts it.
+def forwards(settings: Settings) -> Fraction:
+    """Return the cost of a step in forward passes of an image, as the column `forwards` counts it,
+    the mean over the run.
 
     For methods whose networks see each image once: supervised training, and pseudo-labels from a
     teacher of each student, with or without the banks of the cross teacher. Losses are not counted.
@@ -21,16 +23,20 @@ def forwards(settings: Settings) -> int:
 
     about, labeled = methods.get(settings.method), settings.data.batch_size
     pairs = settings.pairs or about.pairs
-    if not about.unlabeled:
-        return pairs * (1 + BACKWARD) * labeled
-    unlabeled = settings.data.unlabeled_batch_size or labeled
-    found = (1 + BACKWARD) * (labeled + unlabeled) + unlabeled
+    found = Fraction((1 + BACKWARD) * labeled)
+    if about.unlabeled:
+        joined = Fraction(1)  # share of the steps that have unlabelled images
+        if about.reads("loss.ct_after", pairs):
+            total = settings.train.iterations
+            joined -= Fraction(min(settings.loss.ct_after, total), total)
+        unlabeled = settings.data.unlabeled_batch_size or labeled
+        found += joined * (2 + BACKWARD) * unlabeled  # the teachers see them as well
     if about.contrast and (settings.loss.hc or settings.loss.lc):
         found += labeled // images_between(settings)  # which fill the banks
     return pairs * found
 
 
-def iterations(settings: Settings, most: int, budget: Fraction) -> int:
+def iterations(settings: Settings, most: Fraction, budget: Fraction) -> int:
     """Return how many iterations a budget pays for.
 
     Args:

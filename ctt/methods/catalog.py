@@ -23,6 +23,7 @@ GROUP = "ctt.methods"  # of entry points, by which packages offer methods
 LABELING = (
     "loss.ct",
     "loss.ct_ramp",
+    "loss.ct_after",
     "loss.confidence_weight",
     "loss.confidence_threshold",
     "loss.unlabeled_mean",

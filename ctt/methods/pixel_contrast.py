@@ -55,13 +55,17 @@ class PixelContrast(PseudoLabels):
         return {"students": make_optimizer(self.students, self.settings, self.projections)}
 
     def stage(self, iteration: int) -> int:
-        return int(self.contrasts and iteration >= self.settings.bank.start_after)
+        return super().stage(iteration) + int(self.has_begun(iteration))
+
+    def has_begun(self, iteration: int) -> bool:
+        """Return whether a step after so many others contrasts pixels."""
+        return self.contrasts and iteration >= max(self.settings.bank.start_after, self.after)
 
     def contrast(self, out: Sequence[Output], b: Batch, step: Step) -> tuple[Tensor, Tensor]:
         """Return equations (6)-(9), summed over the students."""
         w, bank = self.settings.loss, self.settings.bank
         zero = out[0].features.new_zeros((), dtype=torch.float32)
-        if not self.stage(step.iteration):
+        if not self.has_begun(step.iteration):
             return zero, zero
         total = None if step.alone else step.total
         # networks of different strides are compared on the coarsest grid

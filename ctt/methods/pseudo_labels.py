@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ctt.data.dataset import IGNORE
 from ctt.data.views import PhotometricView
-from ctt.methods import followers, losses
+from ctt.methods import catalog, followers, losses
 from ctt.methods.base import Batch, Method, Networks, Schedule, Setup, Step, Terms
 from ctt.methods.mask_teacher import TERM, MaskTeacher
 from ctt.models.base import Output
@@ -46,6 +46,9 @@ class PseudoLabels(Method):
         self.unlabeled_mean: str = loss.unlabeled_mean
         self.confidence_weight: str = loss.confidence_weight
         self.threshold = loss.confidence_threshold
+        reads = catalog.get(self.settings.method).reads("loss.ct_after", setup.pairs)
+        self.after = loss.ct_after if reads else 0
+        self.labeled_beside = self.labeled_beside and not self.after
         self.teachers = followers.copies(self.students)
         self.ema = followers.EmaUpdate(self.teachers, self.students, self.settings.ema)
         self.masks: MaskTeacher | None = None
@@ -77,15 +80,24 @@ class PseudoLabels(Method):
         return range(len(self.students))
 
     def schedules(self) -> dict[str, Schedule]:
-        ramp = self.settings.loss.ct_ramp
+        length = self.settings.loss.ct_ramp
+
+        def ramp(iteration: int) -> float:
+            return min(1.0, max(0, iteration - self.after + 1) / length) if length else 1.0
+
         return {
-            "ramp": lambda iteration: min(1.0, (iteration + 1) / ramp) if ramp else 1.0,
+            "ramp": ramp,
             "decay": self.ema.decay,
             **({TERM: self.masks.weight} if self.masks is not None else {}),
         }
 
+    def stage(self, iteration: int) -> int:
+        return int(iteration >= self.after)
+
     def prepare(self, b: Batch, step: Step) -> Batch:
         """Add equations (3)-(5): labels of the unlabelled images, mixed as the images are."""
+        if step.iteration < self.after:
+            return b | {"pixels": step.count(b["label"])} | self.draws(b, step)
         padding = b["padding"]
         probability = [step.probability(net, b["unlabeled"]) for net in self.labelers]
         with step.phase("views"):

@@ -36,11 +36,30 @@ def test_a_step_costs_what_the_engine_counts(
     assert budgets.forwards(settings) == counted
 
 
+@pytest.mark.parametrize("method", ["mean-teacher", "cross-teacher", "classmix", "supervised"])
+def test_steps_before_unlabelled_images_join_cost_less(tiny: Settings, method: str) -> None:
+    change = {"method": method, "loss": {"ct_after": 1}, "train": {"iterations": 4}}
+    settings = update(tiny, change, "test")
+    engine = make(settings)
+    for _ in range(4):
+        engine(batch(), unlabelled() if method != "supervised" else None)
+    counted = (1 + BACKWARD) * engine.trained + engine.untrained
+    assert 4 * budgets.forwards(settings) == counted
+
+
 @pytest.mark.parametrize("options", [[], ["--data.unlabeled-batch-size", "24"]])
 def test_runs_of_a_budget_cost_the_same_and_have_all_phases(
     options: list[str], tmp_path: Path
 ) -> None:
-    given = [*options, "--train.iterations", "1600", "--loss.ct-ramp", "160"]
+    given = [
+        *options,
+        "--train.iterations",
+        "1600",
+        "--loss.ct-ramp",
+        "160",
+        "--loss.ct-after",
+        "400",
+    ]
     runs = list(sweep.plan(sweep.Arguments("cost", seeds=(0,)), given, tmp_path))
     equal = [r for r in runs if r.budget == "equal iterations"]
     assert {r.settings.train.iterations for r in equal} == {1600}
@@ -54,6 +73,7 @@ def test_runs_of_a_budget_cost_the_same_and_have_all_phases(
                 assert r.settings.bank.start_after == pytest.approx(500 / 1600 * length, abs=1)
             if r.variant != "supervised":
                 assert r.settings.loss.ct_ramp == pytest.approx(0.1 * length, abs=1)
+                assert r.settings.loss.ct_after == pytest.approx(0.25 * length, abs=1)
             assert train.read(list(r.arguments))[1].hash() == r.folder.name
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ctt.data import mixing
 from ctt.data.dataset import IGNORE
-from ctt.settings import Settings
+from ctt.settings import Settings, update
 from tests.methods.rendering import (
     SIZE,
     Scene,
@@ -19,6 +19,7 @@ from tests.methods.rendering import (
     scores,
     surer,
 )
+from tests.train.steps import batch, make, unlabelled
 
 LABELERS = {
     "mean-teacher": ("teachers", lambda k, pairs: [k]),
@@ -97,3 +98,25 @@ def test_classmix_with_fewer_classes_and_the_mean_over_all_pixels(tiny: Settings
     assert 0.02 < share < 0.98
     ct = cross_entropies(out[3:], label).sum() / label.numel() * share
     scene.check({"sup": (1.0, mean_cross_entropy(out[:3], scene.label)), "ct": (0.5, ct)})
+
+
+@pytest.mark.parametrize("name", ["mean-teacher", "fixmatch", "cps", "cross-teacher"])
+def test_students_learn_from_labelled_images_alone_before_the_others_join(
+    tiny: Settings, name: str
+) -> None:
+    change = {"loss": {"ct_after": 2, "ct_ramp": 4}, "bank": {"start_after": 0}}
+    engine = make(update(tiny, {"method": name, **change}, "test"))
+    pairs = len(engine.method.students)
+    alone = make(update(tiny, {"method": "supervised"}, "test"), pairs)
+    for seed in range(2):
+        values = engine(batch(seed=seed), unlabelled())
+        alone(batch(seed=seed), None)
+        assert "ct" not in values
+    for ours, theirs in zip(engine.method.students, alone.method.students, strict=True):
+        for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+    assert "ct" in engine(batch(seed=2), unlabelled())
+    assert engine.step["ramp"] == 1 / 4
+    assert engine.trained == 3 * 3 * pairs + 3 * pairs
+    stages = [engine.method.stage(i) for i in range(4)]
+    assert stages[0] == stages[1] != stages[2] == stages[3]
