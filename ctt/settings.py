@@ -261,9 +261,10 @@ class LossSettings:
     """
     ct_ramp: Annotated[int, AT_LEAST_0] = 0
     """Iterations over which --loss.ct rises from 0 to its value."""
-    ct_after: Annotated[int, AT_LEAST_0] = 0
-    """Iterations in which students see labelled images alone, before the unlabelled ones join and
-    the ramp begins. Such a step costs less than half, and teachers seldom label well so early."""
+    ct_after: Annotated[float, SHARE_BELOW_1] = 0.0
+    """Share of the run in which students see labelled images alone, before the unlabelled ones join
+    and the ramp begins. Such a step costs less than half, and teachers seldom label well so early.
+    """
     hc: Annotated[float, AT_LEAST_0] = 0.1
     """Weight of the high-level contrast, equation (6)."""
     lc: Annotated[float, AT_LEAST_0] = 0.1

@@ -28,7 +28,7 @@ TINY = {
     "ratio": "6",
     "data": {"labeled_pool": 24, "eval_images": 6, "batch_size": 3, "crop": [24, 24]},
     "model": {"width": 4, "features": 8},
-    "loss": {"gamma": 0.2},
+    "loss": {"gamma": 0.2, "ct_after": 0.0},
     "bank": {"capacity": 4, "per_class": 4, "every": 1, "start_after": 0},
     "train": {
         "iterations": 6,

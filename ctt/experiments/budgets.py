@@ -8,8 +8,7 @@ from ctt import methods
 from ctt.experiments.results import BACKWARD
 from ctt.settings import Settings, update
 
-# settings in iterations
-SCHEDULES = ("optim.warmup", "loss.ct_ramp", "loss.ct_after", "bank.start_after")
+SCHEDULES = ("optim.warmup", "loss.ct_ramp", "bank.start_after")  # settings in iterations
 
 
 def forwards(settings: Settings) -> Fraction:
@@ -25,10 +24,8 @@ def forwards(settings: Settings) -> Fraction:
     pairs = settings.pairs or about.pairs
     found = Fraction((1 + BACKWARD) * labeled)
     if about.unlabeled:
-        joined = Fraction(1)  # share of the steps that have unlabelled images
-        if about.reads("loss.ct_after", pairs):
-            total = settings.train.iterations
-            joined -= Fraction(min(settings.loss.ct_after, total), total)
+        steps = settings.train.iterations
+        joined = Fraction(steps - about.steps_without_unlabeled(settings), steps)
         unlabeled = settings.data.unlabeled_batch_size or labeled
         found += joined * (2 + BACKWARD) * unlabeled  # the teachers see them as well
     if about.contrast and (settings.loss.hc or settings.loss.lc):

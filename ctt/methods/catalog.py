@@ -18,6 +18,7 @@ from ctt.methods.options import Options
 
 if TYPE_CHECKING:
     from ctt.methods.base import Method
+    from ctt.settings import Settings
 
 GROUP = "ctt.methods"  # of entry points, by which packages offer methods
 LABELING = (
@@ -101,6 +102,12 @@ class About:
         """
         unused = self.unused(pairs or self.pairs)
         return name not in unused and name.partition(".")[0] not in unused
+
+    def steps_without_unlabeled(self, settings: Settings) -> int:
+        """Return how many steps of the run see labelled images alone, see `loss.ct_after`."""
+        if not self.reads("loss.ct_after", settings.pairs):
+            return 0
+        return int(settings.loss.ct_after * settings.train.iterations)
 
     def option_class(self) -> type[Options]:
         """Return the class of the settings that the method alone has."""

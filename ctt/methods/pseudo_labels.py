@@ -46,8 +46,8 @@ class PseudoLabels(Method):
         self.unlabeled_mean: str = loss.unlabeled_mean
         self.confidence_weight: str = loss.confidence_weight
         self.threshold = loss.confidence_threshold
-        reads = catalog.get(self.settings.method).reads("loss.ct_after", setup.pairs)
-        self.after = loss.ct_after if reads else 0
+        about = catalog.get(self.settings.method)
+        self.after = about.steps_without_unlabeled(self.settings)
         self.labeled_beside = self.labeled_beside and not self.after
         self.teachers = followers.copies(self.students)
         self.ema = followers.EmaUpdate(self.teachers, self.students, self.settings.ema)

@@ -175,18 +175,13 @@ class Plan:
             f"{s.data.crop[0]}x{s.data.crop[1]} pixels, {s.data.batch_size} labelled{beside} "
             f"images a step."
         )
-        if joins := self._joins():
-            text += f" The unlabelled ones join after iteration {joins}."
-        begins = max(s.bank.start_after, joins)
+        if alone := self.about.steps_without_unlabeled(s):
+            text += f" The unlabelled ones join after iteration {alone}."
+        begins = max(s.bank.start_after, alone)
         if self._contrasts() and begins < s.train.iterations:
             after = f"after iteration {begins}" if begins else "at once"
             text += f" The contrast begins {after}, once its queues are full."
         return text
-
-    def _joins(self) -> int:
-        """Return how many steps are made without unlabelled images before they join."""
-        reads = self.about.reads("loss.ct_after", self.pairs)
-        return self.settings.loss.ct_after if reads else 0
 
     def _contrasts(self) -> bool:
         loss = self.settings.loss
@@ -201,13 +196,9 @@ class Plan:
                 f"Warning: the contrast never begins, because `bank.start_after` "
                 f"{self.settings.bank.start_after} is not below `train.iterations` {total}."
             )
-        if self._joins() >= total:
-            found.append(
-                f"Warning: unlabelled images never join, because `loss.ct_after` {loss.ct_after} "
-                f"is not below `train.iterations` {total}."
-            )
-        elif self.about.reads("loss.ct_ramp", self.pairs) and self._joins() + loss.ct_ramp > total:
-            after = f" after `loss.ct_after` {self._joins()}" if self._joins() else ""
+        alone = self.about.steps_without_unlabeled(self.settings)
+        if self.about.reads("loss.ct_ramp", self.pairs) and alone + loss.ct_ramp > total:
+            after = f" after {alone} iterations without unlabelled images" if alone else ""
             found.append(
                 f"Warning: the weight of the pseudo-labels never reaches its full value, because "
                 f"`loss.ct_ramp` {loss.ct_ramp}{after} is above `train.iterations` {total}."

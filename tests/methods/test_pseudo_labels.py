@@ -104,10 +104,11 @@ def test_classmix_with_fewer_classes_and_the_mean_over_all_pixels(tiny: Settings
 def test_students_learn_from_labelled_images_alone_before_the_others_join(
     tiny: Settings, name: str
 ) -> None:
-    change = {"loss": {"ct_after": 2, "ct_ramp": 4}, "bank": {"start_after": 0}}
-    engine = make(update(tiny, {"method": name, **change}, "test"))
+    change = {"loss": {"ct_after": 0.4, "ct_ramp": 4}, "bank": {"start_after": 0}}
+    engine = make(update(tiny, {"method": name, "train": {"iterations": 5}, **change}, "test"))
     pairs = len(engine.method.students)
-    alone = make(update(tiny, {"method": "supervised"}, "test"), pairs)
+    supervised = {"method": "supervised", "train": {"iterations": 5}}
+    alone = make(update(tiny, supervised, "test"), pairs)
     for seed in range(2):
         values = engine(batch(seed=seed), unlabelled())
         alone(batch(seed=seed), None)
