@@ -32,9 +32,9 @@ from tests.data import trees
 PROGRAM = [sys.executable, "-c", "from ctt.cli.sweep import main; main()"]
 TINY = shlex.split(
     "--data.labeled-pool 24 --data.eval-images 6 --data.batch-size 3 --data.crop 24 24 "
-    "--model.width 4 --model.features 8 --loss.gamma 0.2 --bank.capacity 4 --bank.per-class 4 "
-    "--train.iterations 8 --train.eval-every 2 --train.no-tensorboard --train.deterministic "
-    "--train.threads 1"
+    "--model.width 4 --model.features 8 --loss.gamma 0.2 --loss.ct-after 0 --bank.capacity 4 "
+    "--bank.per-class 4 --train.iterations 8 --train.eval-every 2 --train.no-tensorboard "
+    "--train.deterministic --train.threads 1"
 )
 FOUR = ["table4", "--only", "supervised", "all", "--seeds", "0", "1", "--shares", "6", *TINY]
 
