@@ -145,7 +145,7 @@ class GeometricView:
 @cache
 def centres(side: int) -> Tensor:
     """Return where the centres of so many pixels in a row lie in -1..1: (side,)."""
-    return (2 * torch.arange(side) + 1) / side - 1
+    return (2 * torch.arange(side, dtype=torch.float32, device="cpu") + 1) / side - 1
 
 
 def sampling_grid(theta: Affine, size: tuple[int, int]) -> Tensor:

@@ -116,11 +116,11 @@ def confusions(
             images, label = images.to(device), label.to(device).long()
             if shown is not None:
                 shown += torch.stack([histogram(one, classes)[:-1] > 0 for one in label]).sum(0)
-            total: Tensor | None = None  # of the teachers; as good as the mean for the largest
+            total: Tensor | None = None  # of the teachers; its largest is that of the mean
             for name, predict in predictors.items():
                 with reraise_out_of_memory(settings):
                     probability = predict(images)  # (B, C, H, W)
-                # argmax finds the same in five times the time on a CPU
+                # argmax finds the same, but takes up to five times as long on a CPU
                 count(matrices[name], probability.max(dim=1).indices, label)
                 if name in teachers:
                     total = probability if total is None else total.add_(probability)
