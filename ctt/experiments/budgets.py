@@ -28,7 +28,7 @@ def forwards(settings: Settings) -> Fraction:
         joined = Fraction(steps - about.steps_without_unlabeled(settings), steps)
         unlabeled = settings.data.unlabeled_batch_size or labeled
         found += joined * (2 + BACKWARD) * unlabeled  # the teachers see them as well
-    if about.contrast and (settings.loss.hc or settings.loss.lc):
+    if about.contrasts(settings):
         found += labeled // images_between(settings)  # which fill the banks
     return pairs * found
 

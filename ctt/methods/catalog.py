@@ -103,6 +103,11 @@ class About:
         unused = self.unused(pairs or self.pairs)
         return name not in unused and name.partition(".")[0] not in unused
 
+    def contrasts(self, settings: Settings) -> bool:
+        """Return whether steps of the run contrast pixels: the low-level contrast needs a peer."""
+        loss, pairs = settings.loss, settings.pairs or self.pairs
+        return self.contrast and (loss.hc > 0 or (loss.lc > 0 and pairs > 1))
+
     def steps_without_unlabeled(self, settings: Settings) -> int:
         """Return how many steps of the run see labelled images alone, see `loss.ct_after`."""
         if not self.reads("loss.ct_after", settings.pairs):

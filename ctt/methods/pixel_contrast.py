@@ -30,7 +30,7 @@ class PixelContrast(PseudoLabels):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         loss = self.settings.loss
-        self.contrasts = loss.hc > 0 or loss.lc > 0
+        self.contrasts = loss.hc > 0 or (loss.lc > 0 and len(self.students) > 1)
         widths = [student.feature_channels for student in self.students]
         self.banks = TeacherBanks(setup, min(widths))
         self.projections = Modules[nn.Module](nn.Identity() for _ in widths)

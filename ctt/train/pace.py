@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -30,8 +32,8 @@ def seconds_of_step(plan: Plan, parts: dict[str, int], done: int = 0) -> float |
     """Return the seconds of a training step with its images, without evaluation.
 
     Trains networks of its own. Where a step of a few images takes long, or that of the whole batch
-    much memory, the latter is worked out from the former. Steps of rounds with and without
-    unlabelled images are timed apart, and count as often as they come.
+    much memory, the latter is worked out from the former. Steps with and without unlabelled images,
+    or with and without a term that begins later, are timed apart and count as often as they come.
 
     Args:
         parts: the bytes that a step takes, see `estimate`.
@@ -70,20 +72,29 @@ def _timed(plan: Plan, images: int, done: int) -> float:
     engine = Engine(plan.build(), settings, plan.dataset.info, plan.device)
     starts, rounds = engine.rounds.starts, engine.rounds.rounds
     done = done if done < starts[-1] else 0
-    steps, seconds = Counter[str](), dict[str, float]()
-    for number, kind in enumerate(rounds):
-        left = max(0, starts[number + 1] - max(done, starts[number]))
-        steps[kind.images] += left
-        if left and kind.images not in seconds:
-            seconds[kind.images] = _timed_round(plan, engine, number)
+    steps, seconds = Counter[Hashable](), dict[Hashable, float]()
+    for number, first, end in _stretches(engine):
+        kind: Hashable = (rounds[number].images, engine.method.stage(first))
+        left = max(0, end - max(done, first))
+        steps[kind] += left
+        if left and kind not in seconds:
+            seconds[kind] = _timed_stretch(plan, engine, number, first, end)
     return sum(seconds[kind] * steps[kind] for kind in seconds) / steps.total()
 
 
-def _timed_round(plan: Plan, engine: Engine, number: int) -> float:
-    """Return the seconds of a step of a round, whose kept labels are a class everywhere."""
-    start, end = engine.rounds.starts[number : number + 2]
-    engine.iteration = start
-    engine.step.forget()  # other rounds draw other numbers
+def _stretches(engine: Engine) -> Iterator[tuple[int, int, int]]:
+    """Yield the parts of a run whose steps are of one round and stage: the number of the round, the
+    first iteration, and that after the last."""
+    for number, (start, end) in enumerate(itertools.pairwise(engine.rounds.starts)):
+        for _, within in itertools.groupby(range(start, end), engine.method.stage):
+            first, *rest = within
+            yield number, first, first + len(rest) + 1
+
+
+def _timed_stretch(plan: Plan, engine: Engine, number: int, first: int, end: int) -> float:
+    """Return the seconds of a step of such a part, whose kept labels are a class everywhere."""
+    engine.iteration = first
+    engine.step.forget()  # other rounds and stages draw other numbers
     times: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -92,7 +103,7 @@ def _timed_round(plan: Plan, engine: Engine, number: int) -> float:
         streams = Streams(plan, engine, folder)
         try:
             feed = streams.feed()
-            for _ in range(min(STEPS, end - start)):
+            for _ in range(min(STEPS, end - first)):
                 begin = time.perf_counter()
                 engine(*feed())
                 if plan.device.type == "cuda":

@@ -178,20 +178,16 @@ class Plan:
         if alone := self.about.steps_without_unlabeled(s):
             text += f" The unlabelled ones join after iteration {alone}."
         begins = max(s.bank.start_after, alone)
-        if self._contrasts() and begins < s.train.iterations:
+        if self.about.contrasts(s) and begins < s.train.iterations:
             after = f"after iteration {begins}" if begins else "at once"
             text += f" The contrast begins {after}, once its queues are full."
         return text
-
-    def _contrasts(self) -> bool:
-        loss = self.settings.loss
-        return self.about.contrast and (loss.hc > 0 or (loss.lc > 0 and self.pairs > 1))
 
     def warnings(self) -> list[str]:
         """Return a sentence for each thing that is allowed and probably not what the user meant."""
         found = []
         loss, total = self.settings.loss, self.settings.train.iterations
-        if self._contrasts() and self.settings.bank.start_after >= total:
+        if self.about.contrasts(self.settings) and self.settings.bank.start_after >= total:
             found.append(
                 f"Warning: the contrast never begins, because `bank.start_after` "
                 f"{self.settings.bank.start_after} is not below `train.iterations` {total}."
@@ -427,3 +423,25 @@ def check_rounds(old: dict[str, Any], new: Settings) -> None:
                 f"{name} {after}: this run was started with {before}, and the rounds of "
                 f"{new.method} depend on it. Leave it out, or start a new run."
             )
+
+
+def check_joined(old: dict[str, Any], new: Settings, done: int) -> None:
+    """Refuse to take the unlabelled images away from a resumed run that has seen them.
+
+    Args:
+        old: settings that the run has, as its checkpoint holds them.
+        done: its iterations.
+
+    Raises:
+        UserError: names the setting, and the value that leaves them where they are.
+    """
+    total = new.train.iterations
+    joined = int(old["loss"].get("ct_after", 0.0) * old["train"]["iterations"])
+    again = methods.get(new.method).steps_without_unlabeled(new)
+    if joined <= done < again:
+        share = math.floor(joined / total * 1e6) / 1e6
+        raise UserError(
+            f"`loss.ct_after` {new.loss.ct_after:g} of `train.iterations` {total}: students would "
+            f"see labelled images alone until iteration {again}, but the unlabelled images joined "
+            f"this run after iteration {joined}. Give `loss.ct_after` {share:g}."
+        )

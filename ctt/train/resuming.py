@@ -16,7 +16,7 @@ from ctt.errors import UserError
 from ctt.settings import WITHOUT_EFFECT, Settings, to_dict
 from ctt.train import same_data
 from ctt.train.loggers import flattened
-from ctt.train.plan import Plan, check_iterations, check_rounds
+from ctt.train.plan import Plan, check_iterations, check_joined, check_rounds
 
 
 def resume_hint(folder: Path | None) -> str:
@@ -61,6 +61,7 @@ def loading(saved: dict[str, Any], plan: Plan, folder: Path, rounds: int) -> Ite
         ) from None
     done = int(saved["iteration"])
     check_iterations(plan.settings, done)
+    check_joined(saved["settings"], plan.settings, done)
     if rounds > 1:
         check_rounds(saved["settings"], plan.settings)
     if done == plan.settings.train.iterations:

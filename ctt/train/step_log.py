@@ -25,8 +25,8 @@ class StepLog:
 
     def __init__(self, engine: Engine, console: Console, recorder: Recorder | None) -> None:
         self.engine, self.console, self.recorder = engine, console, recorder
-        self.paced = False  # the time that is left has been told
-        self.begun: tuple[int, float] | None = None  # iteration and seconds after the first step
+        self.paced = False  # the time that is left has been told in this stage
+        self.begun: tuple[int, float] | None = None  # iteration and seconds after its first step
         self.warned = False  # of pixels for which the teachers gave no finite probability
 
     def row(
@@ -56,25 +56,33 @@ class StepLog:
         show(losses=f"{shown}  {speed:.0f} images/s")
 
     def time_left(self, total: int, seconds: float, is_row: bool) -> None:
-        """Print once how long the run will take: after a few steps on a CPU, else after a row.
+        """Print how long the run will take: after a few steps on a CPU, else after a row.
 
-        The first step does not count, for much of it is done only once.
+        It is told once in each stage of the method, whose steps do more than those before. The
+        first step of a stage does not count, for much of it is done only once.
 
         Args:
             total: iterations of the run.
             seconds: of training so far.
             is_row: the step ends a row, for which the device has done all its work.
         """
-        done = self.engine.iteration
-        if self.begun is None:
-            self.begun = done, seconds
+        done, stage = self.engine.iteration, self.engine.method.stage
+        if self.begun is None or stage(done - 1) != stage(self.begun[0] - 1):
+            self.begun, self.paced = (done, seconds), False
         steps, spent = done - self.begun[0], seconds - self.begun[1]
         early = self.engine.device.type == "cpu" and steps >= FEWEST and spent >= ENOUGH
         if self.paced or steps == 0 or not (is_row or early):
             return
         self.paced = True
         if (left := (total - done) * spent / steps) > WORTH_TELLING:
-            self.console.print(f"About {duration(left)} to go, without evaluation.")
+            later = next((i for i in range(done, total) if stage(i) != stage(done - 1)), None)
+            told = f"About {duration(left)} to go, without evaluation."
+            if later is not None:
+                told = (
+                    f"About {duration(left)} to go at this speed, without evaluation; from "
+                    f"iteration {later} on a step does more."
+                )
+            self.console.print(told, soft_wrap=True)
 
     def _warn_of_lost_pixels(self, share: float) -> None:
         """Print once that a teacher gives no finite probabilities."""

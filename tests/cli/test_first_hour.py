@@ -57,7 +57,7 @@ def test_a_folder_on_a_cpu_is_trained_and_told_of_from_start_to_end(
     assert train._main([*base, "--out", str(out)]) == 0
     shown = told(capsys)
     assert re.search(sketch, shown)
-    assert len(re.findall(r"About [^.]+ to go, without evaluation", shown)) == 1
+    assert len(re.findall(r"About [^.]+ to go[^.]+, without evaluation", shown)) == 1
     classes = "background, red thing, green thing, blue thing"
     best = rf"Best network: \w+ after iteration \d, mIoU \d+\.\d over {classes} on 2 images\."
     assert re.search(rf"{best} Next: ctt-predict '{out}' IMAGES --out predictions$", shown)
@@ -145,20 +145,23 @@ def test_the_time_of_a_step_is_none_where_memory_is_short(
     assert pace.seconds_of_step(plan, {}) is None
 
 
-def test_every_kind_of_round_is_timed(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first round of self-training has no unlabelled images, and takes 3 of 10 steps."""
-    settings = update(tiny.with_method("self-training"), {"train": {"iterations": 10}}, "test")
-    plan, of_round, timed = Plan.of(settings, None), pace._timed_round, []
+def test_every_kind_of_step_is_timed(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first 3 of 10 steps there are no unlabelled images."""
+    timed, of_stretch = [], pace._timed_stretch
 
-    def noted(plan: Plan, engine: Engine, number: int) -> float:
-        assert of_round(plan, engine, number) > 0
-        timed.append(number)
-        return 10.0 if number else 1.0
+    def noted(plan: Plan, engine: Engine, number: int, first: int, end: int) -> float:
+        assert of_stretch(plan, engine, number, first, end) > 0
+        timed.append((number, first, end))
+        return 10.0 if first else 1.0
 
-    monkeypatch.setattr(pace, "_timed_round", noted)
-    assert pace.seconds_of_step(plan, {}) == pytest.approx(3 / 2 * (0.3 * 1 + 0.7 * 10))
-    assert pace.seconds_of_step(plan, {}, done=3) == pytest.approx(3 / 2 * 10)
-    assert timed == [0, 1, 1]
+    monkeypatch.setattr(pace, "_timed_stretch", noted)
+    for method, number in (("self-training", 1), ("mean-teacher", 0)):
+        change = {"train": {"iterations": 10}, "loss": {"ct_after": 0.3}}
+        plan = Plan.of(update(tiny.with_method(method), change, "test"), None)
+        assert pace.seconds_of_step(plan, {}) == pytest.approx(3 / 2 * (0.3 * 1 + 0.7 * 10))
+        assert pace.seconds_of_step(plan, {}, done=4) == pytest.approx(3 / 2 * 10)
+        assert timed == [(0, 0, 3), (number, 3, 10), (number, 3, 10)]
+        timed.clear()
 
 
 def test_the_help_lists_what_can_be_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +181,8 @@ def test_the_help_lists_what_can_be_named(capsys: pytest.CaptureFixture[str]) ->
 def test_the_time_left_is_told_early_where_nothing_must_be_waited_for(
     device: str, log_every: int, told_after: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine = SimpleNamespace(iteration=0, device=torch.device(device))
+    method = SimpleNamespace(stage=lambda _: 0)
+    engine = SimpleNamespace(iteration=0, device=torch.device(device), method=method)
     log, spent = StepLog(cast(Engine, engine), plain_console(), None), 8.0  # of the first step
     for engine.iteration in range(1, 41):
         log.time_left(1000, spent, engine.iteration % log_every == 0)
@@ -187,6 +191,23 @@ def test_the_time_left_is_told_early_where_nothing_must_be_waited_for(
         assert bool(shown) == (engine.iteration == told_after)
         left = round((1000 - engine.iteration) * 1.25 / 60)
         assert not shown or shown == f"About {left} minutes to go, without evaluation."
+
+
+def test_the_time_left_is_told_again_when_steps_do_more(capsys: pytest.CaptureFixture[str]) -> None:
+    """From iteration 20 on a step takes twice as long, and the first one longer."""
+    method = SimpleNamespace(stage=lambda iteration: int(iteration >= 20))
+    engine = SimpleNamespace(iteration=0, device=torch.device("cpu"), method=method)
+    log, spent, shown = StepLog(cast(Engine, engine), plain_console(), None), 0.0, {}
+    for engine.iteration in range(1, 41):
+        spent += {1: 8.0, 21: 30.0}.get(engine.iteration, 2.0 + 2.0 * (engine.iteration > 20))
+        log.time_left(1000, spent, False)
+        if text := told(capsys):
+            shown[engine.iteration] = text
+    assert shown == {
+        4: "About 33 minutes to go at this speed, without evaluation; from iteration 20 on a step "
+        "does more.",
+        24: "About 65 minutes to go, without evaluation.",
+    }
 
 
 def test_images_of_a_step_are_told(tiny: Settings) -> None:

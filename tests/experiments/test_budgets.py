@@ -20,6 +20,7 @@ from tests.train.steps import batch, make, unlabelled
         ({"data": {"unlabeled_batch_size": 5}}, 5),
         ({"data": {"batch_size": 4}, "bank": {"every": 3}}, 4),
         ({"pairs": 3}, 3),
+        ({"pairs": 1, "loss": {"hc": 0.0}}, 3),  # the low-level contrast needs a peer
     ],
 )
 def test_a_step_costs_what_the_engine_counts(

@@ -36,6 +36,25 @@ def done(settings: Settings, out: Path) -> Path:
     return out
 
 
+def test_unlabelled_images_that_have_joined_stay(tiny: Settings, out: Path) -> None:
+    """A share of more iterations is more of them."""
+    change = {"loss": {"ct_after": 0.5}, "train": {"iterations": 2, "tensorboard": False}}
+    settings = update(tiny.with_method("mean-teacher"), change, "test")
+    train(settings, out=out)
+    before = contents(out)
+    longer = update(settings, {"train": {"iterations": 6}}, "test")
+    for resume in RESUME:
+        with pytest.raises(
+            UserError,
+            match=r"until iteration 3, but .* iteration 1\. Give `loss\.ct_after` 0\.166666",
+        ):
+            resume(longer, resume=out)
+    assert contents(out) == before
+    assert train(update(longer, {"loss": {"ct_after": 0.166666}}, "test"), resume=out)
+    later = update(settings, {"loss": {"ct_after": 0.1}, "train": {"iterations": 10}}, "test")
+    assert train(later, resume=out)  # where they are is after iteration 1 again
+
+
 def test_other_settings_are_refused_once_all_iterations_are_done(
     settings: Settings, done: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
