@@ -59,7 +59,8 @@ def dry_run(
         with loading(saved, plan, begun, len(rounds)):
             method.load_state_dict(saved["method"])
         if finished(begun, done, settings.train.iterations) is not None:
-            console.print(nothing_left(begun, settings.train.iterations), soft_wrap=True)
+            told = nothing_left(begun, settings.train.iterations, len(rounds))
+            console.print(told, soft_wrap=True)
             return
     sketch = plan.sketch(method)
     parts = estimate(settings, method, plan.dataset.info, plan.about)

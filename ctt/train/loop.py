@@ -180,7 +180,8 @@ class Trainer:
         settings, engine = self.settings, self.engine
         total = settings.train.iterations
         if (summary := finished(self.folder, engine.iteration, total)) is not None:
-            self.console.print(nothing_left(self.folder, total), soft_wrap=True)
+            told = nothing_left(self.folder, total, len(engine.rounds.rounds))
+            self.console.print(told, soft_wrap=True)
             return summary
         if self.world.is_main:
             run.write_settings(self.folder, self.plan.asked)  # for the next time it is resumed

@@ -119,9 +119,14 @@ def finished(folder: Path, done: int, total: int) -> dict[str, Any] | None:
     return summary if whole else None
 
 
-def nothing_left(folder: Path, total: int) -> str:
-    """Return the sentence about a run that is finished."""
-    return (
-        f"The run in {folder} is finished: all {total} iterations are done and evaluated. To train "
-        f"further, give a larger `train.iterations`."
-    )
+def nothing_left(folder: Path, total: int, rounds: int) -> str:
+    """Return the sentences about a run that is finished.
+
+    Args:
+        total: its iterations.
+        rounds: how many its method has; more iterations would move them.
+    """
+    told = f"The run in {folder} is finished: all {total} iterations are done and evaluated."
+    if rounds > 1:
+        return f"{told} To train longer, start a new run: its rounds fit so many iterations alone."
+    return f"{told} To train further, give a larger `train.iterations`."

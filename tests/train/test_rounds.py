@@ -287,9 +287,15 @@ def test_a_round_begins_once_all_processes_have_labelled(tiny: Settings, tmp_pat
         assert found == ["a.png", "a.png", "b.png", "b.png", "images.txt"]
 
 
-def test_what_rounds_and_their_labels_depend_on_is_fixed(tiny: Settings, tmp_path: Path) -> None:
+def test_what_rounds_and_their_labels_depend_on_is_fixed(
+    tiny: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = settings_of("self-training", tiny)
     train(settings, out=tmp_path / "run")
+    for resume in (train, dry_run):  # no longer run of these rounds is offered, being refused
+        capsys.readouterr()
+        resume(settings, resume=tmp_path / "run")
+        assert "To train longer, start a new run" in " ".join(capsys.readouterr().out.split())
     for change, message in (
         ({"train": {"iterations": 30}}, r"`train.iterations` 30: this run was started with 24"),
         ({"options": {"first": 0.5}}, r"`options.first` 0.5: this run was started with 0.3"),
