@@ -206,11 +206,11 @@ def check_masks(
     from rich.progress import Progress
 
     from ctt.console import plain_console
-    from ctt.data.outside import OutsideMasks
+    from ctt.data.external_masks import ExternalMasks
 
     assert command.masks is not None
     options = ("--masks", "--mask-confidence")
-    masks = OutsideMasks(dataset, command.masks, command.mask_confidence, options)
+    masks = ExternalMasks(dataset, command.masks, command.mask_confidence, options)
     names = unlabeled
     if command.split_labeled is None:
         names = [n for n in (*labeled, *unlabeled) if masks.path(n).is_file()]

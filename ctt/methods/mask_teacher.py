@@ -26,8 +26,8 @@ TERM = "masks"
 class MaskTeacher:
     """The term of such masks, which take part in every mix of the images.
 
-    The batch holds `outside` (B, H, W), the mask, 255 where there is none, and
-    `outside confidence` (B, H, W).
+    The batch holds `external` (B, H, W), the mask, 255 where there is none, and
+    `external confidence` (B, H, W).
 
     Args:
         total: iterations of the run.
@@ -47,11 +47,11 @@ class MaskTeacher:
     ) -> Batch:
         """Return the masks (B, H, W) of the mixed images of a view, with their confidence, 0 where
         nothing is learnt, and how many pixels of all processes have one: ()."""
-        label, sure = mix(b["outside"]), mix(b["outside confidence"])
+        label, sure = mix(b["external"]), mix(b["external confidence"])
         label = label.masked_fill(sure < self.settings.threshold, IGNORE)
         sure = sure.masked_fill(label == IGNORE, 0)
         named = {"label": label, "sure": sure, "pixels": step.count(label)}
-        return {f"outside {name} {view}": value for name, value in named.items()}
+        return {f"external {name} {view}": value for name, value in named.items()}
 
     def loss(self, logits: Tensor, grid: Grid, b: Batch, view: object = 0) -> Tensor:
         """Return the cross-entropy times the confidence, its mean over the pixels of all masks.
@@ -59,7 +59,7 @@ class MaskTeacher:
         Args:
             logits: (B, C, h, w), on this grid.
         """
-        label, sure, pixels = (b[f"outside {n} {view}"] for n in ("label", "sure", "pixels"))
+        label, sure, pixels = (b[f"external {n} {view}"] for n in ("label", "sure", "pixels"))
         scores = upsample(logits, (label.shape[-2], label.shape[-1]), grid)
         entropy = F.cross_entropy(scores, label, ignore_index=IGNORE, reduction="none")
         return (entropy * sure).sum() / pixels

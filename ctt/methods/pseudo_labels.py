@@ -188,19 +188,19 @@ class PseudoLabels(Method):
 
     def cross_entropies(self, out: Sequence[Output], b: Batch, step: Step) -> Terms:
         """Return equations (1)-(5), summed over the students."""
-        n, sup, ct, outside = len(b["images"]), [], [], []
+        n, sup, ct, external = len(b["images"]), [], [], []
         with step.phase("cross-entropy"):
             for k, o in zip(self.learning, out, strict=True):
                 sup.append(self.labeled(o.logits[:n], self.students[k].grid, b, step))
                 if "mixed" in b:
                     ct.append(self.unlabeled_loss(k, o.logits[n:], b))
                     if self.masks is not None:
-                        outside.append(self.masks.loss(o.logits[n:], self.students[k].grid, b))
+                        external.append(self.masks.loss(o.logits[n:], self.students[k].grid, b))
             terms: Terms = {"sup": (self.settings.loss.sup, losses.sum_of(sup))}
             if ct:
                 terms["ct"] = (self.unlabeled_weight(step), losses.sum_of(ct))
-            if outside:
-                terms[TERM] = (step[TERM], losses.sum_of(outside))
+            if external:
+                terms[TERM] = (step[TERM], losses.sum_of(external))
         return terms
 
     def unlabeled_weight(self, step: Step) -> float | Tensor:

@@ -74,8 +74,8 @@ class TwoViews(MeanTeacher):
         sure = (confidence > 0) & (confidence >= self.threshold)
         return label.masked_fill(padding | ~sure, IGNORE)
 
-    def outside_term(self, values: list[Tensor], step: Step) -> Terms:
-        """Return the term of outside masks, the mean over both views, halved as the others are."""
+    def external_term(self, values: list[Tensor], step: Step) -> Terms:
+        """Return the term of external masks, the mean over both views, halved as the others are."""
         if not values:
             return {}
         return {TERM: (step[TERM] / 2, losses.sum_of(values) / len(VIEWS))}

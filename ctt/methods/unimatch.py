@@ -67,7 +67,7 @@ class UniMatch(TwoViews):
         return b
 
     def losses(self, b: Batch, step: Step) -> Terms:
-        sup, strong, features, outside = [], [], [], []
+        sup, strong, features, external = [], [], [], []
         for k, student in enumerate(self.students):
             grid, size = student.grid, (b["padding"].shape[-2], b["padding"].shape[-1])
             labeled, weak, perturbed = self.weak_views(k, b, step)
@@ -80,13 +80,13 @@ class UniMatch(TwoViews):
                 mixed = torch.where(b[f"own {v}"], label, b[f"label {v} {k}"])
                 strong.append(losses.pixel_cross_entropy(logits, grid, mixed, b[f"seen {v}"]))
                 if self.masks is not None:
-                    outside.append(self.masks.loss(logits, grid, b, v))
+                    external.append(self.masks.loss(logits, grid, b, v))
         o = self.options
         return {  # all of them halved, as in the program
             "sup": (self.settings.loss.sup / 2, losses.sum_of(sup)),
             "strong": (o.strong / 2, losses.sum_of(strong) / len(VIEWS)),
             "features": (o.features / 2, losses.sum_of(features)),
-            **self.outside_term(outside, step),
+            **self.external_term(external, step),
         }
 
     def weak_views(self, k: int, b: Batch, step: Step) -> tuple[Tensor, ...]:

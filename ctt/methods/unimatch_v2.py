@@ -55,7 +55,7 @@ class UniMatchV2(TwoViews):
         return b
 
     def losses(self, b: Batch, step: Step) -> Terms:
-        sup, strong, outside = [], [], []
+        sup, strong, external = [], [], []
         for k, student in enumerate(self.students):
             grid = student.grid
             logits = step.forward(student, self.labeled_view(k, b, step)).logits
@@ -70,9 +70,9 @@ class UniMatchV2(TwoViews):
                 taught = (b[f"label {v} {k}"], b[f"seen {v}"])
                 strong.append(losses.pixel_cross_entropy(logits, grid, *taught))
                 if self.masks is not None:
-                    outside.append(self.masks.loss(logits, grid, b, v))
+                    external.append(self.masks.loss(logits, grid, b, v))
         return {  # both of them halved, as in the program
             "sup": (self.settings.loss.sup / 2, losses.sum_of(sup)),
             "strong": (self.options.weight / 2, losses.sum_of(strong) / len(VIEWS)),
-            **self.outside_term(outside, step),
+            **self.external_term(external, step),
         }

@@ -12,14 +12,14 @@ from ctt.data.views import to_unit
 from ctt.methods.base import Batch, Round
 
 
-def batch_of(inputs: Sequence[Tensor], kind: Round, outside: bool = False) -> Batch:
+def batch_of(inputs: Sequence[Tensor], kind: Round, external: bool = False) -> Batch:
     """Return the batch that a method gets from what the loader gives.
 
     That is images and label and, if the method takes unlabelled images, those images and a second
-    map: 255 in the padding, or packed labels (see `ctt.data.packed`): kept ones or outside masks.
+    map: 255 in the padding, or packed labels (see `ctt.data.packed`): kept ones or external masks.
 
     Args:
-        outside: the label is a mask that another model made, see `ctt.methods.mask_teacher`.
+        external: the label is a mask that another model made, see `ctt.methods.mask_teacher`.
     """
     b: Batch = {"images": to_unit(inputs[0]), "label": inputs[1].long()}
     if len(inputs) > 2:
@@ -27,8 +27,8 @@ def batch_of(inputs: Sequence[Tensor], kind: Round, outside: bool = False) -> Ba
     if len(inputs) > 2 and kind.images == "kept":
         b["kept"], b["kept confidence"] = unpack(inputs[3])
         b["padding"] = b["kept"] == IGNORE
-    elif len(inputs) > 2 and outside:
-        b["outside"], b["outside confidence"] = unpack(inputs[3])
+    elif len(inputs) > 2 and external:
+        b["external"], b["external confidence"] = unpack(inputs[3])
         b["padding"] = inputs[3] < 0
     return b
 

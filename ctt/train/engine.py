@@ -121,8 +121,8 @@ class Engine:
         step, method = self.step, self.method
         step.whole, step.logged, step.forwards = True, {}, {True: 0, False: 0}
         with step.phase("views"):
-            outside = self.settings.masks.folder is not None
-            b = batch_of(inputs, self.rounds.rounds[method.round], outside)
+            external = self.settings.masks.folder is not None
+            b = batch_of(inputs, self.rounds.rounds[method.round], external)
         with torch.no_grad():
             b = method.prepare(b | method.labeled.totals(b["label"], step), step)
         for optimizer in self.optimizers.values():

@@ -144,9 +144,9 @@ def step_without_data(
             if about.unlabeled:
                 pixels, padding = made_up(data.unlabeled_images)
                 more = [pixels, padding.int()]
-            outside = settings.masks.folder is not None
+            external = settings.masks.folder is not None
             given = [*labeled, *more] if kind.images != "none" else labeled
-            yield batch_of(given, kind, outside), step
+            yield batch_of(given, kind, external), step
     finally:
         constant.cache_clear()  # those made meanwhile have no data
 

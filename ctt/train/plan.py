@@ -17,9 +17,9 @@ from ctt import methods, run
 from ctt.data.balance import class_pixels
 from ctt.data.check import check_quickly, handful, not_evaluated
 from ctt.data.dataset import IGNORE, Dataset, DatasetInfo
+from ctt.data.external_masks import ExternalMasks
 from ctt.data.files import FEW
 from ctt.data.fit import FITTING, fitting_crop
-from ctt.data.outside import OutsideMasks
 from ctt.data.split import make_split, read_list
 from ctt.device import pick_device
 from ctt.errors import UserError
@@ -60,7 +60,7 @@ class Plan:
     unlabeled: list[str]
     fresh: bool
     origins: list[str] = field(default_factory=list)
-    masks: OutsideMasks | None = None
+    masks: ExternalMasks | None = None
     class_pixels: Tensor | None = None
 
     @classmethod
@@ -90,7 +90,7 @@ class Plan:
             data = replace(settings.data, unlabeled_batch_size=0)
             settings = replace(settings, data=data)
         pairs = settings.pairs or about.pairs
-        masks = outside_masks(settings, dataset, unlabeled)
+        masks = external_masks(settings, dataset, unlabeled)
         parts = (about, pairs, device, dataset, labeled, unlabeled)
         return cls(settings, asked, *parts, resume is None, masks=masks)
 
@@ -271,9 +271,9 @@ def teachers_of_run(
     return list(trained.networks.values()), trained.info
 
 
-def outside_masks(
+def external_masks(
     settings: Settings, dataset: Dataset, unlabeled: list[str]
-) -> OutsideMasks | None:
+) -> ExternalMasks | None:
     """Return the masks that another model made of the unlabelled images, after a quick look.
 
     Raises:
@@ -282,7 +282,7 @@ def outside_masks(
     s = settings.masks
     if s.folder is None:
         return None
-    masks = OutsideMasks(dataset, s.folder, s.confidence)
+    masks = ExternalMasks(dataset, s.folder, s.confidence)
     masks.check(unlabeled, handful(unlabeled))
     return masks
 

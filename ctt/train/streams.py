@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+from ctt.data.external_masks import WithMasks
 from ctt.data.loader import DrawSampler, ViewDataset, load
-from ctt.data.outside import WithMasks
 from ctt.data.prepare import Prepared
 from ctt.data.rare import RareClasses
 from ctt.data.views import GeometricView

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from ctt.data.dataset import Dataset
+from ctt.data.external_masks import ExternalMasks
 from ctt.data.folder import Folder
 from ctt.data.masks import read_mask
 from ctt.data.options import DatasetOptions
-from ctt.data.outside import OutsideMasks
 from ctt.data.tiles import cut
 from ctt.errors import UserError
 from tests.data.rasters import save
@@ -93,7 +93,7 @@ def test_a_map_of_confidence_of_one_bit_is_black_or_white(tmp_path: Path) -> Non
     sure = Image.fromarray(DARK_OR_BRIGHT * 255).convert("1")
     sure.save(tmp_path / "m" / "images" / "a_confidence.png")
     dataset: Dataset = opened_with_masks(root)
-    packed = OutsideMasks(dataset, tmp_path / "m", tmp_path / "m").pair("images/a.png")[1]
+    packed = ExternalMasks(dataset, tmp_path / "m", tmp_path / "m").pair("images/a.png")[1]
     assert sorted(set(packed.flatten().tolist())) == [0, 255 << 8 | 1]
 
 

@@ -13,7 +13,7 @@ from ctt.methods.mask_settings import MaskSettings
 from ctt.methods.mask_teacher import MaskTeacher
 from ctt.settings import Settings, update
 from ctt.train.loop import train
-from tests.data.test_outside import write_masks, write_sure
+from tests.data.test_external_masks import write_masks, write_sure
 from tests.methods.objectives import objective, odd_batch, scores
 from tests.methods.test_labeled import same, train_exactly
 from tests.train.processes import finish, shown, start
@@ -30,21 +30,21 @@ def test_the_term_equals_its_formula(tiny: Settings, name: str) -> None:
     settings = with_masks(tiny, name, {"threshold": 0.3, "weight": 0.7})
     b = odd_batch()
     rng = torch.Generator().manual_seed(5)
-    outside = torch.randint(0, 11, b["label"].shape, generator=rng)
-    outside[0, :9] = 255
+    external = torch.randint(0, 11, b["label"].shape, generator=rng)
+    external[0, :9] = 255
     sure = torch.rand(b["label"].shape, generator=rng, dtype=torch.float64)
-    outside[b["padding"]] = 255
+    external[b["padding"]] = 255
     sure[b["padding"]] = 0
-    engine, terms = objective(settings, b | {"outside": outside, "outside confidence": sure})
+    engine, terms = objective(settings, b | {"external": external, "external confidence": sure})
     expected = torch.zeros((), dtype=torch.float64)
     for student in engine.method.students:
         # batch norm sees labelled and unlabelled images together
         both = scores(student, torch.cat([b["images"], b["unlabeled"]]))[len(b["images"]) :]
         log_p = both.log_softmax(dim=1)
         total, pixels = 0.0, 0
-        for i, y, x in (outside != 255).nonzero().tolist():
+        for i, y, x in (external != 255).nonzero().tolist():
             if sure[i, y, x] >= 0.3:
-                total -= float(sure[i, y, x] * log_p[i, outside[i, y, x], y, x].detach())
+                total -= float(sure[i, y, x] * log_p[i, external[i, y, x], y, x].detach())
                 pixels += 1
         expected += total / pixels
     torch.testing.assert_close(terms["masks"], expected)
@@ -54,11 +54,11 @@ def test_the_term_equals_its_formula(tiny: Settings, name: str) -> None:
 def test_both_views_learn_them(tiny: Settings, name: str) -> None:
     settings = with_masks(tiny, name, {})
     b = odd_batch()
-    outside = torch.full(b["label"].shape, 3)
-    given = b | {"outside": outside, "outside confidence": torch.ones(outside.shape).double()}
+    external = torch.full(b["label"].shape, 3)
+    given = b | {"external": external, "external confidence": torch.ones(external.shape).double()}
     _, terms = objective(settings, given)
     assert terms["masks"] > 1  # random weights
-    given["outside"] = torch.full_like(outside, 255)
+    given["external"] = torch.full_like(external, 255)
     _, terms = objective(settings, given)
     assert terms["masks"] == 0
 
@@ -89,12 +89,12 @@ def test_the_weight_fades() -> None:
 
 def test_ignored_masks_give_0_not_nan() -> None:
     logits = torch.randn(1, 3, 2, 2)
-    b = {"outside label 0": torch.full((1, 2, 2), 255), "outside sure 0": torch.zeros(1, 2, 2)}
-    b["outside pixels 0"] = torch.ones(())
+    b = {"external label 0": torch.full((1, 2, 2), 255), "external sure 0": torch.zeros(1, 2, 2)}
+    b["external pixels 0"] = torch.ones(())
     from ctt.models.base import Grid
 
     assert MaskTeacher(MaskSettings(), 1).loss(logits, Grid(1), b) == 0
-    assert F.cross_entropy(logits, b["outside label 0"], ignore_index=255).isnan()
+    assert F.cross_entropy(logits, b["external label 0"], ignore_index=255).isnan()
 
 
 def test_a_run_learns_from_masks_and_resumes(tiny: Settings, out: Path, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from ctt.configure import refuse_unused
 from ctt.data import open_dataset
 from ctt.data.dataset import Dataset
 from ctt.data.digits import INFO, Digits
+from ctt.data.external_masks import ExternalMasks, WithMasks
 from ctt.data.options import DatasetOptions
-from ctt.data.outside import OutsideMasks, WithMasks
 from ctt.data.packed import pack, unpack
 from ctt.data.pictures import ORIENTATION
 from ctt.data.views import GeometricView
@@ -56,18 +56,18 @@ def dataset() -> Digits:
 def test_masks_and_their_confidence_are_read(dataset: Digits, tmp_path: Path, end: str) -> None:
     name = dataset.train_ids()[3]
     folder = write_masks(tmp_path, dataset, [name], end)
-    plain = OutsideMasks(dataset, folder, None)
+    plain = ExternalMasks(dataset, folder, None)
     label, sure = unpack(plain.pair(name)[1])
     assert torch.equal(label, dataset.label(name).long())
     assert (sure == 1).all()
     write_sure(folder, dataset, [name])
     stored = np.asarray(Image.open(folder / f"{name}_confidence.png"))
-    label, sure = unpack(OutsideMasks(dataset, folder, folder).pair(name)[1])
+    label, sure = unpack(ExternalMasks(dataset, folder, folder).pair(name)[1])
     assert torch.equal(label, dataset.label(name).long())
     torch.testing.assert_close(sure, torch.from_numpy(stored / 255).float())
     (folder / f"{name}_confidence.png").unlink()
     with pytest.raises(UserError, match="must hold a map of confidence"):
-        OutsideMasks(dataset, folder, folder).pair(name)  # not the mask itself
+        ExternalMasks(dataset, folder, folder).pair(name)  # not the mask itself
 
 
 def test_masks_are_found_by_the_name_of_the_image_file(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_masks_are_found_by_the_name_of_the_image_file(tmp_path: Path) -> None:
     name = city.train_ids()[0]
     stem = city.files(name, labeled=False)[0].stem
     trees.save_mask(tmp_path / "m" / f"{stem}_mask.png", city.label(name).numpy(), "P")
-    assert OutsideMasks(city, tmp_path / "m", None).path(name).name == f"{stem}_mask.png"
+    assert ExternalMasks(city, tmp_path / "m", None).path(name).name == f"{stem}_mask.png"
 
 
 @pytest.mark.parametrize("given", ["mine", "mine/unlabeled", "mine/unlabeled/a"])
@@ -88,7 +88,7 @@ def test_what_ctt_predict_writes_is_found(tmp_path: Path, given: str) -> None:
     below = (root / "unlabeled" / "a").relative_to(tmp_path / given)
     trees.save_mask(tmp_path / "m" / below / "1_mask.png", np.zeros((8, 8), np.uint8), "P")
     trees.save_mask(tmp_path / "m" / below / "1_confidence.png", np.ones((8, 8), np.uint8), "L")
-    masks = OutsideMasks(dataset, tmp_path / "m", tmp_path / "m")
+    masks = ExternalMasks(dataset, tmp_path / "m", tmp_path / "m")
     assert masks.path("unlabeled/a/1.jpg").parent == tmp_path / "m" / below
     masks.check(["unlabeled/a/1.jpg"], ["unlabeled/a/1.jpg"])
     with pytest.raises(UserError, match=r"m/unlabeled/photo 0_mask\.png: there is no such file"):
@@ -100,7 +100,7 @@ def test_a_mask_that_fits_two_images_is_refused(tmp_path: Path) -> None:
     dataset = open_dataset("folder", root, DatasetOptions())
     for place in (tmp_path / "m", tmp_path / "m" / "unlabeled"):
         trees.save_mask(place / "photo 0_mask.png", np.zeros((40, 48), np.uint8), "L")
-    masks = OutsideMasks(dataset, tmp_path / "m", None)
+    masks = ExternalMasks(dataset, tmp_path / "m", None)
     assert masks.path("unlabeled/photo 0.JPG").parent.name == "unlabeled"
     (tmp_path / "m" / "unlabeled" / "photo 0_mask.png").unlink()
     with pytest.raises(UserError, match=r"m/photo 0_mask\.png could belong to images/photo 0\.jpg"):
@@ -112,7 +112,7 @@ def test_a_mask_that_fits_two_images_is_refused(tmp_path: Path) -> None:
 def test_masks_follow_the_geometry(dataset: Digits, tmp_path: Path) -> None:
     """As labels do, which the tests of views hold to the image."""
     names = dataset.train_ids()[:3]
-    masks = OutsideMasks(dataset, write_masks(tmp_path, dataset, names), None)
+    masks = ExternalMasks(dataset, write_masks(tmp_path, dataset, names), None)
     view = GeometricView((30, 46), (0.7, 1.4), True, 10.0, 0.1, (0.5, 0.5, 0.5))
     for seed in range(6):
         name = names[seed % 3]
@@ -144,7 +144,7 @@ def test_every_mask_is_compared_with_its_image_as_that_is_read(
     for name, size in zip(names, ((40, 48), (48, 40), (48, 40)), strict=True):
         trees.save_mask(tmp_path / "m" / f"{name}.png", np.ones(size, np.uint8), "L")
     cache = tmp_path / "cache" if cached else None
-    masks = OutsideMasks(own, tmp_path / "m", None)
+    masks = ExternalMasks(own, tmp_path / "m", None)
     for _ in range(2):  # the cache is written, then read
         prepared = WithMasks(own, resize, cache, masks)
         for name, size in ((names[0], (40, 48)), (names[2], (48, 40))):

@@ -26,7 +26,7 @@ SURE = 255  # confidence of a pixel where no map says otherwise
 FIELDS = ("`masks.folder`", "`masks.confidence`")
 
 
-class OutsideMasks:
+class ExternalMasks:
     """Finds and reads the masks.
 
     Args:
@@ -192,7 +192,7 @@ class WithMasks(Prepared):
         dataset: Dataset,
         size: tuple[int, int] | None,
         cache: Path | None,
-        masks: OutsideMasks,
+        masks: ExternalMasks,
     ) -> None:
         super().__init__(dataset, size, cache)
         self.masks = masks
