@@ -123,7 +123,9 @@ def section(file: Path, embeddings: bool = False) -> Section:
             found.charts += [score_by_cost(own, column, of) for column in ("forwards", "seconds")]
     for (share, budget), chosen in results.groups(done, "share", "budget").items():
         found.tables.append(comparison(chosen, share, budget, baseline))
-        found.tables += by_class(chosen, found.tables[-1].title)
+        where = found.tables[-1].title
+        found.tables += by_class(chosen, where)
+        found.tables += inside(chosen, where)
     found.charts += curves(file.with_name(f"{file.stem}{CURVES}"))
     found.charts += pictures(done, file.parent / RUNS, embeddings)
     beside = file.with_suffix(".yaml")
@@ -227,6 +229,20 @@ def by_class(rows: Sequence[Row], where: str) -> list[Table]:
     ]
     names = (name.removeprefix(results.IOU) for name in columns)
     return [Table(f"IoU of the classes, {where}", ("row", *names), lines)]
+
+
+def inside(rows: Sequence[Row], where: str) -> list[Table]:
+    """Return the table of what the last evaluation measured on unlabelled images; none if the rows
+    have nothing of it."""
+    columns = [name for name in results.INSIDE if numbers(rows, name)]
+    if not columns:
+        return []
+    lines = [
+        (variant, *(spread(numbers(own, name), 2) for name in columns))
+        for (variant,), own in results.groups(rows, "variant").items()
+    ]
+    names = (name.replace("_", " ") for name in columns)
+    return [Table(f"On unlabelled images in the end, {where}", ("row", *names), lines)]
 
 
 COSTS = ("iterations", "forwards", "seconds")

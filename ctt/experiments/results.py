@@ -56,6 +56,12 @@ NUMBERS = (
     *("iteration", "iterations", "forwards", "seconds"),
 )
 
+# what the last evaluation saw inside the run, see `ctt.train.measures.names`
+INSIDE = (
+    *("confident_pixels", "pseudo_label_accuracy", "confident_accuracy"),
+    *("teachers_agree", "teachers_apart", "students_agree", "weights_apart"),
+)
+
 Row = dict[str, str]
 
 
@@ -126,6 +132,16 @@ def curve(metrics: Iterable[Mapping[str, str]]) -> list[tuple[int, float]]:
         if scores and (value := _single(scores)) is not None:
             points.append((int(row["iteration"]), value))
     return points
+
+
+def inside(metrics: Iterable[Mapping[str, str]]) -> Row:
+    """Return the last values of what is measured inside a run, by the rows of its metrics.csv."""
+    return {
+        name: f"{float(value):.3f}"
+        for row in metrics
+        for name in INSIDE
+        if _is_number(value := row.get(name, ""))
+    }
 
 
 def write(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:

@@ -159,10 +159,12 @@ def _write_results(path: Path, runs: Sequence[Run], command: Sequence[str]) -> l
         row |= {name: str(value) for name, value in own.items()}
         rows.append(row)
         if row["status"] == DONE:
+            metrics = read_rows(r.folder / "metrics.csv")
+            row |= results.inside(metrics)
             place = {name: row[name] for name in ("share", "budget", "variant", "seed")}
             curves += [
                 {**place, "iteration": str(iteration), "last": f"{value:.2f}"}
-                for iteration, value in results.curve(read_rows(r.folder / "metrics.csv"))
+                for iteration, value in results.curve(metrics)
             ]
     columns = [*results.COLUMNS, *dict.fromkeys(name for own in others for name in own)]
     results.write(path, rows, columns)

@@ -24,12 +24,13 @@ def names(networks: Iterable[str]) -> list[str]:
     confident_pixels: share of pixels of which a teacher is as sure as the threshold asks.
     pseudo_label_accuracy: share of pixels that a teacher classifies well, where the dataset knows
         the labels that are hidden from training.
+    confident_accuracy: the same of the confident pixels alone.
     teachers_agree, students_agree: share of pixels to which two of them give one class.
     teachers_apart: half the L1 distance of their probabilities, 0 to 1.
     weights_apart: distance of two students' weights, relative to their length.
     """
     teachers, students = (_of(networks, kind) for kind in ("teacher", "student"))
-    found = ["confident_pixels", "pseudo_label_accuracy"]
+    found = ["confident_pixels", "pseudo_label_accuracy", "confident_accuracy"]
     if len(teachers) > 1:
         found += ["teachers_agree", "teachers_apart"]
     if len(students) > 1:
@@ -99,9 +100,11 @@ def _of_image(
     teachers, students = _of(given, "teacher"), _of(given, "student")
     answers = {name: p.max(dim=0) for name, p in given.items()}
     for name in teachers or students:
-        yield "confident_pixels", (answers[name].values >= threshold).double()
-        right = answers[name].indices == label
-        yield "pseudo_label_accuracy", right[label != IGNORE].double()
+        sure = answers[name].values >= threshold
+        yield "confident_pixels", sure.double()
+        right = (answers[name].indices == label).double()
+        yield "pseudo_label_accuracy", right[label != IGNORE]
+        yield "confident_accuracy", right[(label != IGNORE) & sure]
     for kind, group in (("teachers", teachers), ("students", students)):
         for a, b in combinations(group, 2):
             yield f"{kind}_agree", (answers[a].indices == answers[b].indices).double()

@@ -212,6 +212,7 @@ def test_results_come_with_the_program() -> None:
         "digits",
         "digits-long",
         "digits-long-twice",
+        "earth",
         "earth-encoders",
         "earth-tune",
         "earth-tune-600",

@@ -26,6 +26,7 @@ from ctt.experiments import catalog, paper, pool, runs
 from ctt.experiments.results import Row, read
 from ctt.inference.load import load_trained
 from ctt.settings import Settings
+from ctt.train.record import read_rows
 from tests.conftest import leave_out_figures
 from tests.data import trees
 
@@ -77,6 +78,9 @@ def test_the_table_tells_what_was_run(whole: Path) -> None:
         teachers = [scores for name, scores in summary["class_iou"].items() if "teacher" in name]
         expected = sum(scores["background"] for scores in teachers) / len(teachers)
         assert float(row["iou background"]) == pytest.approx(expected, abs=0.006)
+        metrics = read_rows(whole / "runs" / row["settings_hash"] / "metrics.csv")
+        for name in ("confident_pixels", "pseudo_label_accuracy"):
+            assert float(row[name]) == pytest.approx(float(metrics[-1][name]), abs=0.0006)
     # 8 steps with 3 labelled images, 3 passes each; of two pairs with as many unlabelled ones too,
     # and the teachers with these and with one of the labelled ones, for the banks
     assert [row["forwards"] for row in rows[:2]] == ["72", str(8 * (3 * 3 * 4 + 2 * 3 + 2))]

@@ -94,6 +94,7 @@ def test_pixels_without_data_do_not_count() -> None:
     assert found == {
         "confident_pixels": 1,
         "pseudo_label_accuracy": 1,
+        "confident_accuracy": 1,
         "teachers_agree": 1,
         "teachers_apart": 0,
     }
@@ -106,6 +107,7 @@ def test_numbers_of_two_pairs() -> None:
     )
     assert found["confident_pixels"] == pytest.approx(3 / 4)
     assert found["pseudo_label_accuracy"] == pytest.approx(3 / 4)  # of the image that has a label
+    assert found["confident_accuracy"] == 1  # the one that is wrong is unsure
     assert found["teachers_agree"] == pytest.approx(1 / 2)
     assert found["students_agree"] == 1
     p, q = (torch.tensor(x).softmax(0) for x in (right[1], zero[1]))
@@ -116,8 +118,11 @@ def test_numbers_of_two_pairs() -> None:
 def test_one_pair_has_nothing_to_agree_with() -> None:
     table = [row(c3=1), row(c3=1)]
     found = measured({"student_1": table, "teacher_1": table}, threshold=0.1)
-    assert found == {"confident_pixels": 1.0, "pseudo_label_accuracy": 0.5}
+    accuracy = dict.fromkeys(("pseudo_label_accuracy", "confident_accuracy"), 0.5)
+    assert found == {"confident_pixels": 1.0} | accuracy
     assert measured({"student_1": table}, threshold=0.1) == found
+    unsure = measured({"student_1": table}, threshold=1.0)
+    assert unsure == {"confident_pixels": 0.0, "pseudo_label_accuracy": 0.5}
 
 
 def test_distance_of_weights() -> None:
