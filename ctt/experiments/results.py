@@ -51,15 +51,15 @@ COLUMNS = (
     "python",
     "error",
 )
-NUMBERS = (
-    *("last", "ensemble", "best", "labeled"),
-    *("iteration", "iterations", "forwards", "seconds"),
-)
-
 # what the last evaluation saw inside the run, see `ctt.train.measures.names`
 INSIDE = (
     *("confident_pixels", "pseudo_label_accuracy", "confident_accuracy"),
     *("teachers_agree", "teachers_apart", "students_agree", "weights_apart"),
+)
+NUMBERS = (
+    *("last", "ensemble", "best", "labeled"),
+    *("iteration", "iterations", "forwards", "seconds"),
+    *INSIDE,
 )
 
 Row = dict[str, str]
@@ -135,13 +135,15 @@ def curve(metrics: Iterable[Mapping[str, str]]) -> list[tuple[int, float]]:
 
 
 def inside(metrics: Iterable[Mapping[str, str]]) -> Row:
-    """Return the last values of what is measured inside a run, by the rows of its metrics.csv."""
-    return {
-        name: f"{float(value):.3f}"
-        for row in metrics
-        for name in INSIDE
-        if _is_number(value := row.get(name, ""))
-    }
+    """Return what the last evaluation measured inside a run, by the rows of its metrics.csv.
+
+    A number that this evaluation lacks is left out, even if an earlier one had it.
+    """
+    last: Row = {}
+    for row in metrics:
+        found = {name: row[name] for name in INSIDE if _is_number(row.get(name, ""))}
+        last = found or last
+    return {name: f"{float(value):.3f}" for name, value in last.items()}
 
 
 def write(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
@@ -188,7 +190,7 @@ def read_table(path: Path, needed: Sequence[str]) -> list[Row]:
             f"{path}: this is no table of ctt-sweep, because the column {missing[0]} is missing."
         )
     for number, row in enumerate(rows, 2):
-        for name in NUMBERS:
+        for name in (*NUMBERS, *(name for name in row if name.startswith(IOU))):
             if row.get(name) and not _is_number(row[name]):
                 raise UserError(f"{path}, line {number}: {name} is no number: {row[name]!r}.")
     return rows

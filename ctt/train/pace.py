@@ -92,7 +92,8 @@ def _stretches(engine: Engine) -> Iterator[tuple[int, int, int]]:
 
 
 def _timed_stretch(plan: Plan, engine: Engine, number: int, first: int, end: int) -> float:
-    """Return the seconds of a step of such a part, whose kept labels are a class everywhere."""
+    """Return the seconds of a step of such a part. One class everywhere stands for the labels that
+    an earlier round would have left."""
     engine.iteration = first
     engine.step.forget()  # other rounds and stages draw other numbers
     times: list[float] = []

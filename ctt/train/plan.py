@@ -439,7 +439,7 @@ def check_joined(old: dict[str, Any], new: Settings, done: int) -> None:
     joined = int(old["loss"].get("ct_after", 0.0) * old["train"]["iterations"])
     again = methods.get(new.method).steps_without_unlabeled(new)
     if joined <= done < again:
-        share = math.floor(joined / total * 1e6) / 1e6
+        share = math.ceil(joined / total * 1e6) / 1e6  # rounded up, as steps are cut
         raise UserError(
             f"`loss.ct_after` {new.loss.ct_after:g} of `train.iterations` {total}: students would "
             f"see labelled images alone until iteration {again}, but the unlabelled images joined "

@@ -207,6 +207,26 @@ def test_the_page_of_the_results_that_come_with_the_program(folder: Path, tmp_pa
     assert "nan" not in text
 
 
+def test_what_the_last_evaluation_lacks_is_not_taken_from_one_before() -> None:
+    rows = [
+        {"confident_pixels": "0.4", "confident_accuracy": "0.75"},
+        {"confident_pixels": "0", "confident_accuracy": ""},  # no pixel is confident any more
+        {"loss_sup": "0.1"},
+    ]
+    assert results.inside(rows) == {"confident_pixels": "0.000"}
+    assert results.inside(rows[2:]) == {}
+
+
+@pytest.mark.parametrize("column", ["confident_pixels", "iou ice", "weights_apart"])
+def test_every_number_of_a_page_is_checked(column: str, tmp_path: Path) -> None:
+    (folder,) = (folder for folder in COMMITTED if folder.name == "earth")
+    rows = results.read(folder / "table5.csv")
+    rows[1][column] = "many"
+    results.write(tmp_path / "bad.csv", rows, list(rows[0]))
+    with pytest.raises(UserError, match=f"line 3: {column} is no number: 'many'"):
+        report._main([str(tmp_path / "bad.csv")])
+
+
 def test_results_come_with_the_program() -> None:
     assert [folder.name for folder in COMMITTED] == [
         "digits",

@@ -46,11 +46,11 @@ def test_unlabelled_images_that_have_joined_stay(tiny: Settings, out: Path) -> N
     for resume in RESUME:
         with pytest.raises(
             UserError,
-            match=r"until iteration 3, but .* iteration 1\. Give `loss\.ct_after` 0\.166666",
+            match=r"until iteration 3, but .* iteration 1\. Give `loss\.ct_after` 0\.166667",
         ):
             resume(longer, resume=out)
     assert contents(out) == before
-    assert train(update(longer, {"loss": {"ct_after": 0.166666}}, "test"), resume=out)
+    assert train(update(longer, {"loss": {"ct_after": 0.166667}}, "test"), resume=out)
     later = update(settings, {"loss": {"ct_after": 0.1}, "train": {"iterations": 10}}, "test")
     assert train(later, resume=out)  # where they are is after iteration 1 again
 
