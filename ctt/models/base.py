@@ -320,7 +320,13 @@ def scale_up(x: Tensor, size: tuple[int, int], factor: int, *, corners: bool) ->
         x = F.interpolate(x, size=inner, mode="bilinear", align_corners=True)
     if not torch.compiler.is_exporting() and (inner[0], inner[1]) == size:
         return x  # nothing is added; an exported graph would hold for such sizes alone
-    return F.pad(x, (0, size[1] - inner[1], 0, size[0] - inner[0]), mode="replicate")
+    bottom, right = size[0] - inner[0], size[1] - inner[1]
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # inductor expects another memory format of the gradient of F.pad than PyTorch returns
+        x = torch.cat([x, x[:, :, -1:].expand(-1, -1, max(bottom, 0), -1)], dim=2)
+        x = torch.cat([x, x[..., -1:].expand(-1, -1, -1, max(right, 0))], dim=3)
+        return x[:, :, : size[0], : size[1]]
+    return F.pad(x, (0, right, 0, bottom), mode="replicate")
 
 
 def cut(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ctt.models.base import Grid, pad_to_multiple, scale_up, upsample
@@ -46,6 +47,24 @@ def test_corners_are_those_of_any_size(factor: int) -> None:
     assert torch.equal(found[:, :, : 6 * factor + 1, : 5 * factor + 1], exact)
     assert torch.equal(found[:, :, 6 * factor :, 0], x[:, :, 6:, 0].expand(-1, -1, factor))
     assert torch.equal(scale_up(x, (5, 4), factor, corners=True), found[:, :, :5, :4])
+
+
+def test_scaling_up_compiles_with_its_gradient() -> None:
+    """PyTorch's compiler and its gradient of F.pad disagree about channels_last."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 4, 4).to(memory_format=torch.channels_last)
+
+    def scaled(x: Tensor) -> Tensor:
+        return scale_up(2 * x, (8, 5), 2, corners=True)  # a row more, two columns less
+
+    torch._dynamo.reset()
+    found = []
+    for function in (scaled, torch.compile(scaled)):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        (out * torch.arange(out.numel()).view_as(out)).sum().backward()
+        found.append((out, leaf.grad))
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("size", [(49, 41), (56, 48), (50, 42), (7, 3)])
