@@ -6,6 +6,7 @@ pairs of DeepLabV2 on it then takes 72 s instead of 95 s, and later ones 4.7 s i
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
@@ -18,6 +19,7 @@ T = TypeVar("T")
 # Forms of one piece of code that torch.compile keeps before it gives up on it and runs it as
 # plain Python: kinds of blocks of all networks, training and evaluating.
 FORMS = 256
+COMPILER = re.compile(r"\bC(\+\+)? compiler\b")  # in PyTorch's message on a CPU, and Triton's
 
 
 def compile_networks(networks: list[nn.Module], how: str) -> None:
@@ -42,6 +44,17 @@ def of_networks(function: Callable[P, T], how: str) -> Callable[P, T]:
         how: as for `compile_networks`; with `blocks`, the blocks are compiled already.
     """
     return torch.compile(function, dynamic=False) if how == "network" else function
+
+
+def missing_compiler(error: RuntimeError) -> str | None:
+    """Return what to do if torch.compile found no compiler of C or C++; None for other errors."""
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    if not isinstance(error, torch._dynamo.exc.TorchDynamoException) or not COMPILER.search(text):
+        return None
+    return (
+        f"`train.compile`: torch.compile builds programs, and found no compiler ({text}). Install "
+        f"one, on Debian and Ubuntu the package g++, or train without `train.compile`."
+    )
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:

@@ -32,6 +32,7 @@ from ctt.inference.evaluate import (
 from ctt.inference.predict import is_out_of_memory
 from ctt.settings import Settings, to_dict
 from ctt.train import loggers, measures, same_data
+from ctt.train.compiling import missing_compiler
 from ctt.train.distributed import World, join
 from ctt.train.divergence import Losses
 from ctt.train.engine import Engine
@@ -108,7 +109,7 @@ def train_in_folder(
         except (UnwritableError, LoaderError) as error:
             raise UserError(f"{error}{resume_hint(folder)}") from None
         except RuntimeError as error:
-            if text := lost_worker(error):
+            if text := lost_worker(error) or missing_compiler(error):
                 raise UserError(f"{text}{resume_hint(folder)}") from None
             if not is_out_of_memory(error):
                 raise

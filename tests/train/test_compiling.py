@@ -1,4 +1,5 @@
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,8 +7,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ctt import models
+from ctt.errors import UserError
 from ctt.settings import Settings, update
 from ctt.train.compiling import compile_networks, repeated_blocks, uncompiled
+from ctt.train.loop import train
 from tests.train.steps import make, student
 
 
@@ -127,3 +130,16 @@ def test_a_network_keeps_the_names_of_its_weights(compiled: list[str]) -> None:
     names = list(network.state_dict())
     compile_networks([network], "blocks")
     assert list(network.state_dict()) == names
+
+
+def test_missing_compiler_is_named(tiny: Settings, tmp_path: Path) -> None:
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    settings = update(tiny, {"train": {"compile": "network", "device": "cpu"}}, "test")
+    missing = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}
+    with (
+        config.patch(missing),
+        pytest.raises(UserError, match=r"found no compiler .* Install one"),
+    ):
+        train(settings, out=tmp_path / "run")
