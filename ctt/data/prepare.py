@@ -22,7 +22,10 @@ from ctt.files import expanded
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Return (C, H, W) uint8 or float32 -> (C, h, w), with a filter where it shrinks."""
-    return F.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
+    # PyTorch 2.14 resizes bytes to a single column wrongly
+    exact = image.float() if size[1] == 1 else image
+    found = F.interpolate(exact[None], size, mode="bilinear", antialias=True, align_corners=False)
+    return found[0] if found.dtype == image.dtype else found[0].round().to(image.dtype)
 
 
 def resize_label(label: Tensor, size: tuple[int, int]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctt.data.dataset import DatasetInfo
+from ctt.data.prepare import resize_image
 
 # luma and chroma of the NTSC standard, and back
 YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
@@ -100,10 +101,8 @@ class GeometricView:
             picture = torch.where(missing, mean, picture)
             classes.masked_fill_(missing, 0)
         if factor < REDUCED:
-            size = [max(1, round(side * factor)) for side in picture.shape[1:]]
-            picture = F.interpolate(
-                picture[None], size, mode="bilinear", antialias=True, align_corners=False
-            )[0]
+            height, width = (max(1, round(side * factor)) for side in picture.shape[1:])
+            picture = resize_image(picture, (height, width))
         # what lies outside is sampled as 0: shift so that 0 stands for the mean and for 255
         shifted = picture.float() - mean
         picture = F.grid_sample(shifted[None], grid, align_corners=False)[0]

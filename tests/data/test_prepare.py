@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from ctt import data
 from ctt.data.digits import Digits
@@ -21,6 +22,16 @@ def test_resize_comes_before_all_else(tmp_path: Path) -> None:
         assert torch.equal(label, resize_label(dataset.label(name), (16, 32)))
         assert set(label.unique().tolist()) <= set(dataset.label(name).unique().tolist())
         assert torch.equal(small.image(name), image)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 1), (1, 4), (3, 2), (20, 30)])
+def test_bytes_are_resized_as_numbers_are(size: tuple[int, int]) -> None:
+    for shape in ((3, 12, 9), (3, 7, 1), (1, 1, 8), (4, 2, 2)):
+        image = torch.randint(256, shape, dtype=torch.uint8)
+        exact = F.interpolate(image[None].double(), size, mode="bilinear", antialias=True)[0]
+        found = resize_image(image, size)
+        assert found.dtype == torch.uint8
+        torch.testing.assert_close(found.double(), exact, atol=1.5, rtol=0)
 
 
 @pytest.mark.parametrize("size", [None, (20, 30)])
