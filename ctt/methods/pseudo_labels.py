@@ -154,7 +154,10 @@ class PseudoLabels(Method):
         if views.strong_labeled:
             kinds["labeled draw"] = (numbers, len(b["images"]))
         if unlabeled:
-            kinds["draw"] = (unlabeled, numbers, len(b["unlabeled"]))
+            # every step draws the same numbers, also before the unlabelled images join
+            given = b.get("unlabeled")
+            images = self.settings.data.unlabeled_images if given is None else len(given)
+            kinds["draw"] = (unlabeled, numbers, images)
         for k in range(len(self.students)):
             name = f"strong-{k}" if views.per_student else "strong"
             for kind, draw in zip(

@@ -15,12 +15,16 @@ class DevicePrefetcher:
     """Labelled and unlabelled batches, copied to the device beside the work that it has.
 
     Args:
-        labeled, unlabeled: batches on the CPU, in pinned memory where the device is a GPU.
+        labeled, unlabeled: batches on the CPU, in pinned memory where the device is a GPU. An
+            unlabelled one may be None.
         phases: those of the step, on its device.
     """
 
     def __init__(
-        self, labeled: Iterator[Batch], unlabeled: Iterator[Batch] | None, phases: Phases
+        self,
+        labeled: Iterator[Batch],
+        unlabeled: Iterator[Batch | None] | None,
+        phases: Phases,
     ) -> None:
         self._labeled, self._unlabeled, self._phases = labeled, unlabeled, phases
         self._copies: torch.cuda.Stream | None = None
@@ -33,7 +37,8 @@ class DevicePrefetcher:
         start = self._phases.now()
         with self._phases("input"):
             labeled = self._put(next(self._labeled))
-            unlabeled = None if self._unlabeled is None else self._put(next(self._unlabeled))
+            found = None if self._unlabeled is None else next(self._unlabeled)
+            unlabeled = None if found is None else self._put(found)
             if self._copies is not None:
                 torch.cuda.current_stream(self._phases.device).wait_stream(self._copies)
         self._waits.append((start, self._phases.now()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -31,10 +32,16 @@ class Streams:
     def feed(self) -> DevicePrefetcher:
         """Return the batches of the steps that are left of the round; those before it end."""
         self.close()
-        streams = {purpose: self.open(purpose, ids) for purpose, ids in self.lists().items()}
-        return DevicePrefetcher(
-            streams["labeled"], streams.get("unlabeled"), self.engine.step.phase
-        )
+        lists = self.lists()
+        unlabeled = self._unlabeled(lists["unlabeled"]) if "unlabeled" in lists else None
+        labeled = self.open("labeled", lists["labeled"])
+        return DevicePrefetcher(labeled, unlabeled, self.engine.step.phase)
+
+    def _unlabeled(self, ids: list[str]) -> Iterator[Batch | None]:
+        """Yield None for each step that sees labelled images alone, then the unlabelled batches."""
+        alone = self.plan.about.steps_without_unlabeled(self.plan.settings)
+        yield from itertools.repeat(None, alone - self.engine.iteration)
+        yield from self.open("unlabeled", ids)
 
     def lists(self, number: int | None = None) -> dict[str, list[str]]:
         """Return the images that a round draws its batches from, by the purpose of the draw.

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ctt import checkpoint, methods, run
+from ctt.data.loader import ViewDataset
 from ctt.data.split import make_split
 from ctt.device import pick_device
 from ctt.errors import UserError
@@ -104,6 +105,32 @@ def test_a_resumed_run_ends_bit_equal(
     for table in rows:
         order = [int(r["iteration"]) for r in table]
         assert order == sorted(order)
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+def test_unlabelled_images_are_read_from_when_they_join_on(
+    tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    read: list[tuple[str, str, int]] = []
+    original = ViewDataset.__getitem__
+
+    def note(self: ViewDataset, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        read.append((self.purpose, *key))
+        return original(self, key)
+
+    monkeypatch.setattr(ViewDataset, "__getitem__", note)
+    settings = update(tiny, {"loss": {"ct_after": 0.5}}, "test")
+    assert train(settings, out=tmp_path / "whole")["images_drawn"] == 6 * 3 + 3 * 3
+    whole, read = read, []
+    assert [draw for purpose, _, draw in whole if purpose == "unlabeled"] == list(range(9))
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        with pytest.raises(Stopped):
+            train(settings, out=tmp_path / "parts")
+    train(settings, resume=tmp_path / "parts")
+    assert read == whole
+    states = [checkpoint.load(tmp_path / name / run.CHECKPOINT) for name in ("whole", "parts")]
+    assert_equal_states(*(state["method"] for state in states))
 
 
 def test_sigterm_stops_like_ctrl_c(
