@@ -295,7 +295,8 @@ class Method(nn.Module):
 
     The batch holds `images` (B, 3, H, W) in 0..1 and `label` (B, H, W) int64 with 255 for ignored
     pixels. If the method takes unlabelled images, it holds as many of them, `unlabeled`
-    (B, 3, H, W), and `padding` (B, H, W), which is true where there is no image. In a round with
+    (B, 3, H, W), and `padding` (B, H, W), which is true where there is no image; if `about.uses`
+    names `loss.ct_after`, both are missing in the first steps that it asks for. In a round with
     kept labels, these are `kept` (B, H, W) and their confidence `kept confidence` (B, H, W), and
     `padding` is true where there is no label.
 

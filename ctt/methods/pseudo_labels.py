@@ -154,7 +154,7 @@ class PseudoLabels(Method):
         if views.strong_labeled:
             kinds["labeled draw"] = (numbers, len(b["images"]))
         if unlabeled:
-            # every step draws the same numbers, also before the unlabelled images join
+            # a step asks for as many numbers as the one before, also while these have not joined
             given = b.get("unlabeled")
             images = self.settings.data.unlabeled_images if given is None else len(given)
             kinds["draw"] = (unlabeled, numbers, images)
