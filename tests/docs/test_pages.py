@@ -52,6 +52,13 @@ def test_commands_of_the_pages_have_settings_that_exist(
         parse(words)
 
 
+def test_the_skeleton_of_a_method_can_be_loaded(tmp_path: Path) -> None:
+    text = next(t for name, t in blocks(ROOT / "docs/write-a-method.md") if name == "python")
+    (tmp_path / "skeleton.py").write_text(text)
+    settings = parse(["--method", f"{tmp_path / 'skeleton.py'}:MyMethod", "--options.weight", "2"])
+    assert vars(settings.options) == {"weight": 2}
+
+
 def test_the_readme_counts_the_methods() -> None:
     said = re.findall(r"\b(\d+) methods\b", (ROOT / "README.md").read_text("utf-8"))
     assert str(len(methods.names())) in said
