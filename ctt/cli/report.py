@@ -51,6 +51,7 @@ def _main(arguments: list[str]) -> int:
     from ctt.experiments.pages import as_html, as_markdown, sections
     from ctt.files import atomic_write
 
+    refuse_other_text(out.with_suffix(TEXT))
     found = sections(parsed.path, parsed.embeddings)
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, text in ((out, as_html(found)), (out.with_suffix(TEXT), as_markdown(found))):
@@ -58,3 +59,23 @@ def _main(arguments: list[str]) -> int:
             part.write_text(text, "utf-8")
     say(f"The page is {out}, its tables as text {out.with_suffix(TEXT)}")
     return 0
+
+
+def refuse_other_text(path: Path) -> None:
+    """Refuse to replace a text that is no report: the user named the page alone.
+
+    Raises:
+        UserError: names the file.
+    """
+    from ctt.experiments.pages import HEADING
+
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            first = file.readline()
+    except FileNotFoundError:
+        return
+    if first.strip() != HEADING:
+        raise UserError(
+            f"{path} is there and no report, and the tables of the page go into a file of that "
+            f"name. Give another --out."
+        )

@@ -83,7 +83,8 @@ def _main(arguments: list[str]) -> int:
     )
     check(parsed, given)
     from ctt.experiments import pool
-    from ctt.experiments.runs import unique, write_results
+    from ctt.experiments.runs import unique
+    from ctt.experiments.table import write_results
 
     out = parsed.out or Path("sweeps") / parsed.dataset
     runs = list(plan(parsed, given, out))
@@ -91,13 +92,15 @@ def _main(arguments: list[str]) -> int:
     command = ["ctt-sweep", *(text for text in arguments if text != "--print")]
 
     check_kept(table, runs)
+    if idle := unread(parsed, given):
+        say(f"Note: {', '.join(idle)}: no method of these rows reads this.", file=sys.stderr)
 
     def write() -> list[Row]:
         out.mkdir(parents=True, exist_ok=True)
         return write_results(table, runs, command)
 
-    write()
-    left = [r for r in unique(runs) if r.summary() is None]
+    finished = {row["settings_hash"] for row in write() if row["status"] == results.DONE}
+    left = [r for r in unique(runs) if r.folder.name not in finished]
     if parsed.print:
         for r in left:
             print_command(r)
@@ -113,11 +116,15 @@ def _main(arguments: list[str]) -> int:
     def done(r: Run, good: bool) -> None:
         nonlocal ended
         ended += 1
-        row = next(row for row in write() if row["settings_hash"] == r.folder.name)
+        row = r.row()
         what = f"mIoU {row['last']}, {row['seconds']} s" if good else "not finished"
         if row.get("error") and not good:
             what = f"failed: {row['error']}"
         say(f"[{ended}/{len(left)}] {r.name}: {what}")
+        try:
+            write()
+        except UserError as error:  # it is written again after the next run, and in the end
+            say(f"Not written: {error}")
 
     tried = pool.train_all(left, pool.places(parsed.jobs, given), done)
     rows = write()
@@ -241,7 +248,9 @@ def plan(parsed: Arguments, given: Sequence[str], out: Path) -> Iterator[Run]:
 def way(parsed: Arguments, given: Sequence[str], variant: Variant) -> Way:
     """Return how a row is trained; its method is named, because a recipe may have another."""
     own = () if "--method" in variant.options else ("--method", variant.method)
-    options = ["--dataset", parsed.dataset, *fitting(given, variant), *own, *variant.options]
+    pairs = pairs_of((*given, *variant.options))
+    user, rest = (fitting(options, variant, pairs) for options in (given, variant.options))
+    options = ["--dataset", parsed.dataset, *user, *own, *rest]
     read, settings = train.read(options)
     return Way(variant, (*options, *default_recipe(read, given)), settings)
 
@@ -257,8 +266,12 @@ def shares(parsed: Arguments, settings: Settings) -> tuple[str, ...]:
 
     of_dataset = catalog.get(parsed.experiment).shares.get(data_name(settings), ())
     found = parsed.shares or of_dataset or (settings.ratio,)
+    by_count: dict[int, list[str]] = {}
     for share in found:
-        parse_ratio(share, MANY)
+        by_count.setdefault(parse_ratio(share, MANY), []).append(share)
+    for same in by_count.values():
+        if len(same) > 1:
+            raise UserError(f"--shares {' '.join(same)} are one share, and would count twice.")
     if settings.split_labeled is not None and len(found) > 1:
         raise UserError(
             f"`split_labeled` {settings.split_labeled} is one share of labels, and --shares "
@@ -306,17 +319,31 @@ def default_recipe(read: train.Arguments, given: Sequence[str]) -> list[str]:
     return ["--recipe", read.recipe] if read.recipe and not named else []
 
 
-def fitting(given: Sequence[str], variant: Variant) -> list[str]:
-    """Return the user's options without those that the variant's method does not read."""
-    pairs = int(dict(itertools.pairwise(variant.options)).get("--pairs", 0))
+def pairs_of(options: Sequence[str]) -> int:
+    """Return the number of pairs that options ask for; 0 if they leave it open."""
+    words = [word for text in options for word in text.split("=", 1)]
+    asked = [value for name, value in itertools.pairwise(words) if name == "--pairs"]
+    return int(asked[-1]) if asked and asked[-1].isdecimal() else 0
+
+
+def fitting(options: Sequence[str], variant: Variant, pairs: int) -> list[str]:
+    """Return options without those that change nothing with the variant's method and pairs."""
+    from ctt.experiments.runs import option_name
+
     kept, keep = [], True
-    for text in given:
+    for text in options:
         if text.startswith("--"):
-            name = text.partition("=")[0][2:].replace("-", "_").replace(".no_", ".")
-            keep = methods.get(variant.method).reads(name, pairs)
+            keep = methods.get(variant.method).reads(option_name(text), pairs)
         if keep:
             kept.append(text)
     return kept
+
+
+def unread(parsed: Arguments, given: Sequence[str]) -> list[str]:
+    """Return the user's options that change nothing in the rows that are trained."""
+    rows = catalog.get(parsed.experiment).chosen(parsed.only)
+    kept = {text for v in rows for text in fitting(given, v, pairs_of((*given, *v.options)))}
+    return [text for text in given if text.startswith("--") and text not in kept]
 
 
 def print_command(r: Run) -> None:

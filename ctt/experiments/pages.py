@@ -15,6 +15,7 @@ from ctt.experiments import catalog, paper, results
 from ctt.experiments.charts import Chart, curves, score_by_cost, score_by_share
 from ctt.experiments.results import CURVES, DONE, Row, difference, mean, numbers, spread
 from ctt.experiments.runs import RUNS
+from ctt.experiments.table import PLACE
 
 LEGEND = (
     "mIoU in percent: mean ± standard deviation over the seeds, after the last iteration. "
@@ -24,6 +25,7 @@ LEGEND = (
     "Student's t; an interval that holds 0 shows no difference. `forwards` counts images that went "
     "through a network in training, three times where gradients followed."
 )
+HEADING = "# Experiments"  # first line of a report as Markdown
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
   color: #1b1b1b; background: #fff }
@@ -101,6 +103,7 @@ def section(file: Path, embeddings: bool = False) -> Section:
     rows = results.read(file)
     if not rows:
         raise UserError(f"{file}: the table has no rows.")
+    refuse_mixed(file, rows)
     done = [row for row in rows if row["status"] == DONE]
     name, data = rows[0]["experiment"], rows[0]["dataset"]
     experiment = catalog.EXPERIMENTS.get(name)
@@ -130,8 +133,29 @@ def section(file: Path, embeddings: bool = False) -> Section:
     found.charts += pictures(done, file.parent / RUNS, embeddings)
     beside = file.with_suffix(".yaml")
     if beside.is_file():
-        found.settings = beside.read_text("utf-8")
+        found.settings = beside.read_text("utf-8", "replace")
     return found
+
+
+def refuse_mixed(file: Path, rows: Sequence[Row]) -> None:
+    """Refuse rows that cannot be told apart by what the report groups them by.
+
+    Raises:
+        UserError: rows of several experiments or datasets, or two runs of one place.
+    """
+    columns = [c for c in ("experiment", "dataset", "eval_split") if c in rows[0]]
+    kinds = results.groups(rows, *columns)
+    if len(kinds) > 1:
+        first, second = (", ".join(filter(None, kind)) for kind in list(kinds)[:2])
+        raise UserError(
+            f"{file}: the table mixes {first} with {second}. Give each a table of its own."
+        )
+    for place, own in results.groups(rows, *PLACE).items():
+        if len(own) > 1:
+            raise UserError(
+                f"{file}: {len(own)} rows are of {', '.join(filter(None, place[:3]))}, seed "
+                f"{place[3]}. Keep those of one sweep."
+            )
 
 
 def unfinished(rows: Sequence[Row]) -> Iterator[str]:
@@ -302,7 +326,7 @@ def embedding(folder: Path) -> bytes:
 
 def as_markdown(found: Iterable[Section]) -> str:
     """Return the tables as Markdown; charts are in the HTML alone."""
-    blocks = ["# Experiments", LEGEND]
+    blocks = [HEADING, LEGEND]
     for part in found:
         blocks += [f"## {part.title}", *part.text]
         for table in part.tables:

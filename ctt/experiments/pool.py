@@ -67,12 +67,17 @@ def start(r: Run, place: Place) -> Job | None:
 
     It is in a session of its own, so that Ctrl-C on the terminal reaches it once, through this
     program.
+
+    Raises:
+        UserError: it can neither begin nor go on.
     """
     r.folder.parent.mkdir(parents=True, exist_ok=True)
     claim = claimed(r)
     if claim is None:
         return None
     try:
+        if (why := r.obstacle()) is not None:
+            raise UserError(why)
         r.error.unlink(missing_ok=True)
         fresh = not run.has_checkpoint(r.folder)
         if fresh and (r.folder / run.CONFIG).is_file():
@@ -166,7 +171,14 @@ def train_all(
                     r = waiting.popleft()
                     if r.summary() is not None:  # another program has trained it meanwhile
                         done(r, True)
-                    elif (job := start(r, free[0])) is not None:
+                        continue
+                    try:
+                        job = start(r, free[0])
+                    except UserError as error:
+                        r.error.write_text(str(error), "utf-8")
+                        done(r, False)
+                        continue
+                    if job is not None:
                         active.append(job)
                         free.popleft()
                     else:
@@ -180,6 +192,12 @@ def train_all(
                     free.append(job.place)
                     done(job.run, finish(job.run, job.process.returncode, job.said))
                 time.sleep(POLL)
+        except Exception:
+            for job in active:
+                job.process.send_signal(signal.SIGINT)  # they write checkpoints
+            for job in active:
+                job.process.wait()
+            raise
         finally:  # a second Ctrl-C
             for job in active:
                 job.process.kill()

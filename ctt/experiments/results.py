@@ -106,8 +106,8 @@ def class_iou(networks: Mapping[str, Mapping[str, float | None]]) -> dict[str, f
 
 def _single(networks: Mapping[str, float | None]) -> float | None:
     """Return the mean over the teachers, or over the students where there are none."""
-    teachers = [v for n, v in networks.items() if n.startswith("teacher") and v is not None]
-    values = teachers or [v for v in networks.values() if v is not None]
+    teachers = [value for name, value in networks.items() if name.startswith("teacher")]
+    values = [value for value in teachers or networks.values() if value is not None]
     return round(statistics.mean(values), 2) if values else None
 
 
@@ -125,11 +125,11 @@ def curve(metrics: Iterable[Mapping[str, str]]) -> list[tuple[int, float]]:
     points = []
     for row in metrics:
         scores = {
-            name.removeprefix("miou_"): float(value)
+            name.removeprefix("miou_"): float(value) if _is_number(value) else None
             for name, value in row.items()
-            if name.startswith("miou_") and name != "miou_ensemble" and _is_number(value)
+            if name.startswith("miou_") and name != "miou_ensemble"
         }
-        if scores and (value := _single(scores)) is not None:
+        if (value := _single(scores)) is not None:
             points.append((int(row["iteration"]), value))
     return points
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ctt import __version__, run
+from ctt import run
 from ctt.errors import UserError
 from ctt.experiments import results
-from ctt.experiments.results import CURVES, DONE, FAILED, MISSING, Row
-from ctt.files import atomic_write, waiting_lock
-from ctt.settings import WITHOUT_EFFECT, Settings, to_dict
+from ctt.experiments.results import FAILED, MISSING, Row
+from ctt.settings import WITHOUT_EFFECT, Settings
 
 RUNS = "runs"  # the folder of the runs, beside the tables
 SAID = 300  # letters of an error that the table keeps
@@ -74,8 +71,26 @@ class Run:
     def command(self) -> list[str]:
         """Return the arguments of `ctt-train` that start the run, or go on with it."""
         if (self.folder / run.CONFIG).is_file():  # without a checkpoint it begins from the start
-            return ["--resume", str(self.folder)]
+            # the data may have moved since, and this may be another machine
+            return ["--resume", str(self.folder), *without_effect(self.arguments)]
         return [*self.arguments, "--out", str(self.folder)]
+
+    def obstacle(self) -> str | None:
+        """Return why the run can neither go on nor begin; None if it can."""
+        ended = [name for name in (run.SUMMARY, run.WEIGHTS) if (self.folder / name).is_file()]
+        if run.has_checkpoint(self.folder) or not ended:
+            return None
+        return (
+            f"{self.folder} has {' and '.join(ended)}, but no checkpoint to go on from, and would "
+            f"be overwritten. Move it away."
+        )
+
+    def last_error(self) -> str | None:
+        """Return why the run failed; None if it did not, or if a program tries it again."""
+        try:
+            return self.error.read_text("utf-8", "replace")
+        except FileNotFoundError:
+            return None
 
     def row(self) -> Row:
         """Return its row of the table."""
@@ -83,8 +98,8 @@ class Run:
         found: Row = {"status": MISSING, "settings_hash": self.folder.name}
         if summary is not None:
             found = results.from_summary(summary)
-        elif self.error.is_file():
-            found |= {"status": FAILED, "error": self.error.read_text("utf-8", "replace")}
+        elif (error := self.last_error()) is not None:
+            found |= {"status": FAILED, "error": error}
         place = {
             "experiment": self.experiment,
             "dataset": data_name(self.settings),
@@ -98,82 +113,29 @@ class Run:
         return found | place
 
 
+def without_effect(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the options of `ctt-train` that do not change what a run computes, with their values:
+    where the data lies, and on what it is computed."""
+    names = {
+        f"{group}.{name}".lstrip(".") for group, names in WITHOUT_EFFECT.items() for name in names
+    }
+    keep = False
+    for text in arguments:
+        if text.startswith("--"):
+            keep = option_name(text) in names
+        if keep:
+            yield text
+
+
+def option_name(text: str) -> str:
+    """Return the name of the setting of an option such as --train.no-tensorboard or --seed=3."""
+    return text.partition("=")[0].removeprefix("--").replace("-", "_").replace(".no_", ".")
+
+
 def data_name(settings: Settings) -> str:
     """Return the name of the dataset, with the set of VOC where it is not the augmented one."""
     classic = settings.dataset == "voc" and settings.data.voc_set == "classic"
     return "voc classic" if classic else settings.dataset
-
-
-def flat(settings: Settings) -> dict[str, Any]:
-    """Return the settings that change a result, but for the seed, by their dotted names."""
-    values = to_dict(settings)
-    del values["seed"]
-    for group, names in WITHOUT_EFFECT.items():
-        for name in names:
-            del (values[group] if group else values)[name]
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = value.items() if isinstance(value, dict) else [("", value)]
-        found |= {f"{name}.{key}".rstrip("."): item for key, item in inner}
-    return found
-
-
-def split_settings(runs: Sequence[Run]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the settings that all runs have, and of each run the others."""
-    each = [flat(r.settings) for r in runs]
-    names = dict.fromkeys(name for settings in each for name in settings)
-    shared = {
-        name: each[0][name]
-        for name in names
-        if all(name in s and s[name] == each[0].get(name) for s in each)
-    }
-    return shared, [{n: v for n, v in s.items() if n not in shared} for s in each]
-
-
-def write_results(path: Path, runs: Sequence[Run], command: Sequence[str]) -> list[Row]:
-    """Write the table, the scores during the runs beside it and, in a YAML file, what all share.
-
-    Sweeps that write the same table at a time wait for each other.
-
-    Args:
-        path: the CSV.
-        command: that made them.
-
-    Returns:
-        the rows of the table.
-
-    Raises:
-        UnwritableError: a file cannot be written.
-    """
-    with waiting_lock(path):
-        return _write_results(path, runs, command)
-
-
-def _write_results(path: Path, runs: Sequence[Run], command: Sequence[str]) -> list[Row]:
-    from ctt.train.record import read_rows
-
-    shared, others = split_settings(runs)
-    rows, curves = [], []
-    for r, own in zip(runs, others, strict=True):
-        row = r.row()
-        row |= {name: str(value) for name, value in own.items()}
-        rows.append(row)
-        if row["status"] == DONE:
-            metrics = read_rows(r.folder / "metrics.csv")
-            row |= results.inside(metrics)
-            place = {name: row[name] for name in ("share", "budget", "variant", "seed")}
-            curves += [
-                {**place, "iteration": str(iteration), "last": f"{value:.2f}"}
-                for iteration, value in results.curve(metrics)
-            ]
-    columns = [*results.COLUMNS, *dict.fromkeys(name for own in others for name in own)]
-    results.write(path, rows, columns)
-    points = ("share", "budget", "variant", "seed", "iteration", "last")
-    results.write(path.with_name(f"{path.stem}{CURVES}"), curves, points)
-    told = {"command": list(command), "ctt": __version__, "settings": shared}
-    with atomic_write(path.with_suffix(".yaml")) as part:
-        part.write_text(yaml.safe_dump(told, sort_keys=False), "utf-8")
-    return rows
 
 
 def unique(runs: Iterable[Run]) -> list[Run]:

@@ -125,8 +125,9 @@ def test_the_page_needs_nothing_else(folder: Path) -> None:
 
 def test_costs_have_charts_of_their_own(tmp_path: Path) -> None:
     rows = results.read(TABLE)
-    for row, budget in zip(rows, ["equal iterations", "cost 1/2", "cost 1"] * 3, strict=True):
-        row |= {"experiment": "cost", "share": "50", "budget": budget}
+    for i, row in enumerate(rows):
+        budget = ("equal iterations", "cost 1/2", "cost 1")[i % 3]
+        row |= {"experiment": "cost", "share": "50", "budget": budget, "seed": str(i)}
     results.write(tmp_path / "cost.csv", rows, results.COLUMNS)
     (part,) = pages.sections(tmp_path)
     assert [chart.title for chart in part.charts] == [
@@ -141,7 +142,8 @@ def test_costs_have_a_chart_for_each_share(tmp_path: Path, monkeypatch: pytest.M
     rows = results.read(TABLE)
     for i, row in enumerate(rows):
         budget = ("cost 1/2", "cost 1")[i % 2]
-        row |= {"experiment": "cost", "share": ("50", "100")[i // 2 % 2], "budget": budget}
+        share = ("50", "100")[i // 2 % 2]
+        row |= {"experiment": "cost", "share": share, "budget": budget, "seed": str(i)}
     results.write(tmp_path / "cost.csv", rows, results.COLUMNS)
     drawn: list[set[str]] = []
     lines = charts.lines
@@ -237,3 +239,36 @@ def test_results_come_with_the_program() -> None:
         "earth-tune",
         "earth-tune-600",
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": "digits"}, "mixes shares, voc.* with shares, digits"),
+        ({}, "2 rows are of 1/50, supervised, seed 0"),
+    ],
+)
+def test_rows_that_would_be_paired_wrongly_are_refused(
+    folder: Path, change: dict[str, str], message: str
+) -> None:
+    rows = results.read(folder / "shares.csv")
+    joined = [*rows, *(row | change for row in rows)]
+    results.write(folder / "shares.csv", joined, results.COLUMNS)
+    with pytest.raises(UserError, match=message):
+        pages.sections(folder)
+
+
+def test_no_text_of_the_users_is_replaced(folder: Path) -> None:
+    notes = folder / "page.md"
+    notes.write_text("my own notes\n")
+    with pytest.raises(UserError, match=r"page.md is there and no report"):
+        report._main([str(folder), "--out", str(folder / "page.html")])
+    assert notes.read_text() == "my own notes\n"
+    assert not (folder / "page.html").exists()
+    for _ in range(2):  # the second time over a report
+        assert report._main([str(folder), "--out", str(folder / "other.html")]) == 0
+
+
+def test_a_class_that_teachers_lack_has_no_score() -> None:
+    scores = {"teacher_1": {"sea": 61.0, "ship": None}, "student_1": {"sea": 60.0, "ship": 0.0}}
+    assert results.class_iou(scores) == {"iou sea": 61.0, "iou ship": None}

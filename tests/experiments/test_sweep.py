@@ -23,7 +23,9 @@ from ctt import checkpoint, fingerprint, methods, recipes, run
 from ctt.cli import sweep, train
 from ctt.errors import UserError
 from ctt.experiments import catalog, paper, pool, runs
+from ctt.experiments import table as tables
 from ctt.experiments.results import Row, read
+from ctt.experiments.table import write_results
 from ctt.inference.load import load_trained
 from ctt.settings import Settings
 from ctt.train.record import read_rows
@@ -238,7 +240,8 @@ def test_a_run_that_ended_before_its_first_checkpoint_has_a_command(
     run.create(parsed.out, settings)  # as far as it came
     assert sweep._main(command) == 0
     again = shlex.split(capsys.readouterr().out)
-    assert again == [program, "--resume", str(parsed.out)]
+    assert again[:3] == [program, "--resume", str(parsed.out)]
+    assert again[3:] == ["--train.no-tensorboard", "--train.threads", "1"]
     assert train._main(again[1:]) == 0
     capsys.readouterr()
     assert sweep._main(command) == 0
@@ -269,11 +272,11 @@ def test_sweeps_may_write_one_table_at_a_time(whole: Path, tmp_path: Path) -> No
 
     def write(times: int) -> None:
         for _ in range(times):
-            assert runs.write_results(table, [r] * 4, ["ctt-sweep"])[0]["status"] == "done"
+            assert [row["status"] for row in write_results(table, [r], ["ctt-sweep"])] == ["done"]
 
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(write, [5] * 4)) == [None] * 4
-    assert [row["status"] for row in read(table)] == ["done"] * 4
+    assert [row["status"] for row in read(table)] == ["done"]
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -303,6 +306,162 @@ def test_a_table_keeps_its_finished_runs(whole: Path) -> None:
         with pytest.raises(UserError, match=r"table4.csv has \d finished runs that this command"):
             sweep._main([*FOUR, *other, "--out", str(whole), "--print"])
         assert table.read_bytes() == before
+
+
+def test_a_table_keeps_finished_runs_whose_folders_are_gone(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "runs")
+    names = ("table4.csv", "table4-curves.csv")
+    before = [(out / name).read_bytes() for name in names]
+    assert sweep._main([*FOUR, "--out", str(out)]) == 0  # nothing is trained again
+    assert [(out / name).read_bytes() for name in names] == before
+    assert not (out / "runs").exists()
+
+
+def test_a_table_keeps_runs_that_another_sweep_finishes_meanwhile(
+    whole: Path, tmp_path: Path
+) -> None:
+    def planned(*more: str) -> list[runs.Run]:
+        given = [*TINY, *more]
+        parsed = sweep.Arguments(
+            "table4", seeds=(0, 1), shares=("6",), only=("supervised",), out=whole
+        )
+        return list(sweep.plan(parsed, given, whole))
+
+    written = tmp_path / "table4.csv"
+    first, second = planned()
+    other = planned("--optim.lr", "0.3")[0]
+    for some in ([first], [second], [second, other]):
+        write_results(written, some, ["ctt-sweep"])
+    rows = {row["settings_hash"]: row for row in read(written)}
+    expected = {row["settings_hash"]: row for row in read(whole / "table4.csv")}
+    assert set(rows) == {r.folder.name for r in (first, second, other)}
+    for r in (first, second):
+        common = set(rows[r.folder.name]) & set(expected[r.folder.name])
+        assert {"last", "seconds", "iou background"} <= common
+        assert all(rows[r.folder.name][n] == expected[r.folder.name][n] for n in common)
+    # what the runs do not share any more is told of each
+    rates = {name: row["optim.lr"] for name, row in rows.items()}
+    assert [rates[r.folder.name] for r in (first, second, other)] == ["0.1", "0.1", "0.3"]
+    assert "optim.lr" not in written.with_suffix(".yaml").read_text()
+    with (tmp_path / "table4-curves.csv").open() as file:
+        assert {point["seed"] for point in csv.DictReader(file)} == {"0", "1"}
+
+
+def test_a_run_with_results_but_no_checkpoint_is_not_removed(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(whole, out)
+    for file in out.glob("table4*"):
+        file.unlink()
+    row = next(row for row in read(whole / "table4.csv") if row["variant"] == "supervised")
+    folder = out / "runs" / row["settings_hash"]
+    shutil.rmtree(folder / "checkpoints")
+    summary = json.loads((folder / run.SUMMARY).read_text()) | {"settings_hash": "longer"}
+    (folder / run.SUMMARY).write_text(json.dumps(summary))
+    (folder / "notes.txt").write_text("mine")
+    only = ["--only", "supervised", "--out", str(out)]
+    assert sweep._main([*FOUR, *only]) == sweep.SOME_FAILED
+    assert (folder / "notes.txt").is_file()
+    assert {row["status"] for row in read(out / "table4.csv")} == {"done", "failed"}
+    (error,) = (row["error"] for row in read(out / "table4.csv") if row["error"])
+    assert "no checkpoint to go on from" in error
+
+
+STAND_IN = """
+import signal, sys, time
+def stop(number, frame):
+    open(sys.argv[1], "w").write("checkpoint")
+    sys.exit(130)
+signal.signal(signal.SIGINT, stop)
+open(sys.argv[1], "w").write("started")
+time.sleep(60)
+"""
+
+
+def test_an_error_of_the_sweep_lets_its_runs_write_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "slow"
+    monkeypatch.setattr(pool, "PROGRAM", (sys.executable, "-c", STAND_IN, str(slow)))
+    first, second = (
+        runs.Run("table4", "6", "", name, (), Settings(), tmp_path / "runs" / name)
+        for name in ("first", "second")
+    )
+
+    def summary(r: runs.Run) -> dict[str, str] | None:
+        return {} if r is second and slow.is_file() and slow.read_text() else None
+
+    def done(r: runs.Run, good: bool) -> None:
+        raise ValueError("a fault of the table")
+
+    def started(
+        r: runs.Run, place: pool.Place, start: Callable[..., object] = pool.start
+    ) -> object:
+        job = start(r, place)
+        while not slow.is_file() or not slow.read_text():
+            time.sleep(0.05)
+        return job
+
+    monkeypatch.setattr(runs.Run, "summary", summary)
+    monkeypatch.setattr(pool, "start", started)
+    with pytest.raises(ValueError, match="a fault of the table"):
+        pool.train_all([first, second], [(), ()], done)
+    assert slow.read_text() == "checkpoint"
+
+
+def test_a_table_that_cannot_be_written_stops_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = iter([False, True, False])
+
+    def write(*arguments: object) -> list[Row]:
+        if next(full):
+            raise UserError("table4.csv cannot be written (No space left on device).")
+        return write_results(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tables, "write_results", write)
+    monkeypatch.setattr(pool, "train_all", lambda left, at, done: done(left[0], False) is None)
+    only = ["--only", "supervised", "--seeds", "0", "--out", str(tmp_path)]
+    assert sweep._main([*FOUR, *only]) == sweep.SOME_FAILED
+    assert "Not written: table4.csv cannot be written" in capsys.readouterr().out
+
+
+def test_a_resumed_run_has_the_data_and_the_device_of_the_command(tmp_path: Path) -> None:
+    given = shlex.split("--train.threads=1 --data.workers 0 --optim.lr 0.2 --train.no-tensorboard")
+    parsed = sweep.Arguments("ladder", dataset="digits", seeds=(0,), only=("supervised",))
+    (r,) = sweep.plan(parsed, given, tmp_path)
+    r.folder.mkdir(parents=True)
+    (r.folder / run.CONFIG).write_text("seed: 0\n")
+    assert r.command() == [
+        *("--resume", str(r.folder), "--train.threads=1", "--data.workers", "0"),
+        "--train.no-tensorboard",
+    ]
+
+
+def test_options_that_no_row_reads_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["ladder", "--seeds", "0", "--out", str(tmp_path), "--print", "--loss.ct", "0.5"]
+    assert sweep._main([*command, "--only", "supervised"]) == 0
+    out, err = capsys.readouterr()
+    assert "--loss.ct" not in out
+    assert "--loss.ct: no method of these rows reads this" in err
+    assert sweep._main([*command, "--only", "supervised", "cross teacher"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_one_pair_has_no_peer_for_the_low_level_contrast(tmp_path: Path) -> None:
+    parsed = sweep.Arguments("ladder", seeds=(0,), only=("cross teacher",))
+    (r,) = sweep.plan(parsed, ["--pairs", "1"], tmp_path)
+    assert "--loss.lc" not in r.arguments
+    assert (r.settings.pairs, r.settings.loss.hc) == (1, 0)
+
+
+def test_equal_shares_are_refused(tmp_path: Path) -> None:
+    parsed = sweep.Arguments("ladder", seeds=(0,), shares=("1/8", "0.2", "0.125"))
+    with pytest.raises(UserError, match=r"--shares 1/8 0.125 are one share"):
+        list(sweep.plan(parsed, [], tmp_path))
 
 
 def test_rows_have_their_own_method_whatever_a_recipe_says(tmp_path: Path) -> None:
