@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,16 @@ def without_effect(s: Settings) -> Iterator[tuple[str, str]]:
         ("optim.name", optim.name, optim.name == "sgd", ["optim.momentum", "optim.nesterov"]),
         ("optim.name", optim.name, optim.name == "adamw", ["optim.betas"]),
         ("optim.schedule", optim.schedule, optim.schedule == "poly", ["optim.power"]),
+        ("optim.pair_lr", listed(optim.pair_lr), not optim.pair_lr, ["optim.lr"]),
+        (
+            "optim.pair_head_lr_factor",
+            listed(optim.pair_head_lr_factor),
+            not optim.pair_head_lr_factor,
+            ["optim.head_lr_factor"],
+        ),
+        ("model.pair_name", listed(s.model.pair_name), not s.model.pair_name, ["model.name"]),
+        ("bank.random_choice", "False", s.bank.random_choice, ["bank.top_k"]),
+        ("views.blur_probability", "0", s.views.blur_probability > 0, ["views.blur_sigma"]),
         ("eval.protocol", protocol, windows, ["eval.window"]),
         ("eval.protocol", protocol, protocol == "sliding", ["eval.stride"]),
         ("dataset", s.dataset, s.dataset == "voc", ["data.voc_set"]),
@@ -133,6 +143,11 @@ def without_effect(s: Settings) -> Iterator[tuple[str, str]]:
     ):
         if not counts:
             yield from ((each, f"`{name}` {value}") for each in names)
+
+
+def listed(values: Iterable[object]) -> str:
+    """Return values as an option takes them."""
+    return " ".join(map(str, values))
 
 
 def refuse_unused(settings: Settings, names: list[str]) -> None:

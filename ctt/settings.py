@@ -238,7 +238,8 @@ class OptimSettings:
     warmup: Annotated[int, AT_LEAST_0] = 0
     """Iterations of linear warm-up of the learning rate."""
     clip_norm: Annotated[float, AT_LEAST_0] = 0.0
-    """Largest norm of the gradient of a student; 0 does not clip."""
+    """Largest norm of the gradient of a student, and of the modules beside the students; 0 does not
+    clip."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
@@ -167,6 +168,13 @@ class Round:
     share: float
     images: str = "all"
     restart: bool = True
+
+
+def round_starts(rounds: Sequence[Round], total: int) -> list[int]:
+    """Return the first iteration of each round of a run of `total`, and `total` in the end."""
+    done = itertools.accumulate((r.share for r in rounds), initial=0.0)
+    whole = sum(r.share for r in rounds)
+    return [round(total * share / whole) for share in done]
 
 
 class Labeler(Protocol):

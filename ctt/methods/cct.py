@@ -88,7 +88,7 @@ class Cct(Method):
         return {"ramp": lambda iteration: ramps.sigmoid(iteration / total, length)}
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"students": make_optimizer(self.students, self.settings, extra=self.decoders)}
+        return {"students": make_optimizer(self.students, self.settings, self.decoders)}
 
     def prepare(self, b: Batch, step: Step) -> Batch:
         b = b | {"pixels": step.count(b["label"])}

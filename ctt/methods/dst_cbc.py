@@ -54,6 +54,9 @@ class DstCbc(SelfTraining):
         first, count = self.options.first, self.options.count
         return [Round(first, "none"), *[Round((1 - first) / count, "kept")] * count]
 
+    def decay(self, iteration: int) -> float:
+        return self.ema.decay(iteration)  # the students keep their weights between the rounds
+
     def begin_round(self, labeler: Labeler) -> None:
         ratio = self.round / self.options.count
         threshold = class_thresholds(self.students, labeler, ratio, self.setup.classes)

@@ -61,4 +61,4 @@ class EmbeddingTeacher(MeanTeacher):
         )
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"students": make_optimizer(self.students, self.settings, extra=self.heads)}
+        return {"students": make_optimizer(self.students, self.settings, self.heads)}

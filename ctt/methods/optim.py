@@ -21,24 +21,28 @@ Maker = Callable[..., torch.optim.Optimizer]
 
 
 def make_optimizer(
-    students: Iterable[nn.Module], settings: Settings, extra: Iterable[nn.Module] = ()
+    students: Iterable[nn.Module], settings: Settings, *extra: Iterable[nn.Module]
 ) -> torch.optim.Optimizer:
     """Return the optimiser over groups of every student: the body, and the head with its own rate.
 
     Args:
-        extra: further modules, trained as heads are.
+        extra: further modules of the students, as many of each, those of the first student first.
+            They are trained as its head is.
     """
-    optim = settings.optim
+    optim, networks = settings.optim, list(students)
     groups: list[Group] = []
-    for k, student in enumerate(students):
+    factors, heads = [], []
+    for k, student in enumerate(networks):
         assert isinstance(student, SegmentationModel)
-        factor = _of_pair(k, optim.pair_lr, optim.lr) / optim.lr
-        head = _of_pair(k, optim.pair_head_lr_factor, optim.head_lr_factor)
-        for group in _of_student(student, optim, head):
-            groups.append(group | {"lr_factor": factor * group["lr_factor"]})
-    for module in extra:
-        if parameters := list(module.parameters()):
-            groups.append({"params": parameters, "lr_factor": optim.head_lr_factor})
+        factors.append(_of_pair(k, optim.pair_lr, optim.lr) / optim.lr)
+        heads.append(_of_pair(k, optim.pair_head_lr_factor, optim.head_lr_factor))
+        for group in _of_student(student, optim, heads[k]):
+            groups.append(group | {"lr_factor": factors[k] * group["lr_factor"]})
+    for modules in map(list, extra):
+        for i, module in enumerate(modules):
+            k = i * len(networks) // len(modules)
+            if parameters := list(module.parameters()):
+                groups.append({"params": parameters, "lr_factor": factors[k] * heads[k]})
     if not optim.decay_vectors:
         groups = [part for group in groups for part in _by_decay(group, optim)]
     made = sharded if settings.train.shard_optimizer else _whole

@@ -75,7 +75,7 @@ class Pc2Seg(MeanTeacher):
         )
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"students": make_optimizer(self.students, self.settings, extra=self.projections)}
+        return {"students": make_optimizer(self.students, self.settings, self.projections)}
 
     def prepare(self, b: Batch, step: Step) -> Batch:
         padding, all_lost = b["padding"], []

@@ -73,7 +73,7 @@ class PseudoSeg(MeanTeacher):
             )
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"students": make_optimizer(self.students, self.settings, extra=self.refiners)}
+        return {"students": make_optimizer(self.students, self.settings, self.refiners)}
 
     def prepare(self, b: Batch, step: Step) -> Batch:
         label, padding, images = b["label"], b["padding"], b["unlabeled"]

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ctt.data.dataset import IGNORE
 from ctt.methods import losses
-from ctt.methods.base import Batch, Labeler, Round, Schedule, Setup, Step
+from ctt.methods.base import Batch, Labeler, Round, Schedule, Setup, Step, round_starts
 from ctt.methods.options import Options
 from ctt.methods.pseudo_labels import PseudoLabels
 from ctt.ranges import Range
@@ -68,7 +68,15 @@ class SelfTraining(PseudoLabels):
             teacher.load_state_dict(weights)
 
     def schedules(self) -> dict[str, Schedule]:
-        return super().schedules() | {"ramp": lambda iteration: 1.0}
+        return super().schedules() | {"ramp": lambda iteration: 1.0, "decay": self.decay}
+
+    def decay(self, iteration: int) -> float:
+        """Return the decay of the teachers' update. It warms up again whenever `start_anew` was
+        called, so that teachers do not keep the random weights of that start."""
+        rounds = self.rounds()
+        starts = round_starts(rounds, self.settings.train.iterations)[:-1]
+        anew = (start for start, r in zip(starts, rounds, strict=True) if r.restart)
+        return self.ema.decay(iteration - max(start for start in anew if start <= iteration))
 
     def prepare(self, b: Batch, step: Step) -> Batch:
         b = b | {"pixels": step.count(b["label"])}

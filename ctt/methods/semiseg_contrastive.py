@@ -98,8 +98,8 @@ class SemiSegContrastive(MeanTeacher):
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         selectors = [net for m in self.memories for net in (m.of_pixels, m.of_vectors)]
-        extra = [*self.projections, *self.predictions, *selectors]
-        return {"students": make_optimizer(self.students, self.settings, extra=extra)}
+        extra = (self.projections, self.predictions, selectors)
+        return {"students": make_optimizer(self.students, self.settings, *extra)}
 
     def schedules(self) -> dict[str, Schedule]:
         total, start = self.settings.train.iterations, self.options.start

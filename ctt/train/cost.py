@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from ctt.data.dataset import DatasetInfo
 from ctt.errors import UserError
 from ctt.methods import About
-from ctt.methods.base import Method
+from ctt.methods.base import Method, round_starts
 from ctt.settings import Settings
-from ctt.train.memory import prepared_part, step_without_data
+from ctt.train.memory import prepared, step_without_data
 from ctt.train.recomputing import recomputed
+from ctt.train.rounds import stretches
 
 TERA = 1e12
-GIGA = 1 << 30
 USED = 0.35  # share of a card's peak that a step is taken to reach; large ViTs reach 0.3 to 0.5
 HOUR = 3600
 
@@ -67,7 +69,7 @@ def card_of(name: str) -> Card:
 def step_operations(
     settings: Settings, method: Method, info: DatasetInfo, about: About
 ) -> float | None:
-    """Return the floating-point operations of a step of one process, a mean over the rounds.
+    """Return the floating-point operations of a step of one process, a mean over the run.
 
     Matrix products, convolutions and attention count, forward and backward, those of the teachers
     too, and twice where blocks are computed again.
@@ -78,36 +80,46 @@ def step_operations(
     Returns:
         None if a step cannot be run without data.
     """
-    rounds = method.rounds()
-    whole = sum(r.share for r in rounds)
-    found: dict[str, float] = {}  # rounds of one kind of images cost alike
+    rounds, total = method.rounds(), settings.train.iterations
+    found, steps = dict[Hashable, float](), Counter[Hashable]()
     try:
-        for number, kind in enumerate(rounds):
-            if kind.images not in found:
-                found[kind.images] = _of_round(settings, method, info, about, number)
+        for number, first, end in stretches(round_starts(rounds, total), method.stage):
+            kind = (rounds[number].images, method.stage(first))  # of which steps cost alike
+            steps[kind] += end - first
+            if kind not in found:
+                found[kind] = _of_step(settings, method, info, about, number, first)
     except Exception:  # a method may look at its numbers
         return None
-    return sum(r.share / whole * found[r.images] for r in rounds)
+    return sum(found[kind] * count for kind, count in steps.items()) / total
 
 
-def _of_round(
-    settings: Settings, method: Method, info: DatasetInfo, about: About, number: int
+def _of_step(
+    settings: Settings,
+    method: Method,
+    info: DatasetInfo,
+    about: About,
+    number: int,
+    iteration: int,
 ) -> float:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     again = settings.train.gradient_checkpointing
     trained = [p for p in method.parameters() if p.requires_grad]
     with (
-        step_without_data(settings, method, info, about, number, mode) as (b, step),
+        step_without_data(settings, method, info, about, number, mode, iteration) as (b, step),
         recomputed(method.students, again),
     ):
-        with _counter() as prepared:
-            part = prepared_part(settings, method, b, step)
+        with _counter() as before:
+            whole, part = prepared(settings, method, b, step)
         with _counter() as learnt:
             terms = method.losses(part, step).values()
             total = torch.stack([weight * value for weight, value in terms]).sum()
             torch.autograd.grad(total, trained, allow_unused=True)
+        step.whole = True
+        with _counter() as after, torch.no_grad():
+            method.after_step(whole, step)
     parts = settings.train.accumulate
-    return float(prepared.get_total_flops() + parts * learnt.get_total_flops())
+    once = before.get_total_flops() + after.get_total_flops()
+    return float(once + parts * learnt.get_total_flops())
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -175,11 +175,21 @@ class Engine:
                 group["lr"] = self.step["rate"] * group["lr_factor"]
             if self.settings.optim.clip_norm:
                 self.scaler.unscale_(optimizer)
-                clipped = [list(net.parameters()) for net in self.method.students]
-                for parameters in clipped if name == "students" else [used]:
+                for parameters in self._clipped_together(name, used):
                     nn.utils.clip_grad_norm_(parameters, self.settings.optim.clip_norm)
             self.scaler.step(optimizer)
         self.scaler.update()
+
+    def _clipped_together(
+        self, name: str, used: list[nn.Parameter]
+    ) -> Iterator[list[nn.Parameter]]:
+        """Yield the parameters of an optimiser whose common norm is clipped: those of each student,
+        and what is trained beside them."""
+        own: set[nn.Parameter] = set()
+        for network in self.method.students if name == "students" else ():
+            yield list(network.parameters())
+            own |= set(network.parameters())
+        yield [p for p in used if p not in own]
 
     def gather(self) -> None:
         """Bring what several processes share out to the first, before it asks for `state_dict`."""

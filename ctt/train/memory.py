@@ -104,7 +104,7 @@ def kept_by_step(
     blocks = Blocks(method.students if again else [], enter)
 
     with step_without_data(settings, method, info, about, number, mode) as (b, step):
-        part = prepared_part(settings, method, b, step)
+        _, part = prepared(settings, method, b, step)
         with blocks, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             method.losses(part, step)
     largest = max((list(x.values()) for x in inside), key=held, default=[])
@@ -119,19 +119,21 @@ def step_without_data(
     about: About,
     number: int,
     mode: FakeTensorMode,
+    iteration: int | None = None,
 ) -> Iterator[tuple[Batch, StepContext]]:
     """Enter the mode, and give the batch of a step, before `Method.prepare`, and the step.
 
     Args:
         number: of the round of the run, from 0.
         mode: in which tensors have no data.
+        iteration: steps before it; None: it is the last one, when all that a method does has begun.
     """
     method.train().round = number
     kind = method.rounds()[number]
     size, data = settings.data.crop, settings.data
     schedules = {"rate": lambda iteration: settings.optim.lr, **method.schedules()}
     step = StepContext(settings, info, torch.device("cpu"), World(), schedules)
-    step.begin(settings.train.iterations - 1)  # by then all that a method does has begun
+    step.begin(settings.train.iterations - 1 if iteration is None else iteration)
     try:
         with mode:
             kind_of = torch.float32 if info.bands else torch.uint8
@@ -151,12 +153,14 @@ def step_without_data(
         constant.cache_clear()  # those made meanwhile have no data
 
 
-def prepared_part(settings: Settings, method: Method, b: Batch, step: StepContext) -> Batch:
-    """Return the first part of a batch, prepared as a whole."""
+def prepared(
+    settings: Settings, method: Method, b: Batch, step: StepContext
+) -> tuple[Batch, Batch]:
+    """Return a batch that is prepared as a whole, and the first part of it."""
     with torch.no_grad():
         b = method.prepare(b | method.labeled.totals(b["label"], step), step)
     step.whole = False
-    return next(split_batch(b, settings.train.accumulate))
+    return b, next(split_batch(b, settings.train.accumulate))
 
 
 def held(tensors: Iterable[Tensor]) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -18,7 +17,7 @@ from ctt.train.distributed import World
 from ctt.train.engine import Engine
 from ctt.train.memory import ACTIVATIONS, total_memory
 from ctt.train.plan import Plan
-from ctt.train.rounds import Labeling
+from ctt.train.rounds import Labeling, stretches
 from ctt.train.streams import Streams
 
 FEW = 2  # labelled images of a step that is timed where a whole one takes long
@@ -73,22 +72,13 @@ def _timed(plan: Plan, images: int, done: int) -> float:
     starts, rounds = engine.rounds.starts, engine.rounds.rounds
     done = done if done < starts[-1] else 0
     steps, seconds = Counter[Hashable](), dict[Hashable, float]()
-    for number, first, end in _stretches(engine):
+    for number, first, end in stretches(starts, engine.method.stage):
         kind: Hashable = (rounds[number].images, engine.method.stage(first))
         left = max(0, end - max(done, first))
         steps[kind] += left
         if left and kind not in seconds:
             seconds[kind] = _timed_stretch(plan, engine, number, first, end)
     return sum(seconds[kind] * steps[kind] for kind in seconds) / steps.total()
-
-
-def _stretches(engine: Engine) -> Iterator[tuple[int, int, int]]:
-    """Yield the parts of a run whose steps are of one round and stage: the number of the round, the
-    first iteration, and that after the last."""
-    for number, (start, end) in enumerate(itertools.pairwise(engine.rounds.starts)):
-        for _, within in itertools.groupby(range(start, end), engine.method.stage):
-            first, *rest = within
-            yield number, first, first + len(rest) + 1
 
 
 def _timed_stretch(plan: Plan, engine: Engine, number: int, first: int, end: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from ctt.errors import UserError
 from ctt.files import as_write_error
 from ctt.inference.predict import Predict, out_of_memory_as, predictor
 from ctt.inference.render import palette_image, save_png
-from ctt.methods.base import Round
+from ctt.methods.base import Round, round_starts
 from ctt.models.base import SegmentationModel
 from ctt.run import read_names
 from ctt.settings import EvalSettings, Settings
@@ -49,9 +49,7 @@ class Rounds:
 
     def __init__(self, rounds: Sequence[Round], total: int) -> None:
         self.rounds = rounds
-        done = itertools.accumulate((r.share for r in rounds), initial=0.0)
-        whole = sum(r.share for r in rounds)
-        self.starts = [round(total * share / whole) for share in done]  # and the end of the last
+        self.starts = round_starts(rounds, total)  # and the end of the last
         if any(end <= start for start, end in itertools.pairwise(self.starts)):
             raise UserError(
                 f"`train.iterations` {total} are too few for the {len(rounds)} rounds of this "
@@ -70,6 +68,20 @@ class Rounds:
         first = max(i for i in fresh if i <= r)
         later = [i for i in fresh if i > r]
         return self.starts[first], self.starts[later[0] if later else -1] - self.starts[first]
+
+
+def stretches(starts: Sequence[int], stage: Callable[[int], int]) -> Iterator[tuple[int, int, int]]:
+    """Yield the parts of a run whose steps are of one round and stage: the number of the round, the
+    first iteration, and that after the last.
+
+    Args:
+        starts: see `round_starts`.
+        stage: of the method, see `Method.stage`.
+    """
+    for number, (start, end) in enumerate(itertools.pairwise(starts)):
+        for _, within in itertools.groupby(range(start, end), stage):
+            first, *rest = within
+            yield number, first, first + len(rest) + 1
 
 
 class KeptLabels(Prepared):

@@ -39,6 +39,31 @@ def test_groups_have_all_parameters_once() -> None:
         assert len(found) == len({id(p) for p in found})
 
 
+def test_modules_of_a_student_learn_as_its_head_does(tiny: Settings) -> None:
+    optim = {"lr": 0.1, "pair_lr": [0.1, 0.001], "pair_head_lr_factor": [1, 10]}
+    for name, kinds in (
+        ("u2pl", "heads"),
+        ("cct", "decoders"),
+        ("semiseg-contrastive", "projections predictions memories"),
+    ):
+        method = make(update(tiny.with_method(name), {"optim": optim}, "test"), 2).method
+        groups = method.optimizers()["students"].param_groups
+        factor = {id(p): group["lr_factor"] for group in groups for p in group["params"]}
+        for first, second in (getattr(method, kind) for kind in kinds.split()):
+            rates = [factor[id(p)] for p in second.parameters() if p.requires_grad]
+            assert {factor[id(p)] for p in first.parameters() if p.requires_grad} == {1.0}
+            assert rates == pytest.approx([0.1] * len(rates))
+
+
+def test_modules_beside_the_students_are_clipped(tiny: Settings) -> None:
+    change = {"optim": {"clip_norm": 1e-4}}
+    engine = make(update(tiny.with_method("pseudoseg"), change, "test"))
+    engine(batch(), unlabelled())
+    for module in (*engine.method.students, *engine.method.refiners):
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        assert 0 < torch.nn.utils.get_total_norm(gradients) <= 1.001e-4
+
+
 def test_layers_of_a_transformer_learn_the_slower_the_deeper_they_are() -> None:
     network = models.build("vit", 5, 16, backbone=VIT)
     groups = optimizer(network, layer_decay=0.5, head_lr_factor=40.0).param_groups

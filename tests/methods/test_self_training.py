@@ -9,6 +9,7 @@ from torch import Tensor
 from ctt.data import mixing
 from ctt.data.dataset import IGNORE
 from ctt.errors import UserError
+from ctt.methods.base import round_starts
 from ctt.settings import Settings
 from tests.methods.rendering import SIZE, Scene, cross_entropies, mean_cross_entropy, mixed, scores
 
@@ -32,6 +33,20 @@ def test_self_training_learns_the_labels_that_were_kept(tiny: Settings, mix: str
     out = scores(student, torch.cat([scene.images, mixed(scene.more, keep)]))
     ct = mean_cross_entropy(out[3:], mixed(scene.kept, keep))
     scene.check({"sup": (1.0, mean_cross_entropy(out[:3], scene.label)), "ct": (0.5, ct)})
+
+
+@pytest.mark.parametrize(
+    ("name", "anew"), [("self-training", True), ("st", True), ("st++", True), ("dst-cbc", False)]
+)
+def test_teachers_warm_up_again_with_new_students(tiny: Settings, name: str, anew: bool) -> None:
+    scene = Scene(tiny, name, LONG)
+    decay, rounds = scene.method.schedules()["decay"], scene.method.rounds()
+    starts = round_starts(rounds, LONG["train"]["iterations"])
+    assert decay(0) == 0.5
+    assert decay(starts[-2] - 1) == pytest.approx(tiny.ema.decay)
+    assert decay(starts[-2]) == pytest.approx(0.5 if anew else tiny.ema.decay)
+    if name == "st++":  # the first training goes on while its snapshots are taken
+        assert decay(starts[1]) > 0.9
 
 
 @pytest.mark.parametrize("name", ["st", "st++"])

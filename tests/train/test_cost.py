@@ -13,7 +13,7 @@ from ctt.methods.base import Setup
 from ctt.settings import Settings, update
 from ctt.train.cost import CARDS, card_of, cost_table, hours, step_operations
 from ctt.train.dry_run import dry_run, per_process
-from tests.train.steps import make
+from tests.train.steps import batch, make, unlabelled
 
 VIT = {"model": {"name": "dpt", "backbone": ["test_vit"]}, "data": {"crop": [64, 64]}}
 
@@ -50,6 +50,22 @@ def test_pairs_add_up_and_parts_make_the_whole(tiny: Settings) -> None:
     assert operations(off, 2) == pytest.approx(2 * whole, rel=0.01)
     in_parts = update(off, {"train": {"accumulate": 2}}, "test")
     assert operations(in_parts) == pytest.approx(whole, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["cross-teacher", "semiseg-contrastive", "mean-teacher"])
+def test_all_that_a_real_step_computes_is_counted(tiny: Settings, name: str) -> None:
+    change = {"train": {"iterations": 4}, "loss": {"ct_after": 0.5}, "bank": {"start_after": 2}}
+    if name == "semiseg-contrastive":
+        change = {"train": {"iterations": 4}}
+    settings = update(tiny.with_method(name), change, "test")
+    engine, images = make(settings), settings.data.batch_size
+    found = 0
+    for _ in range(settings.train.iterations):
+        with FlopCounterMode(display=False) as counter:
+            engine(batch(images), unlabelled(images))
+        found += counter.get_total_flops()
+    counted = operations(settings, len(engine.method.students))
+    assert counted == pytest.approx(found / settings.train.iterations, rel=0.01)
 
 
 def test_blocks_computed_again_cost_another_forward(tiny: Settings) -> None:
