@@ -15,7 +15,15 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
 from ctt.cli.common import BAD_INPUT, check_whole, refuse_without_effect
-from ctt.cli.ranking_checks import RESULTS, check_copies, check_names, check_places, earlier
+from ctt.cli.ranking_checks import (
+    RESULTS,
+    check_copies,
+    check_drawn,
+    check_names,
+    check_places,
+    earlier,
+    is_drawn,
+)
 from ctt.errors import LoaderError, UserError
 from ctt.settings import EvalSettings, validate_eval
 from ctt.text import BYTES_AS_THEY_ARE, say
@@ -86,6 +94,7 @@ def rank(parsed: Arguments, protocol_of: Callable[[EvalSettings], EvalSettings])
     if "cvat" in parsed.annotations:
         check_names(entries)
     check_copies(parsed.out, entries, dataset)
+    check_drawn(parsed.out, entries, dataset)
     committee = Committee(trained, device, protocol)
     read = partial(read_entry, dataset, trained)
     file = RatingsFile(parsed.out, committee)
@@ -328,6 +337,7 @@ def write_first(
     folder = parsed.out / "images"
     folder.mkdir(exist_ok=True)
     masks: dict[str, Tensor] = {}
+    drawn: list[Path] = []
     shown: list[tuple[str, Tensor, Tensor, Tensor]] = []
     failures = []
     for entry in kept[: parsed.first]:
@@ -340,12 +350,20 @@ def write_first(
         masks[str(entry.place)] = label
         if len(shown) < SHEET:
             shown.append((entry.name, *reduced(image, label, disagreement)))
-        copy(entry, image, folder / entry.place)
+        if is_drawn(folder / entry.place):
+            drawn.append((folder / entry.place).with_suffix(".json"))
+        else:
+            copy(entry, image, folder / entry.place)
     if shown:
         draw_disagreement(parsed.out / "rank.png", shown, committee.info)
     for form in parsed.annotations:
         path = write(form, parsed.out, folder, masks, committee.info)
         say(f"The masks of the first {len(masks)} images as {form}: {path}")
+    if drawn:
+        say(
+            f"{drawn[0]} was changed in LabelMe ({len(drawn)} such): these files and their images "
+            f"stay as they are."
+        )
     say(f"The order: {parsed.out / 'rank.csv'}; the first ones: {parsed.out / 'rank.png'}")
     return failures
 

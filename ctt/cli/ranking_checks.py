@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import filecmp
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -39,11 +40,48 @@ def check_copies(out: Path, entries: list[Entry], dataset: Dataset | None) -> No
             raise UserError(f"{target} is one of the images. Give another --out.")
 
 
-def earlier(out: Path) -> list[Path]:
-    """Return what an earlier call has written, but for copies with masks that somebody has drawn
-    or changed since in LabelMe."""
+def is_drawn(copied: Path) -> bool:
+    """Return whether somebody has drawn or changed masks of a copy in LabelMe, which stay."""
     from ctt.inference.annotations import is_of_labelme
 
+    return is_of_labelme(copied.with_suffix(".json"))
+
+
+def check_drawn(out: Path, entries: Iterable[Entry], dataset: Dataset | None) -> None:
+    """Refuse another image under the name of a copy whose masks somebody has drawn in LabelMe.
+
+    Its masks would be taken for those of the other image.
+
+    Raises:
+        UserError: names the file.
+    """
+    for entry in entries:
+        copied = out / "images" / entry.place
+        if is_drawn(copied) and not _holds(copied, entry, dataset):
+            raise UserError(
+                f"{copied.with_suffix('.json')} was changed in LabelMe, and {entry.name}, of which "
+                f"a copy would lie beside it, is not the image that it was drawn on. Give another "
+                f"--out."
+            )
+
+
+def _holds(copied: Path, entry: Entry, dataset: Dataset | None) -> bool:
+    """Return whether a copy is there and that of this image."""
+    import torch
+
+    from ctt.data.pictures import read_image
+
+    if entry.file is not None:
+        return copied.is_file() and filecmp.cmp(entry.file, copied, shallow=False)
+    assert dataset is not None
+    try:
+        return torch.equal(read_image(copied), dataset.image(entry.name))
+    except UserError:
+        return False
+
+
+def earlier(out: Path) -> list[Path]:
+    """Return what an earlier call has written, but for copies that `is_drawn`."""
     table, images = out / "rank.csv", out / "images"
     if not table.is_file():
         return []
@@ -55,7 +93,7 @@ def earlier(out: Path) -> list[Path]:
     found = [table, *(out / name for name in RESULTS if name != images.name)]
     for copied in (images / name for name in names if name):
         masks = copied.with_suffix(".json")
-        if not is_of_labelme(masks) and copied.resolve().is_relative_to(images.resolve()):
+        if not is_drawn(copied) and copied.resolve().is_relative_to(images.resolve()):
             found += [copied, masks]
     return [path for path in dict.fromkeys(found) if path.is_file()]
 

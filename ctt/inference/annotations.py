@@ -165,13 +165,16 @@ def write_coco(path: Path, masks: Mapping[str, Tensor], info: DatasetInfo) -> No
 
 
 def write_labelme(folder: Path, masks: Mapping[str, Tensor], info: DatasetInfo) -> None:
-    """Write LabelMe's JSON of polygons beside each image.
+    """Write LabelMe's JSON of polygons beside each image, but where one lies that `is_of_labelme`.
 
     Args:
         folder: of the images.
         masks: (H, W) by the names of the images in it.
     """
     for name, label in masks.items():
+        path = (folder / name).with_suffix(".json")
+        if is_of_labelme(path):  # somebody's work of hours
+            continue
         shapes = [
             {
                 "label": info.classes[outline.label],
@@ -191,7 +194,7 @@ def write_labelme(folder: Path, masks: Mapping[str, Tensor], info: DatasetInfo) 
             "imageHeight": label.shape[0],
             "imageWidth": label.shape[1],
         }
-        with atomic_write((folder / name).with_suffix(".json")) as part:
+        with atomic_write(path) as part:
             part.write_text(json.dumps(content), "utf-8")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ctt.cli import data, predict, ranking, train
 from ctt.cli.ranking import Entry, unlabeled
-from ctt.cli.ranking_checks import check_places
+from ctt.cli.ranking_checks import check_drawn, check_places
 from ctt.errors import LoaderError, UserError
 from ctt.inference.annotations import without_specks
 from ctt.inference.rank import Committee, Rating
@@ -143,6 +143,45 @@ def test_another_order_leaves_nothing_of_the_one_before(run: Path, tmp_path: Pat
     kept = [first["copy"], "photo 3.JPG", "photo 3.json"]
     assert sorted(path.name for path in (out / "images").iterdir()) == sorted(kept)
     assert not (out / "cvat.zip").exists()
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_masks_that_were_changed_in_labelme_stay_on_images_that_come_first_again(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], table: bool
+) -> None:
+    images, out = tmp_path / "photos", tmp_path / "out"
+    shutil.copytree(run.parent / "data" / "unlabeled" / "größer", images)
+    arguments = [str(run), str(images), "--rank", "--out", str(out), "--workers", "0"]
+    arguments += ["--annotations", "labelme"]
+    assert predict._main(arguments) == 0
+    mine, other = out / "images" / "photo 3.json", out / "images" / "photo 1.json"
+    drawn = mine.read_text().replace('"version": "5.0.0"', '"version": "5.5.0"')
+    mine.write_text(drawn)
+    other.write_text(other.read_text().replace('"flags": {}', '"flags": {"old": true}', 1))
+    if not table:
+        (out / "rank.csv").unlink()
+    capsys.readouterr()
+    assert predict._main([*arguments, "--overwrite"]) == 0
+    assert mine.read_text() == drawn
+    assert "old" not in other.read_text()
+    assert "photo 3.json was changed in LabelMe" in capsys.readouterr().out
+    Image.new("RGB", (24, 20)).save(images / "photo 3.JPG")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"photo 3\.JPG.* is not the image that it was drawn on"):
+        predict._main([*arguments, "--overwrite"])
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_copy_of_an_image_in_memory_is_known_again(tmp_path: Path) -> None:
+    dataset = Settings(dataset="digits").open_dataset()
+    name, other = dataset.train_ids()[:2]
+    entry = Entry(name, PurePosixPath("1.png"), None)
+    copied = tmp_path / "images" / "1.png"
+    ranking.copy(entry, dataset.image(name), copied)
+    copied.with_suffix(".json").write_text("{}")
+    check_drawn(tmp_path, [entry], dataset)
+    with pytest.raises(UserError, match="is not the image"):
+        check_drawn(tmp_path, [Entry(other, entry.place, None)], dataset)
 
 
 def test_an_image_too_large_for_the_memory_is_left_out(
