@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ctt.data.dataset import Dataset, DatasetInfo
 from ctt.files import atomic_write
-from ctt.inference.predict import best_class, predictor
+from ctt.inference.predict import best_class, predictor, prepare
 from ctt.inference.render import colorize, visible
 from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings
@@ -31,7 +31,8 @@ def draw_samples(
     settings: EvalSettings,
     title: str,
 ) -> None:
-    """Draw a sheet of image, label, prediction and confidence of some evaluation images."""
+    """Draw a sheet of some evaluation images as they are scored, in the part or at the size that
+    the protocol says, with label, prediction and confidence."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,7 +46,7 @@ def draw_samples(
     network.eval()
     predict = predictor(network, dataset.info, settings)
     for column, name in enumerate(ids):
-        image, label = dataset.pair(name)
+        image, label = prepare(*dataset.pair(name), settings)
         probability = predict(image[None].to(device))[0]
         confidence, predicted = best_class(probability.cpu(), image)
         shown = (

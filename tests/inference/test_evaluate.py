@@ -1,5 +1,7 @@
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
 from torch import Tensor, nn
 
+from ctt import models
 from ctt.data.dataset import Dataset
 from ctt.data.digits import INFO, Digits
 from ctt.errors import UserError
 from ctt.inference.evaluate import Score, as_json, batches, confusions, score, score_table
+from ctt.inference.figures import draw_samples
 from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings
 
@@ -233,3 +237,17 @@ def test_absent_classes_are_named_in_the_table() -> None:
     table = score_table({"n": Score((50.0, *[math.nan] * 10), 50.0)}, INFO)
     assert list(table.columns[1].cells) == ["50.00", "50.00", *["absent"] * 10, "50.00"]
     assert "left out of the mean" in str(table.caption)
+
+
+@pytest.mark.parametrize(("protocol", "seen"), [("half", (20, 20)), ("center-crop", (24, 32))])
+def test_the_sheet_of_a_run_shows_what_is_scored(
+    tmp_path: Path, protocol: Literal["half", "center-crop"], seen: tuple[int, int]
+) -> None:
+    dataset, cpu = Digits(2, 2), torch.device("cpu")
+    network = models.build("small", 11, 8, 8).eval()
+    sizes: list[tuple[int, ...]] = []
+    network.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[2:]))
+    shown, ids = EvalSettings(protocol=protocol, window=(24, 32)), dataset.eval_ids()[:1]
+    confusions({"student_1": network}, dataset, ids, cpu, shown)
+    draw_samples(tmp_path / "samples.png", network, dataset, ids, cpu, shown, "x")
+    assert sizes == [seen, seen]
