@@ -11,6 +11,7 @@ from typing import Any
 from ctt import __version__, run
 from ctt.checkpoint import description, save_network
 from ctt.errors import UserError
+from ctt.files import sha256
 from ctt.inference.load import PREFIX, TrainedNetworks
 
 WEIGHTS = "model.safetensors"
@@ -93,9 +94,8 @@ def card(trained: TrainedNetworks, folder: Path, repository: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     info, summary = trained.info, summary_of(folder)
-    # the summary scores the best network alone, and another one may be sent
-    best: dict[str, Any] = summary.get("best") or {} if "network" in trained.networks else {}
-    score = best.get("miou")
+    best = summary.get("best") if _is_best_of(folder, trained) else None
+    score = best.get("miou") if isinstance(best, dict) else None
     result = EvalResult(
         task_type="image-segmentation",
         dataset_type=info.name,
@@ -163,10 +163,18 @@ def card(trained: TrainedNetworks, folder: Path, repository: str) -> str:
     )
 
 
+def _is_best_of(folder: Path, trained: TrainedNetworks) -> bool:
+    """Return whether this is the best network of the run, which alone its summary scores: any other
+    one may lie in the folder as a file."""
+    best = folder / run.WEIGHTS
+    return best.is_file() and sha256(best) == trained.sha256
+
+
 def summary_of(folder: Path) -> dict[str, Any]:
-    """Return what summary.json of a run holds; nothing where there is none."""
+    """Return what summary.json of a run holds; nothing where there is none, or another file of this
+    name."""
     try:
-        summary: dict[str, Any] = json.loads((folder / run.SUMMARY).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        summary = json.loads((folder / run.SUMMARY).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return summary
+    return summary if isinstance(summary, dict) else {}

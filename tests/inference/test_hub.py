@@ -5,7 +5,6 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -160,7 +159,15 @@ def test_a_file_of_something_else_is_refused(hub: type[Hub]) -> None:
 
 def test_a_card_has_the_score_of_the_best_network_alone(run: Path) -> None:
     """The folder has no settings; those of its weights do."""
-    best = load_trained(run)
-    other = replace(best, networks={"teacher_2": best.networks["network"]})
-    assert "mIoU 41.5" in card(best, run, "me/net")
-    assert "41.5" not in card(other, run, "me/net")
+    save_network(run / "teacher_2.safetensors", models.build("small", 11, 8, 4), INFO, "another")
+    assert "mIoU 41.5" in card(load_trained(run), run, "me/net")
+    assert "mIoU 41.5" in card(load_trained(run / "best.safetensors"), run, "me/net")
+    other = card(load_trained(run / "teacher_2.safetensors", "best"), run, "me/net")
+    assert "41.5" not in other
+    assert "cross-teacher with 50 labelled" in other
+
+
+@pytest.mark.parametrize("content", ['["best"]', "3", "{", '{"best": 4}', '{"best": null}'])
+def test_a_summary_of_something_else_gives_no_score(run: Path, content: str) -> None:
+    (run / "summary.json").write_text(content)
+    assert "mIoU" not in card(load_trained(run), run, "me/net")
