@@ -25,6 +25,7 @@ from ctt.inference.predict import Predict, best_class
 
 MULTIPLE = 16  # of the sides of a GeoTIFF's blocks
 TILE, MARGIN = 512, 64
+SIDECARS = (".ovr", ".aux.xml", ".msk", ".msk.ovr")  # after the name of a GeoTIFF
 
 
 def windows(
@@ -95,6 +96,15 @@ def predict_raster(
                 values = results[kind].to(torch.uint8).cpu().numpy()
                 output.write(values, 1, window=Window.from_slices(*own))
             advance(values.size / size)
+    for path in targets.values():
+        remove_sidecars(path)
+
+
+def remove_sidecars(path: Path) -> None:
+    """Remove what GDAL and QGIS have written beside an earlier file of this name and would take for
+    the new one's: overviews, which are what a map shows of it from afar, statistics and a mask."""
+    for ending in SIDECARS:
+        path.with_name(f"{path.name}{ending}").unlink(missing_ok=True)
 
 
 def _created(path: Path, raster: Raster, tile: int) -> Any:

@@ -94,6 +94,20 @@ def test_a_full_disk_keeps_the_old_mask(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tif", "m.tif"]
 
 
+def test_a_new_mask_has_no_overviews_of_the_old_one(tmp_path: Path) -> None:
+    image, targets = tmp_path / "a.tif", {"mask": tmp_path / "m.tif"}
+    save(image, scene((300, 300), 0)[0])
+    for label in (0, 1):
+        chosen = torch.eye(2)[label][:, None, None]
+        predict_raster(image, targets, lambda x, p=chosen: p.expand(len(x), 2, *x.shape[2:]), BANDS)
+        with rasterio.open(tmp_path / "m.tif") as mask:
+            assert set(np.unique(mask.read(1, out_shape=(30, 30)))) <= {label, 255}
+        with rasterio.Env(TIFF_USE_OVR=True), rasterio.open(tmp_path / "m.tif", "r+") as mask:
+            mask.build_overviews([2, 4, 8])
+        (tmp_path / "m.tif.aux.xml").write_text("<PAMDataset></PAMDataset>")
+        assert (tmp_path / "m.tif.ovr").is_file()
+
+
 @pytest.mark.parametrize("kind", ["rgb", "rgb and infrared", "grey", "grey 16", "palette"])
 def test_rgb_networks_read_rasters_as_they_read_files(tmp_path: Path, kind: str) -> None:
     count = {"rgb": 3, "rgb and infrared": 4}.get(kind, 1)
