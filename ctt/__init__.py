@@ -43,4 +43,6 @@ def load(path: str | Path, network: str = "best") -> Segmenter:
     from ctt.models.segmenter import Segmenter
 
     trained = load_trained(Path(path), network)
-    return Segmenter(trained.only(), trained.info, trained.origin).requires_grad_(False)
+    protocol = trained.settings.eval
+    segmenter = Segmenter(trained.only(), trained.info, trained.origin, protocol)
+    return segmenter.requires_grad_(False)

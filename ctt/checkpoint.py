@@ -18,10 +18,13 @@ from ctt.data.dataset import DatasetInfo
 from ctt.errors import UserError
 from ctt.files import atomic_write
 from ctt.models.base import SegmentationModel
+from ctt.settings import EvalSettings, Settings, to_dict, update, validate_eval
 
 FORMAT = "ctt-checkpoint-2"
 FORMER_FORMAT = "ctt-checkpoint-1"
 WEIGHTS_FORMAT = "ctt-weights-1"
+# of the settings of evaluation, all on which predictions depend
+OF_PROTOCOL = ("protocol", "window", "stride", "fit", "flip", "scales", "amp")
 
 
 def save(path: Path, state: dict[str, Any], keep: bool = True) -> None:
@@ -172,16 +175,18 @@ def save_network(
     info: DatasetInfo,
     note: str,
     best: dict[str, Any] | None = None,
+    protocol: EvalSettings | None = None,
 ) -> None:
     """Write one network, ready for inference: weights, and how to build it and read its output.
 
     Args:
         best: what is known of it as the best network of a run, which `best_in` returns.
+        protocol: how the run showed images to it, which `protocol_of` returns; by default whole.
 
     Raises:
         UnwritableError: there is no room for it.
     """
-    meta = description(network, info, note) | ({"best": best} if best else {})
+    meta = description(network, info, note, protocol) | ({"best": best} if best else {})
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
     }
@@ -193,8 +198,11 @@ def save_network(
             raise OSError(str(error)) from None
 
 
-def description(network: SegmentationModel, info: DatasetInfo, note: str) -> dict[str, Any]:
-    """Return how to build the network and read its output, as JSON takes it."""
+def description(
+    network: SegmentationModel, info: DatasetInfo, note: str, protocol: EvalSettings | None = None
+) -> dict[str, Any]:
+    """Return how to build the network, show images to it and read its output, as JSON takes it."""
+    shown = to_dict(protocol or EvalSettings())
     return {
         "format": WEIGHTS_FORMAT,
         "model": network.options,
@@ -208,6 +216,7 @@ def description(network: SegmentationModel, info: DatasetInfo, note: str) -> dic
         "ranges": info.ranges,
         "shown": info.shown,
         "note": note,
+        "protocol": {name: shown[name] for name in OF_PROTOCOL},
     }
 
 
@@ -265,6 +274,19 @@ def load_network(path: Path) -> tuple[SegmentationModel, DatasetInfo, str]:
             f"Give the best.safetensors of a run."
         ) from None
     return network.eval(), info, note
+
+
+def protocol_of(path: Path) -> EvalSettings:
+    """Return how the run showed images to the network in a file that `save_network` wrote; of a
+    version that did not write it, whole images.
+
+    Raises:
+        UserError: what the file says is no protocol of this version.
+    """
+    values = _meta_of(path).get("protocol", {})
+    protocol = update(Settings(), {"eval": values}, str(path)).eval
+    validate_eval(protocol)
+    return protocol
 
 
 def _network_of(

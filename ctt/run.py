@@ -47,7 +47,7 @@ FIXED_IN = {
 # What the score depends on, by which the run has chosen its best network so far.
 SCORED = {
     "data": ("eval_images",),
-    "eval": ("protocol", "window", "stride", "fit", "flip", "scales", "amp"),
+    "eval": checkpoint.OF_PROTOCOL,
 }
 
 

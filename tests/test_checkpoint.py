@@ -1,17 +1,20 @@
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ctt import checkpoint, models, run
 from ctt.data.digits import INFO
 from ctt.errors import UserError
 from ctt.inference.evaluate import write_json
+from ctt.inference.load import load_trained
 from ctt.models.base import Grid
-from ctt.settings import ModelSettings, Settings
+from ctt.settings import EvalSettings, ModelSettings, Settings
 
 
 @pytest.mark.parametrize(
@@ -33,6 +36,25 @@ def test_saved_networks_come_back(tmp_path: Path, name: str, backbone: str) -> N
     assert note == "a note"
     images = torch.randn(1, 3, 16, 16)
     assert torch.equal(again(images).logits, network(images).logits)
+
+
+def test_a_file_says_how_the_run_showed_images_to_the_network(tmp_path: Path) -> None:
+    network, path = models.build("small", 11, 8, 4), tmp_path / "net.safetensors"
+    own = EvalSettings(protocol="sliding", window=(64, 80), stride=0.5, flip=True, scales=(0.5, 1))
+    checkpoint.save_network(path, network, INFO, "", protocol=own)
+    assert checkpoint.protocol_of(path) == own
+    with safe_open(path, framework="pt") as file:
+        meta = json.loads(file.metadata()["ctt"])
+    for values, expected in ((None, EvalSettings()), ({"protocol": "half"}, None), ({"x": 1}, "x")):
+        former = {name: value for name, value in meta.items() if name != "protocol"}
+        former |= {} if values is None else {"protocol": values}
+        save_file(network.state_dict(), path, metadata={"ctt": json.dumps(former)})
+        if isinstance(expected, str):
+            with pytest.raises(UserError, match=r"net\.safetensors: there is no setting eval\.x"):
+                load_trained(path)
+        else:
+            expected = expected or EvalSettings(protocol="half")
+            assert load_trained(path).settings.eval == expected
 
 
 @pytest.mark.parametrize("grid", ["aligned", "legacy"])

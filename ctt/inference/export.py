@@ -89,7 +89,7 @@ def export(
     """
     network = trained.only()
     if file_format == "safetensors":
-        save_network(out, network, trained.info, trained.origin)
+        save_network(out, network, trained.info, trained.origin, protocol=trained.settings.eval)
         return 0.0
     graph = Graph(Segmenter(network, trained.info), result, normalized)
     batch, height, width = EXAMPLE
@@ -98,7 +98,7 @@ def export(
     with _as_lack_of_memory(shape):
         program = trace(graph, torch.rand(shape), size is None)
     meta = {
-        **description(network, trained.info, trained.origin),
+        **description(network, trained.info, trained.origin, trained.settings.eval),
         "input": "normalised" if normalized else "0..1",
         "output": result,
     }

@@ -69,9 +69,10 @@ def push(trained: TrainedNetworks, folder: Path, repository: str, private: bool 
     api = huggingface_hub.HfApi(endpoint=endpoint())
     with tempfile.TemporaryDirectory() as temporary:
         files = Path(temporary)
-        save_network(files / WEIGHTS, network, trained.info, trained.origin)
-        facts = description(network, trained.info, trained.origin)
-        (files / CONFIG).write_text(json.dumps({"library_name": "ctt", **facts}, indent=2), "utf-8")
+        facts, protocol = (network, trained.info, trained.origin), trained.settings.eval
+        save_network(files / WEIGHTS, *facts, protocol=protocol)
+        config = {"library_name": "ctt", **description(*facts, protocol)}
+        (files / CONFIG).write_text(json.dumps(config, indent=2), "utf-8")
         (files / "README.md").write_text(card(trained, folder, repository), "utf-8")
         try:
             address = api.create_repo(repository, private=private, exist_ok=True)

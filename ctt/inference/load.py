@@ -28,7 +28,7 @@ class TrainedNetworks:
     Attributes:
         networks: student_1.. and teacher_1.. of a run, or `network` alone out of a file.
         info: of the dataset they were trained on.
-        settings: of the run; the defaults where there is only a file.
+        settings: of the run; where there is only a file its protocol, and else the defaults.
         origin: a phrase that says where the networks come from.
         sha256: of the file that was read.
     """
@@ -108,7 +108,7 @@ def load_trained(path: Path, network: str = "") -> TrainedNetworks:
 def _of_file(path: Path) -> TrainedNetworks:
     weights = path / run.WEIGHTS if path.is_dir() else path
     network, info, note = checkpoint.load_network(weights)
-    settings = Settings(dataset=info.name)
+    settings = Settings(dataset=info.name, eval=checkpoint.protocol_of(weights))
     if (path / run.CONFIG).is_file():
         settings = run.read_settings(path, serve=True)
     return TrainedNetworks({"network": network}, info, settings, note, sha256(weights))

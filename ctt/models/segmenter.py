@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ctt.models.base import SegmentationModel, upsample
+from ctt.settings import EvalSettings
 
 if TYPE_CHECKING:
     from ctt.data.dataset import DatasetInfo
@@ -26,6 +27,7 @@ class Segmenter(nn.Module):
         network: any network of `ctt.models`.
         info: of the dataset it was trained on.
         note: on the origin of the weights.
+        protocol: how `predict` shows images to it; by default whole and at their own size.
 
     Attributes:
         classes: C names.
@@ -37,11 +39,17 @@ class Segmenter(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: SegmentationModel, info: DatasetInfo, note: str = "") -> None:
+    def __init__(
+        self,
+        network: SegmentationModel,
+        info: DatasetInfo,
+        note: str = "",
+        protocol: EvalSettings | None = None,
+    ) -> None:
         super().__init__()
         self.network = network
         self.classes, self.palette, self.note = info.classes, info.palette, note
-        self.info = info
+        self.info, self.protocol = info, protocol or EvalSettings()
         for name, values in (("mean", info.mean), ("std", info.std)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.eval()
@@ -71,6 +79,9 @@ class Segmenter(nn.Module):
     ) -> Any:
         """Return the class of every pixel of an image, or of each of several images.
 
+        Images are shown to the network as in the evaluations of its run (at half their size, in
+        windows, mirrored and so on), as ctt-predict does; `protocol` says how.
+
         An image is an array (H, W, C) or grey (H, W), a tensor (C, H, W), a PIL image of any mode
         (as it lies in memory), or the path of a file (turned as its EXIF says, as ctt-predict
         does). Several are an array or tensor with one axis more in front, or a list or other
@@ -82,7 +93,7 @@ class Segmenter(nn.Module):
 
         Args:
             tile: side, or height and width, of overlapping windows in which the network sees large
-                images, as ctt-predict --eval.protocol sliding does; None: whole images.
+                images, as ctt-predict --eval.protocol sliding does; None: as in its run.
             probabilities: return those of the classes, and not the most probable class.
             batch_pixels: how many pixels go through the network together at most.
 
@@ -94,15 +105,16 @@ class Segmenter(nn.Module):
             ValueError: another shape or type of numbers.
             ctt.errors.UserError: a file that cannot be read.
         """
-        from ctt.inference.predict import Predict, best_class, sliding, stacks
+        from ctt.inference.predict import best_class, for_images, predictor, stacks
 
         several = getattr(images, "ndim", 0) == 4 or (
             isinstance(images, Iterable) and not hasattr(images, "ndim") and not _is_one(images)
         )
-        predict: Predict = self._probability
+        protocol = replace(self.protocol, batch_pixels=batch_pixels)
         if tile is not None:
             window = (tile, tile) if isinstance(tile, int) else tile
-            predict = partial(sliding, predict, window, OVERLAP, batch_pixels)
+            protocol = replace(protocol, protocol="sliding", window=window, stride=OVERLAP)
+        predict = predictor(self.network, self.info, for_images(protocol))
         pixels = (self.pixels_of(image) for image in (images if several else [images]))
         found = list[Tensor]()
         for group in stacks(pixels, lambda image: image.shape[1:], batch_pixels):
@@ -112,12 +124,6 @@ class Segmenter(nn.Module):
                 result = best_class(result, batch)[1]
             found += result.cpu()
         return found if several else found[0]
-
-    def _probability(self, images: Tensor) -> Tensor:
-        """Return (B, C, H, W) of images as `pixels_of` gives them; without data they are the
-        mean."""
-        unit = images if images.is_floating_point() else images.float() / 255
-        return self.logits(self.normalize(unit).nan_to_num(0)).softmax(dim=1)
 
     def pixels_of(self, image: Any) -> Tensor:
         """Return an image, see `predict`, as the dataset has its images.

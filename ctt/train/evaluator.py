@@ -107,7 +107,8 @@ class Evaluator:
         note = f"{name} after {iteration} iterations, {self.plan.asked.hash()}"
         network = self.engine.method.networks()[name]
         info = self.plan.dataset.info
-        checkpoint.save_network(self.folder / run.WEIGHTS, network, info, note, self.best)
+        weights = self.folder / run.WEIGHTS
+        checkpoint.save_network(weights, network, info, note, self.best, settings.eval)
 
     def resume(self, best: dict[str, Any] | None) -> None:
         """Go on with the best network that a checkpoint names, or the one that the run has kept.
@@ -123,8 +124,9 @@ class Evaluator:
         network = self.engine.method.networks().get(kept.get("network", ""))
         if network is None:
             return
-        own = checkpoint.description(network, self.plan.dataset.info, description.get("note", ""))
-        same = json.loads(json.dumps(own)) == description  # else somebody put another file there
+        facts = (self.plan.dataset.info, description.get("note", ""), self.plan.settings.eval)
+        own = json.loads(json.dumps(checkpoint.description(network, *facts)))
+        same = own == own | description  # else somebody put another file there
         if same and (best is None or _rank(kept) > _rank(best)):
             self.best = kept
 

@@ -15,14 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import ctt
 from ctt import checkpoint, run
-from ctt.cli import evaluate, predict, train
+from ctt.cli import evaluate, export, predict, train
 from ctt.data import open_dataset
 from ctt.data.digits import Digits
 from ctt.data.options import DatasetOptions
 from ctt.data.pictures import read_image
 from ctt.inference import predict as inference
-from ctt.inference.load import TrainedNetworks
+from ctt.inference.load import TrainedNetworks, load_trained
 from ctt.settings import EvalSettings
 from tests.data import trees
 
@@ -73,6 +74,36 @@ def test_evaluation_of_a_run_repeats_its_summary(
     accuracy = 100 * counts.trace() / counts.sum()
     assert scores["pixel_accuracy"]["ensemble"] == pytest.approx(accuracy, abs=0.01)
     assert call(evaluate.main, arguments, monkeypatch) == 2  # the folder is not empty
+
+
+def test_a_network_gives_the_same_masks_wherever_it_is_read_from(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run folder, its file of weights, an exported file and ctt.load show images alike."""
+    out, sent = tmp_path / "run", tmp_path / "sent.safetensors"
+    quick = (
+        "--ratio 6 --data.labeled-pool 24 --data.eval-images 6 --data.batch-size 2 --model.width 4 "
+        "--model.features 8 --train.threads 1 --train.iterations 3 --eval.protocol half --eval.flip"
+    )
+    assert train._main([*quick.split(), "--out", str(out)]) == 0
+    options = ["--format", "safetensors", "--out", str(sent)]
+    assert export._main([str(out), *options]) == 0
+    file = next(images.glob("* ü.png"))
+    given = [ctt.load(path).predict(file, probabilities=True) for path in (out, sent)]
+    found = [(255 * probability.amax(dim=0)).round().numpy() for probability in given]
+    for n, weights in enumerate((out, out / "best.safetensors", sent)):
+        arguments = [str(weights), str(file), "--confidence", "--out", str(tmp_path / str(n))]
+        assert call(predict.main, arguments, monkeypatch) == 0
+        found.append(np.array(Image.open(tmp_path / str(n) / f"{file.stem}_confidence.png")))
+    assert len(np.unique(found[0])) > 1
+    assert all(np.array_equal(found[0], other) for other in found)
+    more = ["--eval.protocol", "whole", "--confidence", "--out", str(tmp_path / "whole")]
+    assert call(predict.main, [str(sent), str(file), *more], monkeypatch) == 0
+    whole = np.array(Image.open(tmp_path / "whole" / f"{file.stem}_confidence.png"))
+    assert not np.array_equal(whole, found[0])
+    for weights in (out, sent):
+        protocol = load_trained(weights).settings.eval
+        assert (protocol.protocol, protocol.flip) == ("half", True)
 
 
 DYING = """

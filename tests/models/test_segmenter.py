@@ -1,9 +1,11 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import ctt
 from ctt import models
@@ -13,7 +15,10 @@ from ctt.data.digits import INFO
 from ctt.data.pixels import to_rgb
 from ctt.data.views import normalize, to_unit
 from ctt.errors import UserError
-from ctt.inference.predict import whole
+from ctt.inference.load import load_trained
+from ctt.inference.predict import for_images, predictor, whole
+from ctt.models.segmenter import Segmenter
+from ctt.settings import EvalSettings
 
 
 @pytest.fixture
@@ -94,6 +99,40 @@ def test_several_images_and_tiles(weights: Path, tmp_path: Path) -> None:
     tiled = segmenter.predict(images[0], tile=(16, 16))
     assert tiled.shape == alone[0].shape
     assert 0 < (tiled != alone[0]).sum() < tiled.numel() / 2  # windows see less around them
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        EvalSettings(protocol="half", flip=True),
+        EvalSettings(protocol="sliding", window=(16, 16), scales=(1, 1.5)),
+        EvalSettings(protocol="center-crop", window=(16, 16)),
+    ],
+)
+def test_images_are_shown_as_in_the_evaluations_of_the_run(
+    tmp_path: Path, protocol: EvalSettings
+) -> None:
+    torch.manual_seed(0)
+    path, image = tmp_path / "net.safetensors", torch.randint(0, 256, (3, 33, 47)).to(torch.uint8)
+    save_network(path, models.build("small", 11, 8, 4), INFO, "", protocol=protocol)
+    segmenter = ctt.load(path)
+    with torch.no_grad():
+        predict = load_trained(path).predictor(torch.device("cpu"), for_images(protocol))
+        expected = predict(image[None])[0]
+        unchanged = segmenter(image[None] / 255)[0]
+    assert torch.equal(segmenter.predict(image, probabilities=True), expected)
+    assert torch.allclose(expected, unchanged, atol=1e-5) == (protocol.protocol == "center-crop")
+    assert torch.equal(
+        segmenter.predict(image, tile=16, probabilities=True),
+        _tiled(segmenter, image, protocol),
+    )
+
+
+def _tiled(segmenter: Segmenter, image: Tensor, protocol: EvalSettings) -> Tensor:
+    """Return what ctt-predict --eval.protocol sliding gives."""
+    tiles = replace(protocol, protocol="sliding", window=(16, 16), stride=2 / 3)
+    with torch.no_grad():
+        return predictor(segmenter.network, INFO, tiles)(image[None])[0]
 
 
 def test_grey_and_transparent_arrays_are_read_as_files_are(weights: Path, tmp_path: Path) -> None:
