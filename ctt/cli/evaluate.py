@@ -34,7 +34,8 @@ class Arguments:
     dataset: str = ""
     """Dataset to evaluate on; by default the one that the networks were trained on."""
     data_root: Path | None = None
-    """Its folder; by default the run's."""
+    """Its folder; by default the run's. Of other images than the run's all are scored that are
+    there to evaluate on."""
     split: str = ""
     """Images to evaluate on; by default those of the run, or `val`."""
     out: Path | None = None
@@ -142,11 +143,42 @@ def _open_dataset(trained: TrainedNetworks, parsed: Arguments) -> tuple[Dataset,
         )
     for line in dataset.take_scale_of(trained.info):
         say(line)
-    if settings.dataset == trained.settings.dataset:
-        same_part = _is_part_of_run(trained, dataset, settings)
-        folder = parsed.path if parsed.path.is_dir() else parsed.path.parent
-        run.hold_out(folder, dataset, same_part)
+    folder = parsed.path if parsed.path.is_dir() else parsed.path.parent
+    if settings.dataset == trained.settings.dataset and _is_of_run(folder, dataset, settings):
+        run.hold_out(folder, dataset, _is_part_of_run(trained, dataset, settings))
+    for line in dataset.notes:
+        say(line)
     return dataset, settings
+
+
+def _is_of_run(folder: Path, dataset: Dataset, settings: Settings) -> bool:
+    """Return whether this is the data of the run in `folder`, which may lie elsewhere by now.
+
+    Other data may have images of the same names, such as running numbers.
+    """
+    from ctt import checkpoint, run
+    from ctt.files import expanded
+    from ctt.train.same_data import is_of_run
+
+    if settings.data_root is None or not (folder / run.CONFIG).is_file():
+        return True
+    before = run.read_settings(folder, serve=True).data_root
+    roots = [
+        expanded(path, "--data-root").resolve() for path in (before, settings.data_root) if path
+    ]
+    if roots[0] == roots[-1]:
+        return True
+    try:
+        saved = checkpoint.load_last(folder / run.CHECKPOINT)[0]
+    except UserError:  # nothing is known of the data
+        return True
+    if is_of_run(saved.get("data", {}), dataset):
+        return True
+    say(
+        f"{settings.data_root} holds other images than those that the run was trained with: "
+        f"evaluated are the images that this folder has to evaluate on."
+    )
+    return False
 
 
 def _is_part_of_run(trained: TrainedNetworks, dataset: Dataset, settings: Settings) -> bool:
@@ -277,10 +309,10 @@ def _report(
     classes = {name: class_rows(matrix, images, dataset.info) for name, matrix in matrices.items()}
     last = list(classes)[-1]  # the ensemble, if it is among them
     console.print(class_table(classes[last], last))
-    split = settings.data.eval_split
+    split, root = settings.data.eval_split, settings.data_root
     console.print(
         f"{trained.origin}; protocol {protocol_text(parsed.eval)}; {len(ids)} images of "
-        f"{settings.dataset}/{split}",
+        f"{settings.dataset}/{split}{f' in {root}' if root else ''}",
         soft_wrap=True,
     )
     if parsed.out is None:

@@ -50,6 +50,16 @@ def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def is_of_run(saved: Mapping[str, Any], dataset: Dataset) -> bool:
+    """Return whether some of the labelled images of a run, or all that is known of them, are these.
+
+    Args:
+        saved: from `facts`, as in the checkpoint; empty in one of an earlier version.
+    """
+    files = saved.get("files", {})
+    return not files or any(_content(dataset, name) == text for name, text in files.items())
+
+
 def _content(dataset: Dataset, name: str) -> str:
     """Return the checksum of the files of a labelled image; of one in memory, of none."""
     found = " ".join(fingerprint.of_file(path) for path in dataset.files(name, labeled=True))

@@ -538,6 +538,42 @@ def test_bad_input(
     assert expected in " ".join(shown.split())
 
 
+def test_images_of_another_folder_are_all_scored_whatever_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as those of another site, which have running numbers too."""
+    counts = {"labeled": 3, "unlabeled": 2, "size": (20, 24)}
+    trees.write_folder(tmp_path / "data", evaluation=1, **counts)
+    trees.write_folder(tmp_path / "other", evaluation=4, **counts)
+    for i, path in enumerate(sorted((tmp_path / "other").rglob("images/**/*.jpg"))):
+        noise = np.random.default_rng(i).integers(0, 255, (20, 24, 3), np.uint8)
+        Image.fromarray(noise).save(path)
+    shutil.copytree(tmp_path / "data", tmp_path / "moved")
+    image, label = trees.picture((20, 24), (1, 2), 9)
+    trees.save_image(tmp_path / "moved" / "val" / "images" / "later.jpg", image)
+    trees.save_mask(tmp_path / "moved" / "val" / "masks" / "later.png", label)
+    monkeypatch.chdir(tmp_path)
+    quick = (
+        "--recipe digits --dataset folder --data-root data --out run --ratio 1/1 "
+        "--data.batch-size 2 --data.crop 16 16 --model.width 4 --model.features 8 "
+        "--train.threads 1 --data.workers 0 --train.iterations 1"
+    )
+    assert call(train.main, quick.split(), monkeypatch) == 0
+    for root, scored, said in (
+        ("other", 4, "other holds other images than those that the run was trained with"),
+        ("moved", 1, "1 images to evaluate on came later and are left out"),
+    ):
+        for weights in ("run", "run/best.safetensors"):
+            capsys.readouterr()
+            out = f"{root} {len(weights)}"
+            arguments = [weights, "--data-root", root, "--workers", "0", "--out", out]
+            assert call(evaluate.main, arguments, monkeypatch) == 0
+            shown = " ".join(capsys.readouterr().out.split())
+            assert said in shown
+            assert f"{scored} images of folder/val in {root}" in shown
+            assert json.loads(Path(out, "summary.json").read_text("utf-8"))["images"] == scored
+
+
 def test_images_that_came_later_do_not_change_what_is_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
