@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ctt.data.dataset import DatasetInfo
+    from ctt.inference.load import TrainedNetworks
     from ctt.inference.predict import Predict
 
 
@@ -47,9 +48,10 @@ class Arguments:
     """Write NAME_mask.tif (and NAME_confidence.tif) with the coordinates of the image, in memory
     that does not grow with it, and no overlays (extra `geo`)."""
     tile: int = 512
-    """geotiff: side of the tiles that are read, seen by the network and written one by one."""
+    """geotiff: side of the tiles that are read, seen by the network and written one by one; rounded
+    up to the network's coarsest cells."""
     margin: int = 64
-    """geotiff: what the network sees around a tile, in pixels."""
+    """geotiff: what the network sees around a tile, in pixels; rounded up likewise."""
     overwrite: bool = False
     """Replace results that are there already."""
     skip_existing: bool = False
@@ -135,6 +137,8 @@ def _main(arguments: list[str]) -> int:
     validate_eval(parsed.eval)
     check_whole(parsed.eval)
     predict = trained.predictor(device, for_images(parsed.eval))
+    if parsed.geotiff:
+        parsed = with_fitted_tiles(parsed, trained)
     for folder in {job.stem.parent for job in jobs}:
         remove_parts(folder)
     run = segment_rasters if parsed.geotiff else segment
@@ -318,6 +322,21 @@ def check_tiles(parsed: Arguments) -> None:
         raise UserError(f"--tile {parsed.tile} must be a multiple of {MULTIPLE}, such as 512.")
     if parsed.margin < 0:
         raise UserError(f"--margin {parsed.margin} must be at least 0.")
+
+
+def with_fitted_tiles(parsed: Arguments, trained: TrainedNetworks) -> Arguments:
+    """Return the options with tile and margin as the cells of the networks need them."""
+    from ctt.inference.predict import for_images
+    from ctt.inference.rasters import cells_of, fitted
+
+    cells = cells_of(trained.networks.values(), for_images(parsed.eval))
+    tile, margin = fitted(parsed.tile, parsed.margin, cells)
+    if (tile, margin) != (parsed.tile, parsed.margin):
+        say(
+            f"Tiles of {tile} pixels with a margin of {margin} are taken, multiples of the {cells} "
+            f"pixels of the network's coarsest cells: it sees them as it sees the whole image then."
+        )
+    return dataclasses.replace(parsed, tile=tile, margin=margin)
 
 
 def first_with_coordinates(jobs: list[Job]) -> Path | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,11 @@ from ctt.data.rasters import Raster, scaled
 from ctt.errors import UserError
 from ctt.files import atomic_write
 from ctt.inference.predict import Predict, best_class
+from ctt.models.base import SegmentationModel
+from ctt.settings import EvalSettings
 
 MULTIPLE = 16  # of the sides of a GeoTIFF's blocks
+COARSEST = 64  # pixels from cell to cell in maps of networks, at most
 TILE, MARGIN = 512, 64
 SIDECARS = (".ovr", ".aux.xml", ".msk", ".msk.ovr")  # after the name of a GeoTIFF
 
@@ -48,6 +53,36 @@ def windows(
 
 
 @torch.no_grad()
+def cells_of(networks: Iterable[SegmentationModel], settings: EvalSettings) -> int:
+    """Return the pixels of which an image may be shifted by multiples, and the cells of all maps in
+    the networks see what they saw before.
+
+    Args:
+        settings: whose scales make images smaller; quarters of their size at most are whole cells.
+    """
+    factor = math.lcm(
+        *(Fraction(scale).limit_denominator(4).denominator for scale in settings.scales)
+    )
+    steps = []
+    for network in networks:
+        weight = next(network.parameters())
+        side = math.lcm(network.multiple, COARSEST)
+        images = weight.new_zeros(1, network.options["channels"], side, side)
+        maps = network.encode(images)
+        steps.append(math.lcm(network.multiple, *(round(side / x.shape[-1]) for x in maps)))
+    return factor * math.lcm(*steps)
+
+
+def fitted(tile: int, margin: int, cells: int) -> tuple[int, int]:
+    """Return tile and margin, rounded up so that each tile and its margin begin where `cells` do.
+
+    The network would otherwise see the pixels of a tile in other cells than in the whole image.
+    """
+    sides = math.lcm(MULTIPLE, cells)
+    return -(-tile // sides) * sides, -(-margin // cells) * cells
+
+
+@torch.no_grad()
 def predict_raster(
     file: Path,
     targets: Mapping[str, Path],
@@ -67,7 +102,7 @@ def predict_raster(
         file: a TIFF, or another file that rasterio reads.
         targets: files to write: `mask`, and `confidence` if wanted (255 for probability 1).
         tile: side of a tile and of the files' blocks, a multiple of `MULTIPLE`.
-        margin: what the network sees around a tile, in pixels.
+        margin: what the network sees around a tile, in pixels; see `fitted`.
         advance: called with the share of the raster that is done since the last call.
 
     Raises:

@@ -21,7 +21,7 @@ from ctt.data.rasters import Raster, read_as
 from ctt.data.views import to_unit
 from ctt.errors import UserError
 from ctt.inference.predict import predictor
-from ctt.inference.rasters import for_network, predict_raster, windows
+from ctt.inference.rasters import cells_of, fitted, for_network, predict_raster, windows
 from ctt.settings import EvalSettings
 from tests.data.rasters import LAYOUTS, save, save_layout, scene
 
@@ -73,6 +73,41 @@ def test_tiles_give_what_the_whole_image_gives(tmp_path: Path) -> None:
         assert mask.colormap(1)[1] == (255, 0, 0, 255)
         assert json.loads(mask.tags()["classes"]) == ["soil", "Grün"]
         assert np.array_equal(mask.read(1), label.numpy())
+    with rasterio.open(tmp_path / "c.tif") as sure:
+        assert np.abs(sure.read(1) - 255 * confidence.numpy()).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone", "cells"),
+    [
+        ("small", "", 8),
+        ("deeplabv3plus", "test_resnet", 16),
+        ("vit", "test_vit", 16),
+        ("smp:unet", "resnet18", 32),
+    ],
+)
+def test_cells_are_those_of_the_coarsest_map(name: str, backbone: str, cells: int) -> None:
+    network = models.build(name, 2, 8, 4, backbone=backbone, channels=3).eval()
+    assert cells_of([network], EvalSettings()) == cells
+    assert cells_of([network], EvalSettings(scales=(0.5, 1, 1.5))) == 2 * cells
+    assert fitted(512, 64, cells) == (512, 64)
+
+
+@pytest.mark.parametrize(("scale", "margin"), [(1.0, 101), (0.5, 197)])
+def test_any_margin_is_rounded_up_to_what_gives_the_whole_image(
+    tmp_path: Path, scale: float, margin: int
+) -> None:
+    torch.manual_seed(0)
+    save(tmp_path / "a.tif", scene((200, 304), 0)[0])
+    network, protocol = models.build("small", 2, 4, 4, channels=4).eval(), EvalSettings()
+    protocol = replace(protocol, scales=(scale,))
+    predict = predictor(network, BANDS, protocol)
+    tile, rounded = fitted(72, margin, cells_of([network], protocol))
+    assert 0 < rounded - margin < 16
+    targets = {"mask": tmp_path / "m.tif", "confidence": tmp_path / "c.tif"}
+    predict_raster(tmp_path / "a.tif", targets, predict, BANDS, tile, rounded)
+    with torch.no_grad():
+        confidence = predict(read_as(tmp_path / "a.tif", BANDS)[None])[0].amax(dim=0)
     with rasterio.open(tmp_path / "c.tif") as sure:
         assert np.abs(sure.read(1) - 255 * confidence.numpy()).max() <= 1
 
