@@ -88,8 +88,8 @@ def rank(parsed: Arguments, protocol_of: Callable[[EvalSettings], EvalSettings])
         protocol = protocol_of(trained.settings.eval)
     validate_eval(protocol)
     check_whole(protocol)
-    dataset, known = of_run(parsed.weights, trained)
-    entries = given(parsed) if parsed.images else unlabeled(parsed.weights, dataset)
+    dataset, reason = of_run(parsed.weights, trained)
+    entries = given(parsed) if parsed.images else unlabeled(parsed.weights, dataset, reason)
     check_places(entries)
     if "cvat" in parsed.annotations:
         check_names(entries)
@@ -99,9 +99,10 @@ def rank(parsed: Arguments, protocol_of: Callable[[EvalSettings], EvalSettings])
     read = partial(read_entry, dataset, trained)
     file = RatingsFile(parsed.out, committee)
     kept, ratings, failures = rated(committee, entries, read, parsed.workers, file)
+    known = labeled(parsed.weights, dataset)
     features = features_of(committee, dataset, known, parsed.workers)
     places = order(ratings, features)
-    for line in notes(committee, kept, features):
+    for line in notes(committee, kept, features, reason):
         say(line)
     for path in earlier(parsed.out):
         path.unlink()
@@ -128,40 +129,65 @@ def check(parsed: Arguments) -> None:
         raise UserError(f"{there[0]} is there already. Give another --out, or --overwrite.")
 
 
-def of_run(weights: Path, trained: TrainedNetworks) -> tuple[Dataset | None, list[str]]:
-    """Return the dataset of a run and up to `LABELED` of its labelled images, where both are at
-    hand."""
+def of_run(weights: Path, trained: TrainedNetworks) -> tuple[Dataset | None, str]:
+    """Return the dataset of a run, or None and a sentence on why it is not at hand."""
     from ctt import run
-    from ctt.data.split import read_list
 
-    path = weights / run.LABELED_LIST
+    if not (weights / run.LABELED_LIST).is_file():
+        return None, f"There is no {weights / run.LABELED_LIST}."
     try:
         dataset = trained.settings.open_dataset()
-        if dataset.info.bands != trained.info.bands or not path.is_file():
-            return None, []
+        if dataset.info.bands != trained.info.bands:
+            return None, "The dataset of the run has other channels by now."
         dataset.take_scale_of(trained.info)
-        names = read_list(path, dataset, labeled=True)
-    except UserError:
-        return None, []
-    return dataset, names[:: math.ceil(len(names) / LABELED)]
+    except UserError as error:
+        return None, str(error)
+    return dataset, ""
 
 
-def unlabeled(weights: Path, dataset: Dataset | None) -> list[Entry]:
+def names_of(path: Path, dataset: Dataset) -> list[str]:
+    """Return the images in a list of a run that are still there, and say how many are not.
+
+    The lists of the run count, whatever has come to the dataset since.
+    """
+    from ctt import run
+
+    listed = run.read_names(path)
+    found = [name for line in listed if (name := dataset.find(line)) is not None]
+    if gone := len(listed) - len(found):
+        say(
+            f"{gone} of the {len(listed)} images in {path} are no longer there, or were moved, and "
+            f"are left out."
+        )
+    return found
+
+
+def labeled(weights: Path, dataset: Dataset | None) -> list[str]:
+    """Return up to `LABELED` of the labelled images of a run that are at hand."""
+    from ctt import run
+
+    names = [] if dataset is None else names_of(weights / run.LABELED_LIST, dataset)
+    return names[:: max(1, math.ceil(len(names) / LABELED))]
+
+
+def unlabeled(weights: Path, dataset: Dataset | None, reason: str = "") -> list[Entry]:
     """Return the images that a run has without labels.
+
+    Args:
+        reason: why the dataset of the run is not at hand.
 
     Raises:
         UserError: there are none, or the dataset of the run is not at hand.
     """
     from ctt import run
-    from ctt.data.split import read_list
 
     path = weights / run.UNLABELED_LIST
     if dataset is None or not path.is_file():
         raise UserError(
-            f"{weights}: the dataset of the run is not at hand. Give images, folders or patterns "
-            f"after the weights."
+            f"{weights}: the dataset of the run is not at hand. {reason or f'There is no {path}.'} "
+            f"Give images, folders or patterns after the weights."
         )
-    names = read_list(path, dataset, labeled=False) if path.stat().st_size else []
+    names = names_of(path, dataset)
     if not names:
         raise UserError(f"{weights}: the run has no unlabelled images. Give some after the run.")
     entries = []
@@ -287,8 +313,14 @@ def features_of(
     return features
 
 
-def notes(committee: Committee, kept: list[Entry], features: Sequence[Tensor]) -> Iterable[str]:
-    """Yield what the user should know of the order."""
+def notes(
+    committee: Committee, kept: list[Entry], features: Sequence[Tensor], reason: str
+) -> Iterable[str]:
+    """Yield what the user should know of the order.
+
+    Args:
+        reason: why the dataset of the run is not at hand.
+    """
     yield f"{len(kept)} images are ordered as {', '.join(committee.names)} see them."
     if len(committee.names) == 1:
         yield (
@@ -298,7 +330,7 @@ def notes(committee: Committee, kept: list[Entry], features: Sequence[Tensor]) -
     if not features:
         yield (
             "No labelled image of the run was found, so the order ignores how similar images are "
-            "to labelled ones."
+            f"to labelled ones. {reason}".rstrip()
         )
 
 

@@ -21,11 +21,13 @@ from torch import Tensor
 from ctt.cli import data, predict, ranking, train
 from ctt.cli.ranking import Entry, unlabeled
 from ctt.cli.ranking_checks import check_drawn, check_places
+from ctt.data import open_dataset
+from ctt.data.options import DatasetOptions
 from ctt.errors import LoaderError, UserError
 from ctt.inference.annotations import without_specks
 from ctt.inference.rank import Committee, Rating
 from ctt.settings import Settings
-from tests.data.trees import write_folder, write_voc
+from tests.data.trees import picture, save_image, save_mask, write_folder, write_voc
 
 TINY = (
     "--dataset folder --recipe digits --ratio 1/1 --model.width 4 --model.features 8 "
@@ -278,6 +280,37 @@ def test_names_that_are_no_utf_8(run: Path, tmp_path: Path) -> None:
         predict._main([*arguments, "--annotations", "cvat"])
     assert predict._main([*arguments, "--annotations", "coco", "labelme"]) == 0
     assert (out / "images" / name).is_file()
+
+
+def test_a_run_whose_folder_has_changed_since_is_ranked_by_its_own_lists(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder without val/ would hold out images that the run was trained with."""
+    root, out = tmp_path / "data", str(tmp_path / "run")
+    write_folder(root, labeled=10, unlabeled=4, evaluation=0, size=(20, 24))
+    assert train._main([*TINY.split(), "--data-root", str(root), "--out", out]) == 0
+    learned = set((tmp_path / "run" / "split" / "labeled.txt").read_text("utf-8").splitlines())
+    for i in range(200):
+        image, label = picture((20, 24), (1, 2), i)
+        save_image(root / "images" / f"later {i}.jpg", image)
+        save_mask(root / "masks" / f"later {i}.png", label)
+        if learned & {*open_dataset("folder", root, DatasetOptions()).eval_ids()}:
+            break
+    shutil.move(root / "unlabeled" / "photo 2.JPG", root / "images" / "labelled now.JPG")
+    save_mask(root / "masks" / "labelled now.png", label)
+    (root / "images" / "photo 0.jpg").unlink(missing_ok=True)
+    capsys.readouterr()
+    for images in ([], [str(root / "unlabeled"), "--recursive"]):
+        more = ["--workers", "0", "--out", str(tmp_path / str(len(images)))]
+        assert predict._main([out, *images, "--rank", *more]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "No labelled image of the run was found" not in said
+        assert ("1 of the 4 images in" in said) == (images == [])
+        assert ("images/photo 0.jpg" in learned) == ("labeled.txt are no longer there" in said)
+        assert len(rows(tmp_path / str(len(images)) / "rank.csv")) == 3
+    shutil.move(root, tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"not at hand\. `data_root` .*: there is no such folder"):
+        predict._main([out, "--rank", "--out", str(tmp_path / "none")])
 
 
 def test_what_cannot_be_ranked(run: Path, tmp_path: Path) -> None:
