@@ -77,10 +77,17 @@ def _main(arguments: list[str]) -> int:
     out = parsed.out or folder / f"{parsed.network}{SUFFIXES[parsed.format]}"
     check_target(out, parsed)
     trained = load_trained(parsed.path, parsed.network)
-    difference = export(trained, out, parsed.format, parsed.output, parsed.normalized, parsed.size)
+    difference, smallest = export(
+        trained, out, parsed.format, parsed.output, parsed.normalized, parsed.size
+    )
     details = f", opset {OPSET}" if parsed.format == "onnx" else ""
     checked = f"; largest difference from the network {difference:.1g}" if difference else ""
     say(f"{out}: {parsed.network} of {trained.origin} as {parsed.format}{details}{checked}")
+    if smallest > 1:
+        say(
+            f"It takes images from {smallest} x {smallest} pixels on. For smaller ones fix their "
+            f"size by --size HEIGHT WIDTH, or take --format onnx."
+        )
     return 0
 
 

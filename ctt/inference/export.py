@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from timm.layers import Conv2dSame
@@ -49,6 +49,19 @@ SUFFIXES: dict[Format, str] = {
 }
 
 
+class Exported(NamedTuple):
+    """What is known of a file.
+
+    Attributes:
+        difference: the largest one of its outputs from the network's, relative to the largest
+            output where that is over 1; 0 for safetensors, which holds the weights themselves.
+        smallest: pixels that the sides of its images have at least.
+    """
+
+    difference: float = 0.0
+    smallest: int = 1
+
+
 class Graph(nn.Module):
     """What a file computes: images (B, channels, H, W) -> (B, C, H, W)."""
 
@@ -71,17 +84,13 @@ def export(
     result: Result = "probabilities",
     normalized: bool = False,
     size: tuple[int, int] | None = None,
-) -> float:
+) -> Exported:
     """Write the one network of `trained` to `out`; whoever reads it sees the whole file or none.
 
     Args:
         result: what a graph gives.
         normalized: its images are, else they are in 0..1.
         size: height and width of its images; None leaves them open.
-
-    Returns:
-        the largest difference of the file's outputs from the network's, relative to the largest
-        output where that is over 1; 0 for safetensors, which holds the weights themselves.
 
     Raises:
         UserError: the network cannot be put into a graph, or the graph computes something else.
@@ -90,17 +99,21 @@ def export(
     network = trained.only()
     if file_format == "safetensors":
         save_network(out, network, trained.info, trained.origin, protocol=trained.settings.eval)
-        return 0.0
+        return Exported()
     graph = Graph(Segmenter(network, trained.info), result, normalized)
     batch, height, width = EXAMPLE
     channels = trained.info.channels
     shape = (batch, channels, *((height, width) if size is None else size))
     with _as_lack_of_memory(shape):
         program = trace(graph, torch.rand(shape), size is None)
+    smallest = 1
+    if file_format == "torch-export" and size is None:
+        smallest = smallest_side(program.module(), channels)
     meta = {
         **description(network, trained.info, trained.origin, trained.settings.eval),
         "input": "normalised" if normalized else "0..1",
         "output": result,
+        **({"smallest_side": smallest} if smallest > 1 else {}),
     }
     with atomic_write(out) as part, _as_lack_of_memory(shape):
         write = write_onnx if file_format == "onnx" else write_torch_export
@@ -121,7 +134,7 @@ def export(
                 f"({how if math.isfinite(difference) else 'it refuses images of other sizes'}), "
                 f"and is not written.{_mend(size is None)}"
             )
-    return difference
+    return Exported(difference, smallest)
 
 
 def _as_lack_of_memory(shape: tuple[int, ...]) -> contextlib.AbstractContextManager[None]:
@@ -186,6 +199,24 @@ def write_torch_export(
     file.seek(0)  # from memory, as torch warns of names that do not end in .pt2
     run: Callable[[Tensor], Tensor] = torch.export.load(file).module()
     return run
+
+
+@torch.no_grad()
+def smallest_side(run: Callable[[Tensor], Tensor], channels: int) -> int:
+    """Return the side from which on a program of open sizes takes images.
+
+    What `torch.export` finds true of the sizes of `EXAMPLE`, such as that a map has several rows,
+    becomes a condition of the program, though the network needs none.
+    """
+    refused, taken = 0, TRIED[0][1]
+    while taken - refused > 1:
+        side = (refused + taken) // 2
+        try:
+            run(torch.zeros(1, channels, side, side))
+            taken = side
+        except Exception:  # of many kinds, as in `largest_difference`
+            refused = side
+    return taken
 
 
 @torch.no_grad()

@@ -70,6 +70,22 @@ def test_program_of_torch_export_from_a_run(
     torch.testing.assert_close(again(images), ctt.load(folder, "student_1")(images))
 
 
+def test_a_program_says_how_small_images_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, extra = file_of("small", "", tmp_path), {"ctt.json": ""}
+    assert call(f"{weights} --format torch-export", monkeypatch) == 0
+    program = torch.export.load(tmp_path / "best.pt2", extra_files=extra).module()
+    smallest = json.loads(extra["ctt.json"])["smallest_side"]
+    assert f"from {smallest} x {smallest} pixels on" in " ".join(capsys.readouterr().out.split())
+    segmenter = ctt.load(weights)
+    for size in ((smallest, smallest), (smallest, 200), (200, smallest), (smallest + 1, 64)):
+        images = torch.rand(1, 3, *size)
+        torch.testing.assert_close(program(images), segmenter(images))
+    with pytest.raises(AssertionError, match="Guard failed"):
+        program(torch.rand(1, 3, smallest - 1, 64))
+
+
 def test_transformers_have_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = file_of("vit", "test_vit", tmp_path)
     assert call(f"{weights} --size 50 40", monkeypatch) == 0
