@@ -56,7 +56,8 @@ def outlines(label: Tensor, info: DatasetInfo) -> list[Outline]:
 
     Holes are filled: what lies in one is a smaller area of its own that comes later, so that the
     mask is what results from drawing all in their order, or the smaller on top. Areas of fewer than
-    `SMALLEST` pixels belong to what is nearest.
+    `SMALLEST` pixels belong to what is nearest. Pixels without data (255) in a hole are covered by
+    what is around them: COCO has no sign for them, and a dataset ignores them by itself.
     """
     values = without_specks(label.cpu().numpy())
     found = [
