@@ -16,7 +16,7 @@ from torch import Tensor
 from ctt import methods, run
 from ctt.data.balance import class_pixels
 from ctt.data.check import check_quickly, handful, not_evaluated
-from ctt.data.dataset import IGNORE, Dataset, DatasetInfo
+from ctt.data.dataset import IGNORE, Dataset, DatasetInfo, first_difference
 from ctt.data.external_masks import ExternalMasks
 from ctt.data.files import FEW
 from ctt.data.fit import FITTING, fitting_crop
@@ -255,7 +255,7 @@ def teachers_of_run(
     Of a run these are its teachers, or else its students.
 
     Raises:
-        UserError: there are none, or they know other classes.
+        UserError: there are none, or they know other classes, or take other inputs.
     """
     if settings.teacher is None:
         return None
@@ -267,6 +267,15 @@ def teachers_of_run(
             f"`teacher` {settings.teacher}: its networks know the {len(trained.info.classes)} "
             f"classes of {trained.info.name}, and {settings.dataset} has {len(info.classes)} of "
             f"its own. Give a run with the same classes in the same order."
+        )
+    # `distill` shows the teachers the images that the student sees, by their own mean and deviation
+    same = trained.info.channels == info.channels
+    alike = replace(trained.info, mean=info.mean, std=info.std) if same else trained.info
+    if difference := first_difference(alike, info):
+        raise UserError(
+            f"`teacher` {settings.teacher}: its networks see other images than this run reads: "
+            f"{difference}. Give both datasets the same bands, range and white in dataset.yaml, "
+            f"or another teacher; mean and std may differ."
         )
     return list(trained.networks.values()), trained.info
 

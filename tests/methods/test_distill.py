@@ -3,10 +3,12 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from ctt import checkpoint
 from ctt import run as runs
 from ctt.cli.train import _main as train_program
 from ctt.data.digits import INFO
@@ -14,7 +16,9 @@ from ctt.errors import UserError
 from ctt.methods.distill import Distill
 from ctt.settings import Settings, update
 from ctt.train.loop import train
+from ctt.train.plan import teachers_of_run
 from tests.methods.objectives import has_gradient, normal, objective, odd_batch, scores
+from tests.train.steps import student
 
 PLAIN = {"mix": "none", "jitter": 0, "blur_probability": 0, "strong_labeled": False}
 
@@ -57,6 +61,36 @@ def test_teachers_see_images_as_they_were_trained(tiny: Settings) -> None:
     mean, std = (torch.tensor(v)[:, None, None].double() for v in (theirs.mean, theirs.std))
     seen = normal(method.as_taught(images))  # by the statistics of the run
     torch.testing.assert_close(seen, (images.double() - mean) / std, rtol=1e-4, atol=1e-4)
+
+
+BANDS = {"bands": (1, 2, 3), "ranges": ((0.0, 1e4),) * 3}
+FOUR = {"bands": (1, 2, 3, 4), "mean": (0.5,) * 4, "std": (0.25,) * 4}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "told"),
+    [
+        (BANDS, BANDS | {"ranges": ((0.0, 4e3),) * 3}, "ranges is"),
+        (BANDS, {}, "bands is"),
+        ({}, FOUR, "bands is"),
+        ({}, {"mean": (0.5,) * 4, "std": (0.25,) * 4}, "mean is"),
+        ({"white": 4095.0}, {}, "white is"),
+    ],
+)
+def test_teachers_of_other_inputs_are_refused(
+    tiny: Settings, tmp_path: Path, theirs: dict[str, Any], ours: dict[str, Any], told: str
+) -> None:
+    settings = tiny.with_method("distill")
+    path = tmp_path / "teacher.safetensors"
+    trained = dataclasses.replace(INFO, **theirs)
+    checkpoint.save_network(path, student(settings), trained, "for the tests")
+    settings = update(settings, {"teacher": path}, "test")
+    with pytest.raises(UserError, match=f"see other images than this run reads: {told}"):
+        teachers_of_run(settings, dataclasses.replace(INFO, **ours))
+    other = {"mean": (0.1, 0.2, 0.3), "std": (0.3, 0.2, 0.1)}
+    found = teachers_of_run(settings, dataclasses.replace(trained, **other))
+    assert found is not None
+    assert found[1] == trained
 
 
 def test_a_run_teaches_a_smaller_network(tiny: Settings, tmp_path: Path) -> None:
