@@ -83,6 +83,7 @@ class Plan:
         else:
             labeled, unlabeled = split_of_run(run.find(resume), dataset, about.unlabeled)
         asked = settings
+        settings = as_read(settings, about)
         if settings.data.crop == FITTING:
             crop = fitting_crop(dataset, labeled, settings.data.resize)
             settings = replace(settings, data=replace(settings.data, crop=crop))
@@ -220,6 +221,20 @@ class Plan:
         if missing := classes_without_label(self.dataset, self.dataset.eval_ids()):
             found.append(not_evaluated(len(self.dataset.eval_ids()), missing))
         return found
+
+
+def as_read(settings: Settings, about: methods.About) -> Settings:
+    """Return the settings without masks and a teacher that the method does not read.
+
+    The config.yaml of a run holds every setting, and may be given with another method; what `masks`
+    or `teacher` name there is then neither looked at nor learnt from.
+    """
+    unread = {
+        name: getattr(Settings(), name)
+        for name in ("masks", "teacher")
+        if not about.reads(name, settings.pairs)
+    }
+    return replace(settings, **unread)
 
 
 def new_split(

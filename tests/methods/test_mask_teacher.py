@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from ctt.data.digits import Digits
 from ctt.methods.mask_settings import MaskSettings
 from ctt.methods.mask_teacher import MaskTeacher
+from ctt.run import read_settings
 from ctt.settings import Settings, update
+from ctt.train.dry_run import dry_run
 from ctt.train.loop import train
 from tests.data.test_external_masks import write_masks, write_sure
 from tests.methods.objectives import objective, odd_batch, scores
@@ -113,3 +115,18 @@ def test_a_run_learns_from_masks_and_resumes(tiny: Settings, out: Path, tmp_path
     assert min(losses) > 0
     copy = shutil.copytree(tmp_path / "m", tmp_path / "b" / "copy")
     assert settings.hash() == update(settings, {"masks": {"folder": copy}}, "test").hash()
+
+
+@pytest.mark.parametrize("name", ["classmix", "u2pl", "self-training", "supervised"])
+def test_masks_and_a_teacher_of_another_method_are_left_out(
+    tiny: Settings, out: Path, tmp_path: Path, name: str
+) -> None:
+    """As in the config.yaml of a run that is given with another method."""
+    write_masks(tmp_path / "m", Digits(24, 6), Digits(24, 6).train_ids())
+    quick = {"train": {"iterations": 4, "eval_every": 4, "log_every": 1}}
+    settings = update(tiny.with_method(name), quick, "test")
+    left = {"masks": {"folder": tmp_path / "m"}, "teacher": tmp_path / "gone"}
+    train(update(settings, left, "test"), out=out)
+    assert "loss_masks" not in (out / "metrics.csv").read_text()
+    assert read_settings(out).masks.folder == tmp_path / "m"  # as it was asked for
+    dry_run(update(settings, {"masks": {"folder": tmp_path / "gone"}}, "test"))
