@@ -369,7 +369,8 @@ class Method(nn.Module):
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the optimisers by name.
 
-        The learning rate of a group is that of the run times its `lr_factor`.
+        The learning rate of a group is that of the run, which changes from step to step, times its
+        `lr_factor`. Without one, it is the group's own `lr` as a multiple of `optim.lr`.
         """
         return {"students": make_optimizer(self.students, self.settings)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ctt.data.dataset import DatasetInfo
 from ctt.data.seeding import derive_seed
+from ctt.errors import UserError
 from ctt.methods.base import Method
 from ctt.methods.optim import learning_rate
 from ctt.methods.sharding import gather, settle
@@ -23,6 +24,27 @@ from ctt.train.graph_runner import GraphRunner
 from ctt.train.prefetcher import Batch as Images
 from ctt.train.recomputing import recompute_blocks
 from ctt.train.rounds import Labeling, Rounds
+
+
+def refuse_undeclared(method: Method, attribute: str, found: Iterable[str]) -> None:
+    """Refuse numbers of a step that the method does not declare: metrics.csv has no column for it.
+
+    Args:
+        attribute: that of the method which declares them, `terms` or `logged`.
+        found: names of the numbers.
+
+    Raises:
+        UserError: names the first of them, and where to declare it.
+    """
+    declared = getattr(method, attribute)
+    for name in found:
+        if name not in declared:
+            giver = "`losses` returns" if attribute == "terms" else "`step.log` or `report` gives"
+            raise UserError(
+                f"`method` {method.settings.method}: {giver} {name!r}, which `{attribute}` of "
+                f"{type(method).__name__} does not name, so metrics.csv has no column for it. "
+                f"Add it there: {attribute} = {(*declared, name)}."
+            )
 
 
 class Engine:
@@ -58,7 +80,7 @@ class Engine:
             recompute_blocks(method.students)
         if settings.train.compile != "off":
             compile_networks([*method.students, *method.teachers], settings.train.compile)
-        self.optimizers = method.optimizers()
+        self.optimizers = self._make_optimizers()
         self.rounds = Rounds(method.rounds(), settings.train.iterations)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.train.amp == "fp16")
         schedules = {
@@ -133,6 +155,7 @@ class Engine:
         for i, part in enumerate(split_batch(b, parts)):
             with self.parallel.summing(i == parts - 1):
                 terms = self.parallel.module(part, step)
+                refuse_undeclared(method, "terms", terms)
                 total = torch.stack([weight * value for weight, value in terms.values()]).sum()
                 with step.phase("backward"):
                     # gradients are averaged over the processes, but a loss is a part of the mean
@@ -148,6 +171,7 @@ class Engine:
             with step.phase("ema"):
                 self.parallel.average_statistics()
             method.after_step(b, step)
+        refuse_undeclared(method, "logged", step.logged)
         return sums | step.logged
 
     def _rate(self, iteration: int) -> float:
@@ -164,7 +188,15 @@ class Engine:
         if kind.images == "kept":
             labeling.finish()
         if kind.restart:
-            self.optimizers = self.method.optimizers()
+            self.optimizers = self._make_optimizers()
+
+    def _make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the method's optimisers; a group without `lr_factor` gets that of its own rate."""
+        made = self.method.optimizers()
+        for optimizer in made.values():
+            for group in optimizer.param_groups:
+                group.setdefault("lr_factor", group["lr"] / self.settings.optim.lr)
+        return made
 
     def _optimize(self) -> None:
         for name, optimizer in self.optimizers.items():

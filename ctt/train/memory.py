@@ -72,7 +72,7 @@ def momenta(method: Method) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True):
         for optimizer in method.optimizers().values():
             for group in optimizer.param_groups:
-                copies = 2 if "betas" in group else int(group["momentum"] > 0)
+                copies = 2 if "betas" in group else int(group.get("momentum", 0) > 0)
                 total += copies * sum(size_of(p) for p in group["params"] if p.requires_grad)
     return total
 

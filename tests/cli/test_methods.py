@@ -1,11 +1,13 @@
 """Methods by the command line: the list, the help of each, and methods of the user's own."""
 
+import csv
 import shlex
 import shutil
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from ctt import methods, run
@@ -13,6 +15,8 @@ from ctt.cli import predict
 from ctt.cli import train as program
 from ctt.errors import UserError
 from ctt.methods import catalog
+from ctt.settings import Settings
+from tests.train.steps import batch, make
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "entropy_minimization.py"
 QUICK = (
@@ -47,6 +51,73 @@ def test_a_method_in_a_file_trains_resumes_and_predicts(
     (tmp_path / "mine.py").unlink()
     with pytest.raises(UserError, match=r"there is no file .*mine\.py"):
         train(f"--resume {tmp_path / 'r'} --train.iterations 4")
+
+
+MINE = """
+import torch
+from torch import nn
+from ctt.methods import About
+from ctt.methods.base import Method
+
+
+class Mine(Method):
+    about = About(unlabeled=False, uses=("loss.sup", "labeled"))
+    terms = ("sup", "critic")
+    logged = ("known", "reported")
+
+    def __init__(self, setup):
+        super().__init__(setup)
+        with setup.seeded("critic"):
+            self.critic = nn.Conv2d(setup.classes, 1, 1)
+
+    def optimizers(self):
+        critic = torch.optim.Adagrad(self.critic.parameters(), self.settings.optim.lr / 4)
+        return {**super().optimizers(), "critic": critic}
+
+    def prepare(self, b, step):
+        return b | {"pixels": step.count(b["label"])}
+
+    def losses(self, b, step):
+        logits = step.forward(self.students[0], b["images"]).logits
+        step.log("known", logits.detach().mean() / step.processes)
+        sup = self.labeled(logits, self.students[0].grid, b, step)
+        return {"sup": (1.0, sup), "critic": (1.0, self.critic(logits.detach()).square().mean())}
+
+    def report(self):
+        return {"reported": 1.0}
+"""
+
+
+def test_a_second_optimizer_keeps_its_rate_beside_that_of_the_run(
+    tmp_path: Path, tiny: Settings
+) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    settings = tiny.with_method(f"{tmp_path / 'mine.py'}:Mine")
+    engine = make(settings)
+    before = engine.method.state_dict()["critic.weight"].clone()
+    engine(batch(4), None)
+    rates = {n: o.param_groups[0]["lr"] for n, o in engine.optimizers.items()}
+    assert rates == {"students": settings.optim.lr, "critic": settings.optim.lr / 4}
+    assert not torch.equal(engine.method.state_dict()["critic.weight"], before)
+    assert train(f"{QUICK} --method {tmp_path / 'mine.py'}:Mine --out {tmp_path / 'r'}") == 0
+    rows = list(csv.DictReader((tmp_path / "r" / "metrics.csv").open(encoding="utf-8")))
+    assert [row["reported"] for row in rows if float(row["known"] or 0)] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        ('terms = ("critic",)', r"returns 'sup', which `terms` of Mine .* \('critic', 'sup'\)"),
+        ("logged = ()", "gives 'known', which `logged` of Mine"),
+        ('logged = ("known",)', "gives 'reported', which `logged` of Mine does not name"),
+    ],
+)
+def test_numbers_that_a_method_does_not_declare_are_told(
+    tmp_path: Path, now: str, told: str
+) -> None:
+    (tmp_path / "mine.py").write_text(f"{MINE}\n    {now}\n")
+    with pytest.raises(UserError, match=told):
+        train(f"{QUICK} --method {tmp_path / 'mine.py'}:Mine --out {tmp_path / 'r'}")
 
 
 def test_a_run_without_a_name_is_called_after_the_class(
