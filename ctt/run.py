@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import itertools
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,14 @@ def method_file(settings: Settings) -> Path | None:
     """Return the file of a method of one's own, given as file.py:Class; None of other methods."""
     own = Path(settings.method.rpartition(":")[0])
     return own if own.suffix == ".py" else None
+
+
+def keep_method(folder: Path, settings: Settings) -> None:
+    """Copy the file of a method of one's own into the run folder, unless it is that copy."""
+    own, kept = method_file(settings), folder / METHOD
+    if own is not None and not (kept.is_file() and own.samefile(kept)):
+        with atomic_write(kept) as part:
+            shutil.copyfile(own, part)
 
 
 def with_whole_paths(settings: Settings) -> Settings:
@@ -315,8 +324,17 @@ def read_settings(folder: Path, serve: bool = False) -> Settings:
         values.pop("method", None)
         values.pop("options", None)
     else:
-        methods.get(str(values.get("method", Settings.method)))  # whose file may be gone
+        values["method"] = _present_method(str(values.get("method", Settings.method)), folder)
+        methods.get(values["method"])  # raises where neither its file nor the copy is there
     return update(Settings(), values, str(folder / CONFIG))
+
+
+def _present_method(name: str, folder: Path) -> str:
+    """Return the name of a run's method, with the copy in its folder for a file that is gone."""
+    place, _, found = name.rpartition(":")
+    kept = (folder / METHOD).absolute()
+    gone = place.endswith(".py") and not Path(place).is_file()
+    return f"{kept}:{found}" if gone and kept.is_file() else name
 
 
 def check_resumable(old: Settings, new: Settings) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -43,7 +42,7 @@ from ctt.train.prefetcher import DevicePrefetcher
 from ctt.train.profiling import Profile
 from ctt.train.record import Recorder, draw_curves
 from ctt.train.report import announcement, draw_predictions, ending, progress_bar, summary_of
-from ctt.train.resuming import finished, loading, nothing_left, resume_hint
+from ctt.train.resuming import changed_method, finished, loading, nothing_left, resume_hint
 from ctt.train.rounds import Labeling, folder_of
 from ctt.train.setup import restored_threads, without_fixed_size_tuning
 from ctt.train.signals import interrupt_flag
@@ -169,7 +168,8 @@ class Trainer:
             held.enter_context(lock)
         else:
             folder = run.find(resume)
-            self.dataset.notes += (NO_CHECKPOINT,)
+            told = changed_method(folder, self.plan.settings)
+            self.dataset.notes += (NO_CHECKPOINT, *told)
         (folder / run.LABELED_LIST).parent.mkdir(exist_ok=True)
         write_list(folder / run.LABELED_LIST, self.plan.labeled)
         write_list(folder / run.UNLABELED_LIST, self.plan.unlabeled)
@@ -186,8 +186,7 @@ class Trainer:
             return summary
         if self.world.is_main:
             run.write_settings(self.folder, self.plan.asked)  # for the next time it is resumed
-            if (own := run.method_file(settings)) is not None:
-                shutil.copyfile(own, self.folder / run.METHOD)
+            run.keep_method(self.folder, settings)
             if self.broken:  # the next checkpoint must not take the place of the whole one
                 (self.folder / run.CHECKPOINT).unlink(missing_ok=True)
             self.recorder = Recorder(

@@ -69,9 +69,13 @@ def loading(saved: dict[str, Any], plan: Plan, folder: Path, rounds: int) -> Ite
 
 
 def changed_method(folder: Path, settings: Settings) -> Iterator[str]:
-    """Yield a sentence if the file of a method of one's own is another one than in the run."""
+    """Yield a sentence if a method of one's own is not in the file that the run began with."""
     own, kept = run.method_file(settings), folder / run.METHOD
-    if own is not None and kept.is_file() and kept.read_bytes() != own.read_bytes():
+    if own is None or not kept.is_file():
+        return
+    if own.samefile(kept):
+        yield f"The run goes on with its own copy of the method, {kept}: the file itself is gone."
+    elif kept.read_bytes() != own.read_bytes():
         yield (
             f"Warning: {own} has changed since the run began, and the run goes on with it as it "
             f"is now."

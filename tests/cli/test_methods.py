@@ -30,9 +30,10 @@ def train(arguments: str) -> int:
 
 
 def test_a_method_in_a_file_trains_resumes_and_predicts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its run serves without the file, whose code is not run then; going on needs it."""
+    """Its run serves without the file, whose code is not run then; going on needs it, or the copy
+    in the run."""
     shutil.copy(EXAMPLE, tmp_path / "mine.py")
     monkeypatch.chdir(tmp_path)
     assert train(f"{QUICK} --method mine.py:EntropyMinimization --options.weight 0.3 --out r") == 0
@@ -49,8 +50,18 @@ def test_a_method_in_a_file_trains_resumes_and_predicts(
     assert predict._main([str(tmp_path / "r"), str(picture), "--out", str(out)]) == 0
     assert not (tmp_path / "was run").exists()
     (tmp_path / "mine.py").unlink()
-    with pytest.raises(UserError, match=r"there is no file .*mine\.py"):
-        train(f"--resume {tmp_path / 'r'} --train.iterations 4")
+    for iterations in (4, 5):  # the second time config.yaml names the copy
+        capsys.readouterr()
+        assert train(f"--resume {tmp_path / 'r'} --train.iterations {iterations}") == 0
+        assert "goes on with its own copy of the method" in capsys.readouterr().out
+        assert run.read_settings(tmp_path / "r").options.weight == 0.3
+    moved = (tmp_path / "r").rename(tmp_path / "moved")
+    assert train(f"--resume {moved} --train.iterations 6") == 0
+    assert (moved / "method.py").read_text() == EXAMPLE.read_text()
+    (moved / "method.py").unlink()
+    catalog.load.cache_clear()
+    with pytest.raises(UserError, match=r"there is no file .*method\.py"):
+        train(f"--resume {moved} --train.iterations 7")
 
 
 MINE = """
