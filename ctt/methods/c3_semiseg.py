@@ -54,8 +54,9 @@ class C3Options(Options):
     memory: Annotated[float, SHARE] = 0.9
     """Part of a threshold that stays in a step; the rest is the confidence that `sure` of the
     pixels of the class have."""
-    sure: Annotated[float, SHARE] = 0.8
-    """Share of the pixels of a class that are above its threshold in the long run."""
+    sure: Annotated[float, Range(0, 1, above=True)] = 0.8
+    """Share of the pixels of a class that are above its threshold in the long run; not 0, for which
+    no finite threshold is high enough."""
     anchors: Annotated[int, AT_LEAST_1] = 20
     """Pixels of an image and class that are contrasted, if it has more than so many."""
     temperature: Annotated[float, ABOVE_0] = 0.15

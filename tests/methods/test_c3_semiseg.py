@@ -11,7 +11,7 @@ from ctt.data import mixing
 from ctt.data.dataset import IGNORE
 from ctt.errors import UserError
 from ctt.methods.sampling import class_quantiles, half_of_each, put_first
-from ctt.settings import Settings
+from ctt.settings import Settings, update, validate
 from tests.methods.rendering import SIZE, Scene, mean_cross_entropy, no_gradient, scores, surer
 from tests.methods.test_u2pl import ALONE
 
@@ -188,3 +188,10 @@ def test_quantiles_of_each_class() -> None:
     assert seen.tolist() == [True, True, False]
     for c in range(2):
         assert level[c] == values[own == c].sort().values[200]
+
+
+def test_a_threshold_is_of_some_pixels(tiny: Settings) -> None:
+    """That of none would be infinite, and stay so."""
+    settings = update(tiny.with_method("c3-semiseg"), {"options": {"sure": 0}}, "test")
+    with pytest.raises(UserError, match=r"`options\.sure` must be above 0 and at most 1, got 0"):
+        validate(settings)
