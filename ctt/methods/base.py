@@ -316,8 +316,6 @@ class Method(nn.Module):
         labeled: the loss of labelled images, `self.labeled(logits, grid, b, step)`.
         students: the networks that are trained.
         teachers: those that follow them, always in evaluation mode.
-        labeled_beside: whether every batch that students see in training mode holds at least two
-            images for each labelled one: it and an unlabelled one, or two views.
         find_unused: whether a step may leave trainable parameters without a gradient.
         following: names of the modules that are never trained.
         round: number of the round, from 0.
@@ -327,7 +325,6 @@ class Method(nn.Module):
     about: ClassVar[About] = About()
     terms: tuple[str, ...] = ()
     logged: tuple[str, ...] = ()
-    labeled_beside = True
     find_unused = False
     recordable = True
     following: tuple[str, ...] = ("teachers",)
@@ -350,6 +347,14 @@ class Method(nn.Module):
         for name in self.following:
             getattr(self, name).eval()
         return self
+
+    def smallest_batch(self, labeled: int, unlabeled: int) -> int:
+        """Return how many images the smallest batch has that students see in training mode.
+
+        Args:
+            labeled, unlabeled: images of a step that has both.
+        """
+        return labeled + unlabeled
 
     def prepare(self, b: Batch, step: Step) -> Batch:
         """Return the batch with what `losses` needs, for all parts together; without gradient."""

@@ -67,7 +67,6 @@ class Cct(Method):
     """
 
     terms = ("sup", "consistency")
-    labeled_beside = False
     options: CctOptions
 
     def __init__(self, setup: Setup) -> None:
@@ -86,6 +85,9 @@ class Cct(Method):
     def schedules(self) -> dict[str, Schedule]:
         total, length = self.settings.train.iterations, self.options.ramp
         return {"ramp": lambda iteration: ramps.sigmoid(iteration / total, length)}
+
+    def smallest_batch(self, labeled: int, unlabeled: int) -> int:
+        return min(labeled, unlabeled)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"students": make_optimizer(self.students, self.settings, self.decoders)}

@@ -13,11 +13,12 @@ from ctt.methods.pseudo_labels import PseudoLabels
 class CrossPseudoSupervision(PseudoLabels):
     """Each student is taught by the other students as they are, without an average over time."""
 
-    labeled_beside = False
-
     @property
     def labelers(self) -> Networks:
         return self.students
+
+    def smallest_batch(self, labeled: int, unlabeled: int) -> int:
+        return unlabeled  # the weak view, which they label
 
     def taught_by(self, k: int) -> list[int]:
         return [j for j in range(len(self.students)) if j != k] or [k]

@@ -48,7 +48,6 @@ class PseudoLabels(Method):
         self.threshold = loss.confidence_threshold
         about = catalog.get(self.settings.method)
         self.after = about.steps_without_unlabeled(self.settings)
-        self.labeled_beside = self.labeled_beside and not self.after
         self.teachers = followers.copies(self.students)
         self.ema = followers.EmaUpdate(self.teachers, self.students, self.settings.ema)
         self.masks: MaskTeacher | None = None

@@ -60,7 +60,6 @@ class PseudoSeg(MeanTeacher):
     """
 
     terms = ("sup", "refined", "presence", "consistency")
-    labeled_beside = False
     options: PseudoSegOptions
 
     def __init__(self, setup: Setup) -> None:
@@ -71,6 +70,9 @@ class PseudoSeg(MeanTeacher):
             self.refiners = Modules[Refiner](
                 setup.finish(Refiner(net, setup.classes, background)) for net in self.students
             )
+
+    def smallest_batch(self, labeled: int, unlabeled: int) -> int:
+        return min(labeled, unlabeled)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"students": make_optimizer(self.students, self.settings, self.refiners)}

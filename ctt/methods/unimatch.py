@@ -49,6 +49,9 @@ class UniMatch(TwoViews):
     terms = ("sup", "strong", "features")
     options: UniMatchOptions
 
+    def smallest_batch(self, labeled: int, unlabeled: int) -> int:
+        return min(labeled + unlabeled, len(VIEWS) * unlabeled)
+
     def ask_labelers(self, b: Batch, step: Step) -> list[Tensor]:
         probability = []
         for student in self.students:

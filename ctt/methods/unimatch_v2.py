@@ -41,8 +41,10 @@ class UniMatchV2(TwoViews):
     """
 
     terms = ("sup", "strong")
-    labeled_beside = False
     options: UniMatchV2Options
+
+    def smallest_batch(self, labeled: int, unlabeled: int) -> int:
+        return min(labeled, len(VIEWS) * unlabeled)
 
     def prepare(self, b: Batch, step: Step) -> Batch:
         b, images = super().prepare(b, step), len(b["padding"])

@@ -148,9 +148,18 @@ class Plan:
         method = made(setup)
         check_crop(method.students, settings)
         for student in method.students:
-            beside = self.about.unlabeled and method.labeled_beside
-            check_batch_norm(student, settings, beside)
+            check_batch_norm(student, settings, self.fewest_images(method))
         return method
+
+    def fewest_images(self, method: Method) -> int:
+        """Return how many images the smallest batch has that a student of one process trains on."""
+        s, about = self.settings, self.about
+        labeled, unlabeled = s.data.batch_size, s.data.unlabeled_images
+        together = [method.smallest_batch(labeled, unlabeled)] if about.unlabeled else []
+        first = about.steps_without_unlabeled(s) > 0
+        first |= any(kind.images == "none" for kind in method.rounds())
+        alone = [labeled] if first or not about.unlabeled else []
+        return min(together + alone) // s.train.accumulate
 
     def notes(self, broken: str) -> list[str]:
         """Return a sentence for each thing that the user should know before a run.
@@ -350,19 +359,13 @@ def ready_to_train(network: M, settings: Settings, device: torch.device) -> M:
     return network.to(memory_format=torch.channels_last).to(device)
 
 
-def images_at_once(settings: Settings, unlabeled: bool) -> int:
-    """Return how many images a student of one process sees in one forward."""
-    images = settings.data.batch_size + (settings.data.unlabeled_images if unlabeled else 0)
-    return images // settings.train.accumulate
-
-
-def check_batch_norm(student: SegmentationModel, settings: Settings, unlabeled: bool) -> None:
+def check_batch_norm(student: SegmentationModel, settings: Settings, images: int) -> None:
     """Refuse a batch that leaves a batch norm of the student a single value per channel.
 
     Args:
-        unlabeled: whether there are unlabelled images in it.
+        images: of the smallest batch that it trains on.
     """
-    if images_at_once(settings, unlabeled) > 1:
+    if images > 1:
         return
     probe = copy.deepcopy(student).train()
     device = student.classifier.weight.device
@@ -373,11 +376,16 @@ def check_batch_norm(student: SegmentationModel, settings: Settings, unlabeled: 
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
+        data = settings.data
+        beside = methods.get(settings.method).unlabeled
+        more = f" with {data.unlabeled_images} unlabelled images" if beside else ""
         raise UserError(
-            f"`data.batch_size` {settings.data.batch_size}: with one image at a time, a batch norm "
-            f"of {settings.model.name} gets a single value per channel, which has no variance. "
-            f"Give at least two images to each part of a step (`train.accumulate` "
-            f"{settings.train.accumulate}), or a larger `data.crop`."
+            f"`data.batch_size` {data.batch_size}{more}: with one image at a time, as `method` "
+            f"{settings.method} has it, a batch norm of {settings.model.name} gets a single value "
+            f"per channel, which has no variance. Give at least two images"
+            f"{', labelled and unlabelled (`data.unlabeled_batch_size`),' if beside else ''} to "
+            f"each part of a step (`train.accumulate` {settings.train.accumulate}), or a larger "
+            f"`data.crop`."
         ) from None
 
 

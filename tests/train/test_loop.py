@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from ctt import checkpoint, methods, run
 from ctt.data.loader import ViewDataset
@@ -24,9 +25,9 @@ from ctt.train.distributed import World
 from ctt.train.dry_run import dry_run
 from ctt.train.engine import Engine
 from ctt.train.loop import Stopped, Trainer, train
-from ctt.train.plan import check_batch_norm
+from ctt.train.plan import Plan, check_batch_norm
 from ctt.train.signals import interrupt_flag
-from tests.train.steps import student, with_teacher
+from tests.train.steps import batch, make, student, unlabelled, with_teacher
 
 
 def stop_after(
@@ -455,5 +456,45 @@ def test_a_batch_norm_of_one_value_is_refused(
             start()
     assert not out.exists()
     larger = update(settings, {"data": {"crop": [9, 8]}}, "test")
-    check_batch_norm(student(larger), larger, False)
-    check_batch_norm(student(settings), settings, True)
+    check_batch_norm(student(larger), larger, 1)
+    check_batch_norm(student(settings), settings, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "labeled", "unlabeled", "fewest"),
+    [
+        ("self-training", 1, 4, 1),  # the first round has labelled images alone
+        ("fixmatch", 4, 1, 1),
+        ("fixmatch", 1, 4, 4),
+        ("cps", 4, 1, 1),
+        ("cct", 4, 1, 1),
+        ("pseudoseg", 4, 1, 1),
+        ("unimatch", 4, 1, 2),
+        ("unimatch", 1, 4, 5),
+        ("unimatch-v2", 4, 1, 2),
+        ("unimatch-v2", 1, 4, 1),
+        ("mean-teacher", 1, 1, 2),
+    ],
+)
+def test_the_smallest_batch_of_a_method_is_known(
+    tiny: Settings, out: Path, name: str, labeled: int, unlabeled: int, fewest: int
+) -> None:
+    data = {"crop": [8, 8], "batch_size": labeled, "unlabeled_batch_size": unlabeled}
+    settings = update(tiny.with_method(name), {"data": data}, "test")
+    plan = Plan.of(settings, None)
+    seen: list[int] = []
+    engine = make(settings)
+    for norm in engine.method.students.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.register_forward_pre_hook(
+                lambda norm, given: seen.append(len(given[0])) if norm.training else None
+            )
+    none = engine.rounds.rounds[0].images == "none"
+    engine(batch(labeled), None if none else unlabelled(unlabeled))
+    assert plan.fewest_images(engine.method) == min(seen) == fewest
+    if fewest > 1:
+        plan.build()
+        return
+    told = f"`data.batch_size` {labeled} with {unlabeled} unlabelled images: with one image at a"
+    with pytest.raises(UserError, match=told):
+        train(settings, out=out)
