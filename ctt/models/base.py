@@ -148,10 +148,6 @@ class SegmentationModel(nn.Module, ABC):
     def decode(self, stages: list[Tensor]) -> Tensor:
         """Return features (B, D, h, w) of stages, which may be perturbed but keep their shapes."""
 
-    def extract(self, images: Tensor) -> Tensor:
-        """Return features (B, D, h, w) of images (B, 3, H, W), normalised."""
-        return self.decode(self.encode(images))
-
     def forward(self, images: Tensor) -> Output:
         return self.finish(self.encode(images))
 

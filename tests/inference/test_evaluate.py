@@ -164,7 +164,7 @@ def test_scores_equal_an_independent_computation(seed: int, present: list[int], 
     matrix = confusions({"network": network}, dataset, dataset.eval_ids(), cpu, protocol)["network"]
     truth = np.concatenate([label.numpy().ravel() for label in dataset.labels.values()])
     predicted = np.concatenate(
-        [network.extract(dataset.image(n)[None]).argmax(1).numpy().ravel() for n in dataset.labels]
+        [network(dataset.image(n)[None]).logits.argmax(1).numpy().ravel() for n in dataset.labels]
     )
     valid = truth != 255
     if not valid.any():
