@@ -352,7 +352,8 @@ class Method(nn.Module):
         """Return how many images the smallest batch has that students see in training mode.
 
         Args:
-            labeled, unlabeled: images of a step that has both.
+            labeled: how many labelled images a step has.
+            unlabeled: how many unlabelled ones are beside them.
         """
         return labeled + unlabeled
 
