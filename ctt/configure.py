@@ -164,10 +164,10 @@ def refuse_unused(settings: Settings, names: list[str]) -> None:
     for name in names:
         by = unused.get(name) or unused.get(name.partition(".")[0])
         if by is not None:
-            raise UserError(
-                f"`{name}` changes nothing with {by}. Leave it out, or choose "
-                f"another {by.split()[0]}."
-            )
+            instead = f"Leave it out, or choose another {by.split()[0]}."
+            if ".pair_" in by:
+                instead = "Leave one of the two out."
+            raise UserError(f"`{name}` changes nothing with {by}. {instead}")
         group, _, option = name.partition(".")
         masks = settings.masks
         # None of a folder leaves it out of a run that is resumed

@@ -34,8 +34,8 @@ class Arguments:
     dataset: str = ""
     """Dataset to evaluate on; by default the one that the networks were trained on."""
     data_root: Path | None = None
-    """Its folder; by default the run's. Of other images than the run's all are scored that are
-    there to evaluate on."""
+    """Its folder; by default the run's. If it holds other images than the run's, all that it has to
+    evaluate on are scored."""
     split: str = ""
     """Images to evaluate on; by default those of the run, or `val`."""
     out: Path | None = None

@@ -133,6 +133,8 @@ def of_run(weights: Path, trained: TrainedNetworks) -> tuple[Dataset | None, str
     """Return the dataset of a run, or None and a sentence on why it is not at hand."""
     from ctt import run
 
+    if not weights.is_dir():
+        return None, "Give the folder of a run, which has the lists of its images."
     if not (weights / run.LABELED_LIST).is_file():
         return None, f"There is no {weights / run.LABELED_LIST}."
     try:
@@ -393,7 +395,7 @@ def write_first(
         say(f"The masks of the first {len(masks)} images as {form}: {path}")
     if drawn:
         say(
-            f"{drawn[0]} was changed in LabelMe ({len(drawn)} such): these files and their images "
+            f"Files changed in LabelMe: {len(drawn)}, such as {drawn[0]}. They and their images "
             f"stay as they are."
         )
     say(f"The order: {parsed.out / 'rank.csv'}; the first ones: {parsed.out / 'rank.png'}")

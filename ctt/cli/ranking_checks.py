@@ -57,22 +57,29 @@ def check_drawn(out: Path, entries: Iterable[Entry], dataset: Dataset | None) ->
     """
     for entry in entries:
         copied = out / "images" / entry.place
-        if is_drawn(copied) and not _holds(copied, entry, dataset):
+        if not is_drawn(copied):
+            continue
+        drawn = copied.with_suffix(".json")
+        if not copied.is_file():
             raise UserError(
-                f"{copied.with_suffix('.json')} was changed in LabelMe, and {entry.name}, of which "
-                f"a copy would lie beside it, is not the image that it was drawn on. Give another "
-                f"--out."
+                f"{drawn} was changed in LabelMe, but {copied}, on which it was drawn, is gone. "
+                f"Put the image back, or give another --out."
+            )
+        if not _holds(copied, entry, dataset):
+            raise UserError(
+                f"{drawn} was changed in LabelMe, and {entry.name}, of which a copy would lie "
+                f"beside it, is not the image that it was drawn on. Give another --out."
             )
 
 
 def _holds(copied: Path, entry: Entry, dataset: Dataset | None) -> bool:
-    """Return whether a copy is there and that of this image."""
+    """Return whether a copy is that of this image."""
     import torch
 
     from ctt.data.pictures import read_image
 
     if entry.file is not None:
-        return copied.is_file() and filecmp.cmp(entry.file, copied, shallow=False)
+        return filecmp.cmp(entry.file, copied, shallow=False)
     assert dataset is not None
     try:
         return torch.equal(read_image(copied), dataset.image(entry.name))

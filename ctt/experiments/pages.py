@@ -150,11 +150,13 @@ def refuse_mixed(file: Path, rows: Sequence[Row]) -> None:
         raise UserError(
             f"{file}: the table mixes {first} with {second}. Give each a table of its own."
         )
-    for place, own in results.groups(rows, *PLACE).items():
+    done = [row for row in rows if row["status"] == DONE]
+    for place, own in results.groups(done, *PLACE).items():
         if len(own) > 1:
+            hashes = ", ".join(row.get("settings_hash", "") for row in own)
             raise UserError(
                 f"{file}: {len(own)} rows are of {', '.join(filter(None, place[:3]))}, seed "
-                f"{place[3]}. Keep those of one sweep."
+                f"{place[3]} (settings_hash {hashes}). Remove all but one."
             )
 
 

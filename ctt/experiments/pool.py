@@ -77,7 +77,8 @@ def start(r: Run, place: Place) -> Job | None:
         return None
     try:
         if (why := r.obstacle()) is not None:
-            raise UserError(why)
+            r.error.write_text(why, "utf-8")
+            raise UserError(f"{r.name}: {why}")
         r.error.unlink(missing_ok=True)
         fresh = not run.has_checkpoint(r.folder)
         if fresh and (r.folder / run.CONFIG).is_file():
@@ -174,8 +175,7 @@ def train_all(
                         continue
                     try:
                         job = start(r, free[0])
-                    except UserError as error:
-                        r.error.write_text(str(error), "utf-8")
+                    except UserError:
                         done(r, False)
                         continue
                     if job is not None:

@@ -77,12 +77,11 @@ class Run:
 
     def obstacle(self) -> str | None:
         """Return why the run can neither go on nor begin; None if it can."""
-        ended = [name for name in (run.SUMMARY, run.WEIGHTS) if (self.folder / name).is_file()]
-        if run.has_checkpoint(self.folder) or not ended:
+        if run.has_checkpoint(self.folder) or not (self.folder / run.SUMMARY).is_file():
             return None
         return (
-            f"{self.folder} has {' and '.join(ended)}, but no checkpoint to go on from, and would "
-            f"be overwritten. Move it away."
+            f"{self.folder} has the results of other settings, but no checkpoint to go on from, "
+            f"and would be overwritten. Move it away."
         )
 
     def last_error(self) -> str | None:

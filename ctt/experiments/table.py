@@ -136,7 +136,7 @@ def finished(path: Path, settings: Iterable[str]) -> list[Entry]:
 def shared_settings(path: Path) -> dict[str, Any]:
     """Return the settings that all runs of a table have, by the file beside it; none without it."""
     try:
-        told = from_yaml(path.read_text("utf-8"), str(path))
+        told = from_yaml(path.read_text("utf-8", "replace"), str(path))
     except FileNotFoundError:
         return {}
     settings = told.get("settings") if isinstance(told, dict) else None

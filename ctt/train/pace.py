@@ -61,7 +61,8 @@ def _timed(plan: Plan, images: int, done: int) -> float:
     """Return the mean seconds of the steps that are left, of so many labelled images and their part
     of unlabelled ones."""
     s = plan.settings
-    beside = max(1, images * s.data.unlabeled_images // s.data.batch_size)
+    share = images * s.data.unlabeled_images // s.data.batch_size
+    beside = max(min(FEW, s.data.unlabeled_images), share)  # batch norms may need two
     settings = replace(
         s,
         data=replace(s.data, batch_size=images, unlabeled_batch_size=beside, workers=0, cache=None),

@@ -74,7 +74,7 @@ def changed_method(folder: Path, settings: Settings) -> Iterator[str]:
     if own is None or not kept.is_file():
         return
     if own.samefile(kept):
-        yield f"The run goes on with its own copy of the method, {kept}: the file itself is gone."
+        yield f"The run goes on with its own copy of the method, {kept}."
     elif kept.read_bytes() != own.read_bytes():
         yield (
             f"Warning: {own} has changed since the run began, and the run goes on with it as it "

@@ -23,7 +23,11 @@ def facts(dataset: Dataset, labeled: Sequence[str]) -> dict[str, dict[str, str]]
         labeled: names of the labelled images, in the order of the run's list.
     """
     some = labeled[:: max(1, -(-len(labeled) // LOOKED_AT))]
-    return {"meaning": dataset.meaning(), "files": {name: _content(dataset, name) for name in some}}
+    return {
+        "meaning": dataset.meaning(),
+        "files": {name: _content(dataset, name) for name in some},
+        "images": {name: _content(dataset, name, labeled=False) for name in some},
+    }
 
 
 def difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -51,16 +55,22 @@ def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def is_of_run(saved: Mapping[str, Any], dataset: Dataset) -> bool:
-    """Return whether some of the labelled images of a run, or all that is known of them, are these.
+    """Return whether some of the labelled images of a run are these, or nothing is known of them.
 
     Args:
-        saved: from `facts`, as in the checkpoint; empty in one of an earlier version.
+        saved: from `facts`, as in the checkpoint. Of earlier versions it holds images and masks
+            together, or nothing.
     """
-    files = saved.get("files", {})
-    return not files or any(_content(dataset, name) == text for name, text in files.items())
+    labeled = "images" not in saved
+    known = saved.get("files" if labeled else "images", {})
+    return not known or any(
+        dataset.find(name) == name and _content(dataset, name, labeled) == text
+        for name, text in known.items()
+    )
 
 
-def _content(dataset: Dataset, name: str) -> str:
-    """Return the checksum of the files of a labelled image; of one in memory, of none."""
-    found = " ".join(fingerprint.of_file(path) for path in dataset.files(name, labeled=True))
+def _content(dataset: Dataset, name: str, labeled: bool = True) -> str:
+    """Return the checksum of an image's files, with its mask if `labeled`; of one in memory, of
+    none."""
+    found = " ".join(fingerprint.of_file(path) for path in dataset.files(name, labeled=labeled))
     return hashlib.sha256(found.encode()).hexdigest()

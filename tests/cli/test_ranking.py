@@ -184,6 +184,9 @@ def test_a_copy_of_an_image_in_memory_is_known_again(tmp_path: Path) -> None:
     check_drawn(tmp_path, [entry], dataset)
     with pytest.raises(UserError, match="is not the image"):
         check_drawn(tmp_path, [Entry(other, entry.place, None)], dataset)
+    copied.unlink()
+    with pytest.raises(UserError, match=r"1\.png, on which it was drawn, is gone"):
+        check_drawn(tmp_path, [entry], dataset)
 
 
 def test_an_image_too_large_for_the_memory_is_left_out(

@@ -322,16 +322,9 @@ def test_a_table_keeps_finished_runs_whose_folders_are_gone(whole: Path, tmp_pat
 def test_a_table_keeps_runs_that_another_sweep_finishes_meanwhile(
     whole: Path, tmp_path: Path
 ) -> None:
-    def planned(*more: str) -> list[runs.Run]:
-        given = [*TINY, *more]
-        parsed = sweep.Arguments(
-            "table4", seeds=(0, 1), shares=("6",), only=("supervised",), out=whole
-        )
-        return list(sweep.plan(parsed, given, whole))
-
     written = tmp_path / "table4.csv"
-    first, second = planned()
-    other = planned("--optim.lr", "0.3")[0]
+    first, second = planned_as(FOUR, whole)
+    other = planned_as([*FOUR, "--optim.lr", "0.3"], whole)[0]
     for some in ([first], [second], [second, other]):
         write_results(written, some, ["ctt-sweep"])
     rows = {row["settings_hash"]: row for row in read(written)}
@@ -362,10 +355,25 @@ def test_a_run_with_results_but_no_checkpoint_is_not_removed(whole: Path, tmp_pa
     (folder / "notes.txt").write_text("mine")
     only = ["--only", "supervised", "--out", str(out)]
     assert sweep._main([*FOUR, *only]) == sweep.SOME_FAILED
+    r = next(r for r in planned_as(FOUR, out) if r.folder == folder)
+    with pytest.raises(UserError, match=r"supervised, 6, seed .* no checkpoint to go on from"):
+        pool.train_one(r, [])  # as a job of a cluster
     assert (folder / "notes.txt").is_file()
     assert {row["status"] for row in read(out / "table4.csv")} == {"done", "failed"}
     (error,) = (row["error"] for row in read(out / "table4.csv") if row["error"])
     assert "no checkpoint to go on from" in error
+    # one that was killed between its first evaluation and its first checkpoint begins anew
+    (folder / run.SUMMARY).unlink()
+    assert (folder / run.WEIGHTS).is_file()
+    assert r.obstacle() is None
+
+
+def planned_as(command: list[str], out: Path) -> list[runs.Run]:
+    shares, rest = command.index("--shares"), command[command.index("--shares") + 2 :]
+    parsed = sweep.Arguments(
+        command[0], seeds=(0, 1), shares=(command[shares + 1],), only=("supervised",)
+    )
+    return list(sweep.plan(parsed, rest, out))
 
 
 STAND_IN = """

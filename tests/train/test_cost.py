@@ -113,3 +113,11 @@ def test_what_looks_at_its_numbers_has_no_count(
     method: Any = make(tiny).method
     monkeypatch.setattr(method, "losses", lambda b, step: {"sup": (float(b["label"].sum()), 0)})
     assert step_operations(tiny, method, INFO, methods.get("cross-teacher")) is None
+
+
+def test_the_steps_that_are_timed_have_no_smaller_batches_than_batch_norms_take(
+    tiny: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"crop": [8, 8], "batch_size": 8, "unlabeled_batch_size": 4}
+    dry_run(update(tiny.with_method("fixmatch"), {"data": sizes}, "test"))
+    assert "iterations take about" in capsys.readouterr().out
