@@ -166,7 +166,7 @@ def test_masks_that_were_changed_in_labelme_stay_on_images_that_come_first_again
     assert predict._main([*arguments, "--overwrite"]) == 0
     assert mine.read_text() == drawn
     assert "old" not in other.read_text()
-    assert "photo 3.json was changed in LabelMe" in capsys.readouterr().out
+    assert "Files changed in LabelMe: 1, such as" in capsys.readouterr().out
     Image.new("RGB", (24, 20)).save(images / "photo 3.JPG")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"photo 3\.JPG.* is not the image that it was drawn on"):
