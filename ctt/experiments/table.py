@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,11 @@ class Entry:
         """Return what tells this run from the others of a table."""
         return (*place(self.row), self.row["settings_hash"])
 
+    def at(self, row: Row) -> Entry:
+        """Return the same run at the place of another row: experiments may have a run twice."""
+        where = {name: row[name] for name in PLACE}
+        return replace(self, row=self.row | where, points=[p | where for p in self.points])
+
 
 def place(row: Row) -> tuple[str, ...]:
     """Return the place of a row, or of a point of a curve, in its experiment."""
@@ -69,9 +74,12 @@ def write_results(path: Path, runs: Sequence[Run], command: Sequence[str]) -> li
 def _write(path: Path, runs: Sequence[Run], command: Sequence[str]) -> list[Row]:
     found = {entry.key: entry for entry in map(entry_of, runs)}
     settings = {name for entry in found.values() for name in entry.settings}
+    planned = list(found)
     for earlier in finished(path, settings):
-        if earlier.key not in found or found[earlier.key].row["status"] != DONE:
-            found[earlier.key] = earlier
+        same = [key for key in planned if key[-1] == earlier.key[-1]]
+        for key in same or [earlier.key]:
+            entry = found.get(key, earlier)
+            found[key] = entry if entry.row["status"] == DONE else earlier.at(entry.row)
     shared, others = split([entry.settings for entry in found.values()])
     rows = [
         entry.row | {name: str(value) for name, value in own.items()}

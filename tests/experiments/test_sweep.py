@@ -342,6 +342,23 @@ def test_a_table_keeps_runs_that_another_sweep_finishes_meanwhile(
         assert {point["seed"] for point in csv.DictReader(file)} == {"0", "1"}
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_run_that_has_another_place_by_now_is_one_row(
+    whole: Path, tmp_path: Path, gone: bool
+) -> None:
+    table = tmp_path / "cost.csv"
+    r = dataclasses.replace(planned_as(FOUR, whole)[0], budget="cost 1")
+    write_results(table, [r], ["ctt-sweep"])
+    before = read(table)
+    other = dataclasses.replace(r, budget="cost 1/2")
+    if gone:
+        other = dataclasses.replace(other, folder=tmp_path / "runs" / r.folder.name)
+    write_results(table, [other], ["ctt-sweep"])
+    assert read(table) == [row | {"budget": "cost 1/2"} for row in before]
+    with (tmp_path / "cost-curves.csv").open() as file:
+        assert {point["budget"] for point in csv.DictReader(file)} == {"cost 1/2"}
+
+
 def test_a_run_with_results_but_no_checkpoint_is_not_removed(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "copy"
     shutil.copytree(whole, out)
