@@ -123,7 +123,7 @@ def measured(name: str, settings: Settings, device: torch.device, steps: int) ->
     pairs = settings.pairs or about.pairs
     plain = about.load()(Setup(settings, info, pairs, LABELED))
     told = sum(estimate(settings, plain, info, about).values())
-    operations = step_operations(settings, plain, info, about)
+    operations = step_operations(settings, plain, info, about, last=True)
     del plain
     setup = Setup(
         settings, info, pairs, LABELED, finish=lambda net: ready_to_train(net, settings, device)

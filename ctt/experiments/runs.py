@@ -72,7 +72,7 @@ class Run:
         """Return the arguments of `ctt-train` that start the run, or go on with it."""
         if (self.folder / run.CONFIG).is_file():  # without a checkpoint it begins from the start
             # the data may have moved since, and this may be another machine
-            return ["--resume", str(self.folder), *without_effect(self.arguments)]
+            return ["--resume", str(self.folder), *options_without_effect(self.arguments)]
         return [*self.arguments, "--out", str(self.folder)]
 
     def obstacle(self) -> str | None:
@@ -112,9 +112,9 @@ class Run:
         return found | place
 
 
-def without_effect(arguments: Sequence[str]) -> Iterator[str]:
-    """Yield the options of `ctt-train` that do not change what a run computes, with their values:
-    where the data lies, and on what it is computed."""
+def options_without_effect(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the options of `ctt-train` that do not change what a run computes, with their values,
+    such as where the data lies and which device computes."""
     names = {
         f"{group}.{name}".lstrip(".") for group, names in WITHOUT_EFFECT.items() for name in names
     }

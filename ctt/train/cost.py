@@ -67,7 +67,7 @@ def card_of(name: str) -> Card:
 
 
 def step_operations(
-    settings: Settings, method: Method, info: DatasetInfo, about: About
+    settings: Settings, method: Method, info: DatasetInfo, about: About, *, last: bool = False
 ) -> float | None:
     """Return the floating-point operations of a step of one process, a mean over the run.
 
@@ -76,21 +76,23 @@ def step_operations(
 
     Args:
         method: with its networks on the CPU; not to be trained afterwards, as its counters move.
+        last: return those of the last step, when all that the method does has begun.
 
     Returns:
         None if a step cannot be run without data.
     """
     rounds, total = method.rounds(), settings.train.iterations
     found, steps = dict[Hashable, float](), Counter[Hashable]()
+    parts = list(stretches(round_starts(rounds, total), method.stage))
     try:
-        for number, first, end in stretches(round_starts(rounds, total), method.stage):
+        for number, first, end in parts[-1:] if last else parts:
             kind = (rounds[number].images, method.stage(first))  # of which steps cost alike
             steps[kind] += end - first
             if kind not in found:
                 found[kind] = _of_step(settings, method, info, about, number, first)
     except Exception:  # a method may look at its numbers
         return None
-    return sum(found[kind] * count for kind, count in steps.items()) / total
+    return sum(found[kind] * count for kind, count in steps.items()) / steps.total()
 
 
 def _of_step(

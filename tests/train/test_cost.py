@@ -66,6 +66,9 @@ def test_all_that_a_real_step_computes_is_counted(tiny: Settings, name: str) -> 
         found += counter.get_total_flops()
     counted = operations(settings, len(engine.method.students))
     assert counted == pytest.approx(found / settings.train.iterations, rel=0.01)
+    about, method = methods.get(name), make(settings).method
+    last = step_operations(settings, method, INFO, about, last=True)
+    assert last == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_blocks_computed_again_cost_another_forward(tiny: Settings) -> None:
