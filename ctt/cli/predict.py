@@ -49,7 +49,7 @@ class Arguments:
     that does not grow with it, and no overlays (extra `geo`)."""
     tile: int = 512
     """geotiff: side of the tiles that are read, seen by the network and written one by one; rounded
-    up to the network's coarsest cells."""
+    up to a multiple of the network's coarsest stride."""
     margin: int = 64
     """geotiff: what the network sees around a tile, in pixels; rounded up likewise."""
     overwrite: bool = False
@@ -333,8 +333,9 @@ def with_fitted_tiles(parsed: Arguments, trained: TrainedNetworks) -> Arguments:
     tile, margin = fitted(parsed.tile, parsed.margin, cells)
     if (tile, margin) != (parsed.tile, parsed.margin):
         say(
-            f"Tiles of {tile} pixels with a margin of {margin} are taken, multiples of the {cells} "
-            f"pixels of the network's coarsest cells: it sees them as it sees the whole image then."
+            f"Tiles of {tile} pixels with a margin of {margin}: both are rounded up to multiples "
+            f"of {cells}, the network's coarsest stride, so that tiles give the masks of the whole "
+            f"image."
         )
     return dataclasses.replace(parsed, tile=tile, margin=margin)
 

@@ -54,8 +54,8 @@ def windows(
 
 @torch.no_grad()
 def cells_of(networks: Iterable[SegmentationModel], settings: EvalSettings) -> int:
-    """Return the pixels of which an image may be shifted by multiples, and the cells of all maps in
-    the networks see what they saw before.
+    """Return by how many pixels an image can be moved so that all maps of the networks keep their
+    values and move by whole cells.
 
     Args:
         settings: whose scales make images smaller; quarters of their size at most are whole cells.
