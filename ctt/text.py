@@ -1,10 +1,13 @@
 """Text with names out of files, which may hold anything, for terminals and lists."""
 
 import contextlib
+import os
 import re
 import reprlib
+import select
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import IO, Any
 
 from ctt.errors import UserError
@@ -55,6 +58,23 @@ def replace_what_cannot_be_shown() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # notebooks put other objects there
             stream.reconfigure(errors="backslashreplace")
+
+
+def drop_closed_streams() -> bool:
+    """Return whether nobody reads stdout or stderr any more, as of `ctt-data check | head -1`, or
+    when the terminal is closed; what is left for them goes nowhere."""
+    if not hasattr(select, "poll"):  # Windows, which has another error for it
+        return False
+    closed = []
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # one that is no file
+            state = select.poll()
+            state.register(stream.fileno(), 0)
+            closed += [stream.fileno()] if state.poll(0) else []
+    with Path(os.devnull).open("w") as nowhere:
+        for number in closed:
+            os.dup2(nowhere.fileno(), number)
+    return bool(closed)
 
 
 def brief(value: object) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import functools
-import os
-import select
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
@@ -16,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from ctt.errors import AlreadyReportedError, UserError
 from ctt.files import expanded
-from ctt.text import fields_shown_by, printable, replace_what_cannot_be_shown
+from ctt.text import (
+    drop_closed_streams,
+    fields_shown_by,
+    printable,
+    replace_what_cannot_be_shown,
+)
 
 if TYPE_CHECKING:
     from ctt.settings import EvalSettings
@@ -71,7 +73,7 @@ def run_program(name: str, body: Callable[[], int], extra: str = "train") -> Non
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        if not _drop_closed_streams():
+        if not drop_closed_streams():
             raise
         sys.exit(CLOSED_PIPE)
 
@@ -113,23 +115,6 @@ def _options() -> frozenset[str]:
     from ctt.settings import Settings, field_names
 
     return frozenset([*field_names(Settings), *PARAMETERS])
-
-
-def _drop_closed_streams() -> bool:
-    """Return whether nobody reads stdout or stderr any more, as of `ctt-data check | head -1`;
-    what is left for them goes nowhere."""
-    if not hasattr(select, "poll"):  # Windows, which has another error for it
-        return False
-    closed = []
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # one that is no file
-            state = select.poll()
-            state.register(stream.fileno(), 0)
-            closed += [stream.fileno()] if state.poll(0) else []
-    with Path(os.devnull).open("w") as nowhere:
-        for number in closed:
-            os.dup2(nowhere.fileno(), number)
-    return bool(closed)
 
 
 def with_home(argument: str) -> str:

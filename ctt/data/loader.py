@@ -322,7 +322,7 @@ def _listen_no_more() -> None:
 
 
 def leave_signals_to_the_parent(_worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM, which reach all processes: the training one has a checkpoint to
-    write."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Ignore Ctrl-C, SIGTERM and SIGHUP, which reach all processes: the training one has a
+    checkpoint to write."""
+    for number in {"SIGINT", "SIGTERM", "SIGHUP"} & set(signal.Signals.__members__):
+        signal.signal(signal.Signals[number], signal.SIG_IGN)

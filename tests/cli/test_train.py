@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ctt.cli import train as program
 from ctt.errors import UserError
+from ctt.run import has_checkpoint
 
 QUICK = (
     "--ratio 6 --data.labeled-pool 24 --data.eval-images 6 --data.batch-size 2 --model.width 4 "
@@ -184,6 +186,16 @@ def test_a_missing_library_is_told_in_one_line() -> None:
     assert "pip install 'ctt[train]'" in done.stderr
 
 
+def wait_for_steps(process: subprocess.Popen[Any], out: Path) -> None:
+    """Wait until a run that logs each step has done a few."""
+    deadline = time.monotonic() + 240
+    metrics = out / "metrics.csv"
+    while not metrics.exists() or metrics.read_text().count("\n") < 4:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
 def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(
     tmp_path: Path,
@@ -197,12 +209,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(
     endless = f"{QUICK} --train.iterations 100000 --data.workers {workers}"
     command = [*base, *shlex.split(endless), "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 240
-    metrics = out / "metrics.csv"
-    while not metrics.exists() or metrics.read_text().count("\n") < 4:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_for_steps(process, out)
     os.killpg(process.pid, number)  # as a terminal or a scheduler does
     shown, _ = process.communicate(timeout=120)
     assert process.returncode == 130
@@ -214,6 +221,28 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(
     assert run(f"--resume {quoted} --train.iterations {last}", monkeypatch) == 0
     assert f"going on after iteration {found[1]}" in capsys.readouterr().out
     assert (out / "summary.json").is_file()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="systems without terminals of this kind")
+def test_a_closed_terminal_leaves_a_checkpoint(tmp_path: Path) -> None:
+    mine, of_run = os.openpty()
+    in_terminal = (
+        "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "from ctt.cli.train import main; main()"
+    )
+    endless = f"{QUICK} --train.iterations 100000 --data.workers 1 --out {tmp_path / 'run'}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", in_terminal, *shlex.split(endless)],
+        stdin=of_run,
+        stdout=of_run,
+        stderr=of_run,
+        start_new_session=True,
+    )
+    os.close(of_run)
+    wait_for_steps(process, tmp_path / "run")
+    os.close(mine)
+    assert process.wait(timeout=120) == 130
+    assert has_checkpoint(tmp_path / "run")
 
 
 def test_resume_refuses_what_the_checkpoint_does_not_fit(

@@ -232,6 +232,22 @@ def test_a_second_signal_ends_the_program(monkeypatch: pytest.MonkeyPatch, numbe
             os.kill(os.getpid(), number)
 
 
+def test_a_closed_terminal_asks_the_run_to_stop_once_unless_it_is_ignored() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with interrupt_flag() as caught:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)  # from the shell, and from the system
+            assert caught
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+        with interrupt_flag() as caught:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not caught
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_nothing_is_overwritten(tiny: Settings, out: Path) -> None:
     out.mkdir()
     (out / "precious.txt").write_text("mine")
