@@ -131,18 +131,12 @@ def write_settings(folder: Path, settings: Settings) -> None:
         part.write_text(yaml.safe_dump(values, sort_keys=False), "utf-8")
 
 
-def method_file(settings: Settings) -> Path | None:
-    """Return the file of a method of one's own, given as file.py:Class; None of other methods."""
-    own = Path(settings.method.rpartition(":")[0])
-    return own if own.suffix == ".py" else None
-
-
 def keep_method(folder: Path, settings: Settings) -> None:
     """Copy the file of a method of one's own into the run folder, unless it is that copy."""
-    own, kept = method_file(settings), folder / METHOD
-    if own is not None and not (kept.is_file() and own.samefile(kept)):
+    own, kept = methods.own_file(settings.method), folder / METHOD
+    if own is not None and not (kept.is_file() and own[0].samefile(kept)):
         with atomic_write(kept) as part:
-            shutil.copyfile(own, part)
+            shutil.copyfile(own[0], part)
 
 
 def with_whole_paths(settings: Settings) -> Settings:
@@ -331,10 +325,9 @@ def read_settings(folder: Path, serve: bool = False) -> Settings:
 
 def _present_method(name: str, folder: Path) -> str:
     """Return the name of a run's method, with the copy in its folder for a file that is gone."""
-    place, _, found = name.rpartition(":")
-    kept = (folder / METHOD).absolute()
-    gone = place.endswith(".py") and not Path(place).is_file()
-    return f"{kept}:{found}" if gone and kept.is_file() else name
+    own, kept = methods.own_file(name), (folder / METHOD).absolute()
+    gone = own is not None and not own[0].is_file()
+    return f"{kept}:{own[1]}" if own and gone and kept.is_file() else name
 
 
 def check_resumable(old: Settings, new: Settings) -> None:

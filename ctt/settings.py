@@ -468,10 +468,8 @@ class Settings:
         their images' names and sizes and the content of some. What is not there counts by its name.
         """
         values = to_dict(self)
-        place, _, name = self.method.rpartition(":")
-        values["method"] = (
-            f"{fingerprint.of_file(place)}:{name}" if place.endswith(".py") else self.method
-        )
+        if own := methods.own_file(self.method):
+            values["method"] = f"{fingerprint.of_file(str(own[0]))}:{own[1]}"
         with contextlib.suppress(UserError):  # a method of one's own whose file is gone
             values["pairs"] = self.pairs or methods.get(self.method).pairs
         for option in ("split_labeled", "split_unlabeled"):

@@ -130,7 +130,9 @@ def section(file: Path, embeddings: bool = False) -> Section:
         found.tables += by_class(chosen, where)
         found.tables += inside(chosen, where)
     found.charts += curves(file.with_name(f"{file.stem}{CURVES}"))
-    found.charts += pictures(done, file.parent / RUNS, embeddings)
+    charts, notes = pictures(done, file.parent / RUNS, embeddings)
+    found.charts += charts
+    found.text += notes
     beside = file.with_suffix(".yaml")
     if beside.is_file():
         found.settings = beside.read_text("utf-8", "replace")
@@ -293,14 +295,17 @@ def by_share(rows: Sequence[Row], budget: str) -> Table:
     return Table(title, ("row", *shares), lines)
 
 
-def pictures(rows: Sequence[Row], folder: Path, embeddings: bool) -> list[Chart]:
-    """Return what a run of each variant predicts and, if wanted, where its features lie.
+def pictures(
+    rows: Sequence[Row], folder: Path, embeddings: bool
+) -> tuple[list[Chart], list[str]]:
+    """Return what a run of each variant predicts and, if wanted, where its features lie; and a
+    sentence for each picture of features that cannot be drawn.
 
     Args:
         rows: of finished runs; of each variant the first one is shown.
         folder: of the runs; those that are not there are left out.
     """
-    found = []
+    found, notes = [], []
     for (variant,), own in results.groups(rows, "variant").items():
         of = folder / own[0]["settings_hash"]
         title = f"{variant}, --ratio {own[0]['share']}, seed {own[0]['seed']}"
@@ -308,8 +313,11 @@ def pictures(rows: Sequence[Row], folder: Path, embeddings: bool) -> list[Chart]
         if samples.is_file():
             found.append(Chart(f"Predictions: {title}", samples.read_bytes(), "png"))
         if embeddings and run.has_checkpoint(of):
-            found.append(Chart(f"Features: {title}", embedding(of), "png"))
-    return found
+            try:
+                found.append(Chart(f"Features: {title}", embedding(of), "png"))
+            except UserError as error:  # its data is elsewhere, for example
+                notes.append(f"Features of {title} could not be drawn: {error}")
+    return found, notes
 
 
 def embedding(folder: Path) -> bytes:

@@ -392,7 +392,7 @@ def get(name: str) -> About:
     """
     if name in METHODS:
         return METHODS[name]
-    if ".py:" in name:
+    if own_file(name) is not None:
         return dataclasses.replace(load(name).about, target=name)
     others = installed()
     if name in others:
@@ -404,10 +404,16 @@ def get(name: str) -> About:
     )
 
 
+def own_file(name: str) -> tuple[Path, str] | None:
+    """Return the file and the class of a method given as file.py:Class; None of other names."""
+    place, _, found = name.rpartition(":")
+    return (Path(place), found) if place.endswith(".py") else None
+
+
 def absolute(name: str) -> str:
     """Return the name of a method; that of a class in a file with the whole path of the file."""
-    place, separator, found = name.rpartition(":")
-    return f"{Path(place).absolute()}:{found}" if separator and place.endswith(".py") else name
+    own = own_file(name)
+    return f"{own[0].absolute()}:{own[1]}" if own else name
 
 
 @functools.cache
@@ -423,8 +429,9 @@ def load(target: str) -> type[Method]:
     from ctt.methods.base import Method
 
     place, _, name = target.rpartition(":")
+    own = own_file(target)
     try:
-        module = run_file(Path(place)) if place.endswith(".py") else import_module(place)
+        module = run_file(own[0]) if own else import_module(place)
     except FileNotFoundError:
         raise UserError(f"`method` {target}: there is no file {place}.") from None
     except Exception as error:  # code of the user can raise anything

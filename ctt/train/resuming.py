@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ctt import checkpoint, run
+from ctt import checkpoint, methods, run
 from ctt.data.dataset import first_difference
 from ctt.errors import UserError
 from ctt.settings import WITHOUT_EFFECT, Settings, to_dict
@@ -70,14 +70,14 @@ def loading(saved: dict[str, Any], plan: Plan, folder: Path, rounds: int) -> Ite
 
 def changed_method(folder: Path, settings: Settings) -> Iterator[str]:
     """Yield a sentence if a method of one's own is not in the file that the run began with."""
-    own, kept = run.method_file(settings), folder / run.METHOD
+    own, kept = methods.own_file(settings.method), folder / run.METHOD
     if own is None or not kept.is_file():
         return
-    if own.samefile(kept):
+    if own[0].samefile(kept):
         yield f"The run goes on with its own copy of the method, {kept}."
-    elif kept.read_bytes() != own.read_bytes():
+    elif kept.read_bytes() != own[0].read_bytes():
         yield (
-            f"Warning: {own} has changed since the run began, and the run goes on with it as it "
+            f"Warning: {own[0]} has changed since the run began, and the run goes on with it as it "
             f"is now."
         )
 

@@ -106,3 +106,16 @@ def test_a_report_shows_the_runs_that_are_there(folder: Path, tmp_path: Path) ->
     assert shown == [f"Predictions: {name}", f"Features: {name}"]
     assert report._main([str(tmp_path)]) == 0
     assert "Features: " not in (tmp_path / "report.html").read_text()
+
+
+def test_a_report_tells_of_features_that_cannot_be_drawn(folder: Path, tmp_path: Path) -> None:
+    rows = {row["variant"]: row for row in results.read(TABLE) if row["status"] == "done"}
+    whole, broken = list(rows.values())[:2]
+    results.write(tmp_path / "shares.csv", [broken, whole], results.COLUMNS)
+    for row in (whole, broken):
+        shutil.copytree(folder, tmp_path / "runs" / row["settings_hash"])
+    (tmp_path / "runs" / broken["settings_hash"] / "split" / "labeled.txt").unlink()
+    assert report._main([str(tmp_path), "--embeddings"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert re.search(f'Features of {broken["variant"]}, .* could not be drawn: .*no lists', page)
+    assert f'alt="Features: {whole["variant"]}' in page
