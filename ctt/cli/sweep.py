@@ -363,10 +363,18 @@ def submit(
     Raises:
         UserError: a parameter that submitit does not take.
     """
-    from ctt.experiments.cluster import submit_all
+    from ctt.experiments.cluster import is_submitted, submit_all
 
+    new = [r for r in runs if not is_submitted(r, out / "jobs")]
+    if len(new) < len(runs):
+        say(
+            f"{len(runs) - len(new)} of the runs have jobs that wait or work (`squeue` tells). "
+            f"They are not submitted again."
+        )
+    if not new:
+        return
     try:
-        names = submit_all(runs, parameters, given, out / "jobs", jobs)
+        names = submit_all(new, parameters, given, out / "jobs", jobs)
     except (NameError, ValueError, RuntimeError) as error:
         raise UserError(f"--submit: {' '.join(str(error).split())}") from None
     counted = "1 job is" if len(names) == 1 else f"{len(names)} jobs are"

@@ -9,6 +9,18 @@ from typing import Any
 from ctt.experiments.pool import train_one
 from ctt.experiments.runs import Run
 
+UNENDED = {  # states of Slurm's jobs
+    "COMPLETING",
+    "CONFIGURING",
+    "PENDING",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "RESIZING",
+    "RUNNING",
+    "STOPPED",
+    "SUSPENDED",
+}
+
 
 class ClusterJob:
     """A run as a job. One that is preempted is submitted again, and goes on from its checkpoint."""
@@ -59,4 +71,26 @@ def submit_all(
     executor.update_parameters(**values)
     with executor.batch():
         submitted = [executor.submit(ClusterJob(r, given)) for r in runs]
+    if executor.cluster == "slurm":
+        for r, job in zip(runs, submitted, strict=True):
+            r.folder.parent.mkdir(parents=True, exist_ok=True)
+            r.job.write_text(job.job_id, "utf-8")
     return [job.job_id for job in submitted]
+
+
+def is_submitted(r: Run, folder: Path) -> bool:
+    """Return whether a run has a Slurm job, of an earlier command, that waits or works.
+
+    Args:
+        folder: that of `submit_all`.
+
+    Raises:
+        ModuleNotFoundError: submitit is not installed.
+    """
+    import submitit
+
+    try:
+        job = submitit.SlurmJob[None](folder=folder, job_id=r.job.read_text("utf-8"))
+    except FileNotFoundError:
+        return False
+    return job.state in UNENDED

@@ -295,9 +295,7 @@ def by_share(rows: Sequence[Row], budget: str) -> Table:
     return Table(title, ("row", *shares), lines)
 
 
-def pictures(
-    rows: Sequence[Row], folder: Path, embeddings: bool
-) -> tuple[list[Chart], list[str]]:
+def pictures(rows: Sequence[Row], folder: Path, embeddings: bool) -> tuple[list[Chart], list[str]]:
     """Return what a run of each variant predicts and, if wanted, where its features lie; and a
     sentence for each picture of features that cannot be drawn.
 

@@ -48,6 +48,11 @@ class Run:
         return self.folder.with_suffix(".failed")
 
     @property
+    def job(self) -> Path:
+        """Return the file with the number of its job on a Slurm cluster."""
+        return self.folder.with_suffix(".job")
+
+    @property
     def name(self) -> str:
         """Return the run's place in the table, for messages."""
         parts = (self.variant, self.share, self.budget, f"seed {self.settings.seed}")

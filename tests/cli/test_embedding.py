@@ -117,5 +117,5 @@ def test_a_report_tells_of_features_that_cannot_be_drawn(folder: Path, tmp_path:
     (tmp_path / "runs" / broken["settings_hash"] / "split" / "labeled.txt").unlink()
     assert report._main([str(tmp_path), "--embeddings"]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert re.search(f'Features of {broken["variant"]}, .* could not be drawn: .*no lists', page)
+    assert re.search(f"Features of {broken['variant']}, .* could not be drawn: .*no lists", page)
     assert f'alt="Features: {whole["variant"]}' in page

@@ -617,3 +617,36 @@ def test_a_cluster_gets_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
         sweep._main([*command, "--submit", "fast"])
     assert sweep._main([*command, "--submit", "cluster=debug"]) == 0
     assert "1 job is submitted" in capsys.readouterr().out
+
+
+def test_a_job_that_slurm_still_has_is_not_submitted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submitit = pytest.importorskip("submitit")
+    states = tmp_path / "states"
+    programs = {  # of a cluster: jobs get numbers, and have the states that a file says
+        "srun": "exit 1",
+        "sbatch": f"echo Submitted batch job $(($(wc -l < {states}) * 10))",
+        "sacct": f"cat {states}",
+    }
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    out = str(tmp_path / "sweep")
+    command = [*FOUR, "--only", "supervised", "cross teacher", "--seeds", "0", "--out", out]
+
+    def submit(*found: str) -> str:
+        submitit.SlurmJob.watcher.clear()  # each command is a program of its own
+        states.write_text("\n".join(["JobID|State|NodeList", *found, ""]))
+        assert sweep._main([*command, "--submit", "timeout_min=9"]) == 0
+        return capsys.readouterr().out
+
+    assert "2 jobs are submitted" in submit()  # 10_0 and 10_1
+    told = submit("10_0|PENDING|", "10_1|RUNNING|n1")
+    assert "2 of the runs have jobs that wait or work" in told
+    assert "submitted; what" not in told
+    told = submit("10_0|FAILED|n1", "10_1|RUNNING|n1")
+    assert "1 of the runs have jobs" in told
+    assert "1 job is submitted" in told
+    assert "2 of the runs have jobs" in submit("30|PENDING|", "10_1|RUNNING|n1")
