@@ -155,7 +155,9 @@ def check_kept(table: Path, runs: Sequence[Run]) -> None:
         raise UserError(
             f"{table} has {len(lost)} finished runs that this command does not train, such as "
             f"{first}, seed {lost[0]['seed']}. Repeat the command in {table.with_suffix('.yaml')} "
-            f"and add to it, give another --out, or move the table away."
+            f"and add to it, give another --out, or move the table away. If this is that command, "
+            f"the recipe, the data or the program has changed since, and so have the runs: give "
+            f"another --out."
         )
 
 

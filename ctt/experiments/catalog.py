@@ -159,6 +159,7 @@ EXPERIMENTS = {
             Variant(f"{k} pair{'s' * (k > 1)}", ("--pairs", str(k), "--loss.hc", "0", *no_peer))
             for k, no_peer in ((1, ()), (2, ("--loss.lc", "0")), (3, ("--loss.lc", "0")))
         ),
+        baseline="2 pairs",
     ),
     "table7": Experiment(
         "how many keys of each class a bank holds",
@@ -264,6 +265,7 @@ EXPERIMENTS = {
         "what a method is worth for the same iterations, and for the same cost",
         "Open question",
         LADDER,
+        baseline="mean teacher",
         budgets=(Fraction(1, 4), Fraction(1, 2), Fraction(1)),
     ),
 }

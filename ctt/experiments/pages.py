@@ -207,18 +207,16 @@ def comparison(rows: Sequence[Row], share: str, budget: str, baseline: str) -> T
     by_variant = results.groups(rows, "variant")
     others = by_variant.get((baseline,), [])
     told = of_paper(rows[0])
+    compared = ("last", "ensemble") if others else ()
     columns = (
-        *("row", "networks", "ensemble", f"networks against {baseline}"),
-        f"ensemble against {baseline}",
+        *("row", "networks", "ensemble"),
+        *(f"{what} against {baseline}" for what in ("networks", "ensemble") if compared),
         *([told] if told else []),
         *("iterations", "forwards", "seconds", "seeds"),
     )
     lines = []
     for (variant,), own in by_variant.items():
-        leads = [
-            "" if variant == baseline else lead(own, others, column)
-            for column in ("last", "ensemble")
-        ]
+        leads = ["" if variant == baseline else lead(own, others, column) for column in compared]
         score = paper.printed(own[0]["experiment"], own[0]["dataset"], share, variant)
         lines.append(
             (

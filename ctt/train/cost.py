@@ -34,6 +34,7 @@ class Card(NamedTuple):
         single: peak of float32, in 10^12 operations a second.
         half: that of dense float16 and bfloat16 matrices with sums in float32.
         source: where the numbers are printed.
+        bfloat16: whether it has units for bfloat16; without them, half is of float16 alone.
     """
 
     name: str
@@ -41,11 +42,12 @@ class Card(NamedTuple):
     single: float
     half: float
     source: str
+    bfloat16: bool = True
 
 
 CARDS = {
-    "t4": Card("Tesla T4", 16, 8.1, 65, "NVIDIA T4 datasheet, 2019"),
-    "v100": Card("Tesla V100 SXM2 32 GB", 32, 15.7, 125, "NVIDIA V100 datasheet, 2020"),
+    "t4": Card("Tesla T4", 16, 8.1, 65, "NVIDIA T4 datasheet, 2019", False),
+    "v100": Card("Tesla V100 SXM2 32 GB", 32, 15.7, 125, "NVIDIA V100 datasheet, 2020", False),
     "rtx3090": Card("GeForce RTX 3090", 24, 35.6, 71, "NVIDIA GA102 whitepaper, 2020"),
     "rtx4090": Card("GeForce RTX 4090", 24, 82.6, 165.2, "NVIDIA Ada GPU whitepaper, 2022"),
     "a100": Card("A100 SXM 80 GB", 80, 19.5, 312, "NVIDIA A100 datasheet, 2021"),
@@ -166,6 +168,11 @@ def cost_table(
         f"Hours at {USED:.0%} of the peak in {'float32' if amp == 'off' else amp}, without "
         f"evaluation. Peaks: {'; '.join(dict.fromkeys(card.source for card in chosen))}."
     )
+    if amp == "off":
+        caption += (
+            " From the RTX 3090 and A100 on, PyTorch computes convolutions in TF32 by default, "
+            "which takes less time."
+        )
     if many > 1:
         caption += (
             f" {many} cards see {many} times the images a step; their hours are those of as many "
@@ -178,12 +185,11 @@ def cost_table(
     for column in ("GB", "fits", "hours", *([f"on {many} cards"] if many > 1 else [])):
         table.add_column(column, justify="right", no_wrap=True)
     for card in chosen:
-        time = hours(operations, left, card, amp)
         room = card.memory * 10**9
         fits = [str(n) for n, size in needed.items() if size <= room]
         row = [card.name, str(card.memory), f"on {' and '.join(fits)}" if fits else "no"]
-        row.append(f"{time:,.1f}")
-        if many > 1:
-            row.append(f"{time / many:,.1f}")
+        time = hours(operations, left, card, amp)
+        usable = amp != "bf16" or card.bfloat16
+        row += [f"{time / n:,.1f}" if usable else "use fp16" for n in dict.fromkeys((1, many))]
         table.add_row(*row)
     return table

@@ -71,6 +71,21 @@ def test_the_tables_as_markdown(folder: Path) -> None:
     assert "command: [ctt-sweep, shares]" in text
 
 
+def test_rows_are_compared_where_what_they_are_compared_with_is_trained(tmp_path: Path) -> None:
+    rows = [row for row in results.read(TABLE) if row["share"] == "1/50"]
+    names = {"supervised": "supervised", "cross-teacher": "mean teacher"}
+    rows = [row for row in rows if row["variant"] in names]
+    for row in rows:
+        row |= {"experiment": "cost", "variant": names[row["variant"]], "budget": "cost 1"}
+    alone = [row | {"budget": "cost 1/4"} for row in rows if row["variant"] == "supervised"]
+    results.write(tmp_path / "cost.csv", [*alone, *rows], results.COLUMNS)
+    assert report._main([str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("| row | networks | ensemble | networks against mean teacher |") == 1
+    assert "| row | networks | ensemble | iterations |" in text  # of the budget without one
+    assert re.search(r"\| supervised \| 40\.0 ± 1\.0 \| .*-10\.2 \[", text)
+
+
 def test_seeds_without_a_score_are_not_told(tmp_path: Path) -> None:
     (tmp_path / "a folder.csv").mkdir()
     rows = [row for row in results.read(TABLE) if row["share"] == "1/50"]

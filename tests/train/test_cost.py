@@ -93,12 +93,22 @@ def test_cards_that_have_too_little_memory_are_told(tiny: Settings) -> None:
     assert float(cells[3][0]) == pytest.approx(8 * float(cells[4][0]), abs=0.5)
 
 
+def test_a_card_without_bfloat16_has_no_hours_of_it(tiny: Settings) -> None:
+    half = update(tiny, {"train": {"amp": "bf16"}}, "test")
+    hours_of = [
+        c.cells for c in cost_table(1e15, {1: 1, 4: 1}, half, 100, ["v100", "a100"]).columns
+    ]
+    first, second = (list(cells) for cells in list(hours_of)[3:5])
+    assert [first[0], second[0]] == ["use fp16", "use fp16"]
+    assert float(first[1]) > float(second[1]) > 0
+
+
 def test_a_dry_run_tells_hours(tiny: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     dry_run(tiny, card="a100", cards=4)
     shown = capsys.readouterr().out
     assert "TFLOP a step and process" in shown
     assert "A100 SXM 80 GB" in shown
-    assert "RTX" not in shown
+    assert "GeForce" not in shown
     with pytest.raises(UserError, match="no such card"):
         dry_run(tiny, card="abacus")
 
