@@ -5,7 +5,9 @@
 // s+, and mean(w+) e^s- / Z with respect to s-. The weights are written without the common factor
 // mean(w+) / Z.
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "isa.h"
 #include "negatives.h"
@@ -30,8 +32,10 @@ CTT_INLINE void row(const Queues& queues, std::int64_t c, A inverse_tau, A* scor
     slopes += term.slope;
     own[j] = term.slope;
   }
-  // all slopes vanish where the positives win by more than the number format can tell
-  const A share = slopes > A(0) ? -negatives.sum / slopes : A(0);
+  // The slopes vanish where the positives win by more than the number format can tell, and shortly
+  // before that the quotient would overflow. So small a gradient is 0 to any precision.
+  constexpr A least = std::numeric_limits<A>::min() * (sizeof(A) == 4 ? A(1e8) : A(1e16));
+  const A share = -negatives.sum / std::max(slopes, least);
   for (std::int64_t j = 0; j < size; ++j) own[j] *= share;
   *loss = total / static_cast<A>(size);
   *factor = slopes / static_cast<A>(size) / negatives.sum * inverse_tau;

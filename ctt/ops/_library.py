@@ -5,6 +5,7 @@ functions use these operators while torch.compile or torch.export traces them.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.autograd.graph import increment_version
 from ctt.ops import _checks
 from ctt.ops._nvtx import named_range
 from ctt.ops._plans import plan_of
-from ctt.ops._registry import select
+from ctt.ops._registry import select, select_for
 
 _library = torch.library.Library("ctt", "DEF")
 _library.define(
@@ -49,6 +50,15 @@ def mark_written(tensors: Sequence[Tensor]) -> None:
         increment_version(tensors)
     except RuntimeError:  # some are inference tensors, which have no version
         increment_version([t for t in tensors if not t.is_inference()])
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context without autocast, which would turn matrix products into half precision
+    behind the caller's back."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def loss_dtype(query: Tensor) -> torch.dtype:
@@ -104,7 +114,8 @@ def contrast(
     """Return the loss, its gradient by the query, and its slope by the temperature, if needed."""
     name = _named(positive)
     tau: float | Tensor = temperature if learned is None else _value(name, learned)
-    module = select(name, backend, query.device)
+    tensors = (query, positive, label, mask, *keys, *counts)
+    module = select_for(name, backend, query.device, tensors)
     # kernels read memory, in which a view that negates it has the other sign
     query, keys = query.resolve_neg(), [k.resolve_neg() for k in keys]
     positive = None if positive is None else positive.resolve_neg()

@@ -1,5 +1,6 @@
 """Cached checks and pointer tables of `ema_update_`, one plan for each two lists of tensors."""
 
+import contextlib
 import weakref
 from collections.abc import Sequence
 from operator import attrgetter
@@ -81,11 +82,15 @@ class Plan:
 
     def _end(self, _: object) -> None:
         """Drop the plan when one of its tensors dies: a new tensor may get its id and address."""
-        if self in _plans:
-            _plans.remove(self)
+        _drop(self)
 
 
 _plans: list[Plan] = []  # the last one used comes last
+
+
+def _drop(plan: Plan) -> None:
+    with contextlib.suppress(ValueError):  # another thread was first
+        _plans.remove(plan)
 
 
 def plan_of(teacher: Tensors, student: Tensors) -> Plan:
@@ -100,11 +105,11 @@ def plan_of(teacher: Tensors, student: Tensors) -> Plan:
     """
     for plan in reversed(_plans.copy()):
         if plan.layout.matches(teacher, student):
-            if plan is not _plans[-1]:
-                _plans.remove(plan)
+            if _plans[-1:] != [plan]:
+                _drop(plan)
                 _plans.append(plan)
             return plan
-    _check(teacher, student)
+    check(teacher, student)
     plan = Plan(teacher, student)
     _plans.append(plan)
     del _plans[:-PLANS]
@@ -133,7 +138,12 @@ def _tied(teacher: Tensors, student: Tensors) -> list[int]:
     return found
 
 
-def _check(teacher: Tensors, student: Tensors) -> None:
+def check(teacher: Tensors, student: Tensors) -> None:
+    """Refuse tensors that do not fit each other, in pairs.
+
+    Raises:
+        TypeError, ValueError: as `ema_update_` tells.
+    """
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
         if not (isinstance(t, Tensor) and isinstance(s, Tensor)):
             raise TypeError(f"ema_update_: element {i} must be a pair of tensors")
@@ -155,7 +165,8 @@ def _check(teacher: Tensors, student: Tensors) -> None:
                 f"ema_update_: all tensors must be on {teacher[0].device}, got element {i} with "
                 f"teacher on {t.device} and student on {s.device}"
             )
-        if t.is_neg() or s.is_neg():
+        # which torch.compile cannot trace; a compiled update asks again when it runs
+        if not torch.compiler.is_compiling() and (t.is_neg() or s.is_neg()):
             raise ValueError(
                 f"ema_update_: element {i} is a view that negates its memory; call resolve_neg()"
             )

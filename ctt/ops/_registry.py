@@ -2,13 +2,17 @@
 
 import importlib
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 OPERATIONS = ("ema_update_", "class_topk", "queue_push_", "info_nce", "pair_info_nce")
 BACKENDS = ("cuda", "triton", "chunked", "cpu", "torch", "reference")
+
+_PLAIN = ("ctt.ops.backends.torch", "ctt.ops.backends.reference")  # others read memory
 
 # What "auto" tries, first to last, by the type of the device; the reference runs everywhere.
 _PREFERENCE = {"cuda": ("cuda", "triton", "chunked", "torch"), "cpu": ("cpu", "torch")}
@@ -92,3 +96,24 @@ def select(operation: str, backend: str, device: torch.device) -> ModuleType:
             f"{operation}: backend {backend!r} cannot run on {device}: {reason}; these can: {works}"
         )
     return _module(backend)
+
+
+def select_for(
+    operation: str, backend: str, device: torch.device, tensors: Iterable[Tensor | None]
+) -> ModuleType:
+    """Return the module that runs `operation` on these tensors.
+
+    Raises:
+        ValueError, RuntimeError: as `select`.
+        TypeError: it reads memory, and one of the tensors has none of its own, as a DTensor.
+    """
+    module = select(operation, backend, device)
+    if module.__name__ in _PLAIN:
+        return module
+    for x in tensors:
+        if x is not None and x.numel() and not x.data_ptr():
+            raise TypeError(
+                f"{operation}: a {type(x).__name__} of shape {tuple(x.shape)} has no memory of its "
+                f"own here. Pass plain tensors, such as x.to_local() of a DTensor."
+            )
+    return module

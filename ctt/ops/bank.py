@@ -58,6 +58,19 @@ class MemoryBank(nn.Module):
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("cursor", torch.zeros(num_classes, dtype=torch.int64))
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Empty the bank; also what a bank made on the meta device needs after `to_empty`."""
+        for buffer in (self.keys, self.count, self.cursor):
+            buffer.zero_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group not in (None, "local"):
+            raise TypeError(
+                "MemoryBank: a bank with a process group cannot be pickled; save its state_dict()"
+            )
+        return self.__dict__
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         memo[id(self.group)] = self.group  # a process group cannot be copied
         copied = self.__new__(type(self))
@@ -81,10 +94,10 @@ class MemoryBank(nn.Module):
         """Store some of the most confident pixels of each class.
 
         Candidates of class c are the valid pixels with label c; of these the `top_k` most confident
-        are kept, and of these at most `per_class` are pushed, drawn at random when there are more
-        (none is drawn when top_k <= per_class). The candidates of all ranks of the bank's group are
-        pooled first, in the order of the ranks, so that every rank ends with the bank that one
-        process with the joined batch would have.
+        are kept, and of these at most `per_class`, or as many as a queue holds, are pushed, drawn
+        at random when there are more (none is drawn when top_k <= per_class). The candidates of all
+        ranks of the bank's group are pooled first, in the order of the ranks, so that every rank
+        ends with the bank that one process with the joined batch would have.
 
         Args:
             features: (N, D) floating point.
@@ -95,7 +108,7 @@ class MemoryBank(nn.Module):
             per_class: keys of a class that are pushed, at least 1.
             generator: source of the draw; None: torch's default generator of the device. Ranks use
                 the draw of the group's rank 0.
-            ticket: (C, top_k) uniform random numbers of the device, the same on every rank, instead
+            ticket: (C, top_k) random numbers of the device, the same on every rank, instead
                 of a generator: the candidates with the highest are pushed. A captured graph can be
                 replayed with others.
 
@@ -109,6 +122,9 @@ class MemoryBank(nn.Module):
         if ticket is not None:
             shape = (self.num_classes, top_k)
             _checks.tensor("MemoryBank.push", "ticket", ticket, shape, None, features.device)
+        if top_k <= per_class:  # nothing is drawn
+            top_k = min(top_k, self.capacity)
+        per_class = min(per_class, self.capacity)
         index, _ = class_topk(confidence, label, top_k, self.num_classes, valid=valid)
         pooled = self._ranks() > 1
         chosen = self._pool_ranks(confidence, index) if pooled else index
@@ -212,6 +228,6 @@ def _checked(group: Any) -> Any:
 
 def _draw(index: Tensor, per_class: int, ticket: Tensor) -> Tensor:
     """At most `per_class` entries of each row of index (C, k), in their order."""
-    ticket = ticket.masked_fill(index < 0, -1)  # padding is drawn last
+    ticket = ticket.masked_fill(index < 0, -torch.inf)  # padding is drawn last
     place = ticket.topk(min(per_class, index.shape[1]), dim=1).indices.sort(dim=1).values
     return index.gather(1, place)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ctt.ops import _checks, _library
 from ctt.ops._nvtx import named_range
-from ctt.ops._plans import plan_of
+from ctt.ops._plans import check, plan_of
 from ctt.ops._registry import select
 
 Averaged = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
@@ -70,6 +70,7 @@ def ema_update_(
 def _traced(
     teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | Tensor, backend: str
 ) -> None:
+    check(teacher, student)
     averaged = [(t, s) for t, s in zip(teacher, student, strict=True) if t.is_floating_point()]
     for t, s in zip(teacher, student, strict=True):
         if not t.is_floating_point():

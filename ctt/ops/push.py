@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ctt.ops import _checks, _library
 from ctt.ops._nvtx import named_range
-from ctt.ops._registry import select
+from ctt.ops._registry import select_for
 
 
 def queue_push_(
@@ -28,7 +28,8 @@ def queue_push_(
         count: (C,) int64, keys held.
         cursor: (C,) int64, next place to write.
         features: (N, D) floating point, not normalised; no gradient flows. A feature whose
-            norm is 0, NaN or infinite becomes a key of zeros: no key is ever NaN.
+            norm is 0, NaN or infinite becomes a key of zeros: no key is ever NaN. They may not
+            share memory with `keys`, which is written while they are read.
         index: (C, k) int64 into features; entries outside 0..N-1 (-1) are skipped.
         backend: "auto" or a name from `ctt.ops.available_backends()`.
 
@@ -47,7 +48,8 @@ def queue_push_(
     if _library.is_traced(features):
         torch.ops.ctt.queue_push_(keys, count, cursor, features, index, backend)
         return
-    _checks.untransformed("queue_push_", (keys, count, cursor, features, index))
+    tensors = (keys, count, cursor, features, index)
+    _checks.untransformed("queue_push_", tensors)
+    run = select_for("queue_push_", backend, device, tensors).queue_push_
     with torch.no_grad(), named_range("queue_push_", payload=index.numel()):
-        run = select("queue_push_", backend, device).queue_push_
         run(keys, count, cursor, features, index)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ctt.ops import _checks, _library
 from ctt.ops._nvtx import named_range
-from ctt.ops._registry import select
+from ctt.ops._registry import select_for
 
 
 def class_topk(
@@ -49,7 +49,8 @@ def class_topk(
         )
         return traced
     _checks.untransformed("class_topk", (confidence, label))
-    run = select("class_topk", backend, device).class_topk
+    tensors = (confidence, label, valid)
+    run = select_for("class_topk", backend, device, tensors).class_topk
     with named_range("class_topk", payload=len(label)):
         result: tuple[Tensor, Tensor] = run(confidence, label, k, num_classes, valid)
     return result

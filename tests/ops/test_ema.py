@@ -253,6 +253,17 @@ def test_traced_with_integer_buffers() -> None:
         torch.testing.assert_close(value, want[name])
 
 
+def test_compiled_updates_refuse_what_eager_ones_refuse() -> None:
+    torch._dynamo.reset()
+    update = torch.compile(ema_update_, backend="aot_eager")
+    whole, three, one = torch.zeros(3, dtype=torch.int64), torch.ones(3), torch.ones(1)
+    with pytest.raises(TypeError, match="element 0 must be floating point"):
+        update([whole], [three], 0.5)
+    with pytest.raises(ValueError, match="element 0 must have one shape"):
+        update([whole], [one.long()], 0.5)
+    assert whole.tolist() == [0, 0, 0]
+
+
 def test_as_the_averaging_function_of_swa_utils() -> None:
     student = network()
     model = torch.optim.swa_utils.AveragedModel(

@@ -183,6 +183,27 @@ def test_a_loss_that_vanishes_has_no_gradient(backend: str, device: str) -> None
 
 
 @RUNS
+@pytest.mark.parametrize(("dtype", "temperature"), [(torch.float32, 0.01), (torch.float64, 0.001)])
+def test_gradients_shortly_before_they_vanish(
+    backend: str, device: str, dtype: torch.dtype, temperature: float
+) -> None:
+    """Slopes from e^-60 (e^-680 in float64) down to 0: a quotient by their sum may overflow."""
+    wins = torch.linspace(60, 95, 71, dtype=dtype, device=device)
+    cosine = (wins + (620 if dtype == torch.float64 else 0)) * temperature
+    query = torch.zeros(len(cosine), 4, dtype=dtype, device=device)
+    query[:, 0], query[:, 1] = cosine, (1 - cosine**2).sqrt()
+    keys = torch.zeros(2, 64, 4, dtype=dtype, device=device)
+    keys[0, :, 0], keys[1, :, 2] = 1, 1
+    label = torch.zeros(len(cosine), dtype=torch.int64, device=device)
+    count = torch.tensor([1, 64], device=device)
+    case = Contrast(query, label, keys, count, temperature=temperature)
+    skip_unfit(backend, device, dtype)
+    value, grad = evaluate(high_level(backend), case)
+    assert float(value) < 1e-20
+    assert grad.abs().max() < 1e-15  # false for NaN, too
+
+
+@RUNS
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_chain_rule(backend: str, device: str, reduction: str) -> None:
     case = contrast(30, 5, 4, 16, device=device, masked=True)

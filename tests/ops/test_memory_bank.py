@@ -83,6 +83,32 @@ def test_draw_among_the_most_confident() -> None:
     assert not torch.equal(pushed(0), pushed(1))
 
 
+@pytest.mark.parametrize(("top_k", "per_class"), [(8, 8), (4, 8), (20, 30)])
+def test_more_than_a_queue_holds_leaves_the_most_confident(top_k: int, per_class: int) -> None:
+    bank = MemoryBank(1, 4, 20)
+    label, confidence = torch.zeros(20, dtype=torch.int64), torch.linspace(1, 0.1, 20)
+    bank.push(torch.eye(20), label, confidence, top_k=top_k, per_class=per_class)
+    assert torch.equal(bank.queue(0), torch.eye(20)[:4])
+
+
+def test_any_random_numbers_are_tickets() -> None:
+    bank = MemoryBank(1, 4, 3)
+    label = torch.zeros(3, dtype=torch.int64)
+    ticket = torch.tensor([[-3.0, -2.0, -4.0, 5.0, 6.0, 7.0]])  # the last three are of no candidate
+    bank.push(torch.eye(3), label, torch.tensor([3, 2, 1.0]), top_k=6, per_class=2, ticket=ticket)
+    assert torch.equal(bank.queue(0), torch.eye(3)[:2])
+
+
+def test_a_bank_from_the_meta_device_is_emptied() -> None:
+    with torch.device("meta"):
+        bank = MemoryBank(CLASSES, CAPACITY, DIM)
+    bank.to_empty(device="cpu")
+    for buffer in bank.buffers():
+        buffer.fill_(9)  # what memory may hold
+    bank.reset_parameters()
+    assert all(not buffer.any() for buffer in bank.buffers())
+
+
 def test_padding_is_not_drawn() -> None:
     bank = MemoryBank(2, 8, DIM)
     label = torch.tensor([0, 0, 0, 1])

@@ -1,6 +1,7 @@
 """Tensors and modes that other people's programs bring along."""
 
 import functools
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,47 @@ def test_sharded_tensors_are_averaged_each(backend: str, mesh: object) -> None:
     student = [distribute_tensor(torch.zeros(4, 4), mesh) for _ in teacher]  # type: ignore[arg-type]
     ema_update_(teacher, student, 0.5, backend=backend)
     assert [float(t.full_tensor()[0, 0]) for t in teacher] == [0.5, 1.0]
+
+
+def test_tensors_without_memory_of_their_own_are_refused(mesh: object) -> None:
+    """Their address is 0, which a kernel would read."""
+    from torch.distributed.tensor import distribute_tensor
+
+    def spread(x: Tensor) -> Tensor:
+        found: Tensor = distribute_tensor(x, mesh)  # type: ignore[arg-type]
+        return found
+
+    case = contrast(12, 3, 4, 8)
+    query, label, keys = spread(case.query), spread(case.label), spread(case.keys)
+    with pytest.raises(TypeError, match=r"info_nce: a DTensor of shape \(12, 8\) has no memory"):
+        info_nce(query, label, keys, temperature=0.5)
+    with pytest.raises(TypeError, match="pair_info_nce: a DTensor"):
+        pair_info_nce(case.query, query, case.label, [(case.keys, None)], temperature=0.5)
+    with pytest.raises(TypeError, match=r"class_topk: a DTensor .* x.to_local\(\)"):
+        class_topk(spread(torch.rand(12)), label, 2, 3)
+    numbers = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(TypeError, match="queue_push_: a DTensor"):
+        queue_push_(keys, numbers, numbers, case.query, torch.zeros(3, 2, dtype=torch.int64))
+    freed = torch.randn(12, 8)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="info_nce: a Tensor of shape"):
+        info_nce(freed, case.label, case.keys, temperature=0.5)
+
+
+def test_a_bank_of_a_group_of_processes_is_saved_by_its_state(mesh: object) -> None:
+    bank = MemoryBank(2, 3, 4, group=dist.group.WORLD)
+    with pytest.raises(TypeError, match=r"cannot be pickled; save its state_dict"):
+        pickle.dumps(bank)
+    assert pickle.loads(pickle.dumps(MemoryBank(2, 3, 4))).capacity == 3
+
+
+def test_losses_of_tensors_without_data_have_their_shape() -> None:
+    case = contrast(12, 3, 4, 8, device="meta")
+    for loss in (high_level("auto"), low_level("auto")):
+        query = case.query.detach().requires_grad_()
+        loss(query, case, "none").sum().backward()
+        assert query.grad is not None
+        assert query.grad.shape == (12, 8)
 
 
 @EMA

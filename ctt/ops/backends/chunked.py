@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctt.ops._library import gradient_dtype
+from ctt.ops._library import gradient_dtype, without_autocast
 from ctt.ops.backends import torch as blocked
 from ctt.ops.backends import triton
 
@@ -102,7 +102,7 @@ def _contrast(
     if n == 0:
         return (loss if per_pixel else loss.new_zeros(())), grad
     plan = _plan(n, dim)
-    with triton._on(query.device), blocked._without_autocast(query.device):
+    with triton._on(query.device), without_autocast(query.device):
         label = label.contiguous()
         bank = triton._pack(keys, counts, query.dtype, plan)
         rows = triton._order(label, mask, bank, reduction, own_must_hold=positive is None)

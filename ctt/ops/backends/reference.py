@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ctt.ops import reference
-from ctt.ops._library import gradient_dtype, loss_dtype
+from ctt.ops._library import gradient_dtype, loss_dtype, without_autocast
 from ctt.ops._plans import Plan
 from ctt.ops.reference import class_topk, queue_push_
 
@@ -72,8 +72,7 @@ def _with_gradient(
     need_grad: bool,
     need_slope: bool,
 ) -> Result:
-    # autocast would turn the matrix products into half precision behind the caller's back
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         if not (need_grad or need_slope):
             return loss(query.detach(), temperature), None, None
 

@@ -12,14 +12,13 @@ On a CPU, where looking costs nothing, they are left out first. Matrix products 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ctt.ops._library import gradient_dtype
+from ctt.ops._library import gradient_dtype, without_autocast
 from ctt.ops._plans import Plan
 from ctt.ops.reference import NORM_EPS, key_of, normalize
 
@@ -222,7 +221,7 @@ def _sweep(
     if need_grad:
         kept = gradient_dtype(query)
         grad = new(query, dtype=kept, memory_format=torch.contiguous_format)
-    with _without_autocast(query.device):
+    with without_autocast(query.device):
         for part, block, inverse in _blocks(query, rows, bank):
             loss[part], by_direction = contrast(block)
             if by_direction is None:
@@ -320,13 +319,6 @@ def _reduce(loss: Tensor, rows: _Rows, factor: Tensor, total: int, reduction: st
     if reduction != "none":
         return (loss * factor).sum()
     return loss if rows.pixel is None else loss.new_zeros(total).index_copy_(0, rows.pixel, loss)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast would turn the matrix products into half precision behind the caller's back."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def class_topk(
