@@ -9,6 +9,7 @@ from torch import Tensor
 from ctt.data.dataset import IGNORE
 from ctt.data.packed import unpack
 from ctt.data.views import to_unit
+from ctt.errors import UserError
 from ctt.methods.base import Batch, Round
 
 
@@ -34,7 +35,18 @@ def batch_of(inputs: Sequence[Tensor], kind: Round, external: bool = False) -> B
 
 
 def split_batch(b: Batch, parts: int) -> Iterator[Batch]:
-    """Return parts of a batch, in order; what belongs to the whole goes to each."""
+    """Return parts of a batch, in order; what belongs to the whole goes to each.
+
+    Raises:
+        UserError: an entry has not as many rows for each part.
+    """
+    for name, x in b.items():
+        if x.dim() and len(x) % parts:
+            raise UserError(
+                f"`train.accumulate` {parts}: {name!r} of the batch has shape {tuple(x.shape)}, "
+                f"whose first dimension cannot be cut into {parts} parts. Let `prepare` give one "
+                f"row for each image, or keep in the method what belongs to the whole batch."
+            )
     whole = {name: [x] * parts for name, x in b.items() if not x.dim()}
     cut = {name: x.chunk(parts) for name, x in b.items() if x.dim()}
     for i in range(parts):

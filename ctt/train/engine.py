@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,33 +18,13 @@ from ctt.settings import Settings
 from ctt.train.batches import batch_of, split_batch
 from ctt.train.compiling import compile_networks
 from ctt.train.context import StepContext
+from ctt.train.contract import checked_batch, checked_terms, refuse_undeclared
 from ctt.train.data_parallel import DataParallel
 from ctt.train.distributed import World
 from ctt.train.graph_runner import GraphRunner
 from ctt.train.prefetcher import Batch as Images
 from ctt.train.recomputing import recompute_blocks
 from ctt.train.rounds import Labeling, Rounds
-
-
-def refuse_undeclared(method: Method, attribute: str, found: Iterable[str]) -> None:
-    """Refuse numbers of a step that the method does not declare: metrics.csv has no column for it.
-
-    Args:
-        attribute: that of the method which declares them, `terms` or `logged`.
-        found: names of the numbers.
-
-    Raises:
-        UserError: names the first of them, and where to declare it.
-    """
-    declared = getattr(method, attribute)
-    for name in found:
-        if name not in declared:
-            giver = "`losses` returns" if attribute == "terms" else "`step.log` or `report` gives"
-            raise UserError(
-                f"`method` {method.settings.method}: {giver} {name!r}, which `{attribute}` of "
-                f"{type(method).__name__} does not name, so metrics.csv has no column for it. "
-                f"Add it there: {attribute} = {(*declared, name)}."
-            )
 
 
 class Engine:
@@ -146,7 +126,8 @@ class Engine:
             external = self.settings.masks.folder is not None
             b = batch_of(inputs, self.rounds.rounds[method.round], external)
         with torch.no_grad():
-            b = method.prepare(b | method.labeled.totals(b["label"], step), step)
+            whole = b | method.labeled.totals(b["label"], step)
+            b = checked_batch(method, method.prepare(whole, step))
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         step.whole = False
@@ -154,8 +135,7 @@ class Engine:
         parts = self.settings.train.accumulate
         for i, part in enumerate(split_batch(b, parts)):
             with self.parallel.summing(i == parts - 1):
-                terms = self.parallel.module(part, step)
-                refuse_undeclared(method, "terms", terms)
+                terms = checked_terms(method, self.parallel.module(part, step))
                 total = torch.stack([weight * value for weight, value in terms.values()]).sum()
                 with step.phase("backward"):
                     # gradients are averaged over the processes, but a loss is a part of the mean
@@ -193,6 +173,11 @@ class Engine:
     def _make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the method's optimisers; a group without `lr_factor` gets that of its own rate."""
         made = self.method.optimizers()
+        if not made:
+            raise UserError(
+                f"`method` {self.settings.method}: `optimizers` returns none, so nothing would be "
+                f"trained."
+            )
         for optimizer in made.values():
             for group in optimizer.param_groups:
                 group.setdefault("lr_factor", group["lr"] / self.settings.optim.lr)

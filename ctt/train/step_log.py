@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from ctt.train.engine import Engine, refuse_undeclared
+from ctt.train.contract import refuse_undeclared
+from ctt.train.engine import Engine
 from ctt.train.pace import duration
 from ctt.train.record import Recorder
 

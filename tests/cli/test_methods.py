@@ -131,6 +131,35 @@ def test_numbers_that_a_method_does_not_declare_are_told(
         train(f"{QUICK} --method {tmp_path / 'mine.py'}:Mine --out {tmp_path / 'r'}")
 
 
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        (
+            "def prepare(self, b, step): pass",
+            r"`prepare` returns nothing \(None\)\. Return the batch",
+        ),
+        (
+            "def prepare(self, b, step): return b | {'x': [1]}",
+            "gives the batch 'x', which is a list",
+        ),
+        ("def losses(self, b, step): pass", r"`losses` returns nothing \(None\)\. Return a dict"),
+        ("def losses(self, b, step): return {'sup': b['images'].sum()}", r"shape \(\) for 'sup'"),
+        ("def losses(self, b, step): return {'sup': (1, 2.0)}", "a float as the value of 'sup'"),
+        ("terms = 'sup critic'", r"`terms` is a text\. Write a tuple"),
+        ("def optimizers(self): return {}", "`optimizers` returns none"),
+        (
+            "def prepare(self, b, step): return b | {'x': b['images'].new_zeros(5)}",
+            r"accumulate` 2: 'x' of the batch has shape \(5,\)",
+        ),
+    ],
+)
+def test_a_slip_of_a_method_is_told(tmp_path: Path, now: str, told: str) -> None:
+    (tmp_path / "mine.py").write_text(f"{MINE}\n    {now}\n")
+    extra = f"--train.accumulate 2 --out {tmp_path / 'r'}"
+    with pytest.raises(UserError, match=told):
+        train(f"{QUICK} --method {tmp_path / 'mine.py'}:Mine {extra}")
+
+
 def test_a_run_without_a_name_is_called_after_the_class(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
