@@ -60,7 +60,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Empty the bank; also what a bank made on the meta device needs after `to_empty`."""
+        """Remove all keys; a bank made on the meta device needs it after `to_empty`."""
         for buffer in (self.keys, self.count, self.cursor):
             buffer.zero_()
 
