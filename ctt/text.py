@@ -1,6 +1,7 @@
 """Text with names out of files, which may hold anything, for terminals and lists."""
 
 import contextlib
+import functools
 import os
 import re
 import reprlib
@@ -92,14 +93,35 @@ def from_yaml(text: str, source: str) -> Any:
         source: the name of the file, for the message.
 
     Raises:
-        UserError: it is no YAML, or holds numbers or dates that are none.
+        UserError: it is no YAML, has a key twice, or holds numbers or dates that are none.
     """
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _safe_loader())
     except RecursionError:
         raise UserError(f"{source}: this is no valid YAML (it is nested too deep).") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:  # the last two of odd numbers and keys
         reason = " ".join(str(error).split())
         raise UserError(f"{source}: this is no valid YAML ({reason}).") from None
+
+
+@functools.cache
+def _safe_loader() -> Any:
+    """Return a class that reads YAML and refuses a key that stands twice: PyYAML takes the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+                    continue  # other keys are refused later, or may stand there again
+                name = self.construct_object(key)
+                if name in seen:
+                    told = f"{brief(name)} stands there twice"
+                    raise yaml.constructor.ConstructorError(None, None, told, key.start_mark)
+                seen.add(name)
+            return super().construct_mapping(node, deep)
+
+    return Loader

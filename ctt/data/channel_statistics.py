@@ -36,6 +36,7 @@ class Statistics:
         ranges: what becomes 0 and 1. mean, std: after that, in 0..1.
         pixels: looked at.
         images: they are of.
+        gaps: pixels without data, which are none of these.
     """
 
     bands: tuple[int, ...]
@@ -47,6 +48,7 @@ class Statistics:
     std: tuple[float, ...]
     pixels: int
     images: int
+    gaps: int
 
 
 def statistics(
@@ -68,10 +70,17 @@ def statistics(
     names = [*dataset.train_ids(), *dataset.unlabeled_ids()]
     as_rgb = not isinstance(dataset, FileDataset) or _is_read_as_rgb(dataset, names)
     found: list[np.ndarray[Any, Any]] = []
-    low, high = np.inf, -np.inf
+    low, high, gaps = np.inf, -np.inf, 0
     for name in names:
         rng = np.random.default_rng(derive_seed("statistics", name))
-        for values, pixels in _parts(dataset, name, as_rgb):
+        for values, pixels, missing in _parts(dataset, name, as_rgb):
+            gaps += missing
+            if found and values.dtype != found[0].dtype and not dataset.info.ranges:
+                raise UserError(
+                    f"{_path(dataset, name)} holds {values.dtype}, and {_path(dataset, names[0])} "
+                    f"{found[0].dtype}, which have no scale in common. Save all images with one "
+                    f"type of numbers, or say in dataset.yaml which `range` they have."
+                )
             if found and len(values) != len(found[0]):
                 both = range(1, min(len(values), len(found[0])) + 1)
                 raise UserError(
@@ -92,7 +101,8 @@ def statistics(
     sample = np.concatenate(found, axis=1)
     if not sample.shape[1]:
         raise UserError("The images have no pixel with data.")
-    return _of_sample(dataset, sample, np.broadcast_to([low, high], (2, len(sample))), cut, names)
+    ends = np.broadcast_to([low, high], (2, len(sample)))
+    return _of_sample(dataset, sample, ends, cut, names, gaps)
 
 
 def _of_sample(
@@ -101,6 +111,7 @@ def _of_sample(
     ends: np.ndarray[Any, Any],
     cut: tuple[float, float],
     names: list[str],
+    gaps: int,
 ) -> Statistics:
     info, kind = dataset.info, sample.dtype
     ranges: Ranges = info.ranges
@@ -123,6 +134,7 @@ def _of_sample(
         tuple(s or 1.0 for s in unit.std(axis=1).tolist()),  # 1 where a channel is constant
         sample.shape[1],
         len(names),
+        gaps,
     )
 
 
@@ -183,16 +195,19 @@ def _is_read_as_rgb(dataset: FileDataset, names: list[str]) -> bool:
     return fits and (has_photographs or differ or knows_white)
 
 
-def _parts(dataset: Dataset, name: str, as_rgb: bool) -> Iterator[tuple[np.ndarray[Any, Any], int]]:
-    """Yield pixels with data (C, n) of an image, a part at a time, and how many pixels it has."""
+def _parts(
+    dataset: Dataset, name: str, as_rgb: bool
+) -> Iterator[tuple[np.ndarray[Any, Any], int, int]]:
+    """Yield pixels with data (C, n) of an image, a part at a time, how many pixels the image has,
+    and how many of the part have no data."""
     if as_rgb or not isinstance(dataset, FileDataset):
         image = dataset.image(name).numpy()
-        yield image.reshape(len(image), -1), image[0].size
+        yield image.reshape(len(image), -1), image[0].size, 0
         return
     path = dataset.image_path(name)
     if path.suffix.lower() not in TIFF:
         values, _ = read_bands(path, dataset.info.bands, turned=dataset.turned)
-        yield values.reshape(len(values), -1), values[0].size
+        yield values.reshape(len(values), -1), values[0].size, 0
         return
     from rasterio.windows import Window
 
@@ -201,13 +216,15 @@ def _parts(dataset: Dataset, name: str, as_rgb: bool) -> Iterator[tuple[np.ndarr
             for column in range(0, raster.width, SIDE):
                 size = (min(SIDE, raster.width - column), min(SIDE, raster.height - row))
                 values, missing = raster.read(dataset.info.bands, Window(column, row, *size))
-                yield values[:, ~missing], raster.height * raster.width
+                pixels = raster.height * raster.width
+                yield values[:, ~missing], pixels, int(missing.sum())
 
 
 def lines(found: Statistics, known: Sequence[str] = ()) -> list[str]:
     """Return what belongs into dataset.yaml, but for the keys that are `known` there.
 
-    Images of three channels of 8 bits are RGB, and need mean and std alone.
+    Images of three channels of 8 bits are RGB, and need mean and std alone, unless pixels have no
+    data, which are ignored in bands only.
     """
     new = adds_bands(found, known)
     values: dict[str, Any] = {}
@@ -222,7 +239,7 @@ def lines(found: Statistics, known: Sequence[str] = ()) -> list[str]:
 def adds_bands(found: Statistics, known: Sequence[str]) -> bool:
     """Return whether `lines` makes a folder of bands of one that was read as RGB until now."""
     plain = len(found.bands) == 3 and all(pair == (0.0, 255.0) for pair in found.ranges)
-    return not plain and "bands" not in known
+    return not (plain and not found.gaps) and "bands" not in known
 
 
 def _short(value: float) -> float | int:

@@ -15,7 +15,15 @@ from ctt.data.labels import LabelMap
 from ctt.data.masks import read_mask
 from ctt.data.options import DatasetOptions
 from ctt.data.rasters import read_as, size_of
-from ctt.data.remarks import of_channels, of_darkness, of_pages, of_turning, traits
+from ctt.data.remarks import (
+    of_channels,
+    of_darkness,
+    of_depth,
+    of_gaps,
+    of_pages,
+    of_turning,
+    traits,
+)
 from ctt.data.split import NO_MASK, draw_split, with_all_classes
 from ctt.errors import UserError
 from ctt.files import expanded
@@ -158,6 +166,8 @@ class FileDataset(Dataset):
             *turning,
             *of_pages(images),
             *of_channels(images),
+            *of_depth(images),
+            *of_gaps(images),
             *(of_darkness(images) if self.info.white is None else []),
         ]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ctt.data.dataset import IGNORE
 from ctt.data.masks import Array, Colour, Mask
+from ctt.data.pixels import BYTE
 from ctt.errors import UserError
 
 VALUES = 2**16  # that a mask may hold
@@ -66,6 +67,12 @@ class LabelMap:
             raise UserError(
                 f"{path}: the mask holds numbers for which its palette has no colour, so that "
                 f"nothing says how bright they are. Save it as a grey PNG."
+            )
+        if self.by_grey and values.max() > BYTE and self.table[BYTE] == 1:
+            raise UserError(
+                f"{path}: the mask has 16 bits, of which 65535 is white, but `threshold` is a grey "
+                f"of 8 bits. Give it in 16 bits, such as 32768 for the middle, or save the masks "
+                f"with 8 bits."
             )
         if values.ndim == 3:
             grey = (values == values[..., :1]).all()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
@@ -20,7 +22,7 @@ from ctt.errors import UserError
 MOST_PIXELS = 500_000_000
 MOST_PIXELS_VARIABLE = "CTT_MAX_PIXELS"
 TIFF = (".tif", ".tiff")
-REDUCED = 1  # bit of a TIFF page that is a small copy of another one
+REDUCED, MASK = 1, 4  # bits of a TIFF page that is a small copy of another one, or its mask
 SUBFILE_TYPE = 254  # its tag
 ORIENTATION = 0x0112
 EXTRA_SAMPLES, PREMULTIPLIED = 338, 1  # a tag about the fourth channel, and its value
@@ -121,6 +123,12 @@ def read_image(
                     f"such as `white: {1 if file.mode == 'F' else 65535}`, or let `{STATS}` find "
                     f"the range."
                 )
+            if file.mode == "F" and not np.isfinite(np.asarray(file)).all():
+                raise UserError(
+                    f"{path}: the image has pixels that are no number (NaN, infinite). To have "
+                    f"them ignored, take `white` out of dataset.yaml, if it is there, and run "
+                    f"`{STATS}`."
+                )
             picture = ImageOps.exif_transpose(file) if turned else file
             picture.format = file.format  # which a turned copy lacks
             pixels = to_rgb(picture, white)
@@ -189,18 +197,22 @@ def tiff_tags(path: Path) -> Mapping[int, Any]:
 
 
 def pages(file: Image.Image) -> int:
-    """Return how many images the file holds, without small copies of them."""
-    count = getattr(file, "n_frames", 1)
-    if count == 1 or file.format == "MPO":  # whose other frames are previews and depths
+    """Return how many images the file holds, without small copies and masks of them."""
+    if file.format == "MPO":  # whose other frames are previews and depths
         return 1
-    if file.format != "TIFF":
-        return int(count)
+    if not isinstance(file, TiffImagePlugin.TiffImageFile):
+        return int(getattr(file, "n_frames", 1))
     own = 0
-    for page in range(count):
-        file.seek(page)
-        own += not file.tag_v2.get(SUBFILE_TYPE, 0) & REDUCED  # type: ignore[attr-defined]
+    for page in itertools.count():
+        try:
+            file.seek(page)
+        except EOFError:
+            break
+        except SyntaxError:  # of pixels that Pillow does not know, as in a mask; the tags are read
+            pass
+        own += not file.tag_v2.get(SUBFILE_TYPE, 0) & (REDUCED | MASK)
     file.seek(0)
-    return own
+    return max(own, 1)
 
 
 def broken(path: Path, what: str, error: Exception) -> UserError:

@@ -109,7 +109,7 @@ def read_bands(
         UserError: a file that cannot be read, or without these channels.
     """
     if path.suffix.lower() not in TIFF:
-        with _as_read_error(path), open_picture(path) as file:
+        with as_read_error(path), open_picture(path) as file:
             # Pillow keeps only the upper 8 bits of colours of 16
             if "16" not in raw_mode(file) or is_deep(file.mode):
                 values = _channels(ImageOps.exif_transpose(file) if turned else file)
@@ -129,7 +129,7 @@ def size_of(path: Path, *, turned: bool) -> tuple[int, int]:
     Raises:
         UserError: a file that cannot be opened.
     """
-    with _as_read_error(path):
+    with as_read_error(path):
         try:
             with open_picture(path) as file:
                 if not turned:
@@ -170,7 +170,7 @@ def _existing(bands: Sequence[int], count: int, path: Path) -> Sequence[int]:
 
 
 @contextlib.contextmanager
-def _as_read_error(path: Path) -> Iterator[None]:
+def as_read_error(path: Path) -> Iterator[None]:
     """Turn any error of a library that reads a broken file into a UserError."""
     try:
         yield
@@ -199,7 +199,7 @@ class Raster:
         import rasterio
 
         self.path, self._stack = path, contextlib.ExitStack()
-        with _as_read_error(path), self._stack, warnings.catch_warnings():
+        with as_read_error(path), self._stack, warnings.catch_warnings():
             if not path.is_file():
                 raise FileNotFoundError(path)
             if path.suffix.lower() not in FORMATS:
@@ -251,6 +251,18 @@ class Raster:
     def close(self) -> None:
         """Close the file."""
         self._stack.close()
+
+    def keep_first_page(self) -> None:
+        """Leave out the other pages of a TIFF, as Pillow does."""
+        self.files, self.count = [self.first], self.first.count
+
+    @property
+    def may_lack_data(self) -> bool:
+        """Return whether a nodata value or a mask of the file may say that pixels have no data."""
+        from rasterio.enums import MaskFlags
+
+        kinds = self.first.mask_flag_enums[0]
+        return MaskFlags.nodata in kinds or kinds == [MaskFlags.per_dataset]
 
     def refuse_too_large(self) -> None:
         """Refuse a file that has too many pixels to be read whole.
@@ -321,7 +333,7 @@ class Raster:
             values = _channels(picture)
             return values[[b - 1 for b in _existing(bands, len(values), self.path)]], missing
         bands = _existing(bands, self.count, self.path)
-        with _as_read_error(self.path):
+        with as_read_error(self.path):
             if len(self.files) == 1:
                 values = self.first.read(list(bands), window=window)
             else:
@@ -341,7 +353,7 @@ class Raster:
                 f"{self.path}: its colours are of the space CIELAB, which are not read in windows. "
                 f"Save the image as RGB, or predict it without --geotiff."
             )
-        with _as_read_error(self.path):
+        with as_read_error(self.path):
             values = first.read([*range(1, min(first.count, 4) + 1)], window=window)
             missing = np.zeros(values.shape[1:], bool)
             if not self.is_png:

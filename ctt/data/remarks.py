@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ctt.data.pictures import is_turned, open_picture, pages
-from ctt.data.pixels import WORD
-from ctt.data.rasters import size_of
+from ctt.data.pictures import STATS, is_turned, open_picture, pages, raw_mode
+from ctt.data.pixels import WORD, is_deep
+from ctt.data.rasters import Raster, size_of
 from ctt.errors import UserError
 
 LARGE = 50_000_000  # pixels of an image from which on it takes most of the time of a step
@@ -33,6 +33,8 @@ class Traits:
         fourth: it is a TIFF file of more than three channels.
         clear: some pixels are transparent.
         largest: the largest value of a grey image of 16 bits; 0 of other ones.
+        deep: it has colours of 16 bits.
+        gaps: it is a TIFF file that says that some pixels have no data.
     """
 
     path: Path
@@ -41,6 +43,8 @@ class Traits:
     fourth: bool
     clear: bool
     largest: float
+    deep: bool
+    gaps: bool
 
 
 def traits(paths: Iterable[Path], threads: int = 1, pixels: bool = True) -> list[Traits]:
@@ -48,7 +52,7 @@ def traits(paths: Iterable[Path], threads: int = 1, pixels: bool = True) -> list
 
     Args:
         threads: files read at a time; 0: one for each core.
-        pixels: also read their pixels, without which `clear` and `largest` stay False and 0.
+        pixels: also read their pixels, without which `clear`, `largest` and `gaps` stay False or 0.
     """
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         found = pool.map(partial(_traits, pixels=pixels), paths)
@@ -71,7 +75,15 @@ def _traits_of(path: Path, file: Image.Image, pixels: bool) -> Traits:
     clear = opacity is not None and int(np.asarray(opacity).min()) < 255
     deep = pixels and file.mode.startswith("I;16")
     largest = float(np.asarray(file).max()) if deep else 0
-    return Traits(path, turned, count, alpha and tiff, clear, largest)
+    colours = "16" in raw_mode(file) and not is_deep(file.mode)
+    gaps = pixels and tiff and _has_gaps(path)
+    return Traits(path, turned, count, alpha and tiff, clear, largest, colours, gaps)
+
+
+def _has_gaps(path: Path) -> bool:
+    with contextlib.suppress(UserError, ModuleNotFoundError), Raster(path) as raster:
+        return raster.may_lack_data and bool(raster.picture()[1].any())
+    return False
 
 
 def of_pages(images: list[Traits]) -> list[str]:
@@ -125,6 +137,27 @@ def _pixels(path: Path) -> int:
     with contextlib.suppress(UserError, ModuleNotFoundError):
         return math.prod(size_of(path, turned=False))
     return 0
+
+
+def of_depth(images: list[Traits]) -> list[str]:
+    """Return a warning if some images have colours of 16 bits."""
+    return _remark(
+        images,
+        lambda image: image.deep,
+        "Warning: {} of the {} images looked at have colours of 16 bits, such as {}: only the "
+        f"upper 8 bits are used. After `{STATS}` all are.",
+    )
+
+
+def of_gaps(images: list[Traits]) -> list[str]:
+    """Return a warning if some images have pixels without data."""
+    return _remark(
+        images,
+        lambda image: image.gaps,
+        "Warning: {} of the {} images looked at have pixels without data (the file's nodata value "
+        f"or mask says so), such as {{}}: they are learned as they look. After `{STATS}` they are "
+        "ignored.",
+    )
 
 
 def of_turning(images: list[Traits]) -> list[str]:

@@ -22,7 +22,7 @@ from ctt.data.masks import read_mask, refuse_lossy_raster
 from ctt.data.options import DatasetOptions
 from ctt.data.pictures import TIFF, open_picture, raw_mode
 from ctt.data.pixels import is_deep
-from ctt.data.rasters import Raster
+from ctt.data.rasters import Raster, as_read_error
 from ctt.errors import UserError
 from ctt.files import as_write_error, atomic_write
 from ctt.text import from_yaml
@@ -66,8 +66,10 @@ class _Picture:
 
     @classmethod
     def of_image(cls, path: Path) -> _Picture:
-        with open_picture(path) as file:
-            return cls(ImageOps.exif_transpose(file))
+        with as_read_error(path), open_picture(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            picture.load()  # a file that is cut off shows here
+            return cls(picture)
 
     @classmethod
     def of_mask(cls, path: Path, by_grey: bool) -> _Picture:
@@ -153,10 +155,19 @@ class _Raster:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, lossy: bool | None = None) -> Iterator[_Picture | _Raster]:
-    """Open an image, or a mask; `lossy`: whether it may be one whose values have changed."""
+def _opened(
+    path: Path, *, lossy: bool | None = None, one_page: bool = True
+) -> Iterator[_Picture | _Raster]:
+    """Open an image, or a mask.
+
+    Args:
+        lossy: of a mask, whether it may be one whose values have changed; None: it is an image.
+        one_page: of a TIFF of several pages the first is all that is read.
+    """
     if path.suffix.lower() in TIFF or (lossy is None and _has_deep_colours(path)):
         with Raster(path) as raster:
+            if one_page:
+                raster.keep_first_page()
             if lossy is False:
                 refuse_lossy_raster(raster)
             yield _Raster(raster, lossy is not None)
@@ -166,7 +177,7 @@ def _opened(path: Path, lossy: bool | None = None) -> Iterator[_Picture | _Raste
 
 def _has_deep_colours(path: Path) -> bool:
     """Return whether Pillow would keep only the upper 8 bits of colours of 16."""
-    with open_picture(path) as file:
+    with as_read_error(path), open_picture(path) as file:
         return "16" in raw_mode(file) and not is_deep(file.mode)
 
 
@@ -209,11 +220,12 @@ def _cut_one(
 ) -> Iterator[float]:
     """Write the tiles of an image; yields the share of it that each is."""
     with contextlib.ExitStack() as stack:
-        image = stack.enter_context(_opened(dataset.image_path(name)))
+        one_page = not dataset.info.bands
+        image = stack.enter_context(_opened(dataset.image_path(name), one_page=one_page))
         mask = None
         if is_labeled:
             path = dataset.mask_path(name)
-            mask = stack.enter_context(_opened(path, dataset.lossy))
+            mask = stack.enter_context(_opened(path, lossy=dataset.lossy))
             if (mask.height, mask.width) != (image.height, image.width):
                 raise UserError(
                     f"{path}: the mask has {mask.width}x{mask.height} pixels, but its image has "

@@ -133,3 +133,54 @@ def test_nothing_is_written_into_braces(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(UserError, match=r"nothing is written.* by hand in place of mean: bands"):
         written(root, capsys)
     assert (root / "dataset.yaml").read_text() == text
+
+
+@pytest.mark.parametrize("by", ["nodata", "mask"])
+def test_pixels_without_data_of_colours_are_told_and_then_ignored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], by: str
+) -> None:
+    import rasterio
+
+    root = write_folder(tmp_path / "d", {"a.png": random(RGB)})
+    values = RNG.integers(1, 256, (3, 20, 30)).astype(np.uint8)
+    values[:, :10] = 0  # a collar, as around orthophotos
+    for part in ("images", "val/images"):
+        (root / part / "a.png").unlink()
+        path = root / part / "a.tif"
+        options = {"photometric": "RGB", **({"nodata": 0} if by == "nodata" else {})}
+        save(path, values, **options)
+        if by == "mask":
+            with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as file:
+                file.write_mask((values[0] > 0) * np.uint8(255))
+    before = Folder(root, DatasetOptions())
+    (told,) = before.remarks(before.train_ids())
+    assert "1 of the 1 images looked at have pixels without data" in told
+    folder, _ = written(root, capsys)
+    assert folder.info.bands == (1, 2, 3)
+    _, label = folder.pair("images/a.tif")
+    assert (label[:10] == 255).all()
+    assert (label[10:] != 255).all()
+    assert folder.remarks(folder.train_ids()) == []
+
+
+def test_images_of_two_depths_have_no_range_in_common(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = {"a.tif": random((20, 30, 4)), "b.tif": random((20, 30, 4), 9000)}
+    root = write_folder(tmp_path / "d", images)
+    with pytest.raises(UserError, match=r"b.tif holds uint16, and .*a.tif uint8"):
+        written(root, capsys)
+
+
+def test_colours_of_16_bits_and_pixels_that_are_no_number_are_told(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "d", {"a.tif": random(RGB, 4095)})
+    save(root / "images" / "a.tif", random((3, 20, 30), 4095), photometric="RGB")
+    folder = Folder(root, DatasetOptions())
+    (told,) = folder.remarks(folder.train_ids())
+    assert "have colours of 16 bits" in told
+    assert "only the upper 8 bits are used" in told
+    fractions = RNG.random(GREY).astype(np.float32)
+    fractions[:3] = np.nan
+    root = write_folder(tmp_path / "e", {"a.tif": fractions}, "white: 1\n")
+    with pytest.raises(UserError, match=r"a.tif: the image has pixels that are no number"):
+        Folder(root, DatasetOptions()).pair("images/a.tif")

@@ -86,6 +86,16 @@ def test_a_threshold_and_palettes_that_are_not_grey(tmp_path: Path) -> None:
         opened(root).label("images/a.png")
 
 
+def test_a_threshold_of_masks_of_16_bits(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "d")
+    values = DARK_OR_BRIGHT.astype(np.uint16) * 65535
+    Image.fromarray(values).save(root / "masks" / "a.png")
+    with pytest.raises(UserError, match=r"a.png: the mask has 16 bits.* such as 32768"):
+        opened(root).label("images/a.png")
+    (root / "dataset.yaml").write_text(THRESHOLD.replace("128", "32768"))
+    assert torch.equal(opened(root).label("images/a.png"), LABEL)
+
+
 def test_a_map_of_confidence_of_one_bit_is_black_or_white(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "d", "classes: [ground, thing]\n")
     (tmp_path / "m" / "images").mkdir(parents=True)

@@ -176,3 +176,24 @@ def test_large_images_are_told_with_the_command(
     (told,) = dataset.remarks(dataset.train_ids())
     assert "have more than 2,000 pixels, such as" in told
     assert "`ctt-data tiles` cuts a folder into pieces" in told
+
+
+def test_pages_that_are_not_read_are_not_in_the_pieces(tmp_path: Path) -> None:
+    pytest.importorskip("rasterio")
+    root = write_folder(tmp_path / "d", size=(40, 48))
+    grey = [Image.new("L", (48, 40), value) for value in (50, 120, 250)]
+    (root / "images" / "photo 0.jpg").unlink()
+    grey[0].save(root / "images" / "photo 0.tif", save_all=True, append_images=grey[1:])
+    want = folder(root).image("images/photo 0.tif")
+    cut(root, tmp_path / "t", 100)
+    assert torch.equal(folder(tmp_path / "t").image("images/photo 0_0_0.tif"), want)
+
+
+def test_broken_images_are_told(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "d", size=(40, 48))
+    image = root / "images" / "photo 0.jpg"
+    whole = image.read_bytes()
+    for some in (b"", whole[: len(whole) // 2]):
+        image.write_bytes(some)
+        with pytest.raises(UserError, match=r"photo 0.jpg cannot be read as an image"):
+            cut(root, tmp_path / f"t{len(some)}", 24)
