@@ -157,9 +157,8 @@ def numbered(member: Tensor, count: int, ticket: Tensor, step: Step) -> tuple[Te
     rank = ((pool > mine) | (pool == mine) & earlier).sum(dim=2)
     chosen = (own >= 0) & (rank < count)
     pixels = member.shape[1]
-    number = rank.new_full((pixels + 1,), NOBODY)
+    number = rank.new_full((pixels + 1,), NOBODY)  # the last one is of those not chosen
     number.scatter_(0, place.masked_fill(~chosen, pixels).flatten(), rank.flatten())
-    number[pixels] = NOBODY
     return number[:pixels], step.total(chosen.sum(dim=1))
 
 

@@ -44,7 +44,7 @@ from ctt.train.record import Recorder, draw_curves
 from ctt.train.report import announcement, draw_predictions, ending, progress_bar, summary_of
 from ctt.train.resuming import changed_method, finished, loading, nothing_left, resume_hint
 from ctt.train.rounds import Labeling, folder_of
-from ctt.train.setup import restored_threads, without_fixed_size_tuning
+from ctt.train.setup import not_deterministic, restored_threads, without_fixed_size_tuning
 from ctt.train.signals import interrupt_flag
 from ctt.train.step_log import StepLog
 from ctt.train.streams import Streams
@@ -108,7 +108,8 @@ def train_in_folder(
         except (UnwritableError, LoaderError) as error:
             raise UserError(f"{error}{resume_hint(folder)}") from None
         except RuntimeError as error:
-            if text := lost_worker(error) or missing_compiler(error):
+            text = lost_worker(error) or missing_compiler(error) or not_deterministic(error)
+            if text:
                 raise UserError(f"{text}{resume_hint(folder)}") from None
             if not is_out_of_memory(error):
                 raise

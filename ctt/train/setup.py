@@ -27,6 +27,17 @@ def set_up_torch(settings: Settings) -> None:
     torch.use_deterministic_algorithms(settings.train.deterministic)
 
 
+def not_deterministic(error: RuntimeError) -> str | None:
+    """Return what to do if PyTorch has an operation in no deterministic form; None for others."""
+    name, found, _ = str(error).partition(" does not have a deterministic implementation")
+    if not found:
+        return None
+    return (
+        f"`train.deterministic`: PyTorch has no deterministic form of {name.split()[-1]} on this "
+        f"device. Leave the option out, or choose a network and options that do without it."
+    )
+
+
 @contextlib.contextmanager
 def restored_threads() -> Iterator[None]:
     """Set PyTorch's number of threads back at the end: the next run may ask for the usual one."""

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctt.data import mixing
 from ctt.data.dataset import IGNORE
@@ -58,6 +60,25 @@ def test_members_are_drawn_by_their_numbers() -> None:
     number, drawn = sampling.numbered(member, 2, torch.tensor([0.2, 0.9, 0.5, 0.4, 0.8]), ALONE)
     assert number.tolist() == [-1, 0, 0, 1, -1]
     assert drawn.tolist() == [2, 1]
+
+
+def test_members_are_drawn_without_waiting_for_the_device() -> None:
+    """A number written into one place of a tensor is copied there from the host."""
+
+    class NoCopies(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if "copy" in str(function):
+                assert args[0].device == args[1].device, function
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        member = torch.ones(2, 5, dtype=torch.bool, device="cuda")
+        ticket = torch.rand(5, device="cuda")
+        with NoCopies():
+            number, _ = sampling.numbered(member, 2, ticket, ALONE)
+    assert number.device.type == "cuda"
 
 
 def test_members_of_one_number_are_all_drawn() -> None:

@@ -145,6 +145,20 @@ def test_sigterm_stops_like_ctrl_c(
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+def test_an_operation_without_a_deterministic_form_is_told(
+    tiny: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(self: Engine, *batches: Any) -> dict[str, torch.Tensor]:
+        raise RuntimeError(
+            "resize_backward_cuda does not have a deterministic implementation, but you set "
+            "'torch.use_deterministic_algorithms(True)'."
+        )
+
+    monkeypatch.setattr(Engine, "__call__", call)
+    with pytest.raises(UserError, match=r"`train.deterministic`: .* form of resize_backward_cuda"):
+        train(tiny, out=out)
+
+
 @pytest.mark.figures
 def test_run_folder_holds_everything(tiny: Settings, out: Path) -> None:
     summary = train(tiny, out=out)
