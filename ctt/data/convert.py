@@ -238,7 +238,7 @@ def prepare(target: Path, export: Export) -> None:
 def _jobs(export: Export, unlabeled: Iterable[Path]) -> list[Job]:
     """Return the images and their places below the target.
 
-    An image that would share its mask with another one becomes a fault.
+    An image that cannot be used becomes a fault.
     """
     jobs: dict[str, Job] = {}
     folders = [PurePosixPath(item.name).parent for item in export.items]
@@ -247,24 +247,36 @@ def _jobs(export: Export, unlabeled: Iterable[Path]) -> list[Job]:
         part = "unlabeled" if item.paint is None else "val/images" if item.evaluation else "images"
         place = PurePosixPath(part) / PurePosixPath(item.name).relative_to(common)
         _put(jobs, Job(item, export.images.root / item.name, place.as_posix()), export)
-    sizes: dict[int, list[Path]] = {}
-    for job in jobs.values():
-        sizes.setdefault(job.source.stat().st_size, []).append(job.source)
+    sizes: dict[int | None, list[Path]] = {}
+    tests = [export.images.root / name for name in export.tests]  # whose copies are not used either
+    for path in [*(job.source for job in jobs.values()), *tests]:
+        sizes.setdefault(_size(path), []).append(path)
     for folder in unlabeled:
         names = [folder.name] if folder.is_file() else walk(folder, "")
         base = folder.parent if folder.is_file() else folder
-        for name in names:
+        for name in (name for name in names if name.lower().endswith(IMAGE_SUFFIXES)):
             path = base / name
-            if not name.lower().endswith(IMAGE_SUFFIXES):
-                continue
-            if content(path) in map(content, sizes.get(path.stat().st_size, [])):
+            size = _size(path)
+            if size is not None and content(path) in map(content, sizes.get(size, [])):
                 export.left_out["images of `unlabeled` that are in the export too"] += 1
             else:
                 _put(jobs, Job(Item(name, None), path, f"unlabeled/{name}"), export)
     return list(jobs.values())
 
 
+def _size(path: Path) -> int | None:
+    """Return how many bytes a file has; None: it cannot be read, as a link that leads nowhere."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
 def _put(jobs: dict[str, Job], job: Job, export: Export) -> None:
+    """Add a job, or a fault if its image cannot be read or would share its mask with another."""
+    if _size(job.source) is None:
+        export.faults.append(_why_missing(job.source))
+        return
     stem = same_name(str(PurePosixPath(job.place).with_suffix("")))
     other = jobs.setdefault(stem, job)
     if other.source != job.source:
@@ -272,6 +284,15 @@ def _put(jobs: dict[str, Job], job: Job, export: Export) -> None:
             f"{job.source}: {other.source} has the same name and would be the same image of the "
             f"folder. Rename one of the two."
         )
+
+
+def _why_missing(path: Path) -> str:
+    if path.is_symlink():
+        return (
+            f"{path}: the link leads to {path.readlink()}, which is not there. Bring that file "
+            f"back, or remove the link."
+        )
+    return f"{path} cannot be read. Look whether it is there and who may read it."
 
 
 def _write(job: Job, view: View | UserError, target: _Target, as_stored: bool | None) -> _Done:

@@ -13,6 +13,7 @@ from ctt.data.dataset import IGNORE
 from ctt.errors import UserError
 
 IGNORED = ""  # as the label of a shape: its pixels belong to no class
+WITHOUT_PIXEL = "shapes without a pixel in their image: they are outside of it, or too thin"
 FEWEST_POINTS = 3
 Outline = np.ndarray[tuple[int, int], np.dtype[np.float64]]  # (P, 2), x and y
 Bitmap = np.ndarray[tuple[int, int], np.dtype[np.bool_]]
@@ -51,6 +52,10 @@ class Painted(NamedTuple):
     clashes: int
     unmatched: int = 0
     dropped: Mapping[str, int] = MappingProxyType({})
+
+    def also_dropped(self, more: Mapping[str, int]) -> Painted:
+        """Return the same with more that was not used."""
+        return self._replace(dropped={**self.dropped, **more})
 
 
 def outline(numbers: object) -> Outline:
@@ -147,11 +152,14 @@ def paint(
         areas = [int(pixels_of(shape, height, width).sum()) for shape in ordered]
         order = sorted(range(len(ordered)), key=lambda i: -areas[i])
         ordered = [ordered[i] for i in order]  # of equal ones the later is on top
+    empty = 0
     label = np.full((height, width), outside, np.uint8)
     covered, clash = np.zeros((2, height, width), np.bool_)
     for shape in ordered:
         pixels, number = pixels_of(shape, height, width), numbers.get(shape.label, IGNORE)
+        empty += not pixels.any()
         clash |= pixels & covered & (label != number)
         covered |= pixels
         label[pixels] = number
-    return Painted(label, int(clash.sum()), int((label == IGNORE).sum()))
+    dropped = {WITHOUT_PIXEL: empty} if empty else {}
+    return Painted(label, int(clash.sum()), int((label == IGNORE).sum()), dropped)

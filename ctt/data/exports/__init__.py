@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ctt.data.exports.base import Export, Request, files_of
+from ctt.data.exports.base import Export, Request, files_of, head_of
 from ctt.errors import UserError
 
 FORMS = ("coco", "yolo", "labelme", "cvat", "masks")
 TABLES = ("labelmap.txt", "dataset_meta.json", "class_dict.csv", "label_colors.txt", "_classes.csv")
 YOLO_FILES = ("data.yaml", "data.yml", "dataset.yaml")
-HEAD = 2**16  # bytes of a JSON file that tell which form it is of
 OF_LABELME = re.compile(rb'"(shapes|imagePath)"\s*:')
 OF_COCO = re.compile(rb'"(images|annotations|categories)"\s*:')
 OF_YOLO = re.compile(rb"^names\s*:", re.MULTILINE)
@@ -57,15 +56,15 @@ def found_form(source: Path) -> str:
     names = {path.name.lower(): path for path in reversed(files)}
     if any(name in names for name in TABLES):
         return "masks"
-    if any(name in names and OF_YOLO.search(_head(names[name])) for name in YOLO_FILES):
+    if any(name in names and OF_YOLO.search(head_of(names[name])) for name in YOLO_FILES):
         return "yolo"
     if source.is_file() and source.suffix.lower() in (".yaml", ".yml"):
         return "yolo"
-    if any(path.suffix.lower() == ".xml" and b"<annotations" in _head(path) for path in files):
+    if any(path.suffix.lower() == ".xml" and b"<annotations" in head_of(path) for path in files):
         return "cvat"
     for path in files:
         if path.suffix.lower() == ".json":
-            head = _head(path)
+            head = head_of(path)
             if OF_LABELME.search(head):
                 return "labelme"
             if OF_COCO.search(head):
@@ -75,11 +74,3 @@ def found_form(source: Path) -> str:
         f"has .json files, CVAT's an annotations.xml, YOLO's a data.yaml with `names`, and "
         f"coloured masks a labelmap.txt. Name the form by `form`."
     )
-
-
-def _head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(HEAD)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from None

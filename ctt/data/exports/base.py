@@ -8,7 +8,7 @@ import posixpath
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -24,11 +24,16 @@ from ctt.errors import UserError
 
 BACKGROUND = "background"
 BACKGROUNDS = (BACKGROUND, "_background_")  # names that mean what is outside of all shapes
-EVALUATION = re.compile(r"(val|valid|validation)(\d{4})?")
-TEST = re.compile(r"test(\d{4})?")
+# words of paths that name a part, such as train2017; of several in one path the first here counts
+PARTS = {
+    "val": re.compile(r"(val|valid|validation)(\d{4})?"),
+    "test": re.compile(r"test(\d{4})?"),
+    "train": re.compile(r"train(ing)?(\d{4})?"),
+}
 # folders whose names say what kind of file they hold, and not which images
 KINDS = ("images", "image", "imgs", "img", "jpegimages", "labels", "annotations", "json", "jsons")
 WITHOUT_AREA = "images, which count as not annotated: lines, points and tags have no area"
+HEAD = 2**16  # bytes of a file that tell which form it is of
 Size = tuple[int, int]  # height and width
 
 
@@ -328,17 +333,44 @@ def as_class(label: str) -> str:
 def files_of(source: Path, pattern: str) -> list[Path]:
     """Return the files of a folder and its subfolders that fit a pattern, those above first.
 
-    Of a source that is a file, that file.
+    Hidden ones are left out, such as `._a.json`, which macOS writes. Of a source that is a file,
+    that file.
     """
     if source.is_file():
         return [source]
-    found = (path for path in source.rglob(pattern) if path.is_file())
+    names = (name for name in walk(source, "") if PurePosixPath(name).match(pattern))
+    found = (path for path in map(source.joinpath, names) if path.is_file())
     return sorted(found, key=lambda path: (len(path.parts), path))
 
 
-def part_of(path: str) -> str:
-    """Return `val`, `test` or `train`, by the words of a path."""
+def head_of(path: Path) -> bytes:
+    """Return the beginning of a file, which tells what form it is of.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(HEAD)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
+
+
+def why_unclear(file: Path, images: Images, names: Sequence[str]) -> str:
+    """Return why a mask or file of labels is not used that may be of several images."""
+    one, other = (images.root / name for name in names[:2])
+    return (
+        f"{file} may be of {one} or of {other}; neither is used. Take one of the two out, or "
+        f"rename it."
+    )
+
+
+def named_part(path: str) -> str | None:
+    """Return `val`, `test` or `train`, by the words of a path; None: it names no part."""
     words = re.split(r"[/._\- ]+", path.lower())
-    if any(map(EVALUATION.fullmatch, words)):
-        return "val"
-    return "test" if any(map(TEST.fullmatch, words)) else "train"
+    return next((part for part, form in PARTS.items() if any(map(form.fullmatch, words))), None)
+
+
+def part_of(*paths: str) -> str:
+    """Return the part that the first of the paths names which names one; else `train`."""
+    return next(filter(None, map(named_part, paths)), "train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -109,13 +110,14 @@ def _add(file: CocoFile, names: dict[Key, str], export: Export, request: Request
         )
     # of one file that was named everything is wanted
     alone = file.path == request.source
-    part = "train" if alone else part_of(file.path.relative_to(request.source).as_posix())
+    own = "" if alone else file.path.relative_to(request.source).as_posix()
     for key, name in names.items():
         image = file.images[key]
         annotated = key in file.annotations or request.empty == BACKGROUND
         size = (image.height, image.width) if image.height else None
         painted = partial(_paint, file, key, export, request.crowd == "class")
         entry = f"{image.name} in {file.path}"
+        part = "train" if alone else part_of(own, posixpath.dirname(name))
         export.add(Item(name, painted if annotated else None, size, entry=entry), part)
 
 
@@ -126,4 +128,4 @@ def _paint(
     named = [Shape(as_class(s.label), s.outlines, s.bitmap) for s in shapes]
     boxes = sum(not a.get("segmentation") for a in file.annotations.get(key, []))
     painted = paint(named, export.numbers, height, width, by_area=True, outside=export.outside)
-    return painted._replace(dropped={BOXES: boxes} if boxes else {})
+    return painted.also_dropped({BOXES: boxes} if boxes else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import posixpath
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -18,6 +19,7 @@ from ctt.data.exports.base import (
     Request,
     as_class,
     files_of,
+    head_of,
     part_of,
     with_background,
 )
@@ -38,7 +40,7 @@ class _Tree(ElementTree.TreeBuilder):
 def read(request: Request) -> Export:
     """Return the images of one file, or of all in a folder, with their shapes."""
     images = Images(request.images or request.folder, request.target)
-    trees = {path: _parsed(path) for path in files_of(request.source, "*.xml")}
+    trees = {path: _parsed(path) for path in _files(request.source)}
     names = [
         as_class(label.findtext("name") or "")
         for tree in trees.values()
@@ -57,7 +59,7 @@ def read(request: Request) -> Export:
             except UserError as error:
                 export.faults.append(f"{path}: {error}")
                 continue
-            part = part_of(image.get("subset", ""))
+            part = part_of(image.get("subset", ""), posixpath.dirname(name))
             annotated = any(shape.tag in WITH_AREA for shape in image)
             annotated |= request.empty == BACKGROUND
             if len(image) and not annotated:
@@ -68,6 +70,22 @@ def read(request: Request) -> Export:
             entry = f"{image.get('name')} in {path}"
             export.add(Item(name, painted, size, entry=entry), part)
     return export
+
+
+def _files(source: Path) -> list[Path]:
+    """Return one file, or those of a folder that are CVAT's and not of another program, as GDAL's.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = files_of(source, "*.xml")
+    found = files if source.is_file() else [f for f in files if b"<annotations" in head_of(f)]
+    if not found:
+        raise UserError(
+            f"{source}: there is no .xml file with <annotations>, as CVAT for images 1.1 has it: "
+            f"export the task in that format."
+        )
+    return found
 
 
 def _parsed(path: Path) -> ElementTree.Element:
@@ -103,7 +121,7 @@ def _paint(
     found.sort(key=lambda pair: pair[0])
     shapes = [shape for _, shape in found]
     painted = paint(shapes, export.numbers, height, width, by_area=False, outside=export.outside)
-    return painted._replace(dropped=dropped)
+    return painted.also_dropped(dropped)
 
 
 def _shape(element: ElementTree.Element, pixels: int) -> Shape:

@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import math
+import posixpath
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ctt.data.exports.base import (
     Request,
     as_class,
     files_of,
+    part_of,
     with_background,
 )
 from ctt.data.shapes import IGNORED, Painted, Shape, outline, paint, rectangle
@@ -67,8 +69,16 @@ def read(request: Request) -> Export:
         size = (values["imageHeight"], values["imageWidth"])
         known = all(isinstance(side, int) and side > 0 for side in size)
         painted = partial(_paint, path, export) if annotated else None
-        export.add(Item(name, painted, size if known else None, entry=str(path)), "train")
+        item = Item(name, painted, size if known else None, entry=str(path))
+        export.add(item, _part(name, path, request))
     return export
+
+
+def _part(name: str, path: Path, request: Request) -> str:
+    """Return the part of an image, by its folder or else that of its file."""
+    if path == request.source:  # of one file that was named everything is wanted
+        return "train"
+    return part_of(posixpath.dirname(name), path.parent.relative_to(request.source).as_posix())
 
 
 def _image(path: Path, values: dict[str, Any], images: Images, request: Request) -> str:
@@ -117,7 +127,7 @@ def _paint(path: Path, export: Export, height: int, width: int) -> Painted:
         else:
             shapes.append(drawn)
     painted = paint(shapes, export.numbers, height, width, by_area=False, outside=export.outside)
-    return painted._replace(dropped=dropped)
+    return painted.also_dropped(dropped)
 
 
 def _shape(shape: dict[str, Any], label: str, pixels: int) -> Shape | None:
