@@ -17,6 +17,7 @@ from ctt.data.exports.base import (
     as_class,
     part_of,
     telling,
+    why_unclear,
     with_background,
 )
 from ctt.data.files import same_name
@@ -27,6 +28,7 @@ from ctt.text import brief, from_yaml
 
 PARTS = ("train", "val", "test")
 LIST = ".txt"  # of images
+FURTHEST = 2  # share of a side; larger ones are pixels, others stick out of the image a little
 BOX = 4  # numbers of a box: its middle, width and height
 BOXES = "lines with a box and no outline: their pixels are ignored"
 
@@ -46,6 +48,7 @@ def read(request: Request) -> Export:
     labels = _label_files(path.parent)
     named = {part: _entries(values.get(part)) for part in PARTS}
     listed = _listed(named, values.get("path"), path, export)
+    _leave_out_unclear(labels, export)
     for name in images.names:
         file = labels.pop(_key(name), None)
         part = listed.get(name) or _part(name, named)
@@ -62,7 +65,7 @@ def read(request: Request) -> Export:
 def _description(request: Request) -> Path:
     if request.source.is_file():
         return request.source
-    paths = [*request.source.glob("*.yaml"), *request.source.glob("*.yml")]
+    paths = [*request.source.glob("[!.]*.yaml"), *request.source.glob("[!.]*.yml")]
     found = sorted(paths, key=lambda path: (path.stem != "data", path))
     if not found:
         raise UserError(f"{request.source}: there is no data.yaml, which names YOLO's classes.")
@@ -79,6 +82,11 @@ def _names(values: Any, path: Path) -> list[str]:
             f"{path}: names must be a list of the classes, or names by their numbers from 0 on, "
             f"got {brief(names)}."
         )
+    if values.get("kpt_shape") is not None:  # a box and keypoints would be filled as an outline
+        raise UserError(
+            f"{path}: by kpt_shape the labels are poses, and keypoints have no area. Export the "
+            f"outlines of the objects (segmentation), without kpt_shape."
+        )
     return [str(name) for name in names]
 
 
@@ -90,6 +98,18 @@ def _label_files(root: Path) -> dict[str, Path]:
         if path.suffix == ".txt" and "labels" in path.parts[:-1]:
             found[_key(name)] = root / name
     return found
+
+
+def _leave_out_unclear(labels: dict[str, Path], export: Export) -> None:
+    """Turn labels that may be of several images into faults, and use neither of these."""
+    sharing: dict[str, list[str]] = {}
+    for name in export.images.names:
+        sharing.setdefault(_key(name), []).append(name)
+    unclear = {key for key, names in sharing.items() if len(names) > 1 and key in labels}
+    export.faults += [
+        why_unclear(labels.pop(key), export.images, sharing[key]) for key in sorted(unclear)
+    ]
+    export.images.names = [name for name in export.images.names if _key(name) not in unclear]
 
 
 def _is_filled(file: Path) -> bool:
@@ -197,6 +217,16 @@ def _list_file(root: Path, entry: str) -> Path | None:
         return None
 
 
+def _refuse_pixels(numbers: list[float]) -> None:
+    """Refuse coordinates far outside of the image, which would leave it without a shape."""
+    far = next((number for number in numbers if abs(number) > FURTHEST), None)
+    if far is not None:
+        raise UserError(
+            f"the coordinate {far:g} is far outside of the image. Coordinates must be shares of "
+            f"its sides, from 0 to 1: divide pixels by its width and height"
+        )
+
+
 def _lines(file: Path) -> list[str]:
     try:
         return file.read_text("utf-8-sig").splitlines()
@@ -213,6 +243,7 @@ def _paint(file: Path, names: list[str], export: Export, height: int, width: int
             kind, *numbers = map(float, line.split())
             if not (kind.is_integer() and 0 <= kind < len(names)):
                 raise UserError(f"there is no class {kind:g}")
+            _refuse_pixels(numbers)
             label = as_class(names[int(kind)])
             if len(numbers) == BOX:
                 x, y, w, h = numbers
@@ -224,4 +255,4 @@ def _paint(file: Path, names: list[str], export: Export, height: int, width: int
             raise UserError(f"{file}, line {number}: {error}.") from None
         shapes.append(Shape(label, (points * (width, height),)))
     painted = paint(shapes, export.numbers, height, width, by_area=True, outside=export.outside)
-    return painted._replace(dropped={BOXES: boxes} if boxes else {})
+    return painted.also_dropped({BOXES: boxes} if boxes else {})
