@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,12 +13,22 @@ import numpy as np
 from ctt.data.coco_json import read_json
 from ctt.data.dataset import IGNORE
 from ctt.data.exports import TABLES
-from ctt.data.exports.base import Export, Images, Item, Request, as_class, part_of, with_background
-from ctt.data.folder import JOINTS, JPEG_SUFFIXES, MASK_SUFFIXES, walk
+from ctt.data.exports.base import (
+    Export,
+    Images,
+    Item,
+    Request,
+    as_class,
+    named_part,
+    part_of,
+    with_background,
+)
+from ctt.data.exports.pairs import pairs_of
+from ctt.data.files import list_names
 from ctt.data.labels import SHOWN, VALUES
 from ctt.data.masks import NO_COLOUR, Array, Colour, read_mask
 from ctt.data.shapes import Painted
-from ctt.data.voc import bit_palette
+from ctt.data.voc import LISTS, bit_palette
 from ctt.errors import UserError
 from ctt.text import brief
 
@@ -34,6 +43,7 @@ LINES = (
     re.compile(r"(?P<n>\d+)\s*[,;:\s]\s*(?P<name>.*\S)"),
     re.compile(r"(?P<name>.*?\S)\s*[,;:]\s*(?P<n>\d+)"),
 )
+CHANNEL = 1024  # more than the values of a channel, from NO_COLOUR to 255
 Key = Colour | int  # what stands for a class in a mask
 
 
@@ -65,11 +75,48 @@ def read(request: Request) -> Export:
     named = {*export.numbers, *ignored}
     unused = [name for name in dict.fromkeys(names) if name not in named]
     export.ignored += tuple(unused)
-    for name, file in _pairs(images, masks, export):
-        part = part_of(PurePosixPath(name).parent.as_posix())
-        painted = partial(_paint, file, numbers, request.tolerance, path)
+    listed = _listed(dict.fromkeys([request.folder / LISTS, path.parent / LISTS]), export)
+    for name, file in pairs_of(masks, export):
+        part = listed.get(name) or part_of(PurePosixPath(name).parent.as_posix())
+        painted = functools.partial(_paint, file, numbers, request.tolerance, path)
         export.add(Item(name, painted, mask=file), part)
+    export.tests |= {name for name, part in listed.items() if part == "test"}  # also without a mask
     return export
+
+
+def _listed(folders: Iterable[Path], export: Export) -> dict[str, str]:
+    """Return the parts of the images that lists name whose file names say which part they are.
+
+    An image in several lists is of the part test before val, and of val before train.
+    """
+    files = [folder / name for folder in folders for name in list_names(folder)]
+    lists = {file: named_part(file.stem) for file in files if file.suffix.lower() == ".txt"}
+    found: dict[str, str] = {}
+    for part in ("train", "val", "test"):
+        for file in (file for file in lists if lists[file] == part):
+            names, wrong = _images_in(file, export.images)
+            found |= dict.fromkeys(names, part)
+            if wrong and part != "train":
+                export.faults.append(
+                    f"{file}: {len(wrong)} lines are no image. {wrong[0]} Mend the lines "
+                    f"or take them out, or images of the part {part} may be learned."
+                )
+    return found
+
+
+def _images_in(path: Path, images: Images) -> tuple[list[str], list[str]]:
+    """Return the images that the lines of a list name, and what is wrong with other lines."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from None
+    names, wrong = [], []
+    for line in filter(None, (line.strip().strip('"') for line in lines)):  # quoted: with blanks
+        try:
+            names.append(images.find(line))
+        except UserError as error:
+            wrong.append(str(error))
+    return names, wrong
 
 
 def read_table(path: Path) -> list[tuple[str, Key]]:
@@ -166,46 +213,12 @@ def _folders(request: Request) -> tuple[Path, Path]:
     return request.images or first(IMAGE_FOLDERS), masks
 
 
-def _pairs(images: Images, masks: Path, export: Export) -> list[tuple[str, Path]]:
-    """Return each image that has a mask, whose name may be longer by a suffix as in `a_mask`.
-
-    All masks have one suffix: the one by which most of them belong to an image.
-    """
-    stems = {str(PurePosixPath(name).with_suffix("")): name for name in images.names}
-    names = [n for n in walk(masks, "") if n.lower().endswith((*MASK_SUFFIXES, *JPEG_SUFFIXES))]
-    found = {name: str(PurePosixPath(name).with_suffix("")) for name in names}
-    together = masks == images.root  # a mask in the folder of the images must have a suffix
-    suffixes = Counter(
-        stem[cut:]
-        for stem in found.values()
-        for cut in (i for i in range(len(stem) + (not together)) if stem[i : i + 1] in JOINTS)
-        if stem[:cut] in stems
-    )
-    if not suffixes:
-        return []
-    suffix = max(suffixes, key=lambda s: (suffixes[s], -len(s)))
-    pairs = []
-    for name, stem in found.items():
-        image = stems.get(stem.removesuffix(suffix)) if stem.endswith(suffix) else None
-        if image is not None:
-            pairs.append((image, masks / name))
-        elif not together:
-            export.faults.append(
-                f"{masks / name}: there is no image of this name in {images.root}."
-            )
-    used = {file for _, file in pairs}
-    images.names = [name for name in images.names if images.root / name not in used]
-    return pairs
-
-
 def _paint(
     file: Path, numbers: Mapping[Key, int], tolerance: int, table: Path, height: int, width: int
 ) -> Painted:
     mask = read_mask(file, turned=True, lossy=tolerance > 0)
     coloured = any(isinstance(key, tuple) for key in numbers)
     values = mask.shown() if coloured else mask.values
-    if coloured and values.ndim == 2:
-        values = np.repeat(values[..., None], 3, 2)
     if not coloured and values.ndim == 3:
         if (values != values[..., :1]).any():
             raise UserError(f"{file} holds colours, and {table} names numbers.")
@@ -215,9 +228,11 @@ def _paint(
             f"{file}: the mask has {values.shape[1]}x{values.shape[0]} pixels, but its image has "
             f"{width}x{height}. Both must be of one size."
         )
-    found, place = np.unique(values.reshape(height * width, -1), axis=0, return_inverse=True)
+    found, place = _distinct(values)
+    if coloured and found.shape[1] == 1:
+        found = np.repeat(found, 3, 1)  # a grey is a colour of three equal channels
     labels, unmatched = _matched(found, numbers, tolerance)
-    counts = np.bincount(place.ravel(), minlength=len(found))
+    counts = np.bincount(place, minlength=len(found))
     pixels = int(counts[unmatched].sum())
     order = np.argsort(-counts[unmatched])[:SHOWN]
     common = ", ".join(
@@ -225,8 +240,22 @@ def _paint(
         for v in found[unmatched][order]
     )
     dropped = {f"masks with colours of no class, such as {common} in {file.name}": 1}
-    label = labels[place.ravel()].reshape(height, width)
+    label = labels[place].reshape(height, width)
     return Painted(label, 0, pixels, dropped if pixels else {})
+
+
+def _distinct(values: Array) -> tuple[Array, Any]:
+    """Return the values (U, C) of a mask (H, W) or (H, W, C), and which of them each pixel has.
+
+    Colours are packed into one number each, which NumPy sorts many times faster than rows.
+    """
+    packed = values.astype(np.int64)
+    if values.ndim == 3:
+        channels = np.moveaxis(packed - NO_COLOUR, -1, 0)  # 0 and above
+        packed = functools.reduce(lambda upper, channel: upper * CHANNEL + channel, channels)
+    _, first, place = np.unique(packed, return_index=True, return_inverse=True)
+    rows = values.reshape(packed.size, -1)
+    return rows[first], place.ravel()
 
 
 def _matched(found: Array, numbers: Mapping[Key, int], tolerance: int) -> tuple[Any, Any]:
