@@ -139,14 +139,14 @@ METHODS = {
         uses=(*TAUGHT, "loss.labels_from", *CONTRAST, *LOW_LEVEL),
         contrast=True,
         extra="banks of features",
-        cost=2.6,
+        cost=2.4,
     ),
     "supervised": About(
         "the labelled images alone",
         "ctt.methods.supervised:Supervised",
         unlabeled=False,
         uses=("ema", "views", "loss.sup", "labeled"),
-        cost=0.6,
+        cost=0.5,
     ),
     "mean-teacher": About(
         "Tarvainen and Valpola, NeurIPS 2017, with hard labels",
@@ -166,7 +166,7 @@ METHODS = {
         "ctt.methods.mean_teacher:MeanTeacher",
         pairs=2,
         uses=TAUGHT,
-        cost=2.1,
+        cost=2.0,
     ),
     "french": About(
         "French et al., BMVC 2020: CutMix, Cutout, CowMix",
@@ -187,7 +187,7 @@ METHODS = {
         "ctt.methods.classmix:ClassMix",
         uses=("ema", "views", "loss.sup", "labeled"),
         options="ctt.methods.classmix:ClassMixOptions",
-        cost=1.1,
+        cost=1.0,
     ),
     "self-training": About(
         "Xiao et al., 2022, Table 5: labels of a first training",
@@ -219,7 +219,7 @@ METHODS = {
         uses=("ema", "views", "loss.sup", "labeled", "loss.ct", "views.mix"),
         options="ctt.methods.dst_cbc:DstCbcOptions",
         extra="rounds",
-        cost=0.9,
+        cost=0.8,
     ),
     "dmt": About(
         "Feng et al., Pattern Recognition 130, 2022",
@@ -249,21 +249,21 @@ METHODS = {
         "ctt.methods.dual_teachers:DualTeachers",
         pairs=2,
         uses=TAUGHT,
-        cost=2.0,
+        cost=1.9,
     ),
     "unimatch": About(
         "Yang et al., CVPR 2023, as in its program",
         "ctt.methods.unimatch:UniMatch",
         uses=("ema", "views", "loss.sup", "labeled", "masks"),
         options="ctt.methods.unimatch:UniMatchOptions",
-        cost=2.1,
+        cost=1.9,
     ),
     "unimatch-v2": About(
         "Yang et al., TPAMI 2025, as in its program",
         "ctt.methods.unimatch_v2:UniMatchV2",
         uses=("ema", "views", "loss.sup", "labeled", "masks"),
         options="ctt.methods.unimatch_v2:UniMatchV2Options",
-        cost=1.5,
+        cost=1.4,
     ),
     "pseudoseg": About(
         "Zou et al., ICLR 2021, as in its program",
@@ -279,7 +279,7 @@ METHODS = {
         uses=("ema", "views", "loss.sup", "labeled"),
         options="ctt.methods.semiseg_contrastive:ContrastiveOptions",
         extra="heads, selectors, memories of features",
-        cost=2.1,
+        cost=2.0,
     ),
     "pc2seg": About(
         "Zhong et al., ICCV 2021, our reading",
@@ -287,7 +287,7 @@ METHODS = {
         uses=("ema", "views", "loss.sup", "labeled"),
         options="ctt.methods.pc2seg:Pc2SegOptions",
         extra="projections, memories of features",
-        cost=1.7,
+        cost=1.6,
     ),
     "c3-semiseg": About(
         "Zhou et al., ICCV 2021",
@@ -296,7 +296,7 @@ METHODS = {
         uses=("ema", "views", "loss.sup", "labeled"),
         options="ctt.methods.c3_semiseg:C3Options",
         extra="embedding heads, a threshold for each class",
-        cost=2.9,
+        cost=2.6,
     ),
     "u2pl": About(
         "Wang et al., CVPR 2022",
@@ -304,7 +304,7 @@ METHODS = {
         uses=("ema", "views", "loss.sup", "labeled"),
         options="ctt.methods.u2pl:U2plOptions",
         extra="representation heads, banks of negatives",
-        cost=2.1,
+        cost=2.2,
     ),
     "cct": About(
         "Ouali et al., CVPR 2020, without guided cutout",
@@ -315,7 +315,7 @@ METHODS = {
         ),
         options="ctt.methods.cct:CctOptions",
         extra="24 auxiliary decoders",
-        cost=1.6,
+        cost=1.5,
     ),
     "fixmatch": About(
         "Sohn et al., NeurIPS 2020",
@@ -332,7 +332,7 @@ METHODS = {
         ),
         options="ctt.methods.advsemiseg:AdvSemiSegOptions",
         extra="a discriminator for each student",
-        cost=1.4,
+        cost=1.2,
     ),
     "s4gan": About(
         "Mittal et al., TPAMI 2021, the GAN branch alone",
@@ -343,7 +343,7 @@ METHODS = {
         ),
         options="ctt.methods.s4gan:S4GanOptions",
         extra="a discriminator of images for each student",
-        cost=1.2,
+        cost=1.1,
     ),
     "gct": About(
         "Ke et al., ECCV 2020, as in PixelSSL",
@@ -355,7 +355,7 @@ METHODS = {
         ),
         options="ctt.methods.gct:GctOptions",
         extra="a flaw detector",
-        cost=4.4,
+        cost=3.8,
     ),
     "ecs": About(
         "Mendel et al., ECCV 2020, our reading of the abstract",
