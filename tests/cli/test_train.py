@@ -226,8 +226,9 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="systems without terminals of this kind")
 def test_a_closed_terminal_leaves_a_checkpoint(tmp_path: Path) -> None:
     mine, of_run = os.openpty()
-    in_terminal = (
-        "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    in_terminal = (  # SIGHUP is ignored where nohup has started the tests
+        "import fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
         "from ctt.cli.train import main; main()"
     )
     endless = f"{QUICK} --train.iterations 100000 --data.workers 1 --out {tmp_path / 'run'}"
