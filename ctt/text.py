@@ -67,7 +67,7 @@ def drop_closed_streams() -> bool:
     if not hasattr(select, "poll"):  # Windows, which has another error for it
         return False
     closed = []
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed when Python began
         with contextlib.suppress(OSError, ValueError):  # one that is no file
             state = select.poll()
             state.register(stream.fileno(), 0)

@@ -3,7 +3,7 @@ from rich.table import Table
 
 from ctt.console import plain_console
 from ctt.errors import UserError
-from ctt.text import from_yaml
+from ctt.text import drop_closed_streams, from_yaml
 
 NAMES = ("runs/[test] a", "a/[/x]", "[red]sky", ":cat:/1", "[/]")
 
@@ -30,3 +30,8 @@ def test_a_key_that_stands_twice_is_told(text: str, twice: str) -> None:
     with pytest.raises(UserError, match=f"dataset.yaml: .*{twice} stands there twice.* line"):
         from_yaml(text, "dataset.yaml")
     assert from_yaml("a: &x {q: 1}\nb: {<<: *x, q: 2}\n", "f")["b"] == {"q": 2}
+
+
+def test_streams_that_python_never_had_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)  # as with `>&-`
+    assert drop_closed_streams() is False

@@ -1,4 +1,4 @@
-"""What the engine asks of a method; a slip is told here rather than where it ends as an error."""
+"""Checks of what a method returns, so that its author is told of a mistake where it was made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ctt.methods.base import Batch, Method, Terms
 
 
 def checked_batch(method: Method, found: Any) -> Batch:
-    """Return what `prepare` returned.
+    """Return the batch that `prepare` gave, as a dictionary.
 
     Raises:
         UserError: it is no batch.
@@ -34,7 +34,7 @@ def checked_batch(method: Method, found: Any) -> Batch:
 
 
 def checked_terms(method: Method, found: Any) -> Terms:
-    """Return what `losses` returned.
+    """Return the weights and values of the terms that `losses` gave, as a dictionary.
 
     Raises:
         UserError: it is no dictionary of weights and values, or has a term that is not declared.

@@ -240,9 +240,12 @@ def test_a_closed_terminal_leaves_a_checkpoint(tmp_path: Path) -> None:
         start_new_session=True,
     )
     os.close(of_run)
-    wait_for_steps(process, tmp_path / "run")
-    os.close(mine)
-    assert process.wait(timeout=120) == 130
+    try:
+        wait_for_steps(process, tmp_path / "run")
+        os.close(mine)
+        assert process.wait(timeout=120) == 130
+    finally:
+        process.kill()
     assert has_checkpoint(tmp_path / "run")
 
 
