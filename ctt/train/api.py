@@ -9,6 +9,7 @@ from typing import Any
 from ctt import recipes, run
 from ctt.configure import Given, layered, named_in, refuse_unused
 from ctt.errors import UserError
+from ctt.methods import catalog
 from ctt.settings import validate
 from ctt.train.loggers import Logger
 
@@ -47,6 +48,7 @@ def train(
     """
     from ctt.train.loop import Stopped, train_in_folder
 
+    catalog.load.cache_clear()  # the file of a method may have changed since the last run
     given = _nested(settings)
     values = recipes.load_file(Path(config)) if config is not None else {}
     named = named_in(values) + named_in(given)

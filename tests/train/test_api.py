@@ -55,6 +55,20 @@ def test_what_cannot_begin_leaves_no_folder(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_has_the_method_as_its_file_is_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_out_figures(monkeypatch)
+    example = Path(__file__).resolve().parents[2] / "examples" / "entropy_minimization.py"
+    data = write_folder(tmp_path / "data", labeled=3, unlabeled=2, size=(20, 24))
+    mine = tmp_path / "mine.py"
+    given = {**TINY, "dataset": "folder", "data_root": data, "train.iterations": 1}
+    for term in ("entropy", "other"):
+        mine.write_text(example.read_text().replace('"entropy"', f'"{term}"'))
+        done = ctt.train(**given, method=f"{mine}:EntropyMinimization", out=tmp_path / term)
+        assert f"loss_{term}" in (done["folder"] / "metrics.csv").read_text()
+
+
 def test_a_run_leaves_the_threads_to_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
