@@ -19,6 +19,7 @@ from ctt.methods.losses import mean_of, valid_pixels
 from ctt.models.base import Output, SegmentationModel, upsample
 from ctt.settings import Settings
 from ctt.train.compiling import of_networks
+from ctt.train.contract import checked_log
 from ctt.train.distributed import World
 from ctt.train.phases import Phases
 
@@ -213,7 +214,7 @@ class StepContext:
         return self.world.roll(values)
 
     def log(self, name: str, value: Tensor) -> None:
-        value = value.detach()
+        value = checked_log(self.settings, name, value)
         self.logged[name] = self.logged[name] + value if name in self.logged else value
 
 

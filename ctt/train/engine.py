@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ctt.data.dataset import DatasetInfo
 from ctt.data.seeding import derive_seed
-from ctt.errors import UserError
 from ctt.methods.base import Method
 from ctt.methods.optim import learning_rate
 from ctt.methods.sharding import gather, settle
@@ -18,7 +17,14 @@ from ctt.settings import Settings
 from ctt.train.batches import batch_of, split_batch
 from ctt.train.compiling import compile_networks
 from ctt.train.context import StepContext
-from ctt.train.contract import checked_batch, checked_terms, refuse_undeclared
+from ctt.train.contract import (
+    check_names,
+    checked_batch,
+    checked_optimizers,
+    checked_schedules,
+    checked_terms,
+    refuse_undeclared,
+)
 from ctt.train.data_parallel import DataParallel
 from ctt.train.distributed import World
 from ctt.train.graph_runner import GraphRunner
@@ -63,10 +69,8 @@ class Engine:
         self.optimizers = self._make_optimizers()
         self.rounds = Rounds(method.rounds(), settings.train.iterations)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.train.amp == "fp16")
-        schedules = {
-            "rate": self._rate,
-            **method.schedules(),
-        }
+        check_names(method)
+        schedules = {"rate": self._rate, **checked_schedules(method, method.schedules())}
         self.step = StepContext(settings, info, device, self.world, schedules)
         self.parallel = DataParallel(method, self.world, not settings.model.sync_batch_norm)
         self.iteration = 0
@@ -172,12 +176,7 @@ class Engine:
 
     def _make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the method's optimisers; a group without `lr_factor` gets that of its own rate."""
-        made = self.method.optimizers()
-        if not made:
-            raise UserError(
-                f"`method` {self.settings.method}: `optimizers` returns none, so nothing would be "
-                f"trained."
-            )
+        made = checked_optimizers(self.method, self.method.optimizers())
         for optimizer in made.values():
             for group in optimizer.param_groups:
                 group.setdefault("lr_factor", group["lr"] / self.settings.optim.lr)

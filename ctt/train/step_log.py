@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from ctt.train.contract import refuse_undeclared
+from ctt.train.contract import checked_report
 from ctt.train.engine import Engine
 from ctt.train.pace import duration
 from ctt.train.record import Recorder
@@ -49,9 +49,7 @@ class StepLog:
         values = {name: value for name, value in means.items() if name in method.logged}
         means = {name: value for name, value in means.items() if name not in values}
         values |= {f"loss_{name}": value for name, value in means.items()}
-        report = method.report()
-        refuse_undeclared(method, "logged", report)
-        values |= report
+        values |= checked_report(method, method.report())
         rate = next(iter(self.engine.optimizers.values())).param_groups[0]["lr"]
         values |= {"lr": float(rate), "images_per_second": speed, "input_wait": waiting}
         self.recorder.write(self.engine.iteration, values)

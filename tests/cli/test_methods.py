@@ -146,7 +146,27 @@ def test_numbers_that_a_method_does_not_declare_are_told(
         ("def losses(self, b, step): return {'sup': b['images'].sum()}", r"shape \(\) for 'sup'"),
         ("def losses(self, b, step): return {'sup': (1, 2.0)}", "a float as the value of 'sup'"),
         ("terms = 'sup critic'", r"`terms` is a text\. Write a tuple"),
+        ("def losses(self, b, step): return {}", "returns no term with a gradient"),
+        (
+            "def losses(self, b, step): return {'sup': (1, b['images'].sum())}",
+            "returns no term with a gradient",
+        ),
+        (
+            "def losses(self, b, step): return {'sup': (None, b['images'].sum())}",
+            r"returns nothing \(None\) as the weight of 'sup'",
+        ),
+        ("def losses(self, b, step): step.log('known', 1.0)", "is given a float as 'known'"),
+        ("def report(self): pass", r"`report` returns nothing \(None\)"),
+        ("def report(self): return {'reported': 'x'}", "gives 'reported', which is a str"),
+        ("terms = ('sup', 'critic', 'total')", "two numbers of metrics.csv .* named 'total'"),
+        ("logged = ('known', 'lr')", "two numbers of metrics.csv .* named 'lr'"),
+        ("def schedules(self): return {'x': 1.0}", "`schedules` returns a dict"),
+        ("def schedules(self): return {'rate': float}", "the learning rate of the run"),
         ("def optimizers(self): return {}", "`optimizers` returns none"),
+        (
+            "def optimizers(self): return torch.optim.SGD(self.parameters(), 1)",
+            "`optimizers` returns a SGD",
+        ),
         (
             "def prepare(self, b, step): return b | {'x': b['images'].new_zeros(5)}",
             r"accumulate` 2: 'x' of the batch has shape \(5,\)",
