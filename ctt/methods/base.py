@@ -191,7 +191,8 @@ class Labeler(Protocol):
     def probabilities(
         self, networks: Sequence[SegmentationModel], names: Sequence[str], settings: EvalSettings
     ) -> Iterator[tuple[str, list[Tensor]]]:
-        """Return the name of each image and what each network gives it: (C, H, W).
+        """Return the name of each image and what each network gives it: (C, H, W), NaN where the
+        image has no data.
 
         With several processes each has its own share of the names.
         """

@@ -105,8 +105,9 @@ def class_thresholds(networks: Networks, labeler: Labeler, ratio: float, classes
     given = labeler.probabilities(list(networks), labeler.unlabeled, EvalSettings())
     for _, probabilities in given:
         confidence, label = losses.mean_of(probabilities).max(dim=0)
+        known = confidence > 0  # not NaN, whose largest is at index 0
         counts += torch.bincount(
-            (label * BINS + level_of(confidence)).flatten(), minlength=len(counts)
+            label[known] * BINS + level_of(confidence[known]), minlength=len(counts)
         )
     counts = labeler.total(counts).view(classes, BINS)
     reached = counts.cumsum(dim=1)  # pixels at least as sure as each level
@@ -121,7 +122,7 @@ def level_of(confidence: Tensor) -> Tensor:
 
     Networks are soon sure of most pixels, which even steps would not tell apart.
     """
-    doubt = (1 - confidence.float()).nan_to_num(1).clamp(2.0**-OCTAVES, 1)
+    doubt = (1 - confidence.float()).clamp(2.0**-OCTAVES, 1)
     # the bits of a float are its exponent and then 23 digits, of which the first nine stay
     return (doubt.view(torch.int32) >> 14).long() - ((127 - OCTAVES) << 9)
 

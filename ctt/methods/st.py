@@ -114,7 +114,8 @@ class StPlusPlus(St):
         place = {name: i for i, name in enumerate(names)}
         networks = [*self.snapshots, *self.students]
         for name, given in labeler.probabilities(networks, names, EvalSettings()):
-            label = [p.max(dim=0).indices for p in given]
+            known = torch.stack([p.amax(dim=0) > 0 for p in given]).all(dim=0)  # not NaN
+            label = [p.max(dim=0).indices[known] for p in given]
             agreement = [
                 mean_iou(label[j], label[2 * count + j % count], self.setup.classes)
                 for j in range(2 * count)
@@ -126,9 +127,9 @@ class StPlusPlus(St):
 
 
 def mean_iou(label: Tensor, other: Tensor, classes: int) -> Tensor:
-    """Return the mean over the classes shown of their intersection over union: ()."""
+    """Return the mean over the classes shown of their intersection over union, 0 of no pixels."""
     pairs = torch.bincount((classes * label + other).flatten(), minlength=classes**2)
     matrix = pairs.view(classes, classes).float()
     hits = matrix.diag()
     union = matrix.sum(dim=0) + matrix.sum(dim=1) - hits
-    return (hits / union.clamp(min=1)).sum() / (union > 0).sum()
+    return (hits / union.clamp(min=1)).sum() / (union > 0).sum().clamp(min=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -145,6 +146,8 @@ class Labeling:
             batch = image[None].to(self.device)
             with out_of_memory_as(TOO_LARGE_TO_LABEL):
                 given = [predict(batch)[0] for predict in predicts]
+            if batch.is_floating_point():
+                given = [p.masked_fill_(batch[0].isnan().any(dim=0), math.nan) for p in given]
             yield name, given
         for net, mode in zip(networks, training, strict=True):
             net.train(mode)
@@ -152,7 +155,7 @@ class Labeling:
     def keep(self, name: str, label: Tensor, confidence: Tensor) -> None:
         own, sure = paths(self.folder, name)
         _save(palette_image(label, self.info), own)
-        level = (255 * confidence.clamp(0, 1)).round().to(torch.uint8).cpu()
+        level = (255 * confidence.nan_to_num(0).clamp(0, 1)).round().to(torch.uint8).cpu()
         _save(Image.fromarray(level.numpy()), sure)
 
     def carry(self, names: Sequence[str]) -> None:

@@ -26,7 +26,9 @@ from ctt.train.distributed import World, join
 from ctt.train.dry_run import dry_run
 from ctt.train.loop import Trainer, train
 from ctt.train.rounds import Labeling, Rounds
+from tests.data.rasters import save, scene, write_rasters
 from tests.train.processes import finish, shown, start
+from tests.train.steps import make
 from tests.train.test_distributed import record_steps
 
 METHODS = ["self-training", "st", "st++", "dst-cbc", "dmt"]
@@ -101,7 +103,8 @@ def test_thresholds_keep_their_share_of_each_class(
     rng = torch.Generator().manual_seed(0)
     given = [torch.randn(3, 40, 50, generator=rng).mul(scale).softmax(dim=0) for _ in range(3)]
     given = [torch.cat([p, torch.zeros(1, 40, 50)]) for p in given]  # a class nowhere predicted
-    labeler: Any = Fixed(given)
+    nothing = torch.full((4, 20, 50), torch.nan)  # as where an image has no data
+    labeler: Any = Fixed([torch.cat([p, nothing], dim=1) for p in given])
     threshold = class_thresholds(Networks([student(tiny)]), labeler, ratio, 4)
     confidence, label = torch.stack(given).max(dim=1)
     for c in range(3):
@@ -109,6 +112,34 @@ def test_thresholds_keep_their_share_of_each_class(
         kept = float((sure >= threshold[c]).float().mean())
         assert ratio - 1e-6 <= kept < ratio + 0.02
     assert threshold[3] == 1
+
+
+def test_pixels_without_data_make_no_image_reliable(tiny: Settings) -> None:
+    method: Any = make(settings_of("st++", tiny)).method
+    agreed = torch.rand(11, 8, 8, generator=torch.Generator().manual_seed(0)).softmax(dim=0)
+    empty, half = torch.full((11, 8, 8), torch.nan), agreed.clone()
+    half[:, :4] = torch.nan
+    labeler: Any = Fixed([empty, half, agreed])
+    # of two snapshots and the last, the last has every class of the second image wrong
+    answers = [[empty] * 3, [half, half, half.roll(1, dims=0)], [agreed] * 3]
+    labeler.probabilities = lambda *_: zip(labeler.unlabeled, answers, strict=True)
+    assert method.reliable_half(labeler) == ["2", "0"]
+
+
+def test_nothing_is_labelled_where_an_image_has_no_data(tiny: Settings, tmp_path: Path) -> None:
+    data = write_rasters(tmp_path / "data", labeled=4, unlabeled=1)
+    image = scene((48, 48), 4)[0]
+    image[:, :20] = 0
+    save(data / "unlabeled" / "tile 4.tif", image, nodata=0)
+    read = ["bands: [1, 2, 3, 4]", "range: [0, 3000]"]
+    (data / "dataset.yaml").write_text("\n".join(["classes: [background, field]", *read]))
+    change = {"dataset": "folder", "data_root": str(data), "ratio": "1/1"}
+    settings = settings_of("self-training", tiny, change)
+    train(settings, out=tmp_path / "run")
+    path = next((tmp_path / "run" / "rounds" / "1" / "labels").rglob("*.png"))
+    label = np.array(Image.open(path))
+    assert (label[:20] == 255).all()
+    assert (label[20:] != 255).all()
 
 
 @pytest.mark.parametrize("name", METHODS)
