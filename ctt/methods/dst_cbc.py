@@ -74,9 +74,9 @@ class DstCbc(SelfTraining):
         if "mixed" in b:
             kept = step.total((b["trusted 0"] != IGNORE).sum())
             both = (step.total((b["label"] != IGNORE).sum()) + kept).clamp(min=1)
+            if "labeled weight" in b:  # their share of both is the same, however they are weighed
+                b["labeled weight"] = b["labeled weight"] * (both / b["pixels"])
             b |= {"pixels": both, "pixels 0": both}
-            if "labeled weight" in b:  # of labelled pixels that count differently
-                b["labeled weight"] = b["labeled weight"] + kept
         return b
 
     def unlabeled_loss(self, k: int, logits: Tensor, b: Batch) -> Tensor:

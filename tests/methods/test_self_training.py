@@ -69,12 +69,12 @@ def noise_of(draw: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("gamma", "weights"), [(0.0, ()), (2.0, ()), (2.0, (1.0,) * 11), (9.0, ())]
+    ("gamma", "weights"), [(0.0, ()), (2.0, ()), (2.0, (7.0,) * 11), (9.0, ())]
 )
 def test_dst_cbc_weighs_by_the_present_probability(
     tiny: Settings, gamma: float, weights: tuple[float, ...]
 ) -> None:
-    """Class weights of 1 change nothing."""
+    """Class weights that are all alike change nothing."""
     change = {"options": {"gamma": gamma}, "labeled": {"weights": weights}}
     scene = Scene(tiny, "dst-cbc", {**LONG, **change})
     (student,) = scene.method.students
