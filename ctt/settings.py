@@ -580,7 +580,10 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
             raise UserError(f"{where} must be true or false, got {brief(value)}.")
         return value
     try:
-        if kind is int and (isinstance(value, bool) or float(value) != int(value)):
+        # `kind` makes 1.0 of a yes, and a word of anything
+        if value is None or isinstance(value, bool | list | tuple | dict):
+            raise TypeError
+        if kind is int and float(value) != int(value):
             raise ValueError
         return kind(value)
     except (TypeError, ValueError, OverflowError):

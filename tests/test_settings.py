@@ -41,6 +41,11 @@ def test_every_recipe_is_valid(name: str) -> None:
         ({"train": {"deterministic": 1}}, "must be true or false"),
         ({"data": {"crop": [3]}}, "list of 2 numbers"),
         ({"eval": {"scales": ["big"]}}, "must be of type float"),
+        ({"optim": {"lr": True}}, "must be of type float, got True"),
+        ({"data": {"scale": [True, 2]}}, "must be of type float, got True"),
+        ({"model": {"backbone": None}}, "must be of type str, got None"),
+        ({"model": {"name": ["small"]}}, "must be of type str, got .'small'"),
+        ({"dataset": {"folder": 1}}, "must be of type str, got .'folder'"),
         ({"views": {"mix": "mixup"}}, "must be one of none, classmix"),
     ],
 )
