@@ -54,10 +54,15 @@ def loading(saved: dict[str, Any], plan: Plan, folder: Path, rounds: int) -> Ite
     try:
         yield
     except (RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line.strip() for line in lines if not line.endswith(":")), lines[0])
+        what, mend = "the settings of its run", "Restore the run's config.yaml"
+        own = to_dict(plan.settings)["options"]
+        before = saved["settings"].get("options", {})
+        if changed := [f"`options.{n}` {v}" for n, v in own.items() if before.get(n, v) != v]:
+            what, mend = " and ".join(changed), "Leave out what differs from the run"
         raise UserError(
-            f"{path} does not fit the settings of its run ({reason}). Restore the run's "
-            f"config.yaml, or start a new run."
+            f"{path} does not fit {what} ({reason}). {mend}, or start a new run."
         ) from None
     done = int(saved["iteration"])
     check_iterations(plan.settings, done)

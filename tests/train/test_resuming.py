@@ -153,6 +153,16 @@ def test_data_and_weights_that_do_not_fit_are_refused_also_dry(
                 resume(settings, resume=done)
 
 
+def test_options_that_the_checkpoint_does_not_fit_are_named(settings: Settings, out: Path) -> None:
+    u2pl = settings.with_method("u2pl")
+    train(u2pl, out=out)
+    other = update(u2pl, {"options": {"capacity": 7}, "train": {"iterations": 3}}, "test")
+    message = r"does not fit `options.capacity` 7 \(size mismatch for .*\)\. Leave out what differs"
+    for resume in RESUME:
+        with pytest.raises(UserError, match=message):
+            resume(other, resume=out)
+
+
 def test_divergence_tells_means_and_only_a_checkpoint_that_is_there(
     settings: Settings, out: Path
 ) -> None:
