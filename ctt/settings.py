@@ -596,6 +596,9 @@ def validate(settings: Settings) -> None:
     Raises:
         UserError: names the field, the value and the range.
     """
+    from ctt import data
+
+    data.check_name(settings.dataset)
     s, rising = settings, "must be two numbers above 0, the lower first"
     iterations, profile = s.train.iterations, s.train.profile
     checks: list[Check] = [

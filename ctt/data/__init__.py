@@ -41,6 +41,16 @@ def names() -> list[str]:
     return ["digits", "earth", "voc", "cityscapes", "ade20k", "coco", "folder"]
 
 
+def check_name(name: str) -> None:
+    """Refuse a name that is none of a dataset.
+
+    Raises:
+        UserError: names those that there are.
+    """
+    if name not in names():
+        raise UserError(f"`dataset` {name}: no such dataset. Datasets: {', '.join(names())}.")
+
+
 def open_dataset(name: str, root: Path | None, options: DatasetOptions) -> Dataset:
     """Return the dataset of that name.
 
@@ -51,6 +61,7 @@ def open_dataset(name: str, root: Path | None, options: DatasetOptions) -> Datas
         UserError: no such dataset, a folder given for one that has none, or one whose layout is
             not complete.
     """
+    check_name(name)
     if name in WITHOUT_FOLDER and root is not None:
         raise UserError(f"`data_root`: {WITHOUT_FOLDER[name]} has no folder; leave it out.")
     if name == "digits":
@@ -77,8 +88,6 @@ def open_dataset(name: str, root: Path | None, options: DatasetOptions) -> Datas
         from ctt.data.coco import Coco
 
         return Coco(root, options)
-    if name == "folder":
-        from ctt.data.folder import Folder
+    from ctt.data.folder import Folder
 
-        return Folder(root, options)
-    raise UserError(f"`dataset` {name}: no such dataset. Datasets: {', '.join(names())}.")
+    return Folder(root, options)

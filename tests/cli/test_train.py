@@ -31,6 +31,7 @@ def run(arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
     ("arguments", "text"),
     [
         ("--dataset nope", "--dataset nope: no such dataset. Datasets: digits"),
+        ("--dataset vocc --data.voc-set classic", "--dataset vocc: no such dataset"),
         ("--ratio 1/0", "--ratio 1/0 is no ratio"),
         ("--ratio 5000", "--ratio 5000: the number of labelled images must be in 1..1000"),
         ("--loss.tau-hc -1", "--loss.tau-hc must be above 0, got -1"),
