@@ -182,6 +182,8 @@ def check(parsed: Arguments, given: Sequence[str]) -> None:
     Raises:
         UserError: names the option.
     """
+    from ctt.experiments.runs import option_name
+
     catalog.get(parsed.experiment).chosen(parsed.only)
     if parsed.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {parsed.jobs}.")
@@ -193,8 +195,15 @@ def check(parsed: Arguments, given: Sequence[str]) -> None:
                 raise UserError(f"--{name} {value} is given twice, and would count twice.")
     named = {text.partition("=")[0].replace("_", "-") for text in given if text[:2] == "--"}
     rows = catalog.get(parsed.experiment).chosen(parsed.only)
-    for name in named.intersection(*(v.options for v in rows)):
-        raise UserError(f"{name} is what the rows of {parsed.experiment} differ in. Leave it out.")
+    for name in sorted(named):
+        setting = option_name(name)
+        reading = [
+            v for v in rows if methods.get(v.method).reads(setting, pairs_of((*given, *v.options)))
+        ]
+        if reading and all(setting in map(option_name, v.options) for v in reading):
+            raise UserError(
+                f"{name}: the rows of {parsed.experiment} set this themselves. Leave it out."
+            )
     for name in OWN:
         if name in named:
             instead = {"--seed": ". Give --seeds", "--ratio": ". Give --shares"}.get(name, "")

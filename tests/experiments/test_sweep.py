@@ -600,7 +600,10 @@ def test_the_papers_methods_are_all_there() -> None:
         ("tau --seeds -1", "`seed` must be in 0"),
         ("tau --seeds 0 1 0", "--seeds 0 is given twice"),
         ("tau --shares 6 6", "--shares 6 is given twice"),
-        ("table7 --bank.capacity 32", "--bank.capacity is what the rows of table7 differ in"),
+        ("tau --dataset nope", "`dataset` nope: no such dataset"),
+        ("table7 --bank.capacity 32", "--bank.capacity: the rows of table7 set this themselves"),
+        ("table9 --loss.no_directional", "--loss.no-directional: the rows of table9 set this"),
+        ("table6 --loss.lc 0.3", "--loss.lc: the rows of table6 set this themselves"),
     ],
 )
 def test_bad_input_is_told(arguments: str, text: str, tmp_path: Path) -> None:
