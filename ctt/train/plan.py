@@ -47,6 +47,7 @@ class Plan:
             whether or not the method takes them.
         origins: a sentence for each student that starts from published weights, once it is made.
         masks: of the unlabelled images, that another model made, if there are any.
+        processes: how many train the run.
         class_pixels: (N, C) of each class in each labelled image, if something needs it.
     """
 
@@ -61,6 +62,7 @@ class Plan:
     fresh: bool
     origins: list[str] = field(default_factory=list)
     masks: ExternalMasks | None = None
+    processes: int = 1
     class_pixels: Tensor | None = None
 
     @classmethod
@@ -93,7 +95,7 @@ class Plan:
         pairs = settings.pairs or about.pairs
         masks = external_masks(settings, dataset, unlabeled)
         parts = (about, pairs, device, dataset, labeled, unlabeled)
-        return cls(settings, asked, *parts, resume is None, masks=masks)
+        return cls(settings, asked, *parts, resume is None, masks=masks, processes=processes)
 
     def counted(self, world: World) -> Self:
         """Return the plan with the pixels of each class, and a new run's class weights from them.
@@ -213,6 +215,13 @@ class Plan:
             found.append(
                 f"Warning: the learning rate never reaches its full value, because `optim.warmup` "
                 f"{self.settings.optim.warmup} is not below `train.iterations` {total}."
+            )
+        mix, images = self.settings.views.mix, self.settings.data.unlabeled_images * self.processes
+        if mix != "none" and images == 1 and self.about.reads("views.mix", self.pairs):
+            found.append(
+                f"Warning: `views.mix` {mix} changes nothing, because a step has a single "
+                f"unlabelled image and none to mix it with. Give `data.unlabeled_batch_size` 2 or "
+                f"more, or a larger `data.batch_size`."
             )
         networks = self.settings.model.names
         own = self.settings.dataset == "folder" and self.device.type == "cpu"

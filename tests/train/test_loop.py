@@ -222,6 +222,17 @@ def test_what_cannot_happen_within_the_run_is_told(
     assert "never" not in capsys.readouterr().out
 
 
+def test_an_image_that_is_mixed_with_itself_is_told(tiny: Settings) -> None:
+    change = {"views": {"mix": "cutmix"}, "data": {"unlabeled_batch_size": 1}}
+    alone = update(tiny, change, "test")
+    text = "`views.mix` cutmix changes nothing, because a step has a single unlabelled image"
+    assert any(text in told for told in Plan.of(alone, None).warnings())
+    more = update(tiny, change | {"data": {"unlabeled_batch_size": 2}}, "test")
+    plain = update(alone, {"views": {"mix": "none"}}, "test")
+    plans = (Plan.of(more, None), Plan.of(plain, None), Plan.of(alone, None, processes=2))
+    assert not any("views.mix" in told for plan in plans for told in plan.warnings())
+
+
 def test_a_class_without_labelled_images_is_told(
     tiny: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
