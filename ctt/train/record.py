@@ -44,7 +44,12 @@ class Recorder:
             *(f"miou_{name}" for name in names_of_scores(method.networks())),
             *measured,
         ]
-        kept = [row for row in read_rows(self.path) if int(row["iteration"]) <= iteration]
+        kept = [
+            row
+            for row in read_rows(self.path)
+            # 1 and nothing more is what a crash left of 1200
+            if int(row["iteration"]) <= iteration and any(list(row.values())[1:])
+        ]
         if evaluates:
             scores = [c for c in self.columns if c.startswith("miou_")]
             kept = [

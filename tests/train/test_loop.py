@@ -26,6 +26,7 @@ from ctt.train.dry_run import dry_run
 from ctt.train.engine import Engine
 from ctt.train.loop import Stopped, Trainer, train
 from ctt.train.plan import Plan, check_batch_norm
+from ctt.train.record import read_rows
 from ctt.train.signals import interrupt_flag
 from tests.train.steps import batch, make, student, unlabelled, with_teacher
 
@@ -391,17 +392,19 @@ def test_going_on_needs_no_initial_weights(
     assert train(settings, resume=tmp_path / "second")["iterations"] == 6
 
 
+@pytest.mark.parametrize("cut", [b",0.5\xff", b"1"])
 def test_a_line_cut_short_by_a_crash_is_dropped(
-    tiny: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Settings, out: Path, monkeypatch: pytest.MonkeyPatch, cut: bytes
 ) -> None:
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         with pytest.raises(Stopped):
             train(tiny, out=out)
     with (out / "metrics.csv").open("ab") as file:
-        file.write(b",0.5\xff")
+        file.write(cut)
     train(tiny, resume=out)
     assert "\n,0.5" not in (out / "metrics.csv").read_text()
+    assert all(any(list(row.values())[1:]) for row in read_rows(out / "metrics.csv"))
 
 
 def test_all_labelled_leaves_nothing_to_teach(tiny: Settings, out: Path) -> None:
