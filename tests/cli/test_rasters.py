@@ -1,5 +1,7 @@
 """A folder of 4-band 16-bit GeoTIFFs, from its files to masks with coordinates."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +85,20 @@ def test_from_rasters_to_masks_with_coordinates(
     assert "broken.tif cannot be read" in told
     assert "photo.jpg: as a raster only TIFF and PNG files are read" in told
     assert not list(out.glob("*.part"))
+
+
+def test_a_raster_that_was_annotated_moves_to_the_labelled_ones(tmp_path: Path) -> None:
+    """Pillow does not know its four channels of 16 bits, so its size is that which GDAL reads."""
+    root, copies = write_rasters(tmp_path / "d", labeled=1, unlabeled=1), tmp_path / "copies"
+    shutil.copytree(root / "unlabeled", copies)
+    points = [[0, 0], [8, 0], [8, 6], [0, 6]]
+    shape = {"label": "field", "shape_type": "polygon", "points": points}
+    drawn = {"shapes": [shape], "imagePath": "tile 1.tif"}
+    (copies / "tile 1.json").write_text(json.dumps(drawn))
+    assert data._main(["convert", str(copies), "--to", str(root)]) == 0
+    mask = np.array(Image.open(root / "masks" / "tile 1.png"))
+    assert mask.shape == (48, 48)
+    assert (mask[:6, :8] == 1).all()
+    assert mask.sum() == 48
+    assert (root / "images" / "tile 1.tif").is_file()
+    assert not (root / "unlabeled" / "tile 1.tif").exists()

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ctt.data.exports.base import Item, Size
-from ctt.data.pictures import ON_ITS_SIDE, ORIENTATION, broken, open_picture
+from ctt.data.pictures import ON_ITS_SIDE, ORIENTATION, open_picture
 from ctt.data.rasters import size_of, stored_size
 from ctt.data.shapes import Painted
 from ctt.errors import UserError
@@ -61,8 +61,8 @@ def view_of(item: Item, source: Path) -> View:
             stored, turn = stored_size(file)
     except UserError:
         raise
-    except Exception as error:  # bytes that are no image can raise anything
-        raise broken(source, "an image", error) from None
+    except Exception:  # bytes that are no image can raise anything; or a raster of bands
+        stored, turn = size_of(source, turned=False), 1
     shown = stored[::-1] if turn in ON_ITS_SIDE else stored
     size = item.size or (size_of(item.mask, turned=True) if item.mask else None)
     if size not in (None, stored, shown):
