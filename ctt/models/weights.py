@@ -83,20 +83,24 @@ def start_from(network: SegmentationModel, source: str) -> str:
         name: fitted(name, tensors[key], own[name], places, channels) for name, key in keys.items()
     }
     found = {name: value for name, value in values.items() if value is not None}
-    if not found:
+    # counters of batch norms have one shape in all networks, and classifiers that of the classes
+    fits = [name for name in found if own[name].ndim and not name.startswith("classifier.")]
+    if not fits:
         raise UserError(
             f"`model.weights` {source}: no tensor in the file has a name and shape of this network "
-            f"or of its backbone. The file has {_some(list(tensors))}; the network has "
-            f"{_some(list(own))}."
+            f"before its classifier, or of its backbone. The file has {_some(list(tensors))}; the "
+            f"network has {_some(list(own))}."
         )
     body = [name for name in own if name.startswith("backbone.")]
-    if wrong := [name for name in body if name in keys and name not in found]:
+    wrong = [name for name in body or own if name in keys and name not in found]
+    if wrong and (body or len(wrong) > len(fits)):  # heads may differ
         theirs, ours = tensors[keys[wrong[0]]].shape, own[wrong[0]].shape
+        part, setting = ("backbone", "model.backbone") if body else ("network", "model.width")
         raise UserError(
-            f"`model.weights` {source}: {len(wrong)} of its tensors have a name of the backbone "
+            f"`model.weights` {source}: {len(wrong)} of its tensors have a name of the {part} "
             f"but another shape, such as {wrong[0]}, {list(theirs)} in the file and {list(ours)} "
-            f"in the network. They belong to another network: give it as `model.backbone`, or "
-            f"another file."
+            f"in the network. They belong to another network: give it as `{setting}`, or another "
+            f"file."
         )
     with torch.no_grad():
         for name, value in found.items():

@@ -231,6 +231,25 @@ def test_weights_of_another_backbone_are_refused(tmp_path: Path) -> None:
         weights.start_from(vit, str(tmp_path / "w.pth"))
 
 
+@pytest.mark.parametrize(
+    ("name", "backbone", "message"),
+    [
+        ("small", "", r"the network but another shape, such as stem.0.weight, \[8, 3, 3, 3\]"),
+        ("deeplabv2", "resnet18", "no tensor in the file has a name and shape"),
+    ],
+)
+def test_what_fits_by_chance_is_no_network(
+    name: str, backbone: str, message: str, tmp_path: Path
+) -> None:
+    """Batch norms have counters of one shape, and classifiers of one dataset may be alike."""
+    save_file(models.build("small", 5, 8, 8).state_dict(), tmp_path / "w.safetensors")
+    network = models.build(name, 5, 8, 4, backbone=backbone)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with pytest.raises(UserError, match=message):
+        weights.start_from(network, str(tmp_path / "w.safetensors"))
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
 def test_a_part_of_a_backbone_is_a_warning(network: SegmentationModel, tmp_path: Path) -> None:
     state = timm.create_model("resnet18").state_dict()
     part = {name: value for name, value in state.items() if not name.startswith("layer4.1.")}
