@@ -8,9 +8,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ctt.cli.common import run_program
+from ctt.cli.common import check_protocol, run_program
 from ctt.errors import UserError
-from ctt.settings import EvalSettings, validate_eval
+from ctt.settings import EvalSettings
 from ctt.text import say
 
 PASSWORD_VARIABLE = "CTT_APP_PASSWORD"
@@ -58,7 +58,7 @@ def _main(arguments: list[str]) -> int:
     device = pick_device(parsed.device, "--device")
     trained = load_trained(parsed.path)
     parsed = _parse(arguments, trained.settings.eval)
-    validate_eval(parsed.eval)
+    check_protocol(parsed.eval, trained.settings.eval)
     password = os.environ.get(PASSWORD_VARIABLE, "")
     if not password and not is_this_machine(parsed.host):
         say(

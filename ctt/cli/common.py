@@ -96,6 +96,21 @@ def refuse_without_effect(parsed: Any, beside: str, reasons: Mapping[str, str]) 
             raise UserError(f"--{option} has no effect {beside}: {reasons[field.name]}.")
 
 
+def check_protocol(protocol: EvalSettings, before: EvalSettings) -> None:
+    """Refuse a protocol that cannot be used, or of which something was given that changes nothing.
+
+    Args:
+        before: what stands where the command line gives nothing.
+    """
+    from ctt.configure import refuse_unused
+    from ctt.settings import Settings, validate_eval
+
+    validate_eval(protocol)
+    names = [field.name for field in dataclasses.fields(protocol)]
+    given = [f"eval.{name}" for name in names if getattr(protocol, name) != getattr(before, name)]
+    refuse_unused(dataclasses.replace(Settings(), eval=protocol), given)
+
+
 def check_whole(protocol: EvalSettings) -> None:
     """Refuse a protocol that shows the middle of an image alone."""
     if protocol.protocol == "center-crop":

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctt.cli.common import check_whole, refuse_without_effect, run_program
+from ctt.cli.common import check_protocol, check_whole, refuse_without_effect, run_program
 from ctt.errors import UserError
-from ctt.settings import EvalSettings, Settings, update, validate_eval
+from ctt.settings import EvalSettings, Settings, update
 from ctt.text import say
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _main(arguments: list[str]) -> int:
     device = pick_device(parsed.device, "--device")
     trained = load_trained(parsed.path)
     parsed = _parse(arguments, trained.settings.eval)
-    validate_eval(parsed.eval)
+    check_protocol(parsed.eval, trained.settings.eval)
     dataset, settings = _open_dataset(trained, parsed)
     changed = [n for n in SHOWN if getattr(parsed.eval, n) != getattr(trained.settings.eval, n)]
     if parsed.embedding is not None and changed:

@@ -13,11 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ctt.cli.common import BAD_INPUT, check_whole, refuse_without_effect, run_program
+from ctt.cli.common import (
+    BAD_INPUT,
+    check_protocol,
+    check_whole,
+    refuse_without_effect,
+    run_program,
+)
 from ctt.data import IMAGE_SUFFIXES, other_images
 from ctt.errors import LoaderError, UnwritableError, UserError
 from ctt.files import remove_parts
-from ctt.settings import EvalSettings, validate_eval
+from ctt.settings import EvalSettings
 from ctt.text import say
 
 if TYPE_CHECKING:
@@ -134,7 +140,7 @@ def _main(arguments: list[str]) -> int:
     if protocol.protocol == "center-crop":
         protocol = dataclasses.replace(protocol, protocol="whole")
     parsed = _parse(arguments, protocol)
-    validate_eval(parsed.eval)
+    check_protocol(parsed.eval, protocol)
     check_whole(parsed.eval)
     predict = trained.predictor(device, for_images(parsed.eval))
     if parsed.geotiff:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
-from ctt.cli.common import BAD_INPUT, check_whole, refuse_without_effect
+from ctt.cli.common import BAD_INPUT, check_protocol, check_whole, refuse_without_effect
 from ctt.cli.ranking_checks import (
     RESULTS,
     check_copies,
@@ -25,7 +25,7 @@ from ctt.cli.ranking_checks import (
     is_drawn,
 )
 from ctt.errors import LoaderError, UserError
-from ctt.settings import EvalSettings, validate_eval
+from ctt.settings import EvalSettings
 from ctt.text import BYTES_AS_THEY_ARE, say
 
 if TYPE_CHECKING:
@@ -81,12 +81,11 @@ def rank(parsed: Arguments, protocol_of: Callable[[EvalSettings], EvalSettings])
     check(parsed)
     device = pick_device(parsed.device, "--device")
     trained = load_trained(parsed.weights)
-    if trained.settings.eval.protocol == "center-crop":
-        whole = dataclasses.replace(trained.settings.eval, protocol="whole")
-        protocol = protocol_of(whole)
-    else:
-        protocol = protocol_of(trained.settings.eval)
-    validate_eval(protocol)
+    before = trained.settings.eval
+    if before.protocol == "center-crop":
+        before = dataclasses.replace(before, protocol="whole")
+    protocol = protocol_of(before)
+    check_protocol(protocol, before)
     check_whole(protocol)
     dataset, reason = of_run(parsed.weights, trained)
     entries = given(parsed) if parsed.images else unlabeled(parsed.weights, dataset, reason)

@@ -173,6 +173,8 @@ def test_half_is_halved_once(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     for options in ([], ["--eval.protocol", "half"]):
         assert app._main([str(tmp_path / "run"), *options]) == 0
     assert [(v.settings.protocol, v.settings.scales) for v in seen] == [("whole", (0.5,))] * 2
+    with pytest.raises(UserError, match=r"changes nothing with `eval\.protocol` half"):
+        app._main([str(tmp_path / "run"), "--eval.window", "16", "16"])
 
 
 def test_bad_ports(folder: Path, viewer: page.Viewer) -> None:

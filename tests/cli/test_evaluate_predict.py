@@ -204,6 +204,7 @@ def test_only_the_networks_asked_for(
         ("--eval.scales 0 1", "--eval.scales must be factors in 0.1..10"),
         ("--eval.window 4 4", "--eval.window must be at least 8 8"),
         ("--eval.stride 900", "--eval.stride must be a share"),
+        ("--eval.window 16 16", "--eval.window changes nothing with --eval.protocol whole"),
         ("--dataset nope", "no such dataset"),
         ("--device cuda:99", "--device cuda:99 cannot be used here"),
         ("--workers -1", "--workers -1 must be at least 0"),
@@ -484,6 +485,7 @@ def test_too_little_memory_names_the_image_and_the_mend(
         "weights",
         "network",
         "crop",
+        "window",
         "workers",
     ],
 )
@@ -508,6 +510,8 @@ def test_bad_input(
         options = ["--workers", "-2"]
     elif kind == "crop":
         options = ["--eval.protocol", "center-crop"]
+    elif kind == "window":
+        options = ["--eval.window", "16", "16"]
     elif kind == "broken":
         whole = (images / "grey.jpg").read_bytes()
         (images / "grey.jpg").write_bytes(whole[: len(whole) // 2])
@@ -530,6 +534,7 @@ def test_bad_input(
         "network": "Networks: student_1, student_2, teacher_1, teacher_2, ensemble.",
         "workers": "--workers -2 must be at least 0",
         "crop": "a mask is made of the whole image",
+        "window": "--eval.window changes nothing with --eval.protocol whole",
         "broken": "grey.jpg cannot be read as an image",
         "empty": "No image found",
         "twice": "would both be written",

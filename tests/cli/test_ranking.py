@@ -326,6 +326,7 @@ def test_what_cannot_be_ranked(run: Path, tmp_path: Path) -> None:
         (["--network", "student_1"], "--network has no effect"),
         (["--recursive"], "--recursive has no effect"),
         (["--eval.protocol", "center-crop"], "a mask is made of the whole image"),
+        (["--eval.stride", "0.5"], "`eval.stride` changes nothing with `eval.protocol` whole"),
     ):
         with pytest.raises(UserError, match=message):
             predict._main([str(run), "--rank", *out, *more])
