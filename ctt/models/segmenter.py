@@ -59,8 +59,10 @@ class Segmenter(nn.Module):
         return self.logits(self.normalize(images)).softmax(dim=1)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Return images (B, channels, H, W) in 0..1 with mean 0 and deviation 1, as in training."""
-        return (images - self.mean) / self.std
+        """Return images (B, channels, H, W) in 0..1 with mean 0 and deviation 1, as in training:
+        where bands have no data (NaN), they have the mean."""
+        normal = (images - self.mean) / self.std
+        return normal.nan_to_num(0) if self.info.bands else normal
 
     def logits(self, normalized: Tensor) -> Tensor:
         """Return logits (B, C, H, W) of normalised images (B, channels, H, W)."""

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shlex
 import shutil
@@ -49,6 +50,22 @@ def test_onnx_of_any_size(
         images = torch.rand(size)
         (found,) = session.run(["classes"], {"images": images.numpy()})
         np.testing.assert_allclose(found, segmenter(images).numpy(), atol=1e-4)
+
+
+def test_a_graph_of_bands_takes_pixels_without_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = dataclasses.replace(INFO, bands=(1, 2, 3))
+    network = models.build("small", 11, 8, 4)
+    checkpoint.save_network(tmp_path / "net.safetensors", network, info, "bands")
+    assert call(f"{tmp_path / 'net.safetensors'}", monkeypatch) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "best.onnx")
+    images = torch.rand(1, 3, 40, 48)
+    images[:, :, 5:9, 7] = torch.nan
+    (found,) = session.run(["classes"], {"images": images.numpy()})
+    expected = ctt.load(tmp_path / "net.safetensors")(images)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+    assert np.isfinite(found).all()
 
 
 def test_program_of_torch_export_from_a_run(

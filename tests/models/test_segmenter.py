@@ -157,6 +157,9 @@ def test_images_of_bands(tmp_path: Path) -> None:
     unit = torch.from_numpy(values.astype(np.float32) / 65535).permute(2, 0, 1)
     assert torch.equal(label.long(), segmenter(unit[None])[0].argmax(dim=0))
     assert torch.equal(segmenter.predict(torch.from_numpy(values).permute(2, 0, 1)), label)
+    unit[1, 3:5, 6] = torch.nan  # no data; it may not spread
+    other = unit.masked_fill(unit.isnan(), 0.5)
+    assert torch.equal(segmenter(unit[None]), segmenter(other[None]))
     with pytest.raises(ValueError, match="images of 4 bands"):
         segmenter.predict(values[:, :, :3])
     with pytest.raises(UserError, match="without a range of their own"):
