@@ -126,6 +126,17 @@ def test_images_that_are_given_and_one_network(
     assert found[0]["distance"] == ""  # nothing stands before it
 
 
+def test_where_no_image_can_be_read_the_order_before_stays(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_text("no image")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "rank.csv").write_text("place,image,copy\n")
+    options = ["--rank", "--out", str(tmp_path / "out"), "--workers", "0", "--overwrite"]
+    with pytest.raises(UserError, match=r"No image can be ranked\. .*broken\.jpg cannot be read"):
+        predict._main([str(run), str(tmp_path / "broken.jpg"), *options])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["rank.csv"]
+    assert (tmp_path / "out" / "rank.csv").read_text() == "place,image,copy\n"
+
+
 def test_another_order_leaves_nothing_of_the_one_before(run: Path, tmp_path: Path) -> None:
     """But what somebody has drawn on a copy is kept."""
     images, out = tmp_path / "photos", tmp_path / "out"
