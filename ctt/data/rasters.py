@@ -333,6 +333,11 @@ class Raster:
             values = _channels(picture)
             return values[[b - 1 for b in _existing(bands, len(values), self.path)]], missing
         bands = _existing(bands, self.count, self.path)
+        if self.first.dtypes[0].startswith("complex"):
+            raise UserError(
+                f"{self.path}: the raster holds complex numbers, of which only the real part would "
+                f"be seen. Save amplitude and phase as channels of their own."
+            )
         with as_read_error(self.path):
             if len(self.files) == 1:
                 values = self.first.read(list(bands), window=window)

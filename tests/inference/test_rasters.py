@@ -246,6 +246,9 @@ def test_rasters_of_other_numbers_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "a.tif", np.zeros((3, 8, 8), np.float32))
     with Raster(tmp_path / "a.tif") as raster, pytest.raises(UserError, match="holds float32"):
         for_network(raster, None, RGB)
+    save(tmp_path / "b.tif", np.zeros((4, 8, 8), np.complex64))
+    with pytest.raises(UserError, match="holds complex numbers"):
+        read_as(tmp_path / "b.tif", BANDS)
 
 
 def bright(images: Tensor) -> Tensor:
