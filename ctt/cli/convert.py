@@ -138,10 +138,11 @@ def report(export: Export, result: Result, target: Path) -> list[str]:
         )
     if result.unmatched:
         share = sum(result.unmatched) / result.pixels
+        example = f", such as {result.example}" if result.example else ""
         lines.append(
             f"No class: {sum(result.unmatched):,} pixels ({share:.2%}) of "
-            f"{len(result.unmatched):,} images match no class; they are 255 in the masks, which is "
-            f"ignored."
+            f"{len(result.unmatched):,} images match no class{example}; they are 255 in the masks, "
+            f"which is ignored."
         )
     if export.ignored:
         lines.append(f"Ignored: pixels of {', '.join(export.ignored)} are 255 in the masks.")

@@ -41,6 +41,7 @@ class Result:
         labeled, evaluation, unlabeled: images.
         present: of these, those that were there before.
         clashes, unmatched: pixels, and the images that have some.
+        example: of unmatched values in masks, those of the first image that has some.
         turned: images whose outlines were drawn before a viewer turns them.
         unsure: images of which nothing says whether they were drawn before or after.
         left_out: why something was not used, and how often.
@@ -54,6 +55,7 @@ class Result:
     pixels: int = 0
     clashes: list[int] = field(default_factory=list)
     unmatched: list[int] = field(default_factory=list)
+    example: str = ""
     turned: int = 0
     unsure: list[Path] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -179,6 +181,7 @@ def _count(result: Result, job: Job, done: _Done) -> None:
     result.pixels += painted.label.size
     result.clashes += [painted.clashes] if painted.clashes else []
     result.unmatched += [painted.unmatched] if painted.unmatched else []
+    result.example = result.example or painted.example
     result.left_out.update(painted.dropped)
 
 

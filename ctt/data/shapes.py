@@ -46,12 +46,14 @@ class Painted(NamedTuple):
         clashes: pixels that lie in shapes of more than one class.
         unmatched: pixels that were annotated, but as no class.
         dropped: what of the annotation was not used, and how often.
+        example: some of the values that match no class, and their file; "" if they have no values.
     """
 
     label: Label
     clashes: int
     unmatched: int = 0
     dropped: Mapping[str, int] = MappingProxyType({})
+    example: str = ""
 
     def also_dropped(self, more: Mapping[str, int]) -> Painted:
         """Return the same with more that was not used."""

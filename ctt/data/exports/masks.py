@@ -239,9 +239,8 @@ def _paint(
         "numbers beyond the palette" if v[0] == NO_COLOUR else str(v.tolist())
         for v in found[unmatched][order]
     )
-    dropped = {f"masks with colours of no class, such as {common} in {file.name}": 1}
     label = labels[place].reshape(height, width)
-    return Painted(label, 0, pixels, dropped if pixels else {})
+    return Painted(label, 0, pixels, example=f"{common} in {file.name}" if pixels else "")
 
 
 def _distinct(values: Array) -> tuple[Array, Any]:
