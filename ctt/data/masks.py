@@ -122,7 +122,9 @@ def refuse_lossy_raster(raster: Raster) -> None:
 def _changed(path: Path, kind: str) -> UserError:
     return UserError(
         f"{path}: the mask is stored as {kind}, which changes the values at the edges of objects, "
-        f"or may have done so. Save masks as PNG, from what they were drawn in."
+        f"or may have done so. Save masks as PNG, from what they were drawn in. If you only have "
+        f"such files: for two classes, write `threshold: 128` into dataset.yaml; masks in colours "
+        f"are converted by `ctt-data convert --form masks --tolerance 20`."
     )
 
 

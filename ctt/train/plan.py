@@ -273,9 +273,11 @@ def new_split(
             f"labelled, and leaves the masks of the others unused; `ratio` 1/1 uses all.",
         )
     if uses_unlabeled and not unlabeled:
+        add = "Put images without masks into unlabeled/. Or lower"
+        advice = add if s.dataset == "folder" else "Lower"
         raise UserError(
-            f"`method` {s.method} learns from unlabelled images, but all {len(labeled)} "
-            f"training images are labelled. Lower `ratio`, or use `method` supervised."
+            f"`method` {s.method} learns from unlabelled images, but all {len(labeled)} training "
+            f"images are labelled. {advice} `ratio`, or use `method` supervised."
         )
     return labeled, unlabeled
 

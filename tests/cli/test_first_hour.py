@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -66,6 +67,17 @@ def test_a_folder_on_a_cpu_is_trained_and_told_of_from_start_to_end(
     more = ["--resume", str(out), "--train.iterations", "6", "--dry-run"]
     assert train._main(more) == 0
     assert "crops of 40x56" in told(capsys)
+
+
+def test_a_folder_without_unlabelled_images_is_told_where_they_go(tmp_path: Path) -> None:
+    root = trees.write_folder(tmp_path / "mine")
+    shutil.rmtree(root / "unlabeled")
+    words = ["--dataset", "folder", "--data-root", str(root), "--recipe", "folder-small"]
+    place = (
+        r"Put images without masks into unlabeled/. Or lower `ratio`, or use `method` supervised"
+    )
+    with pytest.raises(UserError, match=place):
+        train._main([*words, "--dry-run"])
 
 
 @pytest.mark.parametrize(
