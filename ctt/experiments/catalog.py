@@ -94,6 +94,7 @@ IMAGENET_ENCODERS = (
     *("--model.weights", "imagenet", "--model.normalization", "weights"),
 )
 WITHOUT_CT = ("--loss.ct", "0")  # what Tables 7 to 9 vary is measured without the cross teacher
+PRINTED = {paper.CITYSCAPES: ("1/8",)}  # the labels of Tables 4 to 9, which are all of Cityscapes
 
 EXPERIMENTS = {
     "shares": Experiment(
@@ -138,6 +139,7 @@ EXPERIMENTS = {
             Variant("cross teacher and low-level", ("--loss.hc", "0")),
             Variant("all"),
         ),
+        shares=PRINTED,
     ),
     "table5": Experiment(
         "which networks should label for which",
@@ -151,6 +153,7 @@ EXPERIMENTS = {
             CROSS_TEACHER,
         ),
         baseline="mean teacher",
+        shares=PRINTED,
     ),
     "table6": Experiment(
         "how many pairs of student and teacher",
@@ -160,6 +163,7 @@ EXPERIMENTS = {
             for k, no_peer in ((1, ()), (2, ("--loss.lc", "0")), (3, ("--loss.lc", "0")))
         ),
         baseline="2 pairs",
+        shares=PRINTED,
     ),
     "table7": Experiment(
         "how many keys of each class a bank holds",
@@ -169,6 +173,7 @@ EXPERIMENTS = {
             for v in values("--bank.capacity", "64", "128", "256", "512", "1024")
         ),
         baseline="128",
+        shares=PRINTED,
     ),
     "table8": Experiment(
         "from which confidence on a pixel belongs to the high-level contrast",
@@ -178,6 +183,7 @@ EXPERIMENTS = {
             for v in values("--loss.gamma", "0", "0.75", "0.85", "0.95", "1")
         ),
         baseline="0.75",
+        shares=PRINTED,
     ),
     "table9": Experiment(
         "low-level contrast of every pixel, or of those where the peer is more confident",
@@ -186,6 +192,7 @@ EXPERIMENTS = {
             Variant("every pixel", ("--loss.no-directional", *WITHOUT_CT)),
             Variant("less confident pixels", ("--loss.directional", *WITHOUT_CT)),
         ),
+        shares=PRINTED,
     ),
     "tau": Experiment(
         "the temperature of both contrasts, which the paper does not print",

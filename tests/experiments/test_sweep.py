@@ -519,6 +519,14 @@ def test_all_labels_are_for_methods_without_unlabelled_images(tmp_path: Path) ->
         assert [r.variant for r in planned] == [v.name for v in catalog.get(name).variants]
 
 
+def test_the_papers_tables_have_the_labels_that_it_prints(tmp_path: Path) -> None:
+    of = {name: catalog.get(name).shares.get("cityscapes") for name in paper.TABLES}
+    assert of == dict.fromkeys(paper.TABLES, ("1/8",))
+    for dataset, share in (("cityscapes", "1/8"), ("voc", "1/20")):
+        parsed = sweep.Arguments("table6", dataset=dataset, seeds=(0,))
+        assert {r.share for r in sweep.plan(parsed, [], tmp_path)} == {share}
+
+
 def test_why_a_run_was_killed_is_told(tmp_path: Path) -> None:
     r = runs.Run("table4", "6", "", "all", (), Settings(), tmp_path / "run")
     r.log.write_text("ctt-train: an earlier error\n")
