@@ -156,8 +156,8 @@ class ModelSettings:
     with which the published weights of the backbone were trained, of each pair its own (CLIP,
     SigLIP and DINOv2 have different ones)."""
     output_stride: int = 0
-    """Of a dilated backbone: 8 or 16; 0: 8 for deeplabv2, 16 for deeplabv3plus. Swins cannot be
-    dilated and have 32."""
+    """Stride of a dilated backbone: 8 or 16; 0: 8 for deeplabv2, 16 for deeplabv3plus. Swins cannot
+    be dilated and have 32."""
     grid: Literal["aligned", "legacy"] = "aligned"
     """Where the cells of a network's features lie in an image. aligned: where the network looks,
     pixel r * stride for cell r of convolutions, the middle of the patch for patches. legacy: as
@@ -221,7 +221,7 @@ class OptimSettings:
     layer_decay: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Learning rate of a layer of the backbone relative to the next one; 1: all learn alike."""
     momentum: Annotated[float, SHARE_BELOW_1] = 0.9
-    """sgd: of the mean over past gradients."""
+    """sgd: momentum, the decay of the mean over past gradients."""
     nesterov: bool = False
     """sgd: Nesterov's momentum."""
     betas: Annotated[tuple[float, float], SHARE_BELOW_1] = (0.9, 0.999)
@@ -245,9 +245,10 @@ class OptimSettings:
 @dataclass(frozen=True)
 class EmaSettings:
     decay: Annotated[float, SHARE] = 0.99
-    """a in theta' <- a theta' + (1 - a) theta; the first steps use min(1 - 1/(t+1), a)."""
+    """Decay a of the teachers: teacher <- a teacher + (1 - a) student after every step; the first
+    steps use min(1 - 1/(t+1), a)."""
     buffers: Literal["copy", "average"] = "copy"
-    """Batch-norm statistics of the teacher; integer buffers are always copied."""
+    """Whether a teacher copies the batch-norm statistics of its student, or averages them, too."""
 
 
 @dataclass(frozen=True)
@@ -285,8 +286,8 @@ class LossSettings:
     """Pixels of the low-level contrast: of all images (paper), or of the unlabelled ones alone
     (authors' program)."""
     contrast_stride: Annotated[int, AT_LEAST_1] = 1
-    """Contrast every n-th pixel of the features in both directions: a share of the cost. The banks
-    are filled from all pixels."""
+    """Contrast only every n-th pixel of the features in both directions, which costs less. The
+    banks are filled from all pixels."""
     contrast_reduction: Literal["class", "mean"] = "class"
     """Mean over the pixels of each class and then over classes, or over all pixels at once."""
     confidence_weight: Literal["none", "uniform", "threshold"] = "none"
@@ -320,12 +321,13 @@ class BankSettings:
     start: Literal["class", "all"] = "class"
     """When contrast begins: for each class when its own queue is full, or when every one is."""
     start_after: Annotated[int, AT_LEAST_0] = 0
-    """Iterations before any contrast."""
+    """Iterations before the contrast may begin."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     iterations: Annotated[int, AT_LEAST_1] = 80_000
+    """Steps of the run."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
     threads: Annotated[int, AT_LEAST_0] = 0
@@ -370,7 +372,7 @@ class TrainSettings:
     tensorboard: bool = True
     """Write TensorBoard events into the run folder."""
     loggers: tuple[Literal["wandb", "mlflow"], ...] = ()
-    """Where the numbers of the run go too: W&B (extra `wandb`), MLflow (extra `mlflow`)."""
+    """Also send the numbers of the run to W&B (extra `wandb`) or MLflow (extra `mlflow`)."""
     backend: Literal["auto", "cuda", "triton", "chunked", "cpu", "torch", "reference"] = "auto"
     """Implementation of the operations of `ctt.ops`, wherever it can run."""
 
@@ -420,7 +422,7 @@ class Settings:
     pairs: Annotated[int, Range(0, 8)] = 0
     """K, pairs of student and teacher; 0: what the method uses by default."""
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0
-    """Of the choice of labelled images, the first weights and the augmentation."""
+    """Seed of the choice of labelled images, the initial weights and the augmentation."""
     data: DataSettings = field(default_factory=DataSettings)
     views: ViewSettings = field(default_factory=ViewSettings)
     model: ModelSettings = field(default_factory=ModelSettings)

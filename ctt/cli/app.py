@@ -30,7 +30,7 @@ class Arguments:
     """Address to serve at; 0.0.0.0 shows the page to everyone who reaches this machine. The
     environment variable CTT_APP_PASSWORD, if set, is the password of the user ctt."""
     largest_upload: int = 200
-    """Most megabytes of an image that is dropped on the page."""
+    """Largest image that the page takes, in megabytes."""
     open: bool = False
     """Also open a browser."""
     device: str = "auto"

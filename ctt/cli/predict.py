@@ -63,9 +63,9 @@ class Arguments:
     skip_existing: bool = False
     """Leave out images whose results are there already, to go on after a stop."""
     rank: bool = False
-    """Write which of the images to label next, and no masks of the others: rank.csv, a sheet of the
-    first ones (rank.png), their files and their masks. Without images, those that the run has
-    without labels. The run's teachers rate them."""
+    """Rank the images by how much a label of each may help, as the run's teachers rate them: write
+    rank.csv, a figure of the first ones (rank.png), and copies of these with their predicted masks.
+    If no images are given, those that the run has without labels are ranked."""
     first: int = 20
     """rank: how many images are copied out with their masks, to be labelled."""
     annotations: tuple[Literal["coco", "labelme", "cvat"], ...] = ("coco",)

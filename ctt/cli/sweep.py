@@ -34,8 +34,8 @@ class Arguments:
     """Train the runs of a named experiment, and write one table of them.
 
     Options of `ctt-train` may follow, such as --train.iterations 500, and hold for every run whose
-    method reads them. The same command again goes on with what was interrupted or has failed, and
-    leaves alone what is finished.
+    method reads them. The same command again resumes interrupted runs, repeats failed ones and
+    skips finished ones.
     """
 
     experiment: str

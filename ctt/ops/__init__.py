@@ -2,9 +2,10 @@
 
     from ctt.ops import MemoryBank, ema_update_, info_nce, pair_info_nce
 
-Every operation takes `backend="auto"`; `available_backends()` tells what runs here
-and `prefer_backend(name)` what "auto" takes first.
-`ctt.ops.reference` holds the plain formulas.
+Pixels are rows: features (B, D, h, w) become (N, D) by `x.permute(0, 2, 3, 1).flatten(0, 2)`, and
+labels (B, h, w) become (N,) by `label.flatten()`. Every operation takes `backend="auto"`;
+`available_backends()` returns what can run here, and `prefer_backend(name)` sets what "auto" tries
+first. `ctt.ops.reference` holds the plain formulas.
 """
 
 from ctt.ops._registry import available_backends, prefer_backend

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class MemoryBank(nn.Module):
-    """Queues Q_c of at most `capacity` L2-normalised keys for each of `num_classes` classes.
+    """Memory bank: a first-in first-out queue of L2-normalised features (keys) for each class.
 
     Buffers (saved in the state dict): `keys` (C, V, D) of PyTorch's default dtype, which is
     float32, `count` (C,) int64 keys held, `cursor` (C,) int64 next place to write. Pass `keys` and
@@ -24,8 +24,8 @@ class MemoryBank(nn.Module):
 
     Args:
         num_classes: C, at least 1.
-        capacity: V, at least 1.
-        dim: D, at least 1.
+        capacity: V, most keys of a class, at least 1.
+        dim: D, channels of the features, at least 1.
         group: the processes that share one bank: every one of them must call `push` at each step.
             None: all processes, where torch.distributed is initialised. "local": this process has a
             bank of its own, `push` waits for no other, and the banks differ from rank to rank

@@ -22,7 +22,9 @@ def info_nce(
     reduction: str = "class",
     backend: str = "auto",
 ) -> Tensor:
-    """Pull a pixel to all keys of its class and push it from the rest: equation (6).
+    """Return the loss that pulls pixels to the keys of their class and pushes them from all others.
+
+    This is equation (6) of Xiao et al., 2022, the high-level contrast.
 
     For a pixel v of class c, with Q_c the queue of c and cos the cosine similarity:
 
@@ -38,19 +40,18 @@ def info_nce(
         label: (N,) int64; labels outside 0..C-1 (255) do not count.
         keys: (C, V, D) floating point, L2-normalised as `queue_push_` stores them; no gradient.
         count: (C,) int64, how many of the V keys of a class are held (the first ones); None: all.
-        temperature: tau > 0. A tensor of one value may take a gradient: tau can be learned. On a
-            GPU it is read there, its range is not checked, and the `torch` backend computes.
+        temperature: tau > 0. It may be a tensor of one value, with a gradient if tau is learned; on
+            a GPU its range is then not checked, and the `torch` backend computes the loss.
         mask: (N,) bool; pixels where it is false do not count, whatever they hold.
         reduction: "class" (mean over the pixels of a class, then over the classes present),
             "mean" (over the pixels that count) or "none" ((N,), 0 where a pixel does not count).
         backend: "auto" or a name from `ctt.ops.available_backends()`.
 
     Returns:
-        () or (N,), in float32 (float64 for float64 queries). 0 with zero gradient where no pixel
+        () or (N,), in float32 (float64 for float64 queries); 0 with zero gradient if no pixel
         counts. Half-precision inputs are accumulated in float32, under autocast too. The gradient
-        is computed together with the loss; asking for a second derivative or forward mode raises
-        RuntimeError.
-        torch.func.grad works, and vmap as a loop over its batch.
+        is computed together with the loss, so a second derivative or forward mode raises
+        RuntimeError. torch.func.grad works, and vmap as a loop over its batch.
 
     Raises:
         TypeError, ValueError: an argument of another dtype, shape, device or range.
@@ -76,7 +77,9 @@ def pair_info_nce(
     reduction: str = "class",
     backend: str = "auto",
 ) -> Tensor:
-    """Pull a pixel to its peer and push it from other classes' keys: equation (8).
+    """Return the loss that pulls pixels to their peers and pushes them from other classes' keys.
+
+    This is equation (8) of Xiao et al., 2022, the low-level contrast.
 
     For a pixel v of class c with v2 the feature of the same pixel in the peer network:
 

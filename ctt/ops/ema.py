@@ -27,11 +27,11 @@ def ema_update_(
     copied from the student.
 
     Args:
-        teacher: tensors of any shapes, all on one device, as a list, tuple or other iterable;
-            written in place. Or a module, of which all parameters and buffers are taken, or a state
-            dict. Pass the same list of the same tensor objects, not new views of them, in every
-            call to spare the host: their checks are cached, but a module is walked through anew.
-            Tied weights, which a state dict holds under several names, are averaged once.
+        teacher: written in place. A module, of which all parameters and buffers are taken, a state
+            dict, or a list or other iterable of tensors of any shapes, all on one device. Quickest
+            is the same list of the same tensor objects in every call, because its checks are
+            cached; a module is walked through anew each time. Tied weights, which a state dict
+            holds under several names, are averaged once.
         student: as many tensors, pairwise of the same shape (of modules and state dicts: of the
             same name); a student in half precision may feed a teacher in float32. A teacher in half
             precision loses steps that are smaller than its rounding: keep teachers in float32.
