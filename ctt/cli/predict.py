@@ -126,6 +126,7 @@ def _main(arguments: list[str]) -> int:
     if parsed.geotiff:
         check_tiles(parsed)
         jobs = [job._replace(ending=ENDINGS[1]) for job in jobs]
+    found = len(jobs)
     jobs = check_targets(jobs, parsed)
     if parsed.workers < 0:
         raise UserError(f"--workers {parsed.workers} must be at least 0.")
@@ -150,7 +151,8 @@ def _main(arguments: list[str]) -> int:
     run = segment_rasters if parsed.geotiff else segment
     failures = run(jobs, predict, trained.info, parsed)
     done = len(jobs) - len(failures)
-    say(f"{done} of {len(jobs)} images are segmented in {parsed.out}")
+    before = f", {present} were there already" if (present := found - len(jobs)) else ""
+    say(f"{done} of {len(jobs)} images are segmented in {parsed.out}{before}")
     if not trained.info.bands:  # of which pages may be channels
         paged = [job.file for job in jobs if job.file.suffix.lower() in PAGED]
         for remark in of_pages(traits(paged, pixels=False)):

@@ -450,6 +450,7 @@ def test_a_broken_image_costs_only_itself(
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert len(list(out.iterdir())) == 8
     assert call(predict.main, rest, monkeypatch) == 0  # nothing is left to do
+    assert re.search("0 of 0 images are .*, 4 were there already", capsys.readouterr().out)
 
 
 def test_too_little_memory_names_the_image_and_the_mend(
