@@ -330,7 +330,7 @@ class TrainSettings:
     """Steps of the run."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
-    threads: Annotated[int, AT_LEAST_0] = 0
+    threads: Annotated[int, Range(0, 1024)] = 0
     """CPU threads of a process; 0: one for each core, shared with the other processes."""
     accumulate: Annotated[int, AT_LEAST_1] = 1
     """Parts in which a process takes the images of a step through the students, for batches that

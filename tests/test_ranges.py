@@ -82,3 +82,10 @@ def test_the_help_shows_ranges(capsys: pytest.CaptureFixture[str]) -> None:
     assert "(default: 0.5; in 0..1, below 1)" in shown  # --options.dropout
     assert "Warning" not in capsys.readouterr().err
     assert ranges_of(OptimSettings)["lr"].text == "above 0"
+
+
+def test_threads_beyond_any_machine_are_refused() -> None:
+    """The system ends a process that begins thousands of threads, without a message."""
+    settings = update(Settings(), {"train": {"threads": 5000}}, "test")
+    with pytest.raises(UserError, match=r"`train\.threads` must be in 0\.\.1024"):
+        validate(settings)
