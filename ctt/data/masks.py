@@ -98,14 +98,15 @@ def _of_raster(path: Path, lossy: bool) -> Mask:
             raster.refuse_too_large()
             if raster.first.dtypes[0] in ("uint8", "uint16"):
                 return _of_picture(path, raster.picture()[0], raster.bits)
+            kind = raster.first.dtypes[0]
+            if raster.count > 1 or not kind.startswith(("int", "uint", "float")):
+                raise UserError(
+                    f"{path}: the mask holds {raster.count} x {kind} for each pixel, but one whole "
+                    f"number is expected, the class. Write it again with the classes as values."
+                )
             values, _ = raster.read()
     except ModuleNotFoundError as error:
         raise broken(path, "a mask", ValueError(f"TIFFs of this kind need {error.name}")) from None
-    if len(values) > 1 or values.dtype.kind not in "iuf":
-        raise UserError(
-            f"{path}: the mask holds {len(values)} x {values.dtype} for each pixel, but one whole "
-            f"number is expected, the class. Write it again with the classes as values."
-        )
     return Mask(_whole(path, values[0]))
 
 

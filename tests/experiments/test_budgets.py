@@ -60,6 +60,8 @@ def test_runs_of_a_budget_cost_the_same_and_have_all_phases(
         "160",
         "--loss.ct-after",
         "0.4",
+        "--bank.start-after",
+        "500",
     ]
     runs = list(sweep.plan(sweep.Arguments("cost", seeds=(0,)), given, tmp_path))
     equal = [r for r in runs if r.budget == "equal iterations"]

@@ -21,6 +21,7 @@ def settings(tiny: Settings) -> Settings:
         "bank": {"start_after": 4, "capacity": 2, "per_class": 2},
         "loss": {"gamma": 0.3},
         "model": {"grid": "legacy"},
+        "optim": {"weight_decay": 5e-4},
         "train": {"iterations": 20, "log_every": 1, "eval_every": 20, "tensorboard": False},
     }
     return update(tiny, change, "test")
