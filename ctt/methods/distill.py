@@ -83,8 +83,7 @@ class Distill(PseudoLabels):
         mean = losses.mean_of([step.probability(net, seen) for net in self.sources])
         if self.options.temperature == 1:
             return mean
-        powers = mean ** (1 / self.options.temperature)
-        return powers / powers.sum(dim=1, keepdim=True)
+        return losses.at_temperature(mean, self.options.temperature)
 
     def prepare(self, b: Batch, step: Step) -> Batch:
         soft, labeled = (self.soft(b[name], step) for name in ("unlabeled", "images"))

@@ -229,6 +229,14 @@ def mean_of(probability: Sequence[Tensor]) -> Tensor:
     return probability[0] if len(probability) == 1 else torch.stack(list(probability)).mean(dim=0)
 
 
+def at_temperature(probability: Tensor, temperature: float) -> Tensor:
+    """Return probabilities to the power of 1 / temperature, over their sum: (B, C, H, W).
+
+    It divides logarithms, since small probabilities to a large power would all be 0.
+    """
+    return (probability.log() / temperature).softmax(dim=1)
+
+
 def surest_of(probability: Sequence[Tensor]) -> Tensor:
     """Return the mean over networks, in each pixel weighted by their largest probability there.
 

@@ -113,8 +113,7 @@ class PseudoSeg(MeanTeacher):
         count = step.processes * sum(x.numel() for x in logits)
         scale = (squares / count + 1e-8).rsqrt()
         mean = losses.mean_of([(scale * x).softmax(dim=1) for x in logits])
-        powers = mean ** (1 / self.options.temperature)
-        return powers / powers.sum(dim=1, keepdim=True)
+        return losses.at_temperature(mean, self.options.temperature)
 
     def losses(self, b: Batch, step: Step) -> Terms:
         terms: dict[str, list[Tensor]] = {name: [] for name in self.terms}

@@ -163,3 +163,12 @@ def test_parts_of_the_contrast_add_up_to_the_mean(reduction: str) -> None:
         parts.append(both(part, lambda _, answers=answers: next(answers)))  # type: ignore[misc]
     for expected, first, second in zip(both(everything, None), *parts, strict=True):
         torch.testing.assert_close(first + second, expected)
+
+
+def test_small_probabilities_are_sharpened_too() -> None:
+    p = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.0]).view(1, 5, 1, 1)
+    torch.testing.assert_close(losses.at_temperature(p, 0.5), p**2 / (p**2).sum())
+    torch.testing.assert_close(losses.at_temperature(p, 1), p)
+    spread = torch.full((1, 50, 1, 1), 0.02)  # to the power of 100 each would be 0
+    torch.testing.assert_close(losses.at_temperature(spread, 0.01), spread)
+    assert losses.at_temperature(torch.full((1, 2, 1, 1), torch.nan), 0.5).isnan().all()
