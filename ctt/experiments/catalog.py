@@ -94,7 +94,8 @@ IMAGENET_ENCODERS = (
     *("--model.weights", "imagenet", "--model.normalization", "weights"),
 )
 WITHOUT_CT = ("--loss.ct", "0")  # what Tables 7 to 9 vary is measured without the cross teacher
-PRINTED = {paper.CITYSCAPES: ("1/8",)}  # the labels of Tables 4 to 9, which are all of Cityscapes
+# Tables 4 to 9 are all of Cityscapes with an eighth of the labels
+PAPER_SHARE = {paper.CITYSCAPES: ("1/8",)}
 
 EXPERIMENTS = {
     "shares": Experiment(
@@ -139,7 +140,7 @@ EXPERIMENTS = {
             Variant("cross teacher and low-level", ("--loss.hc", "0")),
             Variant("all"),
         ),
-        shares=PRINTED,
+        shares=PAPER_SHARE,
     ),
     "table5": Experiment(
         "which networks should label for which",
@@ -153,7 +154,7 @@ EXPERIMENTS = {
             CROSS_TEACHER,
         ),
         baseline="mean teacher",
-        shares=PRINTED,
+        shares=PAPER_SHARE,
     ),
     "table6": Experiment(
         "how many pairs of student and teacher",
@@ -163,7 +164,7 @@ EXPERIMENTS = {
             for k, no_peer in ((1, ()), (2, ("--loss.lc", "0")), (3, ("--loss.lc", "0")))
         ),
         baseline="2 pairs",
-        shares=PRINTED,
+        shares=PAPER_SHARE,
     ),
     "table7": Experiment(
         "how many keys of each class a bank holds",
@@ -173,7 +174,7 @@ EXPERIMENTS = {
             for v in values("--bank.capacity", "64", "128", "256", "512", "1024")
         ),
         baseline="128",
-        shares=PRINTED,
+        shares=PAPER_SHARE,
     ),
     "table8": Experiment(
         "from which confidence on a pixel belongs to the high-level contrast",
@@ -183,7 +184,7 @@ EXPERIMENTS = {
             for v in values("--loss.gamma", "0", "0.75", "0.85", "0.95", "1")
         ),
         baseline="0.75",
-        shares=PRINTED,
+        shares=PAPER_SHARE,
     ),
     "table9": Experiment(
         "low-level contrast of every pixel, or of those where the peer is more confident",
@@ -192,7 +193,7 @@ EXPERIMENTS = {
             Variant("every pixel", ("--loss.no-directional", *WITHOUT_CT)),
             Variant("less confident pixels", ("--loss.directional", *WITHOUT_CT)),
         ),
-        shares=PRINTED,
+        shares=PAPER_SHARE,
     ),
     "tau": Experiment(
         "the temperature of both contrasts, which the paper does not print",
