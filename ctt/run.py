@@ -16,6 +16,7 @@ import yaml
 
 from ctt import checkpoint, methods, recipes
 from ctt.data.dataset import Dataset
+from ctt.data.folder import refuse_among_images
 from ctt.data.split import read_lines
 from ctt.errors import UnwritableError, UserError
 from ctt.files import atomic_write, is_part_of, remove_parts
@@ -77,6 +78,7 @@ def check_new(out: Path | None) -> None:
         UserError: there is something already, or the folder cannot be written.
     """
     folder = out or Path("runs")
+    refuse_among_images(folder)
     with _as_out_error(folder):
         if out is not None and out.is_file():
             raise UserError(f"`out` {out}: this is a file; give a folder that is new or empty.")

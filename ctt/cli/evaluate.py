@@ -112,7 +112,12 @@ def _parse(arguments: list[str], protocol: EvalSettings) -> Arguments:
 
 
 def _check_new(option: str, folder: Path | None) -> None:
-    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    from ctt.data.folder import refuse_among_images
+
+    if folder is None:
+        return
+    refuse_among_images(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{option} {folder}: this is there already. Give a new or an empty folder.")
 
 

@@ -108,7 +108,10 @@ def main() -> None:
 
 
 def _main(arguments: list[str]) -> int:
+    from ctt.data.folder import refuse_among_images
+
     parsed = _parse(arguments, EvalSettings())
+    refuse_among_images(parsed.out)
     if parsed.rank:
         from ctt.cli.ranking import rank
 

@@ -22,6 +22,7 @@ from ctt.errors import UserError
 
 LAYOUT = "holds images/, masks/ and dataset.yaml"
 IMAGE_FOLDERS = ("images", "unlabeled", "val/images")
+MASK_FOLDERS = ("masks", "val/masks")
 PARTS = ("images", "masks", "unlabeled", "val")
 OTHER_NAMES = {  # of the parts, in other programs
     "image": "images",
@@ -209,7 +210,7 @@ class Folder(FileDataset):
     @cached_property
     def _elsewhere(self) -> dict[str, str]:
         """Files by their names without the ending, outside of the folders of this layout."""
-        own = ("images/", "unlabeled/", "val/images/", "masks/", "val/masks/")
+        own = tuple(f"{folder}/" for folder in (*IMAGE_FOLDERS, *MASK_FOLDERS))
         return {
             PurePosixPath(name).stem: name
             for name in walk(self.root, "")
@@ -256,6 +257,25 @@ class Folder(FileDataset):
 
 def _stem(name: str) -> str:
     return same_name(str(PurePosixPath(name).with_suffix("")))
+
+
+def refuse_among_images(out: Path) -> None:
+    """Refuse to write into a folder from which a dataset reads all images or masks.
+
+    The pictures written there would be taken for images of the next run.
+
+    Raises:
+        UserError: `out` is such a folder, or lies in one.
+    """
+    whole = out.resolve()
+    for root in whole.parents:
+        for folder in (*IMAGE_FOLDERS, *MASK_FOLDERS):
+            if whole.is_relative_to(root / folder) and (root / DESCRIPTION).is_file():
+                raise UserError(
+                    f"`out` {out}: {root / DESCRIPTION} makes every picture in {root / folder} a "
+                    f"part of that dataset, so what is written there would be trained on. Give a "
+                    f"folder outside of it."
+                )
 
 
 def find_images(root: Path, folder: str) -> list[str]:

@@ -20,6 +20,7 @@ from ctt import checkpoint, run
 from ctt.cli import evaluate, export, predict, train
 from ctt.data import open_dataset
 from ctt.data.digits import Digits
+from ctt.data.folder import refuse_among_images
 from ctt.data.options import DatasetOptions
 from ctt.data.pictures import read_image
 from ctt.inference import predict as inference
@@ -371,6 +372,33 @@ def test_results_beside_the_images_are_no_images(
     pattern = [arguments[0], f"{images}/*g", *arguments[2:], *options, "--overwrite"]
     assert call(predict.main, pattern, monkeypatch) == 0
     assert "5 of 5 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["unlabeled", "images/leaves", "val/masks/new"])
+def test_results_among_the_images_of_a_dataset_are_refused(
+    part: str,
+    folder: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = tmp_path / "mine"
+    (root / "unlabeled").mkdir(parents=True)
+    (root / "dataset.yaml").write_text("classes: [a, b]\n")
+    out = ["--out", str(root / part)]
+    for program, arguments in (
+        (predict.main, [str(folder), str(images)]),
+        (predict.main, [str(folder), "--rank"]),
+        (evaluate.main, [str(folder)]),
+        (train.main, ["--dry-run"]),
+    ):
+        assert call(program, [*arguments, *out], monkeypatch) == 2
+        shown = " ".join(capsys.readouterr().err.split())
+        assert "a part of that dataset, so what is written there would be trained on" in shown
+    assert sorted(path.name for path in root.iterdir()) == ["dataset.yaml", "unlabeled"]
+    for other in (root / "predictions", tmp_path / "images"):
+        refuse_among_images(other)
 
 
 def test_an_image_that_is_named_twice_is_segmented_once(
