@@ -23,9 +23,10 @@ class Arguments:
     """
 
     path: Path
-    """Folder of a run, or a best.safetensors."""
+    """Folder of a run, a best.safetensors, or hf:OWNER/NAME on the Hugging Face hub."""
     out: Path | None = None
-    """File to write; by default NETWORK.onnx, .pt2 or .safetensors in the folder of PATH."""
+    """File to write; by default NETWORK.onnx, .pt2 or .safetensors in the folder of PATH, or here
+    if PATH is hf:OWNER/NAME."""
     network: str = "best"
     """student_1, teacher_2 and so on, as the run's last checkpoint has them, or `best`, the one
     in its best.safetensors."""
@@ -71,9 +72,11 @@ def _main(arguments: list[str]) -> int:
     if parsed.push:
         return push_to_hub(parsed)
     from ctt.inference.export import OPSET, SUFFIXES, export
-    from ctt.inference.load import load_trained
+    from ctt.inference.load import is_on_hub, load_trained
 
     folder = parsed.path if parsed.path.is_dir() else parsed.path.parent
+    if is_on_hub(parsed.path):
+        folder = Path()
     out = parsed.out or folder / f"{parsed.network}{SUFFIXES[parsed.format]}"
     check_target(out, parsed)
     trained = load_trained(parsed.path, parsed.network)

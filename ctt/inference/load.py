@@ -83,6 +83,11 @@ class TrainedNetworks:
         return lambda images: predict(images.to(device))
 
 
+def is_on_hub(path: Path) -> bool:
+    """Return whether a path names a repository of the Hugging Face hub."""
+    return str(path).startswith(PREFIX)
+
+
 def load_trained(path: Path, network: str = "") -> TrainedNetworks:
     """Load all networks of the run in the folder `path`, or the one in the file `path`.
 
@@ -93,7 +98,7 @@ def load_trained(path: Path, network: str = "") -> TrainedNetworks:
     Raises:
         UserError: there is neither, or its parts do not fit each other, or no such network.
     """
-    if str(path).startswith(PREFIX):
+    if is_on_hub(path):
         from ctt.inference.hub import download
 
         path = download(str(path).removeprefix(PREFIX))

@@ -25,7 +25,7 @@ from ctt.device import pick_device
 from ctt.errors import UserError
 from ctt.files import expanded
 from ctt.inference.evaluate import ENSEMBLE
-from ctt.inference.load import load_trained
+from ctt.inference.load import is_on_hub, load_trained
 from ctt.methods.base import M, Method, Setup, unchanged
 from ctt.methods.labeled import class_weights
 from ctt.models.base import SegmentationModel
@@ -294,7 +294,13 @@ def teachers_of_run(
     """
     if settings.teacher is None:
         return None
-    trained = load_trained(expanded(settings.teacher, "`teacher`"))
+    path = expanded(settings.teacher, "`teacher`")
+    if not (path.exists() or is_on_hub(path)):
+        raise UserError(
+            f"`teacher` {path}: it is not there. Give the folder of a finished run, or a file of "
+            f"weights. If it was moved, a resumed run takes its new path."
+        )
+    trained = load_trained(path)
     if ENSEMBLE in trained.names():
         trained = trained.choose([ENSEMBLE])
     if trained.info.classes != info.classes:

@@ -136,6 +136,9 @@ def test_what_is_pushed_is_loaded(
     image = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8)
     assert torch.equal(network.predict(image), ctt.load(path).predict(image))
     assert not [p for p in run.iterdir() if p.suffix not in (".safetensors", ".json")]
+    monkeypatch.chdir(run.parent)
+    assert export._main(["hf:me/net", "--format", "safetensors"]) == 0
+    assert ctt.load("best.safetensors").classes == network.classes
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert ctt.load("hf:me/net").note == "a run"  # from the cache
 

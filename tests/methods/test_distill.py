@@ -113,6 +113,12 @@ def test_a_run_teaches_a_smaller_network(tiny: Settings, tmp_path: Path) -> None
     with pytest.raises(UserError, match="know the 11 classes of digits, and folder has 4 of its"):
         train(update(settings, fewer, "test"), out=tmp_path / "other")
     assert not (tmp_path / "other").exists()
+    (tmp_path / "large").rename(tmp_path / "moved")
+    further = update(further, {"train": {"iterations": 4}}, "test")
+    with pytest.raises(UserError, match="If it was moved, a resumed run takes its new path"):
+        train(further, resume=tmp_path / "small")
+    further = update(further, {"teacher": tmp_path / "moved"}, "test")
+    assert train(further, resume=tmp_path / "small")["iterations"] == 4
 
 
 def _two_classes(root: Path) -> Path:
@@ -125,7 +131,7 @@ def _two_classes(root: Path) -> Path:
     ("arguments", "message"),
     [
         ("--method distill", "`method` distill needs `teacher`"),
-        ("--method distill --teacher nowhere", "nowhere"),
+        ("--method distill --teacher nowhere", "`teacher` nowhere: it is not there"),
         ("--method supervised --teacher x", "`teacher` changes nothing with `method` supervised"),
         ("--method distill --options.temperature 0", "`options.temperature` must be above 0"),
     ],
