@@ -36,10 +36,15 @@ def check_quickly(dataset: Dataset, labeled: list[str], unlabeled: list[str]) ->
         name, path = missing[0]
         more = f" {len(missing)} files are missing in all." if len(missing) > 1 else ""
         near = dataset.candidate(name) if isinstance(dataset, FileDataset) else ""
+        instead = (
+            ": every run is evaluated on this image."
+            if name in evaluation
+            else ", or train with lists of the images that are there (`split_labeled`, "
+            "`split_unlabeled`). Images without a mask can only be unlabelled ones."
+        )
         raise UserError(
             f"{path}: there is no such file, but the dataset needs it.{near}{more} Complete the "
-            f"dataset, or train with lists of the images that are there (`split_labeled`, "
-            f"`split_unlabeled`). Images without a mask can only be unlabelled ones."
+            f"dataset{instead}"
         )
     pixels = torch.zeros(len(dataset.info.classes) + 1, dtype=torch.int64)
     for names in (labeled, evaluation):
