@@ -359,7 +359,11 @@ def test_the_held_out_part_shows_every_class_or_it_is_told(tmp_path: Path, call:
     text = (
         "none of the 2 images to evaluate on shows blue thing, so the scores say nothing about it"
     )
-    assert (code, f"Warning: {text}" in out) == (0, True)
+    more = "Evaluate on more images (--data.holdout"
+    assert (code, f"Warning: {text}. {more}" in out) == (0, True)
+    trees.write_voc(tmp_path / "voc")  # of which nothing changes what is evaluated on
+    _, out, _ = call("check", "--dataset", "voc", "--data-root", tmp_path / "voc")
+    assert ("none of the 2 images to evaluate on shows" in out, more in out) == (True, False)
     settings = Settings(dataset="folder", data_root=root, ratio="5", method="supervised")
     plan = Plan.of(settings, None)
     assert any(text in warning for warning in plan.warnings())
