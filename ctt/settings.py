@@ -545,6 +545,12 @@ def _update(settings: Any, values: dict[str, Any], source: str, prefix: str) -> 
                 f"{source}: there is no setting {prefix}{key}. "
                 f"Settings at this place: {', '.join(sorted(known))}."
             )
+        if name in changes:
+            both = " and ".join(str(k) for k in values if str(k).replace("-", "_") == name)
+            raise UserError(
+                f"{source}: {both} are two spellings of the setting {prefix}{name}. Take one of "
+                f"them out."
+            )
         current = getattr(settings, name)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, dict):

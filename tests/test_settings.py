@@ -47,6 +47,7 @@ def test_every_recipe_is_valid(name: str) -> None:
         ({"model": {"name": ["small"]}}, "must be of type str, got .'small'"),
         ({"dataset": {"folder": 1}}, "must be of type str, got .'folder'"),
         ({"views": {"mix": "mixup"}}, "must be one of none, classmix"),
+        ({"data": {"batch-size": 4, "batch_size": 8}}, "batch-size and batch_size are two spell"),
     ],
 )
 def test_bad_values_are_named(values: dict[str, object], text: str) -> None:

@@ -62,6 +62,9 @@ class Convert:
     """Make symbolic links to the images in place of copies."""
     threads: Annotated[int, AT_LEAST_0] = 0
     """Images converted at a time; 0: one for each core."""
+    show: Annotated[int, AT_LEAST_0] = 20
+    """Of more unusable files than this, the first of each kind is printed, for so many kinds; 0:
+    every single file."""
 
 
 def convert(command: Convert) -> int:
@@ -76,6 +79,7 @@ def convert(command: Convert) -> int:
     from ctt.data import convert as work
     from ctt.data.exports import read_export
     from ctt.data.exports.base import Request
+    from ctt.data.faults import Fault, grouped
 
     if command.to is None:
         raise UserError("--to is needed: the new folder, such as --to mine.")
@@ -109,12 +113,15 @@ def convert(command: Convert) -> int:
         )
     for line in report(export, result, command.to):
         say(line)
-    if result.faults:
-        for fault in result.faults:
-            say(fault)
+    if texts := result.faults:
+        if 0 < command.show < len(texts):
+            texts = grouped(Fault(text, "") for text in texts)[: command.show]
+        for text in texts:
+            say(text)
+        hidden = ", and with --show 0 every one" if len(texts) < len(result.faults) else ""
         raise UserError(
-            f"{len(result.faults)} file{'s' * (len(result.faults) > 1)} could not be used, see "
-            f"above; all others are converted. Mend them and give the command again."
+            f"{len(result.faults):,} file{'s' * (len(result.faults) > 1)} could not be used, see "
+            f"above{hidden}; all others are converted. Mend them and give the command again."
         )
     return 0
 

@@ -17,8 +17,6 @@ from ctt.settings import DataSettings, Settings, refuse_outside, validate
 from ctt.text import say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.table import Table
 
     from ctt.cli.stats import Stats
@@ -92,7 +90,7 @@ class Split:
     """New folder for labeled.txt and unlabeled.txt; by default split-DATASET-RATIO-SEED."""
     form: Literal["names", "paths"] = "names"
     """A line is the name of an image, or the paths of image and mask with a space between them, as
-    other programs have them."""
+    other programs have them; a tab, if the name of a file holds a space."""
     data: DatasetOptions = field(default_factory=DatasetOptions)
 
 
@@ -252,7 +250,7 @@ def class_table(dataset: Dataset, report: Report) -> Table:
 
 def split(command: Split) -> int:
     """Write both lists, or none."""
-    from ctt.data.split import make_split, write_list
+    from ctt.data.split import make_split, path_lines, write_list
 
     dataset = open_dataset(command)
     labeled, unlabeled = make_split(dataset, command.ratio, command.seed, None, None)
@@ -262,11 +260,13 @@ def split(command: Split) -> int:
     for path in parts:
         if path.exists():
             raise UserError(f"{path} is there already. Give another --out.")
-    line: Callable[[str], str] = dataset.line if command.form == "paths" else str
+    if command.form == "paths":  # both lists with the same sign between image and mask
+        lines = path_lines(map(dataset.line, [*labeled, *unlabeled]))
+        parts = dict(zip(parts, (lines[: len(labeled)], lines[len(labeled) :]), strict=True))
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path, names in parts.items():
-            write_list(path, map(line, names))
+            write_list(path, names)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror}).") from None
     say(f"{len(labeled)} labelled and {len(unlabeled)} unlabelled images are listed in {out}")

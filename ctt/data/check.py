@@ -20,6 +20,10 @@ from ctt.data.split import UNLABELED_ALONE, all_others, examine_list, without_la
 from ctt.errors import UserError
 
 HANDFUL = 5  # pairs read by the quick check, of the labelled and of the evaluation images
+MORE_TO_EVALUATE_ON = {  # of other datasets the images are fixed
+    "folder": " Evaluate on more images (`data.holdout`, or a val/ folder).",
+    "digits": " Evaluate on more images (`data.eval_images`).",
+}
 
 
 def check_quickly(dataset: Dataset, labeled: list[str], unlabeled: list[str]) -> None:
@@ -36,10 +40,15 @@ def check_quickly(dataset: Dataset, labeled: list[str], unlabeled: list[str]) ->
         name, path = missing[0]
         more = f" {len(missing)} files are missing in all." if len(missing) > 1 else ""
         near = dataset.candidate(name) if isinstance(dataset, FileDataset) else ""
+        instead = (
+            ": every run is evaluated on this image."
+            if name in evaluation
+            else ", or train with lists of the images that are there (`split_labeled`, "
+            "`split_unlabeled`). Images without a mask can only be unlabelled ones."
+        )
         raise UserError(
             f"{path}: there is no such file, but the dataset needs it.{near}{more} Complete the "
-            f"dataset, or train with lists of the images that are there (`split_labeled`, "
-            f"`split_unlabeled`). Images without a mask can only be unlabelled ones."
+            f"dataset{instead}"
         )
     pixels = torch.zeros(len(dataset.info.classes) + 1, dtype=torch.int64)
     for names in (labeled, evaluation):
@@ -105,11 +114,12 @@ def classes_without_pixel(dataset: Dataset, pixels: list[int]) -> list[str]:
     ]
 
 
-def not_evaluated(images: int, classes: list[str]) -> str:
+def not_evaluated(dataset: Dataset, classes: list[str]) -> str:
     """Return the warning that no image to evaluate on shows some classes."""
     return (
-        f"Warning: none of the {images} images to evaluate on shows {', '.join(classes)}, so the "
-        f"scores say nothing about it. Evaluate on more images (`data.holdout`, or a val/ folder)."
+        f"Warning: none of the {len(dataset.eval_ids())} images to evaluate on shows "
+        f"{', '.join(classes)}, so the scores say nothing about it."
+        f"{MORE_TO_EVALUATE_ON.get(dataset.info.name, '')}"
     )
 
 
@@ -265,7 +275,7 @@ def check_all(
     unscored = ((learned > 0) & (scored == 0))[:-1].tolist()
     missing = [n for n, left_out in zip(dataset.info.classes, unscored, strict=True) if left_out]
     if evaluation and missing:
-        warnings.append(not_evaluated(len(evaluation), missing))
+        warnings.append(not_evaluated(dataset, missing))
     if isinstance(dataset, FileDataset):
         warnings += dataset.remarks(names, threads)
     warnings += overlaps(image_files(dataset, labeled, unlabeled, evaluation), content)

@@ -190,9 +190,9 @@ class Dataset(ABC):
     def evaluate_on(self, names: Iterable[str]) -> None:  # noqa: B027 (most datasets fix it)
         """Evaluate on these images alone, and hold out those of them that could be trained on."""
 
-    def line(self, name: str) -> str:
-        """Return the image in a split list for other programs: the paths of image and mask."""
-        return name
+    def line(self, name: str) -> list[str]:
+        """Return what a split list for other programs says of an image: its path and its mask's."""
+        return [name]
 
     @cached_property
     def _names(self) -> frozenset[str]:

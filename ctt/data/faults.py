@@ -17,7 +17,7 @@ class Fault:
 
     Attributes:
         text: sentences that name it and say what is wrong.
-        place: the file or the line, as it is named among others.
+        place: the file or the line, as it is named among others; empty: the text alone names it.
         names: what else in the text belongs to it alone, such as the image's name.
     """
 
@@ -42,8 +42,9 @@ def grouped(faults: Iterable[Fault]) -> list[str]:
     for first, *others in groups.values():
         text = first.text
         if others:
-            places = ", ".join(fault.place for fault in others[:SHOWN])
-            more = ", ..." if len(others) > SHOWN else "."
-            text += f" The same holds for {len(others):,} more: {places}{more}"
+            text += f" The same holds for {len(others):,} more"
+            places = ", ".join(fault.place for fault in others[:SHOWN] if fault.place)
+            text += f": {places}" if places else ""
+            text += ", ..." if places and len(others) > SHOWN else "."
         texts.append(text)
     return texts

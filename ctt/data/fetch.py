@@ -179,18 +179,20 @@ def download(archive: Archive, folder: Path, progress: Progress) -> Path:
         f"Without a connection, download {archive.name} elsewhere and put it into {folder}; the "
         f"same command then uses it."
     )
-    if not target.exists():
-        part = target.with_name(f"{target.name}.part")
+    own = target.exists()  # of the user, or of a download that ended before it was unpacked
+    part = target if own else target.with_name(f"{target.name}.part")
+    if not own:
         _receive(archive.url, part, progress, by_hand)
-        part.rename(target)
-    if sha256(target) != archive.sha256:
-        target.unlink()
+    if sha256(part) != archive.sha256:
+        mend = "Move it away, or wait until it is written, and run the command again."
+        if not own:
+            part.unlink()
+            mend = f"It has been removed. Run the command again. {by_hand}"
         raise UserError(
-            f"{target} was not what {archive.url} should hold (its SHA-256 is not "
-            f"{archive.sha256}) and "
-            f"has been removed. Run the command again. {by_hand}"
+            f"{part} is not what {archive.url} should hold (its SHA-256 is not {archive.sha256}). "
+            f"{mend}"
         )
-    return target
+    return part.replace(target)
 
 
 def _receive(url: str, part: Path, progress: Progress, by_hand: str) -> None:

@@ -191,13 +191,13 @@ class FileDataset(Dataset):
         """Return a sentence on what may be the mask of an image that seems to have none."""
         return ""
 
-    def line(self, name: str) -> str:
+    def line(self, name: str) -> list[str]:
         mask = self.mask_path(name)
         # of an unlabelled image it may name another file, such as the image itself
         there = name not in self._maskless and mask.is_file()
         paths = [self.image_path(name), *([mask] if there else [])]
         texts = [Path(os.path.relpath(path, self.base)).as_posix() for path in paths]
-        return " ".join([*texts, NO_MASK][:2])
+        return [*texts, NO_MASK][:2]
 
     def files(self, name: str, labeled: bool) -> list[Path]:
         return [self.image_path(name), *([self.mask_path(name)] if labeled else [])]

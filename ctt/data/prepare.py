@@ -129,7 +129,7 @@ class Prepared:
                 return  # Windows: another process wrote it meanwhile, and has it open
             raise UserError(
                 f"`data.cache` {self.cache} cannot be written ({error.strerror}). Give a folder "
-                f"with more room, or leave it out."
+                f"that can be written and has room, or None, which reads the files every time."
             ) from None
 
 

@@ -128,7 +128,8 @@ def pixels_of(shape: Shape, height: int, width: int) -> Bitmap:
         result |= coco.decode(coco.merge(runs)).astype(np.bool_)
     if shape.bitmap is not None:
         top, left = max(0, shape.top), max(0, shape.left)
-        part = shape.bitmap[top - shape.top :, left - shape.left :][: height - top, : width - left]
+        part = shape.bitmap[top - shape.top :, left - shape.left :]
+        part = part[: max(0, height - top), : max(0, width - left)]
         result[top : top + part.shape[0], left : left + part.shape[1]] |= part
     return result
 

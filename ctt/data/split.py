@@ -1,7 +1,7 @@
 """Which training images are labelled: by ratio and seed, or by lists."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import product
 from pathlib import Path, PurePosixPath
@@ -245,6 +245,23 @@ def write_list(path: Path, lines: Iterable[str]) -> None:
     with atomic_write(path) as part:
         text = "".join(f"{line}\n" for line in lines)
         part.write_text(text, "utf-8", BYTES_AS_THEY_ARE, "\n")
+
+
+def path_lines(images: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a list of images and their masks, with a space between the two, or with
+    a tab if a name among them holds a space.
+
+    Raises:
+        UserError: a name holds a tab, so that nothing would tell the two apart.
+    """
+    listed = [*images]
+    for name in (text for texts in listed for text in texts if "\t" in text):
+        raise UserError(
+            f"The name of {name!r} holds a tab, so that a line with image and mask could not be "
+            f"read again. Rename it, or give `form` names."
+        )
+    spaces = any(" " in text for texts in listed for text in texts)
+    return ["\t".join(texts) if spaces else " ".join(texts) for texts in listed]
 
 
 def make_split(

@@ -237,7 +237,7 @@ class Plan:
                 f"`split_labeled`, or check the masks by ctt-data check."
             )
         if missing := classes_without_label(self.dataset, self.dataset.eval_ids()):
-            found.append(not_evaluated(len(self.dataset.eval_ids()), missing))
+            found.append(not_evaluated(self.dataset, missing))
         return found
 
 

@@ -86,6 +86,25 @@ def test_links_that_lead_nowhere_cost_themselves_alone(tmp_path: Path, call: Cal
     assert str(path) in out
 
 
+def test_many_faults_are_told_once_for_each_kind(tmp_path: Path, call: Call) -> None:
+    source, photos = exports.coco(tmp_path / "export"), tmp_path / "photos"
+    (source / "images" / "photo 0.jpg").write_bytes(b"")
+    photos.mkdir()
+    for i in range(30):
+        (photos / f"old {i}.jpg").symlink_to("nowhere.jpg")
+    more = ("--unlabeled", photos)
+    code, out, err = call(source, "--to", tmp_path / "a", *more)
+    assert (code, out.count("which is not there"), "photo 0.jpg" in out) == (2, 1, True)
+    assert "The same holds for 29 more." in out
+    assert "31 files could not be used, see above, and with --show 0 every one;" in err
+    assert call(source, "--to", tmp_path / "a", *more, "--show", 1)[1].count("which is not") == 1
+    _, out, err = call(source, "--to", tmp_path / "a", *more, "--show", 0)
+    assert (out.count("which is not there"), "31 files could not be used, see above;" in err) == (
+        30,
+        True,
+    )
+
+
 def test_files_of_other_programs_beside_those_of_cvat(tmp_path: Path, call: Call) -> None:
     """GDAL writes statistics beside each image that it opens."""
     source = exports.cvat(tmp_path / "export")

@@ -116,8 +116,9 @@ def test_written_lists_are_the_split_of_the_same_seed(
     assert f"{len(drawn[0])} labelled and {len(drawn[1])} unlabelled" in shown
     if form == "paths":
         for line in (out / "labeled.txt").read_text("utf-8").splitlines():
-            at = line.index(" ", line.index(".jpg" if dataset != "cityscapes" else "8bit.png"))
-            for path in (line[:at], line[at + 1 :]):
+            parts = line.split("\t")  # names in these trees hold spaces
+            assert len(parts) == 2
+            for path in parts:
                 folder = "data/VOCdevkit/VOC2012" if dataset == "voc" else "data"
                 assert (tmp_path / folder / path).is_file()
     before = (out / "labeled.txt").read_bytes()
@@ -136,9 +137,12 @@ def test_unlabelled_images_are_listed_without_a_mask(tmp_path: Path, call: Call)
     assert call("split", *options, "--out", out)[0] == 0
     lines = (out / "unlabeled.txt").read_text("utf-8").splitlines()
     assert [line.startswith("unlabeled/") for line in lines] == [True] * 4
-    assert [line.endswith(".png None") for line in lines] == [True] * 4
+    assert [line.endswith(".png\tNone") for line in lines] == [True] * 4
     dataset = data.open_dataset("folder", root, DatasetOptions())
     assert len(make_split(dataset, "1", 0, out / "labeled.txt", out / "unlabeled.txt")[1]) == 4
+    (root / "unlabeled" / "a.png").rename(root / "unlabeled" / "a\tb.png")
+    code, _, err = call("split", *options, "--out", tmp_path / "new")
+    assert (code, "holds a tab" in err, (tmp_path / "new").exists()) == (2, True, False)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +359,11 @@ def test_the_held_out_part_shows_every_class_or_it_is_told(tmp_path: Path, call:
     text = (
         "none of the 2 images to evaluate on shows blue thing, so the scores say nothing about it"
     )
-    assert (code, f"Warning: {text}" in out) == (0, True)
+    more = "Evaluate on more images (--data.holdout"
+    assert (code, f"Warning: {text}. {more}" in out) == (0, True)
+    trees.write_voc(tmp_path / "voc")  # of which nothing changes what is evaluated on
+    _, out, _ = call("check", "--dataset", "voc", "--data-root", tmp_path / "voc")
+    assert ("none of the 2 images to evaluate on shows" in out, more in out) == (True, False)
     settings = Settings(dataset="folder", data_root=root, ratio="5", method="supervised")
     plan = Plan.of(settings, None)
     assert any(text in warning for warning in plan.warnings())

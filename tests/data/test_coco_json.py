@@ -161,7 +161,8 @@ def test_long_runs_have_more_than_one_sign() -> None:
 def test_what_lies_outside_of_the_image_is_left_out() -> None:
     bitmap = np.ones((4, 4), np.bool_)
     assert pixels_of(Shape("a", bitmap=bitmap, left=-2, top=4), H, W).sum() == 2 * 2
-    assert pixels_of(Shape("a", bitmap=bitmap, left=20, top=-9), H, W).sum() == 0
+    for left, top in ((20, -9), (W + 1, 0), (0, H + 1), (-9, 0)):  # outside on each side
+        assert pixels_of(Shape("a", bitmap=bitmap, left=left, top=top), H, W).sum() == 0
     assert pixels_of(Shape("a", (rectangle(-5, -5, 50, 50),)), H, W).all()
     both = Shape(IGNORED, (outline(SQUARE[0]),), bitmap, left=4, top=2)
     assert pixels_of(both, H, W).sum() == 12 + 16 - 2

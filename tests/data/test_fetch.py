@@ -138,6 +138,14 @@ def test_an_archive_put_there_by_hand_is_used(tmp_path: Path, server: Server) ->
     assert server.asked == []
 
 
+def test_a_wrong_archive_put_there_by_hand_is_left(tmp_path: Path, server: Server) -> None:
+    path = tmp_path / "voc.tar"
+    path.write_bytes(server.content[:-1])  # such as one that is still being copied
+    with pytest.raises(UserError, match=r"voc\.tar is not what .* should hold .* Move it away"):
+        fetch_voc(tmp_path, quiet, archive(server))
+    assert path.stat().st_size == len(server.content) - 1
+
+
 def test_another_archive_unpacks_to_nothing(tmp_path: Path, server: Server) -> None:
     server.content = made_archive("elsewhere/a.jpg")
     with pytest.raises(UserError, match="does not unpack to VOCdevkit/VOC2012"):

@@ -376,6 +376,14 @@ def test_bad_files_are_named_before_training(tmp_path: Path, kind: str) -> None:
     assert text in str(caught.value)
 
 
+def test_no_list_is_advised_for_a_missing_image_to_evaluate_on(tmp_path: Path) -> None:
+    folder = trees.write_voc(tmp_path)
+    dataset = opened("voc", tmp_path)
+    (folder / "JPEGImages" / f"{dataset.eval_ids()[0]}.jpg").unlink()
+    with pytest.raises(UserError, match="Complete the dataset: every run is evaluated on this"):
+        check_quickly(dataset, dataset.train_ids(), [])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", BROKEN)
 def test_bad_files_are_named_from_any_process(tmp_path: Path, kind: str, workers: int) -> None:

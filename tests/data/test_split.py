@@ -20,6 +20,7 @@ from ctt.data.split import (
     draw_split,
     make_split,
     parse_ratio,
+    path_lines,
     read_list,
     resolve,
     with_all_classes,
@@ -279,3 +280,12 @@ def test_a_rare_class_is_in_both_parts() -> None:
     assert len({"05", "11"} & set(part)) == len({"05", "11"} & set(rest)) == 1
     names["11"] = {0, 1}  # a single image cannot be in both
     assert "05" in with_all_classes(["01", "02"], sorted(names.keys() - {"01", "02"}), names)[1]
+
+
+def test_one_sign_stands_between_image_and_mask_in_all_lines() -> None:
+    plain = [["a.jpg", "a.png"], ["b.jpg", "None"]]
+    assert path_lines(plain) == ["a.jpg a.png", "b.jpg None"]
+    assert path_lines([*plain, ["c d.jpg", "c d.png"]])[::2] == [
+        "a.jpg\ta.png",
+        "c d.jpg\tc d.png",
+    ]
