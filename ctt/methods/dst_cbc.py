@@ -3,8 +3,9 @@
 After a training on the labelled images come rounds that go on from its weights. Before each round
 the students label all unlabelled images. Each class has a threshold of its own: the confidence
 that a growing share of the pixels predicted as it reach. The label is the class whose probability
-is largest in multiples of its threshold, where it reaches it. In training, a pixel counts by the
-student's present probability of its label, to the power gamma.
+is largest in multiples of its threshold, where it reaches it; in the last round, of all pixels, it
+is the likeliest class. In training, a pixel counts by the student's present probability of its
+label, to the power gamma.
 
 The program starts each round from the network that was best on the validation images so far, this
 one from the last. It takes thresholds from every 16th pixel, this one from all, in steps of a 512th
@@ -98,9 +99,11 @@ def class_thresholds(networks: Networks, labeler: Labeler, ratio: float, classes
 
     Args:
         networks: whose mean predicts, on all unlabelled images.
-        ratio: the share.
+        ratio: the share; of 1, all classes have one threshold, which every prediction reaches.
     """
     device = next(networks.parameters()).device
+    if ratio >= 1:
+        return torch.full((classes,), 1 / BINS, device=device)
     counts = torch.zeros(classes * BINS, dtype=torch.int64, device=device)
     given = labeler.probabilities(list(networks), labeler.unlabeled, EvalSettings())
     for _, probabilities in given:
