@@ -7,11 +7,12 @@ Embeddings of some pixels of each image and class, half of them pixels that the 
 are contrasted with embeddings of the same class and of others; of unlabelled images the pixels that
 the teacher is sure of.
 
-Departures: all keys are the teacher's embeddings, of pixels drawn at random; in the program those
-of labelled images are the student's, and keys are the anchors' pixels. Features are those that the
-classifier reads, not the backbone's last. No class is left out of the contrast, as the program
-leaves out class 0, unless --options.background says so. Ramps begin at `start`; the program
-contrasts labelled images from the second epoch on. Teachers follow from the first step on.
+Departures: in the program boxes are exchanged between any two images of the batch. All keys are the
+teacher's embeddings, of pixels drawn at random; in the program those of labelled images are the
+student's, and keys are the anchors' pixels. Features are those that the classifier reads, not the
+backbone's last. No class is left out of the contrast, as the program leaves out class 0, unless
+--options.background says so. Ramps begin at `start`; the program contrasts labelled images from the
+second epoch on. Teachers follow from the first step on.
 """
 
 from __future__ import annotations

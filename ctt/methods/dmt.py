@@ -78,4 +78,4 @@ class Dmt(DstCbc):
         p, same = log_p.detach().exp(), answer == label
         weight = (p**self.options.gamma_other).masked_fill(own > b["confidence 0"], 0)
         weight = (p**self.options.gamma).where(same, weight)
-        return -(weight * log_p).sum() / b["pixels"]
+        return -(weight * log_p).sum() / b["both"]

@@ -3,8 +3,9 @@
 After a training on the labelled images come rounds that go on from its weights. Before each round
 the students label all unlabelled images. Each class has a threshold of its own: the confidence
 that a growing share of the pixels predicted as it reach. The label is the class whose probability
-is largest in multiples of its threshold, where it reaches it. In training, a pixel counts by the
-student's present probability of its label, to the power gamma.
+is largest in multiples of its threshold, where it reaches it; in the last round, of all pixels, it
+is the likeliest class. In training, a pixel counts by the student's present probability of its
+label, to the power gamma.
 
 The program starts each round from the network that was best on the validation images so far, this
 one from the last. It takes thresholds from every 16th pixel, this one from all, in steps of a 512th
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ctt.data.dataset import IGNORE
 from ctt.methods import losses
-from ctt.methods.base import Batch, Labeler, Networks, Round, Setup, Step
+from ctt.methods.base import Batch, Labeler, Networks, Round, Setup, Step, Terms
 from ctt.methods.self_training import SelfTraining, SelfTrainingOptions
 from ctt.models.base import Grid, upsample
 from ctt.ranges import AT_LEAST_0, Range
@@ -69,20 +70,27 @@ class DstCbc(SelfTraining):
         labeler.use(names)
 
     def prepare(self, b: Batch, step: Step) -> Batch:
-        """Prepare the batch with one divisor for labelled and unlabelled pixels together."""
+        """Prepare the batch, with the number of labelled and pseudo-labelled pixels together,
+        `both` (), and the share of the labelled ones, `share` ()."""
         b = super().prepare(b, step)
         if "mixed" in b:
-            kept = step.total((b["trusted 0"] != IGNORE).sum())
-            both = (step.total((b["label"] != IGNORE).sum()) + kept).clamp(min=1)
-            if "labeled weight" in b:  # their share of both is the same, however they are weighed
-                b["labeled weight"] = b["labeled weight"] * (both / b["pixels"])
-            b |= {"pixels": both, "pixels 0": both}
+            labels = torch.stack([(b[x] != IGNORE).sum() for x in ("label", "trusted 0")])
+            labeled, kept = step.total(labels)
+            both = (labeled + kept).clamp(min=1)
+            b |= {"both": both, "share": labeled / both}
         return b
+
+    def losses(self, b: Batch, step: Step) -> Terms:
+        terms = super().losses(b, step)
+        if "share" in b:  # one mean over all pixels, whatever `labeled` makes of those with labels
+            weight, value = terms["sup"]
+            terms["sup"] = (weight * b["share"], value)
+        return terms
 
     def unlabeled_loss(self, k: int, logits: Tensor, b: Batch) -> Tensor:
         label = b["trusted 0"]
         log_p = log_probability(logits, self.students[k].grid, label)
-        return -(log_p.detach().exp() ** self.options.gamma * log_p).sum() / b["pixels"]
+        return -(log_p.detach().exp() ** self.options.gamma * log_p).sum() / b["both"]
 
 
 def log_probability(logits: Tensor, grid: Grid, label: Tensor) -> Tensor:
@@ -98,9 +106,11 @@ def class_thresholds(networks: Networks, labeler: Labeler, ratio: float, classes
 
     Args:
         networks: whose mean predicts, on all unlabelled images.
-        ratio: the share.
+        ratio: the share; of 1, all classes have one threshold, which every prediction reaches.
     """
     device = next(networks.parameters()).device
+    if ratio >= 1:
+        return torch.full((classes,), 1 / BINS, device=device)
     counts = torch.zeros(classes * BINS, dtype=torch.int64, device=device)
     given = labeler.probabilities(list(networks), labeler.unlabeled, EvalSettings())
     for _, probabilities in given:

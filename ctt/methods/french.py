@@ -5,8 +5,9 @@ the unmixed ones, mixed by the same mask: squared difference, summed over the cl
 all pixels times the share of pixels of which the teacher is sure. CutMix pastes a box of half the
 area, CowMix (the paper's first version) blobs; Cutout erases a box, where nothing is learnt.
 
-The program's Adam, frozen batch norms and EMA of 0.99 without warm-up are settings of the run here
-(--model.freeze-batch-norm, --ema.decay), and so are the colours of its later version.
+The program's Adam (--optim.name adamw --optim.weight-decay 0), its frozen batch norms
+(--model.freeze-batch-norm) and the colours of its later version are settings of the run here. Its
+EMA does not warm up, and its Cutout erases the box after the colours have changed.
 """
 
 from __future__ import annotations

@@ -2,14 +2,15 @@
 
 A classifier of whole images says which classes there are, and its class activation maps say where.
 Attention over the encoder's features refines these maps to a second prediction. The mean of it and
-of the decoder's prediction for the weak view, both scaled alike and sharpened, teaches the
-strong view: softly, and at every pixel but those of an erased box.
+of the decoder's prediction for the weak view, both scaled alike and sharpened, teaches the strong
+view: softly, and at every pixel but those of an erased box.
 
 Departures: features are the last two stages that the decoder reads, averaged to the grid of the
 last one (of one network for one stage, that one); in the program they are the last two of the
 backbone. The box has the same share of the crop's sides as the program's 100 of 513 pixels. What is
-ignored in a mask is padding to the attention. The scale of the predictions is that of all processes
-together. The program's colours are --views.jitter 0.5 --views.jitter-probability 1.
+ignored in a mask is padding to the attention; in the program, what will be erased is as well. The
+scale of the predictions is that of all processes together. The program's colours are --views.jitter
+0.5 --views.jitter-probability 1.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ holds the teacher's projected features of labelled pixels that it classifies rig
 each class two selectors weigh the pairs, one by the feature and one by the memory.
 
 Departures: the memory takes the pixels that its selector ranks highest, as the paper says; the
-program takes the lowest. The program picks capacity / labelled images vectors in each image (on VOC
-seven times as many); here as many are picked from all images together. The program's EMA decay
+program takes the lowest, and on VOC seven times as many. Its ClassMix pastes a class more, on
+VOC never the background, and in a fifth of the steps it mixes labelled images too. Its EMA decay
 rises to 1, and its teacher is in training mode. A class takes part with up to `pixels` pixels of a
 step, drawn at random. Selectors see normalised features, and have a layer norm in place of a batch
 norm, which would mix in empty places. Each image is seen once, not in two views of half as many.

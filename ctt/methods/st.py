@@ -8,7 +8,7 @@ earlier states of the first training agree best with its last.
 
 The program labels with the network that is best on the validation images, this one with the last.
 It takes one mean over the labelled and unlabelled images of a joint list, this one has as many of
-either in a batch, and adds their means.
+either in a batch, and adds their means. It changes the colours before the noise, this one after.
 """
 
 from __future__ import annotations

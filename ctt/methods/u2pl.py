@@ -9,12 +9,12 @@ entropy for which the class is an unlikely one.
 
 This is the paper's rule; in the program, conditions that contradict each other leave the queues all
 but empty. The teacher is in evaluation mode and an average from the first step on; in the program
-in training mode, and from the second phase on. Keys are pushed from the first step on, also while
-students learn from labels alone; in the program in the second phase alone. The head, on the
-features that the classifier reads and as wide as they are, is a 3x3 convolution with batch norm and
-ReLU, and a 1x1 convolution; the program's, beside a classifier of the same kind, has two 3x3
-convolutions and a 1x1, of 256 channels, with dropout of 0.1. Means are of normalised features.
-Queues are shorter than the program's 30,000.
+its features and entropies are those of training mode, and it is one from the second phase on. Keys
+are pushed from the first step on, also while students learn from labels alone; in the program in
+the second phase alone. The head, on the features that the classifier reads and as wide as they are,
+is a 3x3 convolution with batch norm and ReLU, and a 1x1 convolution; the program's, beside a
+classifier of the same kind, has two 3x3 convolutions and a 1x1, of 256 channels, with dropout of
+0.1. Means are of normalised features. Queues are shorter than the program's 30,000.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class U2plOptions(Options):
     sure: Annotated[float, SHARE] = 0.3
     """Probability of its class that an anchor needs from the teacher."""
     likely: Annotated[int, AT_LEAST_0] = 3
-    """Classes of which the teacher may take a labelled pixel to be, to be a negative of them."""
+    """Classes of which the teacher may take a labelled pixel to be, to be a negative of them. An
+    unlabelled pixel is a negative of the classes after these but the least probable one: of none if
+    the data has at most one class more than this."""
     anchors: Annotated[int, AT_LEAST_1] = 256
     """Anchors of a class and step."""
     negatives: Annotated[int, AT_LEAST_1] = 50

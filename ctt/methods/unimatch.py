@@ -4,11 +4,12 @@ The student's own prediction of the weak view teaches two strong views, and the 
 from stages of the encoder that have lost half of their channels. Boxes of other images in the
 strong views have labels that the student gives in evaluation mode.
 
-Departures: a box comes out of the image before in the batch, not out of a second batch, and the
-labelled images are not decoded a second time, in vain, from perturbed stages. All stages that the
-decoder reads lose channels, two in the program's DeepLabV3+. On Cityscapes the program has no
-threshold (--options.threshold 0). Its colours are a setting of the run: --views.jitter 0.5
---views.hue 0.25 --views.grey-probability 0.2. The EMA of the student is only evaluated.
+Departures: a box comes out of the image before in the batch, not out of a second batch, and changes
+its colours with the image around it, not by itself. The labelled images are not decoded a second
+time, in vain, from perturbed stages. All stages that the decoder reads lose channels, two in the
+program's DeepLabV3+. On Cityscapes the program has no threshold (--options.threshold 0). Its
+colours are a setting of the run: --views.jitter 0.5 --views.hue 0.25 --views.grey-probability 0.2.
+The EMA of the student is only evaluated.
 """
 
 from __future__ import annotations

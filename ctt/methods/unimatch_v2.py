@@ -4,11 +4,12 @@ The average of the student labels the weak view, and teaches two strong views wh
 channels in a complementary way: of a channel that one view has twice, the other has nothing. Half
 of the images keep all channels.
 
-Departures: a box comes out of the image before in the batch, and not out of the last for the first.
-One mask serves all stages of an image, which in the program are of one width; of stages that are
-not, each takes as much of the mask as it has channels. The program's average also averages buffers,
-with a decay of 0.996: --ema.decay 0.996 --ema.buffers average. Its colours are a setting of the run
-as well: --views.jitter 0.5 --views.hue 0.25 --views.grey-probability 0.2.
+Departures: a box comes out of the image before in the batch, and not out of the last for the first,
+and changes its colours with the image around it, not by itself. One mask serves all stages of an
+image, which in the program are of one width; of stages that are not, each takes as much of the mask
+as it has channels. The program's average also averages buffers, with a decay of 0.996: --ema.decay
+0.996 --ema.buffers average. Its colours are a setting of the run as well: --views.jitter 0.5
+--views.hue 0.25 --views.grey-probability 0.2.
 """
 
 from __future__ import annotations

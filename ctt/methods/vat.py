@@ -12,7 +12,8 @@ Departures from that program:
   step, about 2e-7 for each number of a crop of 321, is lost in float32.
 - The random directions that it starts from are shared by the images of a batch.
 - Pixels without image, or where the teacher gives NaN, do not count in the direction.
-- Adam, frozen batch norms and an EMA of 0.99 without warm-up are settings of the run here.
+- The EMA warms up, as in every method here. Adam (--optim.name adamw --optim.weight-decay 0) and
+  frozen batch norms (--model.freeze-batch-norm) are settings of the run.
 """
 
 from __future__ import annotations

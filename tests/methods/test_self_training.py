@@ -69,21 +69,23 @@ def noise_of(draw: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("gamma", "weights"), [(0.0, ()), (2.0, ()), (2.0, (7.0,) * 11), (9.0, ())]
+    ("gamma", "labeled"),
+    [(0.0, {}), (2.0, {}), (2.0, {"weights": (7.0,) * 11}), (9.0, {"ohem": 1.0})],
 )
 def test_dst_cbc_weighs_by_the_present_probability(
-    tiny: Settings, gamma: float, weights: tuple[float, ...]
+    tiny: Settings, gamma: float, labeled: dict[str, Any]
 ) -> None:
-    """Class weights that are all alike change nothing."""
-    change = {"options": {"gamma": gamma}, "labeled": {"weights": weights}}
+    """Class weights that are all alike, and hard pixels that are all, change nothing."""
+    change = {"options": {"gamma": gamma}, "labeled": labeled}
     scene = Scene(tiny, "dst-cbc", {**LONG, **change})
     (student,) = scene.method.students
     out = scores(student, torch.cat([scene.images, scene.more]))
     n = (scene.label != IGNORE).sum() + (scene.kept != IGNORE).sum()
     entropies = cross_entropies(out[3:], scene.kept)
     weight = torch.exp(-entropies.detach()) ** gamma
-    sup = cross_entropies(out[:3], scene.label).sum() / n
-    scene.check({"sup": (1.0, sup), "ct": (1.0, (weight * entropies).sum() / n)})
+    sup = mean_cross_entropy(out[:3], scene.label)
+    share = float((scene.label != IGNORE).sum() / n)
+    scene.check({"sup": (share, sup), "ct": (1.0, (weight * entropies).sum() / n)})
 
 
 def test_dmt_weighs_by_who_is_surer(tiny: Settings) -> None:
@@ -106,8 +108,9 @@ def test_dmt_weighs_by_who_is_surer(tiny: Settings) -> None:
         seen[case] += 1
         ct = ct + weight * entropies[i]
     assert min(seen) > 0
-    sup = cross_entropies(out[:3], scene.label).sum() / n
-    scene.check({"sup": (1.0, sup), "ct": (1.0, ct / n)})
+    sup = mean_cross_entropy(out[:3], scene.label)
+    share = float((scene.label != IGNORE).sum() / n)
+    scene.check({"sup": (share, sup), "ct": (1.0, ct / n)})
 
 
 def test_dmt_has_two_students(tiny: Settings) -> None:

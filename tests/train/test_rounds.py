@@ -111,7 +111,54 @@ def test_thresholds_keep_their_share_of_each_class(
         sure = confidence[label == c]
         kept = float((sure >= threshold[c]).float().mean())
         assert ratio - 1e-6 <= kept < ratio + 0.02
-    assert threshold[3] == 1
+    assert (threshold[3] == 1) == (ratio < 1)
+
+
+def labels_of_round(
+    name: str, tiny: Settings, number: int, given: torch.Tensor
+) -> tuple[Any, list[Any], torch.Tensor]:
+    """Return the method, the networks that it asked before a round, and the label that it keeps of
+    an image of which they give these probabilities."""
+    method: Any = make(settings_of(name, tiny)).method
+    labeler: Any = Fixed([given])
+    asked: list[Any] = []
+    kept: list[torch.Tensor] = []
+
+    def probabilities(networks: Any, *_: Any) -> Any:
+        asked.append(networks)
+        return Fixed([given]).probabilities()
+
+    labeler.probabilities = probabilities
+    labeler.keep = lambda name, label, confidence: kept.append(label)
+    labeler.use = lambda names: None
+    method.round = number
+    method.begin_round(labeler)
+    return method, asked, kept[0]
+
+
+def test_dst_cbc_labels_by_multiples_of_the_thresholds_and_at_last_by_probability(
+    tiny: Settings,
+) -> None:
+    """Of four pixels predicted as class 0 the surer two set its threshold, 0.9; of two pixels
+    predicted as class 1 the surer one, 0.3."""
+    likely = [[0.95, 0.9, 0.6, 0.55, 0.1, 0.25], [0.01, 0.01, 0.01, 0.35, 0.3, 0.26]]
+    p = torch.zeros(11, 1, 6)
+    p[:2, 0] = torch.tensor(likely)
+    p[2:] = (1 - p.sum(dim=0)) / 9
+    *_, label = labels_of_round("dst-cbc", tiny, 1, p)
+    assert label.tolist() == [[0, 0, 255, 1, 1, 255]]  # 0.35 is more than once 0.3
+    *_, label = labels_of_round("dst-cbc", tiny, 2, p)
+    assert label.tolist() == [[0, 0, 0, 0, 1, 1]]
+
+
+def test_students_of_dmt_label_for_each_other_in_turns(tiny: Settings) -> None:
+    p = torch.rand(11, 4, 4, generator=torch.Generator().manual_seed(0)).softmax(dim=0)
+    for number, learner, half in ((1, 0, True), (2, 1, True), (3, 0, False), (4, 1, False)):
+        method, asked, label = labels_of_round("dmt", tiny, number, p)
+        assert method.learning == [learner]
+        assert all(list(x) == [method.students[1 - learner]] for x in asked)
+        assert bool((label == 255).any()) == half
+        assert torch.equal(label[label != 255], p.argmax(dim=0)[label != 255])
 
 
 def test_pixels_without_data_make_no_image_reliable(tiny: Settings) -> None:
