@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ctt.errors import UserError
+from ctt.files import expanded
 from ctt.methods.options import Options
 
 if TYPE_CHECKING:
@@ -413,7 +414,7 @@ def own_file(name: str) -> tuple[Path, str] | None:
 def absolute(name: str) -> str:
     """Return the name of a method; that of a class in a file with the whole path of the file."""
     own = own_file(name)
-    return f"{own[0].absolute()}:{own[1]}" if own else name
+    return f"{expanded(own[0], '`method`').absolute()}:{own[1]}" if own else name
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ctt.files import expanded
 from ctt.models.base import SegmentationModel, upsample
 from ctt.settings import EvalSettings
 
@@ -136,7 +137,7 @@ class Segmenter(nn.Module):
         from ctt.data.rasters import read_as
 
         if isinstance(image, str | Path):
-            return read_as(Path(image), self.info)
+            return read_as(expanded(Path(image), "the image"), self.info)
         return _bands_of(image, self.info) if self.info.bands else _rgb_of(image, self.info)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ctt.errors import UserError
+from ctt.files import expanded
 from ctt.models.base import BackboneModel, SegmentationModel
 
 IMAGENET = "imagenet"
@@ -209,6 +210,7 @@ def read(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: there is no such file, or it cannot be read, or it holds no tensors.
     """
+    path = expanded(path, "`model.weights`")
     if not path.is_file():
         raise UserError(
             f"`model.weights` {path}: there is no such file. Give none, {IMAGENET} or a file."
