@@ -223,6 +223,13 @@ class Plan:
                 f"unlabelled image and none to mix it with. Give `data.unlabeled_batch_size` 2 or "
                 f"more, or a larger `data.batch_size`."
             )
+        labeled, pixels = self.settings.labeled, math.prod(self.settings.data.crop)
+        if labeled.ohem and labeled.ohem_kept >= pixels and self.about.reads("labeled"):
+            found.append(
+                f"Warning: `labeled.ohem` changes nothing, because `labeled.ohem_kept` "
+                f"{labeled.ohem_kept} is not below the {pixels} pixels of a crop, so all of them "
+                f"are learnt. Give a part of them there, such as {pixels // 16}."
+            )
         networks = self.settings.model.names
         own = self.settings.dataset == "folder" and self.device.type == "cpu"
         if own and "small" not in networks:
