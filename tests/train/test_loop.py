@@ -235,6 +235,14 @@ def test_an_image_that_is_mixed_with_itself_is_told(tiny: Settings) -> None:
     assert not any("views.mix" in told for plan in plans for told in plan.warnings())
 
 
+def test_values_of_more_pairs_than_there_are_are_told(tiny: Settings) -> None:
+    two = update(tiny, {"optim": {"pair_lr": [0.1, 0.2]}}, "test")
+    for pairs in (1, 2):
+        told = Plan.of(dataclasses.replace(two, pairs=pairs), None).warnings()
+        text = "`optim.pair_lr` has 2 values and `pairs` is 1, so 0.2 changes nothing"
+        assert any(text in sentence for sentence in told) is (pairs == 1)
+
+
 def test_hard_pixels_that_are_all_pixels_are_told(tiny: Settings) -> None:
     pixels = math.prod(tiny.data.crop)
     for kept in (pixels - 1, pixels):
