@@ -39,10 +39,11 @@ def load(path: str | Path, network: str = "best") -> Segmenter:
     Raises:
         ctt.errors.UserError: there is no such file or network, or it cannot be read.
     """
+    from ctt.files import expanded
     from ctt.inference.load import load_trained
     from ctt.models.segmenter import Segmenter
 
-    trained = load_trained(Path(path), network)
+    trained = load_trained(expanded(Path(path), "`path`"), network)
     protocol = trained.settings.eval
     segmenter = Segmenter(trained.only(), trained.info, trained.origin, protocol)
     return segmenter.requires_grad_(False)

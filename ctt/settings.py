@@ -679,11 +679,15 @@ def validate(settings: Settings) -> None:
         expanded(s.data.cache, "`data.cache`")
     if not s.model.weights:
         raise UserError("`model.weights` needs none, imagenet or a file.")
-    if s.model.freeze_batch_norm and "none" in s.model.weights:
-        raise UserError(
-            "`model.freeze_batch_norm` keeps the statistics of trained weights, and with "
-            "`model.weights` none there are none. Give imagenet or a file there."
-        )
+    for option, kept, frozen in (
+        ("batch_norm", "statistics", s.model.freeze_batch_norm),
+        ("backbone", "backbone", s.model.freeze_backbone),
+    ):
+        if frozen and "none" in s.model.weights:
+            raise UserError(
+                f"`model.freeze_{option}` keeps the {kept} of trained weights, and with "
+                f"`model.weights` none there are none. Give imagenet or a file there."
+            )
 
 
 def validate_eval(settings: EvalSettings) -> None:

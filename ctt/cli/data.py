@@ -200,7 +200,7 @@ def check(command: Check) -> int:
 def check_masks(
     command: Check, dataset: Dataset, labeled: list[str], unlabeled: list[str]
 ) -> tuple[list[Fault], str]:
-    """Return what is wrong with masks that another model made, and how many were looked at."""
+    """Return what is wrong with masks that another model made, and what was looked at."""
     from rich.progress import Progress
 
     from ctt.console import plain_console
@@ -221,7 +221,8 @@ def check_masks(
     with Progress(console=plain_console(), transient=True) as progress:
         bar = progress.add_task("reading masks", total=len(names))
         faults = list(masks.faults(names, lambda: progress.advance(bar)))
-    return faults, f"{len(names):,} images have masks of another model in {masks.folder}."
+    counted = f"{len(names):,} images have masks of another model in {masks.folder}."
+    return faults, "\n".join([counted, *masks.remarks()])
 
 
 def open_dataset(command: Check | Split | Stats) -> Dataset:

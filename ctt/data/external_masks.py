@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ctt.data.check import histogram
 from ctt.data.dataset import Dataset
 from ctt.data.faults import Fault
 from ctt.data.files import FileDataset
 from ctt.data.labels import plain_map
 from ctt.data.masks import read_mask
-from ctt.data.packed import pack
+from ctt.data.packed import pack, unpack
 from ctt.data.prepare import Prepared, resize_label
 from ctt.errors import UserError
 from ctt.files import expanded
@@ -51,6 +52,7 @@ class ExternalMasks:
             if place is not None and not place.is_dir():
                 raise UserError(f"{option} {place}: there is no such folder.")
         info = dataset.info
+        self.pixels = torch.zeros(len(info.classes) + 1, dtype=torch.int64)  # of those looked at
         colours = {colour: c for c, colour in enumerate(info.palette)}
         self.labels = plain_map(info.classes, colours=colours)
 
@@ -168,7 +170,8 @@ class ExternalMasks:
                 more = f" The same holds for {len(missing) - 1} more images." if missing[1:] else ""
                 raise UserError(f"{error}{more}") from None
         for name in look_at:
-            self.pair(name)
+            self._look_at(name)
+        self.dataset.notes += self.remarks()
 
     def faults(self, names: Sequence[str], advance: Callable[[], None]) -> Iterator[Fault]:
         """Yield what is wrong with the masks of these images, each read.
@@ -178,10 +181,27 @@ class ExternalMasks:
         """
         for name in names:
             try:
-                self.pair(name)
+                self._look_at(name)
             except UserError as error:
                 yield Fault(str(error), name, (name,))
             advance()
+
+    def _look_at(self, name: str) -> None:
+        label, _ = unpack(self.pair(name)[1])
+        self.pixels += histogram(label, len(self.dataset.info.classes))
+
+    def remarks(self) -> tuple[str, ...]:
+        """Return a warning if the masks looked at show one of two classes alone, and 255."""
+        *shown, none = self.pixels.tolist()
+        if len(shown) != 2 or not none or min(shown) > 0:
+            return ()
+        missing = shown.index(0)
+        name = self.dataset.info.classes[missing]
+        return (
+            f"Warning: no mask looked at in {self.folder} shows {name}, but they hold 255, of "
+            f"which nothing is learnt. If 255 stands for {name}, write the masks again with "
+            f"{missing} in its place.",
+        )
 
 
 class WithMasks(Prepared):

@@ -13,7 +13,7 @@ from ctt.data.dataset import Dataset
 from ctt.data.faults import Fault
 from ctt.data.seeding import generator
 from ctt.errors import UserError
-from ctt.files import atomic_write
+from ctt.files import atomic_write, expanded
 from ctt.text import BYTE_OF_A_NAME, BYTES_AS_THEY_ARE
 
 NO_MASK = "None"  # as the mask of an unlabelled image is written in some lists
@@ -99,7 +99,7 @@ def read_lines(path: Path) -> dict[int, str]:
         UserError: the file cannot be read, is empty or is no text.
     """
     try:
-        data = path.read_bytes()
+        data = expanded(path, "the list").read_bytes()
     except OSError as error:
         raise UserError(f"{path}: the split list cannot be read ({error.strerror}).") from None
     if data.startswith(BINARY) or path.suffix.lower() in PICKLE_SUFFIXES:

@@ -11,9 +11,10 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ctt.errors import UserError
+from ctt.files import expanded
 from ctt.methods.options import Options
 
 if TYPE_CHECKING:
@@ -413,7 +414,7 @@ def own_file(name: str) -> tuple[Path, str] | None:
 def absolute(name: str) -> str:
     """Return the name of a method; that of a class in a file with the whole path of the file."""
     own = own_file(name)
-    return f"{own[0].absolute()}:{own[1]}" if own else name
+    return f"{expanded(own[0], '`method`').absolute()}:{own[1]}" if own else name
 
 
 @functools.cache
@@ -434,7 +435,7 @@ def load(target: str) -> type[Method]:
         module = run_file(own[0]) if own else import_module(place)
     except FileNotFoundError:
         raise UserError(f"`method` {target}: there is no file {place}.") from None
-    except Exception as error:  # code of the user can raise anything
+    except (Exception, SystemExit) as error:  # code of the user can raise anything
         raise UserError(
             f"`method` {target}: {place} cannot be run ({type(error).__name__}: {error})."
         ) from error
@@ -443,7 +444,24 @@ def load(target: str) -> type[Method]:
         raise UserError(
             f"`method` {target}: {place} has no class {name} that is a ctt.methods.base.Method."
         )
+    if fault := _fault_of(found.about):
+        raise UserError(f"`method` {target}: {fault}")
     return found
+
+
+def _fault_of(about: object) -> str:
+    """Return what is wrong with the facts that a method states of itself, if anything."""
+    if not isinstance(about, About):
+        return "`about` must be an About, such as About('Author, Venue Year')."
+    options: Any = about.options
+    if not isinstance(options, str) and not issubclass(options, Options):
+        return f"`options` of `about` is {options.__name__}, no subclass of Options."
+    if isinstance(about.uses, tuple | list) and set(about.uses) <= set(SHARED):
+        return ""
+    return (
+        f"`uses` of `about` must be a tuple of {', '.join(SHARED)}; got {about.uses!r}. Other "
+        f"settings count for every method."
+    )
 
 
 def run_file(path: Path) -> ModuleType:

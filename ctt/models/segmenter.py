@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ctt.files import expanded
 from ctt.models.base import SegmentationModel, upsample
 from ctt.settings import EvalSettings
 
@@ -104,7 +106,7 @@ class Segmenter(nn.Module):
             (C, H, W) float32; of several images a list of those.
 
         Raises:
-            ValueError: another shape or type of numbers.
+            ValueError: another shape or type of numbers, or no such tile.
             ctt.errors.UserError: a file that cannot be read.
         """
         from ctt.inference.predict import best_class, for_images, predictor, stacks
@@ -114,7 +116,7 @@ class Segmenter(nn.Module):
         )
         protocol = replace(self.protocol, batch_pixels=batch_pixels)
         if tile is not None:
-            window = (tile, tile) if isinstance(tile, int) else tile
+            window = _window_of(tile)
             protocol = replace(protocol, protocol="sliding", window=window, stride=OVERLAP)
         predict = predictor(self.network, self.info, for_images(protocol))
         pixels = (self.pixels_of(image) for image in (images if several else [images]))
@@ -136,8 +138,19 @@ class Segmenter(nn.Module):
         from ctt.data.rasters import read_as
 
         if isinstance(image, str | Path):
-            return read_as(Path(image), self.info)
+            return read_as(expanded(Path(image), "the image"), self.info)
         return _bands_of(image, self.info) if self.info.bands else _rgb_of(image, self.info)
+
+
+def _window_of(tile: Any) -> tuple[int, int]:
+    sides = [tile, tile] if isinstance(tile, Integral) else tile
+    fits = isinstance(sides, list | tuple) and len(sides) == 2
+    if not fits or not all(isinstance(side, Integral) and int(side) > 0 for side in sides):
+        raise ValueError(
+            f"`tile` must be a whole number of pixels above 0, or a height and a width, got "
+            f"{tile!r}."
+        )
+    return int(sides[0]), int(sides[1])
 
 
 def _is_one(images: Any) -> bool:

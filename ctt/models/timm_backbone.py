@@ -71,7 +71,8 @@ class Stages(nn.Module):
             with torch.no_grad():
                 probe = empty(torch.empty(1, in_channels, side, side, device="meta"))
         except (AssertionError, RuntimeError, ValueError) as error:
-            raise _not_serving(name, f"it takes no images of {side} x {side}", error) from None
+            what = f"it takes no images of {side} x {side}"
+            raise not_serving(name, f"{what} ({_reason(error)})") from None
         self.short = probe[-1].shape[-1] != -(-side // output_stride)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -108,17 +109,22 @@ def create(name: str, drop_path: float = 0.0, **options: Any) -> nn.Module:
         network: nn.Module = timm.create_model(name, pretrained=False, **options)
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
         asked = ", ".join(f"{key} {value}" for key, value in options.items())
-        raise _not_serving(name, f"timm does not build it with {asked}", error) from None
+        what = f"timm does not build it with {asked}"
+        raise not_serving(name, f"{what} ({_reason(error)})") from None
     return network
 
 
-def _not_serving(name: str, what: str, error: Exception) -> UserError:
-    reason = str(error).partition("\n")[0] or type(error).__name__
+def not_serving(name: str, what: str) -> UserError:
+    """Return the refusal of a backbone that an architecture cannot be built on, and why."""
     return UserError(
-        f"`model.backbone` {name} cannot serve this `model.name`: {what} ({reason}). ResNets, "
-        f"RegNets, EfficientNets, MobileNets, ConvNeXts and Swins serve deeplabv2 and "
-        f"deeplabv3plus, ViTs serve vit and dpt."
+        f"`model.backbone` {name} cannot serve this `model.name`: {what}. ResNets, RegNets, "
+        f"EfficientNets, MobileNets, ConvNeXts and Swins serve deeplabv2 and deeplabv3plus, ViTs "
+        f"serve vit and dpt."
     )
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def check_name(name: str, others: Sequence[str] = ()) -> None:

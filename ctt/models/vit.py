@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from ctt.models.base import BackboneModel, conv_bn, crop_to_stride, pad_to_multiple
-from ctt.models.timm_backbone import create
+from ctt.models.timm_backbone import create, not_serving
 
 TAKEN = 4  # blocks whose output is read, as far from each other as they can be
 
@@ -77,7 +78,7 @@ def transformer(
         UserError: timm has no such model, or it is none.
     """
     sized = {} if image is None else {"img_size": image}
-    return create(
+    vit: Any = create(
         name,
         drop_path,
         num_classes=0,
@@ -86,6 +87,10 @@ def transformer(
         in_chans=channels,
         **sized,
     )
+    # Swins have no such blocks, and hybrids patches of the maps of a convolutional network
+    if not (hasattr(vit, "blocks") and isinstance(vit.patch_embed, PatchEmbed)):
+        raise not_serving(name, "it is no plain vision transformer")
+    return vit
 
 
 def spread_out(vit: Any, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:

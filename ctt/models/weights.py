@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ctt.errors import UserError
+from ctt.files import expanded
 from ctt.models.base import BackboneModel, SegmentationModel
 
 IMAGENET = "imagenet"
@@ -209,6 +210,11 @@ def read(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: there is no such file, or it cannot be read, or it holds no tensors.
     """
+    path = expanded(path, "`model.weights`")
+    if path.is_dir():
+        raise UserError(
+            f"`model.weights` {path}: this is a folder. Give a file, of a run its best.safetensors."
+        )
     if not path.is_file():
         raise UserError(
             f"`model.weights` {path}: there is no such file. Give none, {IMAGENET} or a file."
@@ -228,6 +234,11 @@ def read(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # bytes that are no such file can raise anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"`model.weights` {path} cannot be read ({reason}).") from None
+    if isinstance(values, dict) and "optimizers" in values and "method" in values:
+        raise UserError(
+            f"`model.weights` {path}: this is the checkpoint of a run, with several networks. Give "
+            f"the best.safetensors of the run, or what `ctt-export --format safetensors` writes."
+        )
     while isinstance(values, dict):
         nest = next((n for n in NESTS if isinstance(values.get(n), dict)), None)
         if nest is None:

@@ -9,6 +9,7 @@ from typing import Any
 from ctt import recipes, run
 from ctt.configure import Given, layered, named_in, refuse_unused
 from ctt.errors import UserError
+from ctt.files import expanded
 from ctt.methods import catalog
 from ctt.settings import validate
 from ctt.train.loggers import Logger
@@ -50,7 +51,8 @@ def train(
 
     catalog.load.cache_clear()  # the file of a method may have changed since the last run
     given = _nested(settings)
-    values = recipes.load_file(Path(config)) if config is not None else {}
+    config, out, resume = _whole(config, "config"), _whole(out, "out"), _whole(resume, "resume")
+    values = recipes.load_file(config) if config is not None else {}
     named = named_in(values) + named_in(given)
     for name, value in given.items():
         both = isinstance(value, dict) and isinstance(values.get(name), dict)
@@ -62,20 +64,19 @@ def train(
     validate(made)
     refuse_unused(made, named)
     if resume is not None:
-        run.check_resumable(run.read_settings(run.find(Path(resume))), made)
+        run.check_resumable(run.read_settings(run.find(resume)), made)
     try:
-        folder, summary = train_in_folder(
-            made,
-            out=None if out is None else Path(out),
-            resume=None if resume is None else Path(resume),
-            own=loggers,
-        )
+        folder, summary = train_in_folder(made, out=out, resume=resume, own=loggers)
     except Stopped as stopped:
         raise KeyboardInterrupt(
             f"stopped after iteration {stopped.iteration}; go on with "
             f"ctt.train(resume={str(stopped.folder)!r})"
         ) from None
     return {**summary, "folder": folder}
+
+
+def _whole(path: str | Path | None, name: str) -> Path | None:
+    return None if path is None else expanded(Path(path), f"`{name}`")
 
 
 def _nested(settings: dict[str, Any]) -> dict[str, Any]:

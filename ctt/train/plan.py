@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ctt import methods, run
+from ctt.configure import listed
 from ctt.data.balance import class_pixels
 from ctt.data.check import check_quickly, handful, not_evaluated
 from ctt.data.dataset import IGNORE, Dataset, DatasetInfo, first_difference
@@ -32,6 +33,12 @@ from ctt.models.base import SegmentationModel
 from ctt.settings import Settings, to_dict
 from ctt.train.distributed import World, synchronize
 from ctt.train.setup import set_up_torch
+
+# settings whose k-th value is that of pair k
+PER_PAIR = (
+    *("model.pair_name", "model.backbone", "model.weights", "model.drop_path"),
+    *("optim.pair_lr", "optim.pair_head_lr_factor"),
+)
 
 
 @dataclass(frozen=True)
@@ -222,6 +229,21 @@ class Plan:
                 f"Warning: `views.mix` {mix} changes nothing, because a step has a single "
                 f"unlabelled image and none to mix it with. Give `data.unlabeled_batch_size` 2 or "
                 f"more, or a larger `data.batch_size`."
+            )
+        for name in PER_PAIR:
+            group, _, option = name.partition(".")
+            values = getattr(getattr(self.settings, group), option)
+            if unused := values[self.pairs :]:
+                found.append(
+                    f"Warning: `{name}` has {len(values)} values and `pairs` is {self.pairs}, so "
+                    f"{listed(unused)} changes nothing."
+                )
+        labeled, pixels = self.settings.labeled, math.prod(self.settings.data.crop)
+        if labeled.ohem and labeled.ohem_kept >= pixels and self.about.reads("labeled"):
+            found.append(
+                f"Warning: `labeled.ohem` changes nothing, because `labeled.ohem_kept` "
+                f"{labeled.ohem_kept} is not below the {pixels} pixels of a crop, so all of them "
+                f"are learnt. Give a part of them there, such as {pixels // 16}."
             )
         networks = self.settings.model.names
         own = self.settings.dataset == "folder" and self.device.type == "cpu"

@@ -206,6 +206,15 @@ def test_options_of_a_method_in_a_settings_file(tmp_path: Path) -> None:
         ("class Mine: pass", "Mine", "has no class Mine that is a ctt.methods.base.Method"),
         ("1 / 0", "Mine", r"cannot be run \(ZeroDivisionError: division by zero\)"),
         ("import nowhere", "Mine", "No module named 'nowhere'"),
+        ("raise SystemExit(3)", "Mine", r"cannot be run \(SystemExit: 3\)"),
+        (MINE.replace("About(un", "dict(un"), "Mine", "`about` must be an About"),
+        (MINE.replace('"loss.sup", "labeled"', '"loss.sup"'), "Mine", "got 'loss.sup'"),
+        (MINE.replace('"labeled")', '"label")'), "Mine", r"a tuple of .* got .*'label'\)"),
+        (
+            MINE.replace("unlabeled=False", "options=dict"),
+            "Mine",
+            "is dict, no subclass of Options",
+        ),
         (None, "Mine", "there is no file"),
     ],
 )

@@ -204,6 +204,29 @@ def test_what_is_wrong_is_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
+def test_masks_of_two_classes_that_hold_255_for_one_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would teach that everything is background."""
+    root = trees.write_folder(
+        tmp_path / "data",
+        description="classes: [background, leaf]\nid_map: {0: 0, 1: 1, 2: 1, 3: 1}",
+    )
+    command = ["check", "--dataset", "folder", "--data-root", str(root), "--masks"]
+    for leaf in (255, 1):
+        dataset = open_dataset("folder", root, DatasetOptions())
+        for name in dataset.unlabeled_ids():
+            values = np.zeros(dataset.image(name).shape[1:], np.uint8)
+            values[:9, :9], values[20:, 20:] = 255, leaf
+            trees.save_mask(tmp_path / "m" / f"{name}.png", values, "L")
+        names = dataset.unlabeled_ids()
+        ExternalMasks(dataset, tmp_path / "m", None).check(names, names)
+        text = "shows leaf, but they hold 255"
+        assert any(text in note for note in dataset.notes) is (leaf == 255)
+        assert data_program([*command, str(tmp_path / "m")]) == 0
+        assert (text in capsys.readouterr().out) is (leaf == 255)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -44,7 +44,8 @@ def test_frozen_batch_norms_are_not_optimised(tiny: Settings, tmp_path: Path) ->
     groups = method.optimizers()["students"].param_groups
     assert all(p.requires_grad for group in groups for p in group["params"])
     assert not method.students[0].train().backbone.net.bn1.training
-    with pytest.raises(UserError, match="keeps the statistics of trained weights"):
-        validate(update(tiny, {"model": {"freeze_batch_norm": True}}, "test"))
+    for option, kept in (("freeze_batch_norm", "statistics"), ("freeze_backbone", "backbone")):
+        with pytest.raises(UserError, match=f"`model.{option}` keeps the {kept} of trained"):
+            validate(update(tiny, {"model": {option: True}}, "test"))
     with pytest.raises(UserError, match="the network small has no backbone"):
         made(tiny, name="small", freeze_batch_norm=True)

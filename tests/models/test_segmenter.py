@@ -98,6 +98,10 @@ def test_several_images_and_tiles(weights: Path, tmp_path: Path) -> None:
     assert torch.equal(segmenter.predict(images[0], tile=64), alone[0])
     tiled = segmenter.predict(images[0], tile=(16, 16))
     assert tiled.shape == alone[0].shape
+    assert torch.equal(segmenter.predict(images[0], tile=np.int64(16)), tiled)
+    for bad in (0, -5, 16.0, (16,), (16, 0), "16"):
+        with pytest.raises(ValueError, match="`tile` must be a whole number of pixels above 0"):
+            segmenter.predict(images[0], tile=bad)
     assert 0 < (tiled != alone[0]).sum() < tiled.numel() / 2  # windows see less around them
 
 

@@ -38,5 +38,8 @@ def test_blocks_are_those_of_timm() -> None:
 def test_convolutions_are_no_transformer() -> None:
     with pytest.raises(UserError, match=r"resnet18 cannot serve this `model\.name`"):
         models.build("vit", 5, backbone="resnet18")
+    for backbone in ("swin_tiny_patch4_window7_224", "vit_tiny_r_s16_p8_224"):
+        with pytest.raises(UserError, match=rf"{backbone} cannot serve.*no plain vision"):
+            models.build("vit", 5, backbone=backbone)
     with pytest.raises(UserError, match="the network vit has a stride of its own"):
         models.build("vit", 5, output_stride=8)

@@ -80,6 +80,10 @@ def test_what_are_no_weights_of_this_network(network: SegmentationModel, tmp_pat
     for bad in ("other.pth", "code.pth", "list.pth", "text.pth", "empty.pth", "text.safetensors"):
         with pytest.raises(UserError, match=f"`model.weights` .*{bad}"):
             weights.start_from(network, str(tmp_path / bad))
+    torch.save({"method": {"students.0.a": torch.ones(1)}, "optimizers": {}}, tmp_path / "last.pt")
+    for place, what in (("", "this is a folder"), ("last.pt", "this is the checkpoint of a run")):
+        with pytest.raises(UserError, match=rf"{what}.*best\.safetensors"):
+            weights.start_from(network, str(tmp_path / place))
     with pytest.raises(UserError, match="there is no such file"):
         weights.start_from(network, "image-net")
     with pytest.raises(UserError, match="small has no backbone with published weights"):

@@ -46,6 +46,30 @@ def test_it_trains_as_the_program_does(tmp_path: Path, monkeypatch: pytest.Monke
         ctt.train(**TINY, **where, out=done["folder"])
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which no shell has put there, in Python and in a file of settings."""
+    leave_out_figures(monkeypatch)
+    home, example = tmp_path / "home", Path(__file__).resolve().parents[2] / "examples"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    write_folder(home / "data", labeled=3, unlabeled=2, size=(20, 24))
+    (home / "mine.py").write_text((example / "entropy_minimization.py").read_text())
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    where = {"dataset": "folder", "data_root": "~/data"}
+    given = {**TINY, "train.iterations": 1}
+    first = ctt.train(**given, **where, out="~/run", method="~/mine.py:EntropyMinimization")
+    assert first["folder"] == home / "run"
+    lists = {**where, "split_labeled": "~/run/split/labeled.txt"}
+    (home / "more.yaml").write_text(yaml.safe_dump(lists))
+    given["model.weights"] = "~/run/best.safetensors"
+    ctt.train(**given, config="~/more.yaml", out="~/second")
+    more = ctt.train(resume="~/second", **{"train.iterations": 2})
+    assert more["iterations"] == 2
+    assert ctt.load("~/second").predict("~/data/images/photo 0.jpg").shape == (20, 24)
+    assert not list(Path().iterdir())
+
+
 def test_what_cannot_begin_leaves_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

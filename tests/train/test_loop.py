@@ -2,6 +2,7 @@ import contextlib
 import csv
 import dataclasses
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -232,6 +233,23 @@ def test_an_image_that_is_mixed_with_itself_is_told(tiny: Settings) -> None:
     plain = update(alone, {"views": {"mix": "none"}}, "test")
     plans = (Plan.of(more, None), Plan.of(plain, None), Plan.of(alone, None, processes=2))
     assert not any("views.mix" in told for plan in plans for told in plan.warnings())
+
+
+def test_values_of_more_pairs_than_there_are_are_told(tiny: Settings) -> None:
+    two = update(tiny, {"optim": {"pair_lr": [0.1, 0.2]}}, "test")
+    for pairs in (1, 2):
+        told = Plan.of(dataclasses.replace(two, pairs=pairs), None).warnings()
+        text = "`optim.pair_lr` has 2 values and `pairs` is 1, so 0.2 changes nothing"
+        assert any(text in sentence for sentence in told) is (pairs == 1)
+
+
+def test_hard_pixels_that_are_all_pixels_are_told(tiny: Settings) -> None:
+    pixels = math.prod(tiny.data.crop)
+    for kept in (pixels - 1, pixels):
+        labeled = {"ohem": 0.7, "ohem_kept": kept}
+        told = Plan.of(update(tiny, {"labeled": labeled}, "test"), None).warnings()
+        text = f"`labeled.ohem_kept` {kept} is not below the {pixels} pixels of a crop"
+        assert any(text in sentence for sentence in told) is (kept == pixels)
 
 
 def test_a_class_without_labelled_images_is_told(
