@@ -35,6 +35,7 @@ class Evaluator:
     Attributes:
         best: the network with the highest mIoU over the classes with labels so far, with its
             iteration and score; None before the first evaluation. In the first process alone.
+        last: iteration of the last evaluation.
         classes: what is known of every class after the last evaluation, by network.
         measured: unlabelled images of which pseudo-labels and agreement are measured.
     """
@@ -45,6 +46,7 @@ class Evaluator:
         self.plan, self.engine, self.folder = plan, engine, folder
         self.world, self.console = world, console
         self.best: dict[str, Any] | None = None
+        self.last = 0
         self.classes: dict[str, list[ClassRow]] = {}
         self.measured = sample(unlabeled_at_hand(plan), plan.settings.train.measured_images)
 
@@ -81,6 +83,7 @@ class Evaluator:
         scores = {name: score(matrix) for name, matrix in matrices.items()}
         images = world.total(showing).cpu()
         self.classes = {n: class_rows(m, images, dataset.info) for n, m in matrices.items()}
+        self.last = self.engine.iteration
         if recorder is not None:
             mious = {f"miou_{name}": score.miou for name, score in scores.items()}
             recorder.write(self.engine.iteration, mious | measured)
@@ -110,13 +113,16 @@ class Evaluator:
         weights = self.folder / run.WEIGHTS
         checkpoint.save_network(weights, network, info, note, self.best, settings.eval)
 
-    def resume(self, best: dict[str, Any] | None) -> None:
+    def resume(self, best: dict[str, Any] | None, last: int) -> None:
         """Go on with the best network that a checkpoint names, or the one that the run has kept.
+
+        Args:
+            best, last: as the checkpoint has them.
 
         A run that was lost between an evaluation and the next checkpoint has kept the weights of a
         better network than its checkpoint knows of; a worse one must not take their place.
         """
-        self.best = best
+        self.best, self.last = best, last
         found = checkpoint.best_in(self.folder / run.WEIGHTS) if self.world.is_main else None
         if found is None:
             return

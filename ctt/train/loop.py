@@ -197,7 +197,7 @@ class Trainer:
                 [*loggers.make(settings, self.folder, engine.iteration), *self.loggers],
                 measures.names(self.method.networks()) if self.evaluator.measured else (),
                 partial(self.console.print, soft_wrap=True),
-                evaluates=engine.iteration == total,
+                evaluates=engine.iteration == total or self._is_unevaluated(),
             )
         told = announcement(self.plan, engine, self.folder, self.broken)
         self.console.print(told, soft_wrap=True)
@@ -214,18 +214,16 @@ class Trainer:
                 contextlib.closing(profile) if profile else contextlib.nullcontext(),
             ):
                 bar = progress.add_task("", total=total, completed=engine.iteration, losses="")
+                if self._is_unevaluated():
+                    self._evaluate()
                 for _ in self._steps(partial(progress.update, bar), profile):
-                    due = engine.iteration % self._every("eval_every") == 0
-                    if due and engine.iteration < total:
-                        self._evaluate()
-                    due = engine.iteration % self._every("checkpoint_every") == 0
-                    due |= engine.iteration in engine.rounds.starts  # files of the next one follow
-                    if due and engine.iteration < total:
-                        self._save()
-                    if self.world.any_raised(bool(interrupted)) and engine.iteration < total:
+                    if engine.iteration == total:
+                        break
+                    if self.world.any_raised(bool(interrupted)):
                         self._save()
                         self.world.leave()
                         raise Stopped(self.folder, engine.iteration, self.world.is_main)
+                    self._save_and_evaluate()
                 self._save()
                 scores = self._evaluate()
                 self._save(keep=False)  # with what was found to be the best network
@@ -243,6 +241,25 @@ class Trainer:
         settings = self.settings.train
         evaluation = settings.eval_every or max(1, math.ceil(settings.iterations / 10))
         return evaluation if name == "eval_every" else settings.checkpoint_every or evaluation
+
+    def _is_unevaluated(self) -> bool:
+        """Return whether the run ended within an evaluation, which is then done again."""
+        done = self.engine.iteration
+        due = done < self.settings.train.iterations and done % self._every("eval_every") == 0
+        return due and done > self.evaluator.last
+
+    def _save_and_evaluate(self) -> None:
+        """Write a checkpoint, and evaluate, where either is due between two steps."""
+        done = self.engine.iteration
+        evaluates = done % self._every("eval_every") == 0
+        saves = done % self._every("checkpoint_every") == 0
+        saves |= done in self.engine.rounds.starts  # files of the next one follow
+        if saves:  # first: an evaluation that is killed, as it may take minutes, costs no step
+            self._save()
+        if evaluates:
+            self._evaluate()
+        if saves and evaluates:
+            self._save(keep=False)
 
     def _steps(self, show: Callable[..., None], profile: Profile | None) -> Iterator[None]:
         """Do the steps that are left; yields after each one."""
@@ -316,6 +333,7 @@ class Trainer:
                 "seconds": self.seconds,
                 "waited": self.waited,
                 "best": self.evaluator.best,
+                "evaluated": self.evaluator.last,
                 **losses,
             },
             keep,
@@ -326,7 +344,8 @@ class Trainer:
         with loading(saved, self.plan, self.folder, rounds):
             self.engine.load_state_dict(saved)
         self.seconds, self.waited = float(saved["seconds"]), float(saved["waited"])
-        self.evaluator.resume(saved["best"])
+        # those of former versions were written after evaluations alone
+        self.evaluator.resume(saved["best"], saved.get("evaluated", saved["iteration"]))
         self.losses.load_state_dict(saved)
 
     def _finish(self, scores: dict[str, Score]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ctt.errors import UserError
 from ctt.files import part_of
 from ctt.inference.load import load_trained
 from ctt.settings import Settings, update
+from ctt.train import evaluator
 from ctt.train.distributed import World
 from ctt.train.divergence import Losses
 from ctt.train.dry_run import dry_run
@@ -241,15 +242,15 @@ def test_better_weights_than_the_checkpoint_knows_of_are_kept(
     trainer = Trainer(settings, None, out, World())
     assert trainer.evaluator.best == saved["best"]
     better = saved["best"] | {"miou_of_labeled": 100.0}
-    trainer.evaluator.resume(better)
+    trainer.evaluator.resume(better, 6)
     assert trainer.evaluator.best == better
     network = trainer.method.networks()["teacher_1"]
     info = dataclasses.replace(trainer.dataset.info, name="another")
     checkpoint.save_network(out / run.WEIGHTS, network, info, "of another dataset", better)
-    trainer.evaluator.resume(worse)
+    trainer.evaluator.resume(worse, 6)
     assert trainer.evaluator.best == worse
     (out / run.WEIGHTS).unlink()
-    trainer.evaluator.resume(worse)
+    trainer.evaluator.resume(worse, 6)
     assert trainer.evaluator.best == worse
 
 
@@ -310,6 +311,32 @@ def test_rows_of_a_resumed_run_are_those_of_one_that_went_through(
     assert same_ends(whole, out)
     assert rows(out) == rows(whole)
     assert [row["iteration"] for row in rows(out)] == ["2", "4", "4", "6", "8", "8", "9", "9"]
+
+
+def test_a_run_killed_in_an_evaluation_repeats_it_and_no_step(
+    settings: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = update(settings, {"train": {"checkpoint_every": 3}}, "test")
+    out, steps, step = tmp_path / "run", [], Engine.__call__
+
+    def count(self: Engine, *batches: Any) -> dict[str, torch.Tensor]:
+        steps.append(self.iteration)
+        return step(self, *batches)
+
+    monkeypatch.setattr(Engine, "__call__", count)
+    for _ in range(2):  # the first evaluation, and its repetition
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluator, "confusions", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                train(settings, **({"resume": out} if out.exists() else {"out": out}))
+    train(settings, resume=out)
+    assert steps == [0, 1, 2, 3, 4, 5]
+    assert same_ends(whole, out)
+    assert rows(out) == rows(whole)
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(settings: Settings, tmp_path: Path) -> None:
