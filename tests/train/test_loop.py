@@ -494,8 +494,8 @@ def test_a_gpu_has_a_number(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 def test_a_run_that_is_stopped_keeps_its_trace(
     tiny: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    change = {"train": {"profile": 2, "iterations": 15, "eval_every": 13, "tensorboard": False}}
-    stop_after(monkeypatch, 13)
+    change = {"train": {"profile": 3, "iterations": 17, "eval_every": 14, "tensorboard": False}}
+    stop_after(monkeypatch, 15)
     with pytest.raises(Stopped) as stopped:  # holds the frames of the loop
         train(update(tiny, change, "test"), out=out)
     trace = json.loads((stopped.value.folder / "trace.json").read_text())
