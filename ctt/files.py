@@ -15,6 +15,7 @@ from ctt.errors import UnwritableError, UserError
 
 NAMED = 32  # letters of a file's name in the names of its parts
 PART = re.compile(r"(?s:(?P<name>.+))\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}\.part")
+HUB = "hf:"  # before a repository of the Hugging Face hub
 LONGEST_WAIT = 60  # seconds, for a program that writes the same files
 
 
@@ -33,6 +34,11 @@ def as_write_error(path: Path) -> Iterator[None]:
         if cause is None:
             raise
         raise UnwritableError(path, cause.strerror or str(cause)) from None
+
+
+def is_on_hub(path: Path) -> bool:
+    """Return whether a path names a repository of the Hugging Face hub."""
+    return str(path).startswith(HUB)
 
 
 def expanded(path: Path, option: str) -> Path:

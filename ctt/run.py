@@ -19,7 +19,7 @@ from ctt.data.dataset import Dataset
 from ctt.data.folder import refuse_among_images
 from ctt.data.split import read_lines
 from ctt.errors import UnwritableError, UserError
-from ctt.files import atomic_write, is_part_of, remove_parts
+from ctt.files import atomic_write, is_on_hub, is_part_of, remove_parts
 from ctt.fingerprint import of_teacher
 from ctt.models.weights import IMAGENET
 from ctt.settings import Settings, to_dict, update
@@ -145,7 +145,9 @@ def with_whole_paths(settings: Settings) -> Settings:
     """Return settings whose folders and lists do not depend on where the program is started."""
 
     def whole(path: Path | None) -> Path | None:
-        return path if path is None or str(path).startswith("~") else path.absolute()
+        if path is None or is_on_hub(path) or str(path).startswith("~"):
+            return path
+        return path.absolute()
 
     weights = tuple(
         w if w in ("none", IMAGENET) else str(whole(Path(w))) for w in settings.model.weights

@@ -417,8 +417,8 @@ class Settings:
     method: str = "cross-teacher"
     """Training method: a name of --list-methods, or a class in a file, my_method.py:MyMethod."""
     teacher: Path | None = None
-    """distill: the finished run that teaches, by its ensemble, or a file of weights such as its
-    best.safetensors."""
+    """distill: the finished run that teaches, by its ensemble, or one network: a file of weights
+    such as its best.safetensors, or hf:OWNER/NAME on the Hugging Face hub."""
     pairs: Annotated[int, Range(0, 8)] = 0
     """K, pairs of student and teacher; 0: what the method uses by default."""
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ctt.cli.common import run_program
 from ctt.errors import UserError
+from ctt.files import is_on_hub
 from ctt.text import say
 
 
@@ -72,7 +73,7 @@ def _main(arguments: list[str]) -> int:
     if parsed.push:
         return push_to_hub(parsed)
     from ctt.inference.export import OPSET, SUFFIXES, export
-    from ctt.inference.load import is_on_hub, load_trained
+    from ctt.inference.load import load_trained
 
     folder = parsed.path if parsed.path.is_dir() else parsed.path.parent
     if is_on_hub(parsed.path):

@@ -11,8 +11,8 @@ from typing import Any
 from ctt import __version__, run
 from ctt.checkpoint import description, save_network
 from ctt.errors import UserError
-from ctt.files import sha256
-from ctt.inference.load import PREFIX, TrainedNetworks
+from ctt.files import HUB, sha256
+from ctt.inference.load import TrainedNetworks
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"  # by which the hub counts downloads; what is read lies in the weights
@@ -42,8 +42,8 @@ def download(place: str) -> Path:
     except Exception as error:  # the hub's client raises errors of several libraries
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{PREFIX}{place}: {WEIGHTS} cannot be downloaded from the hub ({reason}). Give "
-            f"{PREFIX}OWNER/NAME of a repository that ctt-export --push has made, and HF_TOKEN if "
+            f"{HUB}{place}: {WEIGHTS} cannot be downloaded from the hub ({reason}). Give "
+            f"{HUB}OWNER/NAME of a repository that ctt-export --push has made, and HF_TOKEN if "
             f"it is private."
         ) from None
     return Path(file)
@@ -137,7 +137,7 @@ def card(trained: TrainedNetworks, folder: Path, repository: str) -> str:
     use = [
         "import ctt",
         "",
-        f'network = ctt.load("{PREFIX}{repository}")',
+        f'network = ctt.load("{HUB}{repository}")',
         'label = network.predict("photo.jpg")',
     ]
     return "\n".join(

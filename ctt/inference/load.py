@@ -12,13 +12,11 @@ from ctt import checkpoint, models, run
 from ctt.data.dataset import DatasetInfo
 from ctt.data.fit import FITTING
 from ctt.errors import UserError
-from ctt.files import sha256
+from ctt.files import HUB, is_on_hub, sha256
 from ctt.inference.evaluate import ENSEMBLE
 from ctt.inference.predict import Predict, mean_of, predictor
 from ctt.models.base import SegmentationModel
 from ctt.settings import EvalSettings, Settings, update
-
-PREFIX = "hf:"  # before a repository of the Hugging Face hub
 
 
 @dataclass(frozen=True)
@@ -83,11 +81,6 @@ class TrainedNetworks:
         return lambda images: predict(images.to(device))
 
 
-def is_on_hub(path: Path) -> bool:
-    """Return whether a path names a repository of the Hugging Face hub."""
-    return str(path).startswith(PREFIX)
-
-
 def load_trained(path: Path, network: str = "") -> TrainedNetworks:
     """Load all networks of the run in the folder `path`, or the one in the file `path`.
 
@@ -101,7 +94,7 @@ def load_trained(path: Path, network: str = "") -> TrainedNetworks:
     if is_on_hub(path):
         from ctt.inference.hub import download
 
-        path = download(str(path).removeprefix(PREFIX))
+        path = download(str(path).removeprefix(HUB))
     if network == "best" or not run.has_checkpoint(path):
         trained = _of_file(path)
         network = "" if network == "best" else network

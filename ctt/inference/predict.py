@@ -81,7 +81,8 @@ def logits_of(network: SegmentationModel, amp: str, images: Tensor) -> Tensor:
     """Return the logits (B, C, H, W) of every pixel, in float32."""
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     with torch.autocast(images.device.type, dtype=dtype, enabled=amp != "off"):
-        logits = network(images).logits
+        weights = next(network.parameters(), images)  # users may have made them float16 or float64
+        logits = network(images.to(weights.dtype)).logits.float()
     size = (images.shape[-2], images.shape[-1])
     return upsample(logits, size, network.grid)
 

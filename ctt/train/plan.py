@@ -24,9 +24,9 @@ from ctt.data.fit import FITTING, fitting_crop
 from ctt.data.split import make_split, read_list
 from ctt.device import pick_device
 from ctt.errors import UserError
-from ctt.files import expanded
+from ctt.files import expanded, is_on_hub
 from ctt.inference.evaluate import ENSEMBLE
-from ctt.inference.load import is_on_hub, load_trained
+from ctt.inference.load import load_trained
 from ctt.methods.base import M, Method, Setup, unchanged
 from ctt.methods.labeled import class_weights
 from ctt.models.base import SegmentationModel

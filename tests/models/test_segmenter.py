@@ -47,6 +47,15 @@ def test_a_loaded_network_segments_as_evaluation_does(weights: Path) -> None:
     assert torch.equal(segmenter.predict(Image.fromarray(pixels)), label)
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_other_precision_predict(weights: Path, kind: torch.dtype) -> None:
+    image = torch.randint(0, 256, (3, 40, 33), dtype=torch.uint8)
+    expected = ctt.load(weights).predict(image, probabilities=True)
+    found = ctt.load(weights).to(kind).predict(image, probabilities=True)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
 def test_pictures_of_any_mode_and_paths(weights: Path, tmp_path: Path, mode: str) -> None:
     segmenter = ctt.load(weights)
