@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ctt.methods.labeled_settings import LabeledSettings
 
 SMOOTH = 1.0  # pixel, so that the dice of a few pixels is no jump
+DIGITS = 6  # after the point, of weights in config.yaml
 
 
 def class_weights(
@@ -48,7 +49,9 @@ def class_weights(
     weights = {c: found[rule](c) for c in shown}
     # a factor of all changes nothing, and is easier to read with mean 1
     mean = sum(weights.values()) / max(1, len(weights))
-    return tuple(round(weights[c] / mean, 6) if c in weights else 1.0 for c in range(len(pixels)))
+    # rounded to 0, a class that fills nearly all pixels would not be learnt at all
+    rounded = {c: max(round(w / mean, DIGITS), 10**-DIGITS) for c, w in weights.items()}
+    return tuple(rounded.get(c, 1.0) for c in range(len(pixels)))
 
 
 class LabeledLoss(nn.Module):

@@ -135,6 +135,7 @@ def test_class_weights() -> None:
     assert of("effective") == pytest.approx(scaled(effective), abs=1e-5)
     assert of("effective", 0.0) == [1, 1, 1, 1]
     assert class_weights("enet", [0, 0], [0, 0], 0.9) == (1, 1)
+    assert min(class_weights("inverse", [10**9, 3], [9, 1], 0.9)) == 1e-6  # learnt, if little
 
 
 EVERYTHING = {
