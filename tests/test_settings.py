@@ -28,7 +28,8 @@ def test_settings_survive_yaml() -> None:
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_is_valid(name: str) -> None:
-    validate(update(Settings(), recipes.load(name), name))
+    weights = {"model": {"weights": ["imagenet"]}}  # of what `frozen` is put over
+    validate(update(update(Settings(), weights, "test"), recipes.load(name), name))
 
 
 @pytest.mark.parametrize(

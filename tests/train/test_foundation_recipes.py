@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from ctt import checkpoint, recipes, run
 from ctt.cli import evaluate, export, predict
@@ -15,16 +17,20 @@ from tests.train.test_loop import stop_after
 
 NAMES = [name for name in recipes.names() if "-dinov2-" in name]
 SMALL = (
-    "--model.weights none --model.backbone test_vit --train.iterations 2 --train.log-every 1 "
+    "--model.backbone test_vit --train.iterations 2 --train.log-every 1 "
     "--train.eval-every 2 --train.no-tensorboard --train.measured-images 0 --train.threads 1 "
     "--data.workers 0 --data.batch-size 2 --data.crop 48 48 --bank.capacity 4"
 )
 
 
-def small(name: str) -> list[str]:
-    """Return what makes a recipe small."""
+def small(name: str, folder: Path) -> list[str]:
+    """Return what makes a recipe small; `folder` gets weights of a backbone that is frozen."""
     window = "--eval.window 48 48 " if name.startswith("cityscapes") else ""
-    return f"{window}{SMALL}".split()
+    weights = "none"
+    if "frozen" in name:
+        weights = str(folder / "backbone.safetensors")
+        save_file(timm.create_model("test_vit").state_dict(), weights)
+    return ["--model.weights", weights, *f"{window}{SMALL}".split()]
 
 
 def tree(root: Path, name: str) -> Path:
@@ -45,7 +51,7 @@ def tree(root: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_two_steps_of_the_recipe(tmp_path: Path, name: str) -> None:
     place = ["--data-root", str(tree(tmp_path / "data", name)), "--out", str(tmp_path / "run")]
-    shown = [*small(name), *place]
+    shown = [*small(name, tmp_path), *place]
     if "unimatch" in name or "fixmatch" in name:
         shown = [a for a in shown if a not in ("--bank.capacity", "4")]
     assert program._main(["--recipe", name, "--ratio", "1/2", *shown]) == 0
@@ -73,7 +79,7 @@ def test_from_training_to_masks(tmp_path: Path, name: str, folder: str) -> None:
     """Trained, stopped, resumed bit-equal, evaluated, predicted, exported."""
     root, out, whole = tree(tmp_path / "data", name), tmp_path / "run", tmp_path / "whole"
     given = ["--recipe", name, "--ratio", "1/2", "--data-root", str(root), "--train.deterministic"]
-    given += small(name) if "cross" in name else small(name)[:-2]
+    given += small(name, tmp_path) if "cross" in name else small(name, tmp_path)[:-2]
     assert program._main([*given, "--out", str(whole)]) == 0
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 1)

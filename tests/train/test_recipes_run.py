@@ -34,7 +34,8 @@ SMALL = {
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_two_steps(name: str) -> None:
-    settings = update(Settings(), recipes.load(name), name)
+    weights = {"model": {"weights": ["imagenet"]}}  # of what `frozen` is put over
+    settings = update(update(Settings(), weights, "test"), recipes.load(name), name)
     validate(settings)
     settings = with_small_critics(update(settings, SMALL, "small"))
     validate(settings)
