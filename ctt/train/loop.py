@@ -243,7 +243,7 @@ class Trainer:
         return evaluation if name == "eval_every" else settings.checkpoint_every or evaluation
 
     def _is_unevaluated(self) -> bool:
-        """Return whether the run ended within an evaluation, which is then done again."""
+        """Return whether the run stopped before or within an evaluation, which is then done."""
         done = self.engine.iteration
         due = done < self.settings.train.iterations and done % self._every("eval_every") == 0
         return due and done > self.evaluator.last
@@ -344,7 +344,7 @@ class Trainer:
         with loading(saved, self.plan, self.folder, rounds):
             self.engine.load_state_dict(saved)
         self.seconds, self.waited = float(saved["seconds"]), float(saved["waited"])
-        # those of former versions were written after evaluations alone
+        # checkpoints of former versions were written after the evaluation that was due
         self.evaluator.resume(saved["best"], saved.get("evaluated", saved["iteration"]))
         self.losses.load_state_dict(saved)
 
