@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -12,7 +12,8 @@ from ctt.data.dataset import IGNORE, DatasetInfo
 from ctt.data.files import (
     FileDataset,
     first_with,
-    list_names,
+    jpeg_files,
+    jpeg_name,
     require_root,
     same_name,
 )
@@ -75,24 +76,21 @@ class Ade20k(FileDataset):
                 f"ADEChallengeData2016. Give the folder that {LAYOUT}."
             )
         self.folder = folder
-        of = {
-            part: [n[:-4] for n in list_names(folder / IMAGES / part) if n.lower().endswith(".jpg")]
-            for part in ("training", "validation")
-        }
-        for part, names in of.items():
-            if not names:
+        of = {part: jpeg_files(folder / IMAGES / part) for part in ("training", "validation")}
+        for part, files in of.items():
+            if not files:
                 raise UserError(
                     f"{folder / IMAGES / part}: there are no images. Unpack "
                     f"ADEChallengeData2016.zip of the scene parsing benchmark there."
                 )
-        self._parts = {name: part for part, names in of.items() for name in names}
+        self._parts = {name: part for part, files in of.items() for name in files}
+        self._files = {name: file for files in of.values() for name, file in files.items()}
         self._known = {same_name(name): name for name in self._parts}
-        shifted = self._is_shifted(of["training"])
+        train, evaluation = list(of["training"]), list(of["validation"])
+        shifted = self._is_shifted(train)
         original = {0: IGNORE, **{c + 1: c for c in range(len(CLASSES))}}
         self.labels = plain_map(CLASSES) if shifted else LabelMap(original, CLASSES)
-        super().__init__(
-            INFO, folder, (of["training"], [], of["validation"]), options, (TRAIN, EVALUATION)
-        )
+        super().__init__(INFO, folder, (train, [], evaluation), options, (TRAIN, EVALUATION))
         self.notes += (
             "The masks of ADE20K are shifted: class c is c, and 255 is ignored."
             if shifted
@@ -114,7 +112,7 @@ class Ade20k(FileDataset):
         return False
 
     def image_path(self, name: str) -> Path:
-        return self.folder / IMAGES / self._parts[name] / f"{name}.jpg"
+        return self.folder / IMAGES / self._parts[name] / self._files[name]
 
     def mask_path(self, name: str) -> Path:
         return self.folder / MASKS / self._parts[name] / f"{name}.png"
@@ -124,5 +122,4 @@ class Ade20k(FileDataset):
 
     def find(self, entry: str) -> str | None:
         """Find an image by its bare name or the path of a JPEG file."""
-        file = PurePosixPath(entry).name
-        return self._known.get(same_name(file.removesuffix(".jpg")))
+        return self._known.get(jpeg_name(entry))

@@ -15,6 +15,8 @@ from ctt.data.dataset import IGNORE, DatasetInfo
 from ctt.data.files import (
     FileDataset,
     first_with,
+    jpeg_files,
+    jpeg_name,
     list_names,
     require_root,
     same_name,
@@ -67,20 +69,18 @@ class Coco(FileDataset):
                 f"{self.masks}: there are no masks. Make them of the annotations with: "
                 f"{COMMAND} {root}"
             )
-        of = {
-            part: [n[:-4] for n in list_names(self.images / part) if n.lower().endswith(".jpg")]
-            for part in PARTS
-        }
-        self._parts = {name: part for part, names in of.items() for name in names}
+        of = {part: jpeg_files(self.images / part) for part in PARTS}
+        self._parts = {name: part for part, files in of.items() for name in files}
+        self._files = {name: file for files in of.values() for name, file in files.items()}
         self._known = {same_name(name): name for name in self._parts}
         # palettes of other programs have colours of their own
         self.labels = plain_map(CLASSES)
         published = (PARTS["train2017"], PARTS["val2017"])
-        names: tuple[list[str], list[str], list[str]] = (of["train2017"], [], of["val2017"])
+        names = (list(of["train2017"]), list[str](), list(of["val2017"]))
         super().__init__(INFO, self.images, names, options, published)
 
     def image_path(self, name: str) -> Path:
-        return self.images / self._parts[name] / f"{name}.jpg"
+        return self.images / self._parts[name] / self._files[name]
 
     def mask_path(self, name: str) -> Path:
         own = self.masks / self._parts[name] / f"{name}.png"
@@ -92,8 +92,7 @@ class Coco(FileDataset):
 
     def find(self, entry: str) -> str | None:
         """Find an image by its bare name or the path of a JPEG file."""
-        file = PurePosixPath(entry).name
-        return self._known.get(same_name(file.removesuffix(".jpg")))
+        return self._known.get(jpeg_name(entry))
 
 
 def folders(root: Path) -> tuple[Path, Path]:

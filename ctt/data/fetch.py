@@ -54,7 +54,7 @@ SBD = Archive(
 
 
 def fetch_voc(root: Path, progress: Progress, archive: Archive = VOC) -> Path:
-    """Download VOC 2012 to `root`; an archive that is already there is used.
+    """Download VOC 2012 to `root`; an archive that is already there is used, and left there.
 
     Returns:
         the folder VOC2012.
@@ -69,9 +69,8 @@ def fetch_voc(root: Path, progress: Progress, archive: Archive = VOC) -> Path:
         )
     with _writable(root):
         root.mkdir(parents=True, exist_ok=True)
-        tar = download(archive, root, progress)
-        unpack(tar, root)
-        tar.unlink()
+        with _downloaded(archive, root, progress) as tar:
+            unpack(tar, root)
     return folder
 
 
@@ -97,8 +96,7 @@ def fetch_augmented(root: Path, progress: Progress, archive: Archive = SBD) -> t
     if target.exists():
         raise UserError(f"{target} is there already. Check it with: {check_command(root, 'aug')}")
     part = folder / f"{AUG_MASKS}.part"
-    with _writable(root):
-        tar = download(archive, root, progress)
+    with _writable(root), _downloaded(archive, root, progress) as tar:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         try:
@@ -108,7 +106,6 @@ def fetch_augmented(root: Path, progress: Progress, archive: Archive = SBD) -> t
             part.rename(target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        tar.unlink()
     return target, len(list_names(target))
 
 
@@ -166,6 +163,16 @@ def _writable(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"`data_root` {root} cannot be written ({error.strerror}).") from None
+
+
+@contextlib.contextmanager
+def _downloaded(archive: Archive, folder: Path, progress: Progress) -> Iterator[Path]:
+    """The archive in `folder`, which is removed after its use unless it was there before."""
+    was_there = (folder / archive.name).exists()
+    tar = download(archive, folder, progress)
+    yield tar
+    if not was_there:
+        tar.unlink()
 
 
 def download(archive: Archive, folder: Path, progress: Progress) -> Path:

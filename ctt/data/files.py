@@ -6,7 +6,7 @@ import os
 import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
@@ -214,6 +214,17 @@ def list_names(folder: Path) -> list[str]:
         return []
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if not entry.name.startswith("."))
+
+
+def jpeg_files(folder: Path) -> dict[str, str]:
+    """Return the names of the JPEG files in a folder by those of the images: {"a": "a.JPG"}."""
+    return {n[:-4]: n for n in list_names(folder) if n.lower().endswith(".jpg")}
+
+
+def jpeg_name(entry: str) -> str:
+    """Return the bare name of an image, as `same_name` spells it, from it or its file's path."""
+    file = PurePosixPath(entry).name
+    return same_name(file[:-4] if file.lower().endswith(".jpg") else file)
 
 
 def first_with(root: Path, places: Iterable[str], needed: str) -> Path | None:

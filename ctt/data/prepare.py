@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ctt import __version__
 from ctt.data.dataset import Dataset
 from ctt.data.files import FileDataset
 from ctt.errors import UserError
@@ -95,11 +96,12 @@ class Prepared:
     def _key(self, kind: str, name: str) -> str:
         """Names the bytes that would be read: by the files, when they were written, and how.
 
-        A label depends on its image, too, which may have pixels without data.
+        A label depends on its image, too, which may have pixels without data. Another version of
+        this program may read the same files differently.
         """
         assert isinstance(self.dataset, FileDataset)
         files = self.dataset.files(name, labeled=kind == "label")
-        parts: list[object] = [kind, self.size, self.info.white, self.dataset.turned]
+        parts: list[object] = [__version__, kind, self.size, self.info.white, self.dataset.turned]
         parts += [self.info.bands, self.info.ranges]
         for path in files:
             try:

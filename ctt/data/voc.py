@@ -8,7 +8,15 @@ from pathlib import Path, PurePosixPath
 
 from ctt.data.channels import IMAGENET_MEAN, IMAGENET_STD
 from ctt.data.dataset import IGNORE, DatasetInfo, Submission
-from ctt.data.files import FileDataset, first_with, list_names, require_root, same_name
+from ctt.data.files import (
+    FileDataset,
+    first_with,
+    jpeg_files,
+    jpeg_name,
+    list_names,
+    require_root,
+    same_name,
+)
 from ctt.data.labels import LabelMap, plain_map
 from ctt.data.options import DatasetOptions
 from ctt.data.split import read_lines, resolve
@@ -85,8 +93,8 @@ class Voc(FileDataset):
         self.folder = folder
         colours = {colour: c for c, colour in enumerate(INFO.palette)}
         self.labels = plain_map(CLASSES, colours={**colours, BORDER: IGNORE})
-        images = [n[:-4] for n in list_names(folder / "JPEGImages") if n.lower().endswith(".jpg")]
-        self._known = {same_name(name): name for name in images}
+        self._files = jpeg_files(folder / "JPEGImages")
+        self._known = {same_name(name): name for name in self._files}
         order = (AUG_MASKS, CLASSIC_MASKS)
         self._masks = self._find_masks(order if options.voc_set == "aug" else order[::-1])
         evaluation, classic = self._list("val.txt"), self._list("train.txt")
@@ -159,7 +167,7 @@ class Voc(FileDataset):
         return [self._known.get(n, n) for n in self._masks if n not in evaluation]
 
     def image_path(self, name: str) -> Path:
-        return self.folder / "JPEGImages" / f"{name}.jpg"
+        return self.folder / "JPEGImages" / self._files.get(name, f"{name}.jpg")
 
     def mask_path(self, name: str) -> Path:
         return self._masks.get(same_name(name), self.folder / CLASSIC_MASKS / f"{name}.png")
@@ -169,5 +177,4 @@ class Voc(FileDataset):
 
     def find(self, entry: str) -> str | None:
         """Find an image by its bare name or the path of a JPEG file."""
-        file = PurePosixPath(entry).name
-        return self._known.get(same_name(file.removesuffix(".jpg")))
+        return self._known.get(jpeg_name(entry))

@@ -44,7 +44,7 @@ from ctt.train.record import Recorder, draw_curves
 from ctt.train.report import announcement, draw_predictions, ending, progress_bar, summary_of
 from ctt.train.resuming import changed_method, finished, loading, nothing_left, resume_hint
 from ctt.train.rounds import Labeling, folder_of
-from ctt.train.setup import not_deterministic, restored_threads, without_fixed_size_tuning
+from ctt.train.setup import not_deterministic, restored_torch, without_fixed_size_tuning
 from ctt.train.signals import interrupt_flag
 from ctt.train.step_log import StepLog
 from ctt.train.streams import Streams
@@ -99,7 +99,7 @@ def train_in_folder(
         Stopped: interrupted, checkpoint written.
     """
     folder = resume
-    with restored_threads(), join() as world:
+    with restored_torch(), join() as world:
         try:
             trainer = Trainer(settings, out, resume, world, own)
             folder = trainer.folder

@@ -39,14 +39,18 @@ def not_deterministic(error: RuntimeError) -> str | None:
 
 
 @contextlib.contextmanager
-def restored_threads() -> Iterator[None]:
-    """Set PyTorch's number of threads back at the end: the next run may ask for the usual one."""
-    before = torch.get_num_threads()
+def restored_torch() -> Iterator[None]:
+    """Undo in the end what `set_up_torch` sets in PyTorch: other code may run in the process."""
+    threads, tuned = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         yield
     finally:
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = tuned
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 @contextlib.contextmanager

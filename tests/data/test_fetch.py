@@ -136,6 +136,7 @@ def test_an_archive_put_there_by_hand_is_used(tmp_path: Path, server: Server) ->
     (tmp_path / "voc.tar").write_bytes(server.content)
     assert fetch_voc(tmp_path, quiet, archive(server)).is_dir()
     assert server.asked == []
+    assert (tmp_path / "voc.tar").read_bytes() == server.content  # it is the user's
 
 
 def test_a_wrong_archive_put_there_by_hand_is_left(tmp_path: Path, server: Server) -> None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ctt import data
+from ctt.cli.data import _main as data_program
 from ctt.data.check import check_quickly
 from ctt.data.cityscapes import CLASSES as CITY_CLASSES
 from ctt.data.cityscapes import COUNTS
@@ -50,6 +51,23 @@ def test_voc_is_found_from_every_level(tmp_path: Path, below: str) -> None:
         assert (image.shape, label.shape) == ((3, 40, 50), (40, 50))
         assert label.max() == 255
         assert len(label.unique()) == 4  # background, two classes and the border
+
+
+@pytest.mark.parametrize("name", ["voc", "coco", "ade20k"])
+def test_jpeg_files_may_have_a_name_in_capitals(tmp_path: Path, name: str) -> None:
+    if name == "coco":
+        pytest.importorskip("pycocotools")
+        root = trees.write_coco(tmp_path)
+        assert data_program(["coco-masks", "--data-root", str(root)]) == 0
+    else:
+        root = (trees.write_voc if name == "voc" else trees.write_ade20k)(tmp_path)
+    for path in root.rglob("*.jpg"):
+        path.rename(path.with_suffix(".JPG"))
+    dataset = opened(name, root)
+    first = dataset.train_ids()[0]
+    image, label = dataset.pair(first)
+    assert image.shape[1:] == label.shape
+    assert (dataset.find(f"{first}.JPG"), dataset.find(f"{first}.jpg")) == (first, first)
 
 
 def test_classic_voc_labels_fewer_images(tmp_path: Path) -> None:

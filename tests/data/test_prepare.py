@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ctt import data
+from ctt.data import prepare
 from ctt.data.digits import Digits
 from ctt.data.options import DatasetOptions
 from ctt.data.prepare import Prepared, resize_image, resize_label
@@ -66,6 +67,21 @@ def test_a_cache_reads_no_file_twice_and_notices_a_change(tmp_path: Path) -> Non
     assert kept.image(name).shape == (3, 30, 60)
     with pytest.raises(UserError, match=r"the mask has 50x40 pixels, but its image .* has 60x30"):
         kept.pair(name)
+
+
+def test_a_cache_of_another_version_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = data.open_dataset("voc", trees.write_voc(tmp_path / "data"), DatasetOptions())
+    kept = Prepared(dataset, None, tmp_path / "cache")
+    name = dataset.train_ids()[0]
+    kept.pair(name)
+    count = len(list((tmp_path / "cache").iterdir()))
+    kept.pair(name)
+    assert len(list((tmp_path / "cache").iterdir())) == count
+    monkeypatch.setattr(prepare, "__version__", "0.0.0")
+    kept.pair(name)
+    assert len(list((tmp_path / "cache").iterdir())) == 2 * count
 
 
 def test_a_torn_file_of_the_cache_is_read_anew(tmp_path: Path) -> None:

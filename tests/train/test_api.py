@@ -93,7 +93,7 @@ def test_a_run_has_the_method_as_its_file_is_now(
         assert f"loss_{term}" in (done["folder"] / "metrics.csv").read_text()
 
 
-def test_a_run_leaves_the_threads_to_the_next(
+def test_a_run_leaves_the_process_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = [2]  # as PyTorch has them
@@ -102,6 +102,12 @@ def test_a_run_leaves_the_threads_to_the_next(
     with pytest.raises(UserError, match="nowhere"):
         ctt.train(**TINY, dataset="folder", data_root=tmp_path / "nowhere")
     assert threads == [2, 1, 2]
+    before = torch.are_deterministic_algorithms_enabled()
+    for wanted in (True, False):
+        given = {**TINY, "train.deterministic": wanted}
+        with pytest.raises(UserError, match="nowhere"):
+            ctt.train(**given, dataset="folder", data_root=tmp_path / "nowhere")
+        assert torch.are_deterministic_algorithms_enabled() is before
 
 
 def train_from_python(folder: Path, data: Path) -> None:
