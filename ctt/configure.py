@@ -171,7 +171,14 @@ def refuse_unused(settings: Settings, names: list[str]) -> None:
         group, _, option = name.partition(".")
         masks = settings.masks
         # None of a folder leaves it out of a run that is resumed
-        if group == "masks" and masks.folder is None and getattr(masks, option) is not None:
+        if group != "masks" or getattr(masks, option) is None:
+            continue
+        if masks.folder is None:
             raise UserError(
                 f"`{name}` changes nothing without `masks.folder`, the folder of the masks."
+            )
+        if option == "threshold" and masks.confidence is None:
+            raise UserError(
+                f"`{name}` changes nothing without `masks.confidence`, the folder of their "
+                f"confidence: every pixel counts as sure."
             )

@@ -231,6 +231,10 @@ def test_masks_of_two_classes_that_hold_255_for_one_are_told(
     ("arguments", "message"),
     [
         ("--masks.weight 2", "`masks.weight` changes nothing without `masks.folder`"),
+        (
+            "--masks.folder x --masks.threshold 0.9",
+            "`masks.threshold` changes nothing without `masks.confidence`",
+        ),
         ("--method supervised --masks.folder x", "`masks.folder` changes nothing with `method`"),
         ("--masks.folder x --masks.fade 2", "`masks.fade` must be in 0..1"),
     ],
