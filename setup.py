@@ -38,11 +38,10 @@ def setting(name: str) -> str:
 
 def extension(name: str, pattern: str) -> list[Extension]:
     sources = sorted(str(path) for path in Path("csrc").glob(pattern))
-    headers = sorted(str(path) for path in Path("csrc").glob(f"{Path(pattern).parent}/*.h*"))
     if setting(name) == "0" or not sources:
         return []
     optional = setting(name) != "1"
-    return [Extension(name, sources, depends=headers, optional=optional, language="c++")]
+    return [Extension(name, sources, optional=optional, language="c++")]
 
 
 def find_nvcc() -> str | None:

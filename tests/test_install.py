@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -20,12 +21,18 @@ def sources(folder: Path) -> Path:
     return Path(shutil.copytree(ROOT, folder / "ctt", ignore=ignored))
 
 
+def sdist_of(folder: Path, **changes: str) -> Path:
+    """Return the sdist of the sources."""
+    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    command, environment = [sys.executable, "-c", code, str(folder)], os.environ | changes
+    subprocess.run(command, cwd=sources(folder), env=environment, check=True)
+    (sdist,) = folder.glob("*.tar.gz")
+    return sdist
+
+
 def wheel_of(folder: Path, **changes: str) -> Path:
     """Return the wheel of the sdist of the sources, built in isolation in an empty folder."""
-    source = sources(folder)
-    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=source, check=True)
-    (sdist,) = folder.glob("*.tar.gz")
+    sdist = sdist_of(folder)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
     environment = os.environ | {"CTT_CUDA": "0", **changes}
     subprocess.run([*pip, str(folder), str(sdist)], env=environment, check=True)
@@ -118,6 +125,13 @@ def test_what_has_not_changed_is_not_built_again(tmp_path: Path) -> None:
     assert newer(again, third := build()) == ["ema"]
     (source / "csrc" / "cpu" / "ops.h").touch()
     assert newer(third, build()) == sorted(first)
+
+
+def test_the_sdist_holds_every_source_whatever_is_built_where_it_is_made(tmp_path: Path) -> None:
+    with tarfile.open(sdist_of(tmp_path, CTT_CPU="0", CTT_CUDA="0")) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    needed = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    assert needed <= names
 
 
 @pytest.mark.parametrize("compiler", [True, False])
