@@ -1,6 +1,7 @@
 """Checks of arguments: dtype, shape and device only, so that nothing waits for a GPU."""
 
 import math
+import operator
 from collections.abc import Iterable
 
 import torch
@@ -134,9 +135,22 @@ def reduction(operation: str, value: str) -> None:
         raise ValueError(f"{operation}: reduction must be one of {REDUCTIONS}, got {value!r}")
 
 
-def positive_int(operation: str, name: str, value: int) -> None:
+def positive_int(operation: str, name: str, value: object) -> int:
+    """Return an integer of any usual kind, such as NumPy's, as a number.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is below 1.
+    """
     # under torch.compile with dynamic shapes a size may be a symbolic integer
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{operation}: {name} must be an integer, got {type(value).__name__}")
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            value = operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            kind = type(value).__name__
+            raise TypeError(f"{operation}: {name} must be an integer, got {kind}") from None
     if value < 1:
         raise ValueError(f"{operation}: {name} must be at least 1, got {value}")
+    return value  # type: ignore[return-value]

@@ -50,8 +50,8 @@ class MemoryBank(nn.Module):
         group: "ProcessGroup | Literal['local'] | None" = None,
     ) -> None:
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("capacity", capacity), ("dim", dim)):
-            _checks.positive_int("MemoryBank", name, value)
+        sizes = (("num_classes", num_classes), ("capacity", capacity), ("dim", dim))
+        num_classes, capacity, dim = (_checks.positive_int("MemoryBank", *size) for size in sizes)
         self.num_classes, self.capacity, self.dim = num_classes, capacity, dim
         self.group = _checked(group)
         self.register_buffer("keys", torch.zeros(num_classes, capacity, dim))
@@ -117,8 +117,8 @@ class MemoryBank(nn.Module):
         """
         _checks.tensor("MemoryBank.push", "features", features, ("N", self.dim), None)
         _checks.tensor("MemoryBank.push", "label", label, (features.shape[0],), torch.int64)
-        for name, value in (("top_k", top_k), ("per_class", per_class)):
-            _checks.positive_int("MemoryBank.push", name, value)
+        top_k = _checks.positive_int("MemoryBank.push", "top_k", top_k)
+        per_class = _checks.positive_int("MemoryBank.push", "per_class", per_class)
         if ticket is not None:
             shape = (self.num_classes, top_k)
             _checks.tensor("MemoryBank.push", "ticket", ticket, shape, None, features.device)

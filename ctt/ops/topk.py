@@ -40,8 +40,8 @@ def class_topk(
     _checks.tensor("class_topk", "confidence", confidence, tuple(label.shape), None, device)
     if valid is not None:
         _checks.tensor("class_topk", "valid", valid, tuple(label.shape), torch.bool, device)
-    _checks.positive_int("class_topk", "k", k)
-    _checks.positive_int("class_topk", "num_classes", num_classes)
+    k = _checks.positive_int("class_topk", "k", k)
+    num_classes = _checks.positive_int("class_topk", "num_classes", num_classes)
     confidence = confidence.detach().resolve_neg()
     if _library.is_traced(confidence):
         traced: tuple[Tensor, Tensor] = torch.ops.ctt.class_topk(

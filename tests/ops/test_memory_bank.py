@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -165,6 +166,16 @@ def test_errors_name_the_argument() -> None:
         bank.push(features, label, confidence, top_k=2, per_class=0)
     with pytest.raises(ValueError, match=r"c must be in 0\.\.3, got 4"):
         bank.queue(4)
+
+
+@pytest.mark.parametrize("kind", [numpy.int64, numpy.array, torch.tensor])
+def test_sizes_of_other_kinds_of_integer(kind: Any) -> None:
+    sizes = CLASSES, CAPACITY, DIM
+    bank, same = MemoryBank(*map(kind, sizes)), MemoryBank(*sizes)
+    bank.push(*batch(50, 0), top_k=kind(3), per_class=kind(3))
+    same.push(*batch(50, 0), top_k=3, per_class=3)
+    assert torch.equal(bank.keys, same.keys)
+    assert all(type(size) is int for size in (bank.num_classes, bank.capacity, bank.dim))
 
 
 STEPS = 3
