@@ -173,6 +173,8 @@ def test_a_teacher_counts_in_the_hash_by_its_weights(tmp_path: Path) -> None:
 
     assert hash_of("a", b"1") == hash_of("b", b"1") == hash_of("a", b"1", "best.safetensors")
     assert hash_of("a", b"1") != hash_of("b", b"2")
+    mine, others = (update(Settings(), {"teacher": f"hf:{x}/net"}, "test") for x in ("me", "you"))
+    assert mine.hash() != others.hash()
 
 
 def test_a_folder_of_data_counts_in_the_hash_and_its_path_does_not(tmp_path: Path) -> None:
