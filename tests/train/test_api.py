@@ -12,6 +12,8 @@ import yaml
 
 import ctt
 from ctt.errors import UserError
+from ctt.ops import prefer_backend
+from ctt.ops._registry import preferred
 from tests.conftest import leave_out_figures
 from tests.data.trees import save_mask, write_folder
 from tests.train.processes import finish, shown, start
@@ -108,6 +110,11 @@ def test_a_run_leaves_the_process_as_it_was(
         with pytest.raises(UserError, match="nowhere"):
             ctt.train(**given, dataset="folder", data_root=tmp_path / "nowhere")
         assert torch.are_deterministic_algorithms_enabled() is before
+    prefer_backend("torch")
+    with pytest.raises(UserError, match="nowhere"):
+        ctt.train(**TINY, dataset="folder", data_root=tmp_path / "nowhere")
+    assert preferred() == "torch"
+    prefer_backend("auto")
 
 
 def train_from_python(folder: Path, data: Path) -> None:
