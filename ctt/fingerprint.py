@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ctt.errors import UserError
-from ctt.files import sha256
+from ctt.files import is_on_hub, sha256
 
 SAMPLED = 16  # images of a folder whose content counts, at least; of the others name and size do
 
@@ -23,9 +23,11 @@ def of_file(path: Path | str) -> str:
 
 def of_teacher(path: Path | str) -> str:
     """Return the checksum of what teaches: all networks of a run, its best one if there is no
-    checkpoint of it, or a file of weights; of what is not there, the name."""
+    checkpoint of it, or a file of weights; of what is on the hub or not there, the name."""
     from ctt import run
 
+    if is_on_hub(Path(path)):
+        return Path(path).as_posix()
     own = Path(path).expanduser()
     if run.has_checkpoint(own):
         return of_file(own / run.CHECKPOINT)

@@ -374,8 +374,9 @@ def _fixed(old: Settings, new: Settings) -> Iterator[tuple[str, Any, Any]]:
             default = methods.get(old.method).pairs
             before, after = before or default, after or default
         if name == "teacher" and before and after and before != after:
-            # a run that was moved is the same one
-            same = not before.exists() or of_teacher(before) == of_teacher(after)
+            # a run that was moved is the same one; nothing moves on the hub
+            there = before.exists() or is_on_hub(before)
+            same = not there or of_teacher(before) == of_teacher(after)
             before = after if same else before
         if dataclasses.is_dataclass(before):
             for f in dataclasses.fields(before):

@@ -588,8 +588,9 @@ def _coerce(value: Any, kind: Any, where: str) -> Any:
             raise UserError(f"{where} must be true or false, got {brief(value)}.")
         return value
     try:
-        # `kind` makes 1.0 of a yes, and a word of anything
-        if value is None or isinstance(value, bool | list | tuple | dict):
+        # `kind` makes 1.0 of a yes, and a word of anything; a method of one's own may have lists
+        plain = value is not None and not isinstance(value, bool | list | tuple | dict)
+        if kind in (int, float, str) and not plain:
             raise TypeError
         if kind is int and float(value) != int(value):
             raise ValueError

@@ -87,6 +87,9 @@ def test_what_taught_and_weighed_a_run_is_fixed(tmp_path: Path) -> None:
     run.check_resumable(gone, a)
     on_hub = Settings(method="distill", teacher=Path("hf:me/net"))
     assert run.with_whole_paths(on_hub) == on_hub
+    other = Settings(method="distill", teacher=Path("hf:you/net"))
+    with pytest.raises(UserError, match=r"^`teacher` hf:you.net: the run to be resumed has hf:me"):
+        run.check_resumable(on_hub, other)
     with pytest.raises(UserError, match=r"^`teacher` .*b: the run to be resumed has .*a, and its"):
         run.check_resumable(a, b)
 

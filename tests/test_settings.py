@@ -16,6 +16,19 @@ class Mine(Supervised):
     pass
 """
 
+OWN_OPTIONS = """
+from dataclasses import dataclass, field
+from ctt.methods import About
+from ctt.methods.options import Options
+from ctt.methods.supervised import Supervised
+@dataclass(frozen=True)
+class MyOptions(Options):
+    scales: list[float] = field(default_factory=list)
+    weights: dict[str, float] = field(default_factory=dict)
+class Mine(Supervised):
+    about = About(unlabeled=False, options=MyOptions)
+"""
+
 
 def test_settings_survive_yaml() -> None:
     settings = update(Settings(), recipes.load("digits"), "recipe")
@@ -67,6 +80,14 @@ def test_yaml_numbers_become_what_the_setting_wants() -> None:
     assert settings.data.crop == (8, 9)
     assert settings.train.amp == "off"
     assert settings.eval.scales == (1.0, 2.0, 0.5)
+
+
+def test_a_method_may_have_lists_as_options(tmp_path: Path) -> None:
+    """A run of it could not be resumed: its own config.yaml was refused."""
+    (tmp_path / "mine.py").write_text(OWN_OPTIONS)
+    own = {"scales": [0.5, 1.0], "weights": {"sky": 2.0}}
+    values = {"method": f"{tmp_path / 'mine.py'}:Mine", "options": own}
+    assert to_dict(update(Settings(), values, "file"))["options"] == own
 
 
 @pytest.mark.parametrize(
@@ -152,6 +173,8 @@ def test_a_teacher_counts_in_the_hash_by_its_weights(tmp_path: Path) -> None:
 
     assert hash_of("a", b"1") == hash_of("b", b"1") == hash_of("a", b"1", "best.safetensors")
     assert hash_of("a", b"1") != hash_of("b", b"2")
+    mine, others = (update(Settings(), {"teacher": f"hf:{x}/net"}, "test") for x in ("me", "you"))
+    assert mine.hash() != others.hash()
 
 
 def test_a_folder_of_data_counts_in_the_hash_and_its_path_does_not(tmp_path: Path) -> None:

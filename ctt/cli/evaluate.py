@@ -68,12 +68,15 @@ def main() -> None:
 
 
 def _main(arguments: list[str]) -> int:
+    from ctt.data.folder import refuse_among_images
+
     parsed = _parse(arguments, EvalSettings())
     _check_new("--out", parsed.out)
     _check_new("--submission", parsed.submission)
     if parsed.embedding is not None and parsed.embedding.exists():
         raise UserError(f"--embedding {parsed.embedding}: this is there already. Give a new name.")
     if parsed.embedding is not None:
+        refuse_among_images(parsed.embedding, "--embedding")
         refuse_without_effect(parsed, "beside --embedding", BESIDE_EMBEDDING)
     if parsed.workers < 0:
         raise UserError(f"--workers {parsed.workers} must be at least 0.")
@@ -116,7 +119,7 @@ def _check_new(option: str, folder: Path | None) -> None:
 
     if folder is None:
         return
-    refuse_among_images(folder)
+    refuse_among_images(folder, option)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{option} {folder}: this is there already. Give a new or an empty folder.")
 

@@ -20,10 +20,6 @@ from ctt.data.split import UNLABELED_ALONE, all_others, examine_list, without_la
 from ctt.errors import UserError
 
 HANDFUL = 5  # pairs read by the quick check, of the labelled and of the evaluation images
-MORE_TO_EVALUATE_ON = {  # of other datasets the images are fixed
-    "folder": " Evaluate on more images (`data.holdout`, or a val/ folder).",
-    "digits": " Evaluate on more images (`data.eval_images`).",
-}
 
 
 def check_quickly(dataset: Dataset, labeled: list[str], unlabeled: list[str]) -> None:
@@ -116,10 +112,17 @@ def classes_without_pixel(dataset: Dataset, pixels: list[int]) -> list[str]:
 
 def not_evaluated(dataset: Dataset, classes: list[str]) -> str:
     """Return the warning that no image to evaluate on shows some classes."""
+    name = dataset.info.name
+    held_out = isinstance(dataset, FileDataset) and dataset.holds_out
+    ways = [  # others have images of their own to evaluate on, and no more
+        *["`data.eval_images`"] * (name == "digits"),
+        *["`data.holdout`"] * held_out,
+        *["a val/ folder" if held_out else "in val/"] * (name == "folder"),
+    ]
+    more = f" Evaluate on more images ({', or '.join(ways)})." if ways else ""
     return (
         f"Warning: none of the {len(dataset.eval_ids())} images to evaluate on shows "
-        f"{', '.join(classes)}, so the scores say nothing about it."
-        f"{MORE_TO_EVALUATE_ON.get(dataset.info.name, '')}"
+        f"{', '.join(classes)}, so the scores say nothing about it.{more}"
     )
 
 

@@ -46,6 +46,7 @@ class FileDataset(Dataset):
         turned: images are turned as their files say; published masks belong to the stored pixels.
         lossy: masks may be JPEG files and the like, because their exact values do not count.
         states_white: the user can state the value of white, so that it is never guessed.
+        holds_out: images to evaluate on are a share of those that may be labelled.
     """
 
     turned = False
@@ -75,15 +76,15 @@ class FileDataset(Dataset):
                 f"{base} has {found[0]:,} images for training and {found[1]:,} for evaluation; the "
                 f"published dataset has {published[0]:,} and {published[1]:,}.",
             )
-        self._drawn = options.eval_split == "tune" or not self._eval
-        if self._drawn:
+        self.holds_out = options.eval_split == "tune" or not self._eval
+        if self.holds_out:
             self._eval, self._train = self._draw(options.holdout)
             self.notes += (self._held_out(),)
 
     def evaluate_on(self, names: Iterable[str]) -> None:
         present = {*self._train, *self._eval}
         held_out = present & {self.find(name) for name in names}
-        if self._drawn and held_out:
+        if self.holds_out and held_out:
             before = self._held_out()
             self._eval, self._train = sorted(held_out), sorted(present - held_out)
             self.notes = tuple(self._held_out() if n == before else n for n in self.notes)

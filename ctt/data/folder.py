@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import product
 from pathlib import Path, PurePosixPath
 
 from ctt.data import IMAGE_SUFFIXES, other_images
@@ -259,21 +260,24 @@ def _stem(name: str) -> str:
     return same_name(str(PurePosixPath(name).with_suffix("")))
 
 
-def refuse_among_images(out: Path) -> None:
+def refuse_among_images(out: Path, option: str = "`out`") -> None:
     """Refuse to write into a folder from which a dataset reads all images or masks.
 
     The pictures written there would be taken for images of the next run.
 
+    Args:
+        option: by which `out` was given, for the message.
+
     Raises:
         UserError: `out` is such a folder, or lies in one.
     """
-    whole = out.resolve()
-    for root in whole.parents:
-        for folder in (*IMAGE_FOLDERS, *MASK_FOLDERS):
+    named = Path(os.path.abspath(out))  # noqa: PTH100  a folder of the dataset may be a link
+    for whole in (named, out.resolve()):
+        for root, folder in product(whole.parents, (*IMAGE_FOLDERS, *MASK_FOLDERS)):
             if whole.is_relative_to(root / folder) and (root / DESCRIPTION).is_file():
                 raise UserError(
-                    f"`out` {out}: {root / DESCRIPTION} makes every picture in {root / folder} a "
-                    f"part of that dataset, so what is written there would be trained on. Give a "
+                    f"{option} {out}: {root / DESCRIPTION} makes every picture in {root / folder} "
+                    f"a part of that dataset, so what is written there would be trained on. Give a "
                     f"folder outside of it."
                 )
 

@@ -94,7 +94,7 @@ def load_trained(path: Path, network: str = "") -> TrainedNetworks:
     if is_on_hub(path):
         from ctt.inference.hub import download
 
-        path = download(str(path).removeprefix(HUB))
+        path = download(path.as_posix().removeprefix(HUB))  # on Windows, str has \ for /
     if network == "best" or not run.has_checkpoint(path):
         trained = _of_file(path)
         network = "" if network == "best" else network

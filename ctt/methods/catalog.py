@@ -454,9 +454,11 @@ def _fault_of(about: object) -> str:
     if not isinstance(about, About):
         return "`about` must be an About, such as About('Author, Venue Year')."
     options: Any = about.options
+    if not isinstance(options, type | str):
+        return f"`options` of `about` is {options!r}, no class. Give the class itself."
     if not isinstance(options, str) and not issubclass(options, Options):
         return f"`options` of `about` is {options.__name__}, no subclass of Options."
-    if isinstance(about.uses, tuple | list) and set(about.uses) <= set(SHARED):
+    if isinstance(about.uses, tuple | list) and all(name in SHARED for name in about.uses):
         return ""
     return (
         f"`uses` of `about` must be a tuple of {', '.join(SHARED)}; got {about.uses!r}. Other "

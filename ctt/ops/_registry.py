@@ -64,6 +64,11 @@ def prefer_backend(name: str) -> None:
     _auto.cache_clear()
 
 
+def preferred() -> str:
+    """Return what `prefer_backend` was last given, or "auto"."""
+    return _first or "auto"
+
+
 @cache
 def _auto(operation: str, device: torch.device) -> ModuleType:
     order = _PREFERENCE.get(device.type, _OTHER_DEVICE)

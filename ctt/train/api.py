@@ -55,8 +55,9 @@ def train(
     values = recipes.load_file(config) if config is not None else {}
     named = named_in(values) + named_in(given)
     for name, value in given.items():
-        both = isinstance(value, dict) and isinstance(values.get(name), dict)
-        values[name] = {**values[name], **value} if both else value
+        if isinstance(value, dict) and isinstance(values.get(name), dict):
+            given[name] = _over(values[name], value)
+    values = _over(values, given)
     if out is not None and resume is not None:
         raise UserError("out and resume exclude each other: a resumed run stays in its folder.")
     early = Given(recipe=recipe or None, resume=None if resume is None else str(resume))
@@ -77,6 +78,13 @@ def train(
 
 def _whole(path: str | Path | None, name: str) -> Path | None:
     return None if path is None else expanded(Path(path), f"`{name}`")
+
+
+def _over(values: dict[Any, Any], given: dict[str, Any]) -> dict[Any, Any]:
+    """Return settings of a file with those given over them, which may be spelled otherwise."""
+    names = {name.replace("-", "_") for name in given}
+    kept = {name: v for name, v in values.items() if str(name).replace("-", "_") not in names}
+    return kept | given
 
 
 def _nested(settings: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 
 from ctt.device import local_size
 from ctt.ops import prefer_backend
+from ctt.ops._registry import preferred
 from ctt.settings import Settings
 from ctt.train.compiling import uncompiled
 
@@ -40,13 +41,15 @@ def not_deterministic(error: RuntimeError) -> str | None:
 
 @contextlib.contextmanager
 def restored_torch() -> Iterator[None]:
-    """Undo in the end what `set_up_torch` sets in PyTorch: other code may run in the process."""
+    """Undo in the end what `set_up_torch` sets: other code may run in the process."""
     threads, tuned = torch.get_num_threads(), torch.backends.cudnn.benchmark
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    backend = preferred()
     try:
         yield
     finally:
+        prefer_backend(backend)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = tuned

@@ -361,9 +361,17 @@ def test_the_held_out_part_shows_every_class_or_it_is_told(tmp_path: Path, call:
     )
     more = "Evaluate on more images (--data.holdout"
     assert (code, f"Warning: {text}. {more}" in out) == (0, True)
-    trees.write_voc(tmp_path / "voc")  # of which nothing changes what is evaluated on
-    _, out, _ = call("check", "--dataset", "voc", "--data-root", tmp_path / "voc")
-    assert ("none of the 2 images to evaluate on shows" in out, more in out) == (True, False)
+    trees.write_voc(tmp_path / "voc")  # of whose own part nothing changes what is evaluated on
+    for split in ("val", "tune"):
+        place = ("--data-root", tmp_path / "voc", "--data.eval-split", split)
+        _, out, _ = call("check", "--dataset", "voc", *place)
+        assert "images to evaluate on shows" in out
+        assert (more in out) == (split == "tune")
+    there = trees.write_folder(tmp_path / "other", labeled=4, evaluation=2)
+    for mask in (there / "val/masks").rglob("*.png"):
+        trees.save_mask(mask, np.zeros((40, 48), np.uint8))
+    _, out, _ = call("check", "--dataset", "folder", "--data-root", there)
+    assert "Evaluate on more images (in val/)." in out
     settings = Settings(dataset="folder", data_root=root, ratio="5", method="supervised")
     plan = Plan.of(settings, None)
     assert any(text in warning for warning in plan.warnings())

@@ -23,6 +23,7 @@ from ctt.data.digits import Digits
 from ctt.data.folder import refuse_among_images
 from ctt.data.options import DatasetOptions
 from ctt.data.pictures import read_image
+from ctt.errors import UserError
 from ctt.inference import predict as inference
 from ctt.inference.load import TrainedNetworks, load_trained
 from ctt.settings import EvalSettings
@@ -396,9 +397,17 @@ def test_results_among_the_images_of_a_dataset_are_refused(
         assert call(program, [*arguments, *out], monkeypatch) == 2
         shown = " ".join(capsys.readouterr().err.split())
         assert "a part of that dataset, so what is written there would be trained on" in shown
+    for option in ("--submission", "--embedding"):
+        assert call(evaluate.main, [str(folder), option, out[1]], monkeypatch) == 2
+        assert capsys.readouterr().err.split()[1] == option
     assert sorted(path.name for path in root.iterdir()) == ["dataset.yaml", "unlabeled"]
     for other in (root / "predictions", tmp_path / "images"):
         refuse_among_images(other)
+    (root / "images").symlink_to(images)  # links are followed when a dataset is read
+    for place in (root / "images/new", root / "images/../images"):
+        with pytest.raises(UserError, match="would be trained on"):
+            refuse_among_images(place)
+    refuse_among_images(root / "images/../predictions")
 
 
 def test_an_image_that_is_named_twice_is_segmented_once(

@@ -215,6 +215,8 @@ def test_options_of_a_method_in_a_settings_file(tmp_path: Path) -> None:
             "Mine",
             "is dict, no subclass of Options",
         ),
+        (MINE.replace("unlabeled=False", "options=3"), "Mine", "is 3, no class. Give the class"),
+        (MINE.replace('"loss.sup", "labeled"', '["loss.sup"],'), "Mine", r"got \(\['loss.sup'\],"),
         (None, "Mine", "there is no file"),
     ],
 )

@@ -6,8 +6,8 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PureWindowsPath
+from typing import Any, cast
 
 import pytest
 import torch
@@ -133,6 +133,8 @@ def test_what_is_pushed_is_loaded(
     assert 'ctt.load("hf:me/net")' in shown
     assert "cross-teacher with 50 labelled and 950 unlabelled images" in shown
     network = ctt.load("hf:me/net")
+    windows = cast("Path", PureWindowsPath("hf:me/net"))
+    assert load_trained(windows).only().state_dict().keys() == network.network.state_dict().keys()
     image = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8)
     assert torch.equal(network.predict(image), ctt.load(path).predict(image))
     assert not [p for p in run.iterdir() if p.suffix not in (".safetensors", ".json")]

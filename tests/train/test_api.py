@@ -12,6 +12,8 @@ import yaml
 
 import ctt
 from ctt.errors import UserError
+from ctt.ops import prefer_backend
+from ctt.ops._registry import preferred
 from tests.conftest import leave_out_figures
 from tests.data.trees import save_mask, write_folder
 from tests.train.processes import finish, shown, start
@@ -108,6 +110,11 @@ def test_a_run_leaves_the_process_as_it_was(
         with pytest.raises(UserError, match="nowhere"):
             ctt.train(**given, dataset="folder", data_root=tmp_path / "nowhere")
         assert torch.are_deterministic_algorithms_enabled() is before
+    prefer_backend("torch")
+    with pytest.raises(UserError, match="nowhere"):
+        ctt.train(**TINY, dataset="folder", data_root=tmp_path / "nowhere")
+    assert preferred() == "torch"
+    prefer_backend("auto")
 
 
 def train_from_python(folder: Path, data: Path) -> None:
@@ -148,6 +155,11 @@ def test_a_file_and_what_is_given_over_it(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("loss: {hc: 0, lc: 3}\nseed: 5\n")
     with pytest.raises(UserError, match=r"`loss\.lc` must be at least 0, got -1"):
         ctt.train(config=tmp_path / "a.yaml", **{"loss.lc": -1})
+    for name, other in (("batch-size", "batch_size"), ("batch_size", "batch-size")):
+        (tmp_path / "b.yaml").write_text(f"split-labeled: lost.txt\ndata: {{{name}: 4}}\n")
+        given = {f"data.{other}": -1, "split_labeled": None}
+        with pytest.raises(UserError, match=r"`data\.batch_size` must be at least 1, got -1"):
+            ctt.train(config=tmp_path / "b.yaml", **given)
     with pytest.raises(UserError, match=r"ctt\.train: there is no setting loss\.lcc"):
         ctt.train(**{"loss.lcc": -1})
     with pytest.raises(UserError, match="changes nothing with"):
