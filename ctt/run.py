@@ -19,7 +19,7 @@ from ctt.data.dataset import Dataset
 from ctt.data.folder import refuse_among_images
 from ctt.data.split import read_lines
 from ctt.errors import UnwritableError, UserError
-from ctt.files import atomic_write, is_on_hub, is_part_of, remove_parts
+from ctt.files import atomic_write, expanded, is_on_hub, is_part_of, remove_parts
 from ctt.fingerprint import of_teacher
 from ctt.models.weights import IMAGENET
 from ctt.settings import Settings, to_dict, update
@@ -375,7 +375,7 @@ def _fixed(old: Settings, new: Settings) -> Iterator[tuple[str, Any, Any]]:
             before, after = before or default, after or default
         if name == "teacher" and before and after and before != after:
             # a run that was moved is the same one; nothing moves on the hub
-            there = before.exists() or is_on_hub(before)
+            there = expanded(before, "`teacher`").exists() or is_on_hub(before)
             same = not there or of_teacher(before) == of_teacher(after)
             before = after if same else before
         if dataclasses.is_dataclass(before):

@@ -74,7 +74,9 @@ def test_the_optimiser_of_a_run_is_fixed(option: str, change: dict[str, object])
     run.check_resumable(Settings(), update(Settings(), {"optim": {"lr": 9.0}}, ""))
 
 
-def test_what_taught_and_weighed_a_run_is_fixed(tmp_path: Path) -> None:
+def test_what_taught_and_weighed_a_run_is_fixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     beta = update(Settings(), {"labeled": {"beta": 0.5}}, "")
     with pytest.raises(UserError, match=r"^`labeled.beta` 0.5: .* its checkpoint fits nothing"):
         run.check_resumable(Settings(), beta)
@@ -92,6 +94,12 @@ def test_what_taught_and_weighed_a_run_is_fixed(tmp_path: Path) -> None:
         run.check_resumable(on_hub, other)
     with pytest.raises(UserError, match=r"^`teacher` .*b: the run to be resumed has .*a, and its"):
         run.check_resumable(a, b)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # which Windows reads
+    at_home = Settings(method="distill", teacher=Path("~/a"))
+    run.check_resumable(at_home, moved)
+    with pytest.raises(UserError, match=r"^`teacher` .*b: the run to be resumed has ~.a, and its"):
+        run.check_resumable(at_home, b)
 
 
 def test_a_run_goes_on_from_another_folder(
