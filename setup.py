@@ -16,6 +16,7 @@ CTT_SANITIZE        "address,undefined": ctt._cpu with these sanitizers, for dev
 """
 
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -29,6 +30,8 @@ from setuptools.errors import CompileError
 
 CPU, CUDA = "ctt._cpu", "ctt.libctt_cuda"
 SETTING = {CPU: "CTT_CPU", CUDA: "CTT_CUDA"}
+TELLING = ("bindings", "library")  # the sources that tell the checksum of all: see digest
+digest = runpy.run_path(str(Path("ctt", "ops", "_sources.py")))["digest"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--extended-lambda", "-Xcompiler", "-fPIC"]
 
 
@@ -133,12 +136,14 @@ class Build(build_ext):
         with file.open("w", encoding="utf-8") as text:
             out = Writer(text)
             out.variable("builddir", str(folder))
-            compiling = escape(shlex.join(compiler)) + " -MD -MF $out.d -c $in -o $out"
+            compiling = escape(shlex.join(compiler)) + " $flags -MD -MF $out.d -c $in -o $out"
             out.rule("compile", compiling, depfile="$out.d", deps="gcc")
             out.rule("link", escape(shlex.join(linker)) + " $in -o $out")
             objects = [str(folder / f"{Path(source).stem}.o") for source in ext.sources]
+            checksum = {"flags": f"-DCTT_SOURCES='\"{digest(Path(ext.sources[0]).parent.name)}\"'"}
             for source, item in zip(ext.sources, objects, strict=True):
-                out.build(item, "compile", str(Path(source).absolute()))
+                own = checksum if Path(source).stem in TELLING else None
+                out.build(item, "compile", str(Path(source).absolute()), variables=own)
             out.build(str(target), "link", objects)
         command = [str(Path(ninja.BIN_DIR, "ninja")), "-f", str(file), "-v"]
         done = subprocess.run(command, capture_output=True, text=True)

@@ -132,6 +132,7 @@ PYBIND11_MODULE(_cpu, m) {
         return self.matches(objects(teacher, student));
       });
   ctt::isa();  // says here what is wrong with CTT_CPU_ISA
+  m.attr("sources") = CTT_SOURCES;  // their checksum, from setup.py
   m.def("instruction_set", &ctt::isa_name);
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("ema_update", &ema_update, release);

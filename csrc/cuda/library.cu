@@ -9,6 +9,9 @@ __global__ void probe_kernel() {}
 constexpr int kOldestDriver = CUDART_VERSION < 12010 ? CUDART_VERSION : 12010;
 }  // namespace
 
+// The checksum of the sources, from setup.py.
+CTT_EXPORT const char* ctt_cuda_sources() { return CTT_SOURCES; }
+
 CTT_EXPORT const char* ctt_cuda_error_text(int status) {
   return cudaGetErrorString(static_cast<cudaError_t>(status));
 }

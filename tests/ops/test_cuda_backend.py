@@ -19,9 +19,11 @@ from torch import Tensor
 
 from ctt.ops import reference
 from ctt.ops._plans import plan_of
+from ctt.ops._sources import digest
 from ctt.ops.backends import cuda
 
 SOURCE = Path(__file__).parents[2] / "csrc" / "cuda"
+CHECKSUM = f'-DCTT_SOURCES="{digest("cuda")}"'
 EMULATION = Path(__file__).parent / "cuda_emulation"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
@@ -47,7 +49,17 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
     def build(source: Path) -> tuple[str, str]:
         target = str(folder / f"{source.stem}.o")
-        command = [NVCC, *flags.split(), "-Xcompiler", "-fPIC", "-c", str(source), "-o", target]
+        command = [
+            NVCC,
+            *flags.split(),
+            CHECKSUM,
+            "-Xcompiler",
+            "-fPIC",
+            "-c",
+            str(source),
+            "-o",
+            target,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return target, done.stdout + done.stderr
@@ -76,7 +88,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def build(source: Path) -> str:
         target = str(folder / f"{source.stem}.o")
-        flags = ["-std=c++17", "-O1", "-fPIC", "-Wno-unknown-pragmas", *include]
+        flags = ["-std=c++17", "-O1", "-fPIC", "-Wno-unknown-pragmas", CHECKSUM, *include]
         command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", target]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -138,6 +150,7 @@ def test_library_loads_without_a_driver(compiled: tuple[Path, str]) -> None:
     assert library.ctt_cuda_class_topk_workspace(8580, 19, 256, 0) == 0
     if not torch.cuda.is_available():
         assert library.ctt_cuda_probe(0) != 0
+    assert library.ctt_cuda_sources().decode() == digest("cuda")
 
 
 def test_declared_arguments_are_those_of_the_sources() -> None:
@@ -150,7 +163,7 @@ def test_declared_arguments_are_those_of_the_sources() -> None:
         assert declared_result == types.get(result, ctypes.c_char_p)
         assert [
             ctypes.c_void_p if "*" in argument else types[argument.split()[0]]
-            for argument in arguments.split(",")
+            for argument in filter(None, arguments.split(","))
         ] == declared, name
 
 

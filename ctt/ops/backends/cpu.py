@@ -13,6 +13,7 @@ from torch import Tensor
 from ctt.ops import reference
 from ctt.ops._library import gradient_dtype, mark_written
 from ctt.ops._plans import Plan
+from ctt.ops._sources import outdated
 
 try:
     from ctt import _cpu
@@ -22,7 +23,7 @@ except ImportError as error:
         f"CTT_CPU=1, which makes the build say what it lacks"
     )
 else:
-    _MISSING = None
+    _MISSING = outdated("ctt._cpu", getattr(_cpu, "sources", ""), "cpu")
 
 # The codes of csrc/cpu/common.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}

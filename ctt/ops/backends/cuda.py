@@ -22,6 +22,7 @@ from ctt.ops import reference
 from ctt.ops._library import mark_written
 from ctt.ops._plans import Plan
 from ctt.ops._registry import select
+from ctt.ops._sources import outdated
 
 LIBRARY = Path(__file__).parents[2] / "libctt_cuda.so"
 OLDEST_CAPABILITY = (8, 0)
@@ -34,6 +35,7 @@ _PLACE = [_INT, _POINTER]  # device, stream
 
 # the entry points of csrc/cuda: result and arguments
 SIGNATURES = {
+    "ctt_cuda_sources": (ctypes.c_char_p, []),
     "ctt_cuda_error_text": (ctypes.c_char_p, [_INT]),
     "ctt_cuda_probe": (_INT, [_INT]),
     "ctt_cuda_ema_update": (_INT, [_POINTER, _LONG, _DOUBLE, _POINTER, _INT, *_PLACE]),
@@ -74,8 +76,10 @@ def why_not(operation: str, device: torch.device) -> str | None:
         return f"it needs compute capability {needed} or later, {name} has {found}"
     try:
         library = load(LIBRARY)
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # broken, or of another version
         return f"{LIBRARY.name} does not load ({error}); reinstall ctt"
+    if reason := outdated(LIBRARY.name, library.ctt_cuda_sources().decode(), "cuda"):
+        return reason
     index = torch.cuda.current_device() if device.index is None else device.index
     with _on(index):
         status = library.ctt_cuda_probe(index)
