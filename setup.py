@@ -30,7 +30,7 @@ from setuptools.errors import CompileError
 
 CPU, CUDA = "ctt._cpu", "ctt.libctt_cuda"
 SETTING = {CPU: "CTT_CPU", CUDA: "CTT_CUDA"}
-TELLING = ("bindings", "library")  # the sources that tell the checksum of all: see digest
+WITH_CHECKSUM = ("bindings", "library")  # the sources that hold the checksum of all of them
 digest = runpy.run_path(str(Path("ctt", "ops", "_sources.py")))["digest"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--extended-lambda", "-Xcompiler", "-fPIC"]
 
@@ -142,7 +142,7 @@ class Build(build_ext):
             objects = [str(folder / f"{Path(source).stem}.o") for source in ext.sources]
             checksum = {"flags": f"-DCTT_SOURCES='\"{digest(Path(ext.sources[0]).parent.name)}\"'"}
             for source, item in zip(ext.sources, objects, strict=True):
-                own = checksum if Path(source).stem in TELLING else None
+                own = checksum if Path(source).stem in WITH_CHECKSUM else None
                 out.build(item, "compile", str(Path(source).absolute()), variables=own)
             out.build(str(target), "link", objects)
         command = [str(Path(ninja.BIN_DIR, "ninja")), "-f", str(file), "-v"]

@@ -167,7 +167,7 @@ def _writable(root: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _downloaded(archive: Archive, folder: Path, progress: Progress) -> Iterator[Path]:
-    """The archive in `folder`, which is removed after its use unless it was there before."""
+    """Yield the archive in `folder`, and remove it after its use unless it was there before."""
     was_there = (folder / archive.name).exists()
     tar = download(archive, folder, progress)
     yield tar

@@ -1,6 +1,7 @@
-"""Whether compiled kernels are those of the sources beside them. setup.py reads this file, too."""
+"""Whether compiled kernels were made from the sources beside them. setup.py runs this file, too."""
 
 import hashlib
+import shlex
 import warnings
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def outdated(library: str, built_from: str, part: str) -> str | None:
         return None
     reason = (
         f"{library} was compiled from other sources than those in {SOURCES / part}, as after "
-        f"`git pull`; compile it again with: pip install -e {SOURCES.parent}"
+        f"`git pull`; compile it again with: pip install -e {shlex.quote(str(SOURCES.parent))}"
     )
     warnings.warn(f"ctt.ops: {reason}", stacklevel=2)
     return reason

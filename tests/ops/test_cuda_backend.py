@@ -49,17 +49,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
     def build(source: Path) -> tuple[str, str]:
         target = str(folder / f"{source.stem}.o")
-        command = [
-            NVCC,
-            *flags.split(),
-            CHECKSUM,
-            "-Xcompiler",
-            "-fPIC",
-            "-c",
-            str(source),
-            "-o",
-            target,
-        ]
+        options = [*flags.split(), CHECKSUM, "-Xcompiler", "-fPIC"]
+        command = [NVCC, *options, "-c", str(source), "-o", target]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return target, done.stdout + done.stderr
