@@ -82,11 +82,11 @@ def with_all_classes(
         counts = [Counter(c for name in names for c in shown[name]) for names in (part, rest)]
         if counts[0][wanted]:
             continue
-        for new, old in product(rest, part):
+        for new, old in product([name for name in rest if wanted in shown[name]], part):
             gained, lost = set(shown[new]), set(shown[old])
             part_keeps = all(counts[0][c] > 1 for c in lost - gained)
             rest_keeps = all(counts[1][c] > 1 for c in gained - lost)
-            if wanted in gained and part_keeps and rest_keeps:
+            if part_keeps and rest_keeps:
                 part[part.index(old)], rest[rest.index(new)] = new, old
                 break
     return sorted(part), sorted(rest)
