@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ctt import run
 from ctt.errors import UserError
-from ctt.experiments import catalog, paper, results
+from ctt.experiments import catalog, claims, paper, results
 from ctt.experiments.charts import Chart, curves, score_by_cost, score_by_share
 from ctt.experiments.results import CURVES, DONE, Row, difference, mean, numbers, spread
 from ctt.experiments.runs import RUNS
@@ -25,6 +25,7 @@ LEGEND = (
     "Student's t; an interval that holds 0 shows no difference. `forwards` counts images that went "
     "through a network in training, three times where gradients followed."
 )
+TUNE = "images held out to choose settings by"
 HEADING = "# Experiments"  # first line of a report as Markdown
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
@@ -80,7 +81,21 @@ def sections(folder: Path, embeddings: bool = False) -> list[Section]:
             f"{folder}: there is no table of an experiment. Give the folder that ctt-sweep wrote "
             f"into (its `out`), or a table in it."
         )
-    return [section(file, embeddings) for file in files]
+    found = [section(file, embeddings) for file in files]
+    return [*of_claims([row for file in files for row in results.read(file)]), *found]
+
+
+def of_claims(rows: Sequence[Row]) -> list[Section]:
+    """Return the section that sets what the paper claims beside these runs; none if none is of a
+    table with a claim."""
+    done = [row for row in rows if row["status"] == DONE]
+    lines: dict[str, list[tuple[str, ...]]] = {}
+    for own in results.groups(done, "experiment", "dataset", "share", "budget").values():
+        title = f"{own[0]['dataset']}, --ratio {own[0]['share']}"
+        title += f", {TUNE}" if own[0].get("eval_split") == "tune" else ""
+        lines.setdefault(title, []).extend(claims.compared(own))
+    tables = [Table(title, claims.COLUMNS, some) for title, some in lines.items() if some]
+    return [Section("What the paper claims", [claims.LEGEND], tables)] if tables else []
 
 
 def is_table(file: Path) -> bool:
@@ -108,8 +123,7 @@ def section(file: Path, embeddings: bool = False) -> Section:
     name, data = rows[0]["experiment"], rows[0]["dataset"]
     experiment = catalog.EXPERIMENTS.get(name)
     text = [f"{experiment.source}: {experiment.what}." if experiment else ""]
-    split = {"tune": "images held out to choose settings by"}.get(rows[0].get("eval_split", ""))
-    text += [f"Scores are on the {split}."] if split else []
+    text += [f"Scores are on the {TUNE}."] if rows[0].get("eval_split") == "tune" else []
     if len(done) < len(rows):
         text += unfinished(rows)
     text.append(versions(done))

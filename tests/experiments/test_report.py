@@ -13,7 +13,7 @@ from scipy.stats import ttest_rel
 
 from ctt.cli import report
 from ctt.errors import UserError
-from ctt.experiments import charts, pages, results
+from ctt.experiments import catalog, charts, claims, pages, paper, results
 
 TABLE = Path(__file__).parent / "shares.csv"  # of made-up runs
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "training"
@@ -69,6 +69,52 @@ def test_the_tables_as_markdown(folder: Path) -> None:
     assert "| supervised | 50.0 ± 1.0 | 30.0 ± 1.0 |" in text
     assert "Trained with ctt 0.1.0; PyTorch 2.9.0" in text
     assert "command: [ctt-sweep, shares]" in text
+
+
+def test_what_the_paper_claims_is_beside_the_runs(tmp_path: Path) -> None:
+    scores = {
+        # differences of 2, 3 and 4, whose interval is 0.5 to 5.5
+        "cross teacher": (50, 51, 55),
+        "mean teacher": (48, 48, 51),
+        "dual teachers": (51, 50, 55),
+        "ensemble of two mean teachers": (51, 50.8, 55.2),
+        "self-training": (54, 55.2, 58.9),
+        "direct mutual teaching": (49,),
+    }
+    rows = [
+        {
+            **dict.fromkeys(results.COLUMNS, ""),
+            "experiment": "table5",
+            "dataset": "voc",
+            "share": "1/8",
+            "status": "done",
+            "variant": name,
+            "seed": str(seed),
+            "last": str(value),
+            "labeled": "50",
+        }
+        for name, own in scores.items()
+        for seed, value in enumerate(own)
+    ]
+    results.write(tmp_path / "table5.csv", rows, results.COLUMNS)
+    assert report._main([str(tmp_path)]) == 0
+    found = (tmp_path / "report.md").read_text().partition("### voc, --ratio 1/8")[2]
+    lines = re.findall(r"\| Table 5: cross teacher above ([\w -]+) \| (.*) \|", found)
+    assert dict(lines) == {
+        "mean teacher": "+2.3 | +3.0 [+0.5, +5.5] | 3 | the paper's order",
+        "ensemble of two mean teachers": "+2.2 | -0.3 [-1.9, +1.2] | 3 | "
+        "no order; less than in the paper",
+        "dual teachers": "+1.3 | +0.0 [-2.5, +2.5] | 3 | "
+        "no order; the paper's difference is possible",
+        "direct mutual teaching": "+3.3 | +1.0 (one seed) | 1 | nothing with one seed",
+        "self-training": "+2.9 | -4.0 [-4.4, -3.7] | 3 | the opposite order",
+    }
+
+
+def test_every_claim_is_of_rows_of_the_paper_and_of_an_experiment() -> None:
+    for experiment, pairs in claims.CLAIMS.items():
+        rows = {variant.name for variant in catalog.EXPERIMENTS[experiment].variants}
+        assert {name for pair in pairs for name in pair} <= rows & paper.TABLES[experiment].keys()
 
 
 def test_rows_are_compared_where_what_they_are_compared_with_is_trained(tmp_path: Path) -> None:
