@@ -32,6 +32,7 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem
   color: #1b1b1b; background: #fff }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid #ccc; padding: .25rem .7rem; text-align: right }
+td + td { white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
 div.wide { overflow-x: auto }
 figure { margin: 1rem 0 }
