@@ -53,7 +53,7 @@ def compared(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
         if found is not None:
             printed = paper.TABLES[experiment][ours] - paper.TABLES[experiment][other]
             name = f"{experiment.replace('table', 'Table ')}: {ours} above {other}"
-            yield name, f"{printed:+.1f}", str(found), str(found.pairs), shown(found, printed)
+            yield name, f"{printed:+.2f}", str(found), str(found.pairs), shown(found, printed)
 
 
 def shown(found: Difference, printed: float) -> str:

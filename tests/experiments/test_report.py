@@ -101,13 +101,13 @@ def test_what_the_paper_claims_is_beside_the_runs(tmp_path: Path) -> None:
     found = (tmp_path / "report.md").read_text().partition("### voc, --ratio 1/8")[2]
     lines = re.findall(r"\| Table 5: cross teacher above ([\w -]+) \| (.*) \|", found)
     assert dict(lines) == {
-        "mean teacher": "+2.3 | +3.0 [+0.5, +5.5] | 3 | the paper's order",
-        "ensemble of two mean teachers": "+2.2 | -0.3 [-1.9, +1.2] | 3 | "
+        "mean teacher": "+2.34 | +3.0 [+0.5, +5.5] | 3 | the paper's order",
+        "ensemble of two mean teachers": "+2.22 | -0.3 [-1.9, +1.2] | 3 | "
         "no order; less than in the paper",
-        "dual teachers": "+1.3 | +0.0 [-2.5, +2.5] | 3 | "
+        "dual teachers": "+1.27 | +0.0 [-2.5, +2.5] | 3 | "
         "no order; the paper's difference is possible",
-        "direct mutual teaching": "+3.3 | +1.0 (one seed) | 1 | nothing with one seed",
-        "self-training": "+2.9 | -4.0 [-4.4, -3.7] | 3 | the opposite order",
+        "direct mutual teaching": "+3.34 | +1.0 (one seed) | 1 | nothing with one seed",
+        "self-training": "+2.94 | -4.0 [-4.4, -3.7] | 3 | the opposite order",
     }
 
 
