@@ -16,7 +16,6 @@ Left out: class weights for Cityscapes, and the return to the weights that were 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -45,7 +44,8 @@ class ContrastiveOptions(Options):
     """Settings of SemiSeg-Contrastive; the defaults are those of the authors' program."""
 
     entropy: Annotated[float, AT_LEAST_0] = 0.01
-    """Weight of the entropy, in bits, of the students' answers to unlabelled images."""
+    """Weight of the entropy of the students' answers to unlabelled images, a share of the largest
+    possible."""
     contrast: Annotated[float, AT_LEAST_0] = 0.1
     """Weight of the contrast of labelled, and that of unlabelled images."""
     power: Annotated[float, AT_LEAST_0] = 6.0
@@ -142,8 +142,8 @@ class SemiSegContrastive(MeanTeacher):
         for k, maps in enumerate(out):
             label, grid = b[f"label {k}"], self.students[k].grid
             scores = upsample(maps.logits[n:], (label.shape[-2], label.shape[-1]), grid)
-            bits = entropy(scores) * math.log2(scores.shape[1])
-            unsure.append(bits.masked_fill(label == IGNORE, 0).sum() / b[f"seen {k}"])
+            shares = entropy(scores).masked_fill(label == IGNORE, 0)
+            unsure.append(shares.sum() / b[f"seen {k}"])
             with step.phase("contrast"):
                 contrast.append(self.contrast(k, maps, b, step))
         terms["entropy"] = (o.entropy, losses.sum_of(unsure))
