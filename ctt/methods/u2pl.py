@@ -30,7 +30,7 @@ from ctt.data.dataset import IGNORE
 from ctt.methods import losses, sampling
 from ctt.methods.base import Batch, Modules, Schedule, Setup, Step, Terms
 from ctt.methods.class_memory import negatives
-from ctt.methods.heads import EmbeddingTeacher, embed, normed_embedding
+from ctt.methods.heads import EmbeddingTeacher, embed, normed_embedding, without_lost
 from ctt.methods.losses import to_grid
 from ctt.methods.options import Options
 from ctt.methods.pseudo_labels import sometimes
@@ -131,9 +131,11 @@ class U2pl(EmbeddingTeacher):
         """
         o, grid, n = self.options, self.students[k].grid, len(truth)
         maps = embed(self.head_teachers[k], out.features, step)
+        own = torch.cat([to_grid(truth, grid), to_grid(label, grid)])
+        maps, own = without_lost(maps, out.logits, own)
         features = losses.as_pixels(maps)  # ((B + U) * h * w, D)
         p = wide(out.logits).softmax(dim=1)
-        truth, label = to_grid(truth, grid), to_grid(label, grid)
+        truth, label = own.tensor_split((n,))
         unsure, valid = entropy(wide(out.logits[n:])), label != IGNORE
         low = quantile(unsure, valid, step["drop"], step)
         high = quantile(unsure, valid, 1 - step["drop"], step)
