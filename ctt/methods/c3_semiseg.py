@@ -12,7 +12,9 @@ teacher's embeddings, of pixels drawn at random; in the program those of labelle
 student's, and keys are the anchors' pixels. Features are those that the classifier reads, not the
 backbone's last. No class is left out of the contrast, as the program leaves out class 0, unless
 --options.background says so. Ramps begin at `start`; the program contrasts labelled images from the
-second epoch on. Teachers follow from the first step on.
+first epoch on. Teachers follow from the first step on. The program's colours are --views.jitter 0.5
+--views.hue 0.25 --views.jitter-probability 1 --views.blur-probability 0; two more random changes of
+an image (RandAugment) are left out.
 """
 
 from __future__ import annotations
