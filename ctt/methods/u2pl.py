@@ -14,8 +14,9 @@ are pushed from the first step on, also while students learn from labels alone; 
 the second phase alone. The head, on the features that the classifier reads and as wide as they are,
 is a 3x3 convolution with batch norm and ReLU, and a 1x1 convolution; the program's, beside a
 classifier of the same kind, has two 3x3 convolutions and a 1x1, of 256 channels, with dropout of
-0.1. Means are of normalised features. Queues are shorter than the program's 30,000. The program
-changes no colours: --views.jitter 0 --views.blur-probability 0.
+0.1. Means are of normalised features. Queues are shorter than the program's 30,000. The contrast is
+the mean over the classes that have anchors and negatives; in the program those without count as 0.
+The program changes no colours: --views.jitter 0 --views.blur-probability 0.
 """
 
 from __future__ import annotations
