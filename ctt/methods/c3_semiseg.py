@@ -12,7 +12,9 @@ teacher's embeddings, of pixels drawn at random; in the program those of labelle
 student's, and keys are the anchors' pixels. Features are those that the classifier reads, not the
 backbone's last. No class is left out of the contrast, as the program leaves out class 0, unless
 --options.background says so. Ramps begin at `start`; the program contrasts labelled images from the
-second epoch on. Teachers follow from the first step on.
+first epoch on. Teachers follow from the first step on. The program's colours are --views.jitter 0.5
+--views.hue 0.25 --views.jitter-probability 1 --views.blur-probability 0; two more random changes of
+an image (RandAugment) are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from ctt.data.dataset import IGNORE
 from ctt.data.mixing import half_area_mask
 from ctt.methods import losses, ramps
 from ctt.methods.base import Batch, Schedule, Setup, Step, Terms
-from ctt.methods.heads import EmbeddingTeacher, embed, embedding
+from ctt.methods.heads import EmbeddingTeacher, embed, embedding, without_lost
 from ctt.methods.image_contrast import ImageContrast
 from ctt.methods.losses import to_grid
 from ctt.methods.options import Options
@@ -123,6 +125,7 @@ class C3SemiSeg(EmbeddingTeacher):
             b[f"count {k}"] = step.total(sure.sum()).clamp(min=1)
             maps = embed(self.head_teachers[k], out.features, step)
             own = torch.cat([to_grid(x, teacher.grid) for x in (b["label"], label)])
+            maps, own = without_lost(maps, out.logits, own)
             own, maps = (torch.stack(x.chunk(2), dim=1) for x in (own, maps))
             ticket = step.rand(f"anchors {k}", tuple(own.shape), 0)
             chosen = self.images.prepare(maps, own, ticket, step)

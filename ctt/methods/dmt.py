@@ -10,7 +10,7 @@ The paper starts the two from weights of COCO and of ImageNet, which --model.wei
 each; where both start from the same or from none, their heads alone or their seeds differ. The
 program labels with the network that is best on the validation images, this one with the last, and
 its sampling of different labelled images for 1/106 is left out. Confidences are kept in steps of
-1/255.
+1/255. As in DST-CBC, the program's images are only scaled, cropped and mirrored.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ label, to the power gamma.
 
 The program starts each round from the network that was best on the validation images so far, this
 one from the last. It takes thresholds from every 16th pixel, this one from all, in steps of a 512th
-of the doubt, which is 1 minus the confidence.
+of the doubt, which is 1 minus the confidence. Its images are only scaled, cropped and mirrored:
+--views.mix none --views.jitter 0 --views.blur-probability 0.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ all pixels times the share of pixels of which the teacher is sure. CutMix pastes
 area, CowMix (the paper's first version) blobs; Cutout erases a box, where nothing is learnt.
 
 The program's Adam (--optim.name adamw --optim.weight-decay 0), its frozen batch norms
-(--model.freeze-batch-norm) and the colours of its later version are settings of the run here. Its
-EMA does not warm up, and its Cutout erases the box after the colours have changed.
+(--model.freeze-batch-norm) and the colours of its later version (--views.jitter 0.4
+--views.grey-probability 0.2 --views.blur-probability 0) are settings of the run here. Its EMA does
+not warm up, and its Cutout erases the box after the colours have changed.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ctt.data.dataset import IGNORE
 from ctt.methods import followers
 from ctt.methods.base import Modules, Setup, Step
 from ctt.methods.mean_teacher import MeanTeacher
@@ -34,6 +35,17 @@ def embed(head: nn.Module, features: Tensor, step: Step) -> Tensor:
     with step.autocast():
         embedded = head(features)
     return F.normalize(wide(embedded), dim=1)
+
+
+def without_lost(maps: Tensor, logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Return maps (B, D, h, w) with 0 and classes (B, h, w) with 255 where a network gives NaN, so
+    that no such pixel is a key or has a part in a mean.
+
+    Args:
+        logits: (B, C, h, w), of the same network.
+    """
+    lost = ~(wide(logits).softmax(dim=1).amax(dim=1) > 0) | maps.isnan().any(dim=1)
+    return maps.masked_fill(lost[:, None], 0), own.masked_fill(lost, IGNORE)
 
 
 class EmbeddingTeacher(MeanTeacher):

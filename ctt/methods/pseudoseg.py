@@ -10,7 +10,7 @@ last one (of one network for one stage, that one); in the program they are the l
 backbone. The box has the same share of the crop's sides as the program's 100 of 513 pixels. What is
 ignored in a mask is padding to the attention; in the program, what will be erased is as well. The
 scale of the predictions is that of all processes together. The program's colours are --views.jitter
-0.5 --views.jitter-probability 1.
+0.5 --views.hue 0.25 --views.jitter-probability 1 --views.blur-probability 0.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 The mean over five sizes and their mirror images labels every pixel of the unlabelled images. In
 half of them, a box of 2 to 40 % of the area is filled with noise and its labels are dropped; the
-colours of the strong view are those of the run (--views.jitter 0.5 --views.grey-probability 0.2 are
-the paper's). ST++ first learns from the more reliable half of the images: those on which two
-earlier states of the first training agree best with its last.
+colours of the strong view are those of the run (--views.jitter 0.5 --views.hue 0.25
+--views.grey-probability 0.2 are the program's). ST++ first learns from the more reliable half of
+the images: those on which two earlier states of the first training agree best with its last.
 
 The program labels with the network that is best on the validation images, this one with the last.
 It takes one mean over the labelled and unlabelled images of a joint list, this one has as many of

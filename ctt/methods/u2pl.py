@@ -14,7 +14,9 @@ are pushed from the first step on, also while students learn from labels alone; 
 the second phase alone. The head, on the features that the classifier reads and as wide as they are,
 is a 3x3 convolution with batch norm and ReLU, and a 1x1 convolution; the program's, beside a
 classifier of the same kind, has two 3x3 convolutions and a 1x1, of 256 channels, with dropout of
-0.1. Means are of normalised features. Queues are shorter than the program's 30,000.
+0.1. Means are of normalised features. Queues are shorter than the program's 30,000. The contrast is
+the mean over the classes that have anchors and negatives; in the program those without count as 0.
+The program changes no colours: --views.jitter 0 --views.blur-probability 0.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from ctt.data.dataset import IGNORE
 from ctt.methods import losses, sampling
 from ctt.methods.base import Batch, Modules, Schedule, Setup, Step, Terms
 from ctt.methods.class_memory import negatives
-from ctt.methods.heads import EmbeddingTeacher, embed, normed_embedding
+from ctt.methods.heads import EmbeddingTeacher, embed, normed_embedding, without_lost
 from ctt.methods.losses import to_grid
 from ctt.methods.options import Options
 from ctt.methods.pseudo_labels import sometimes
@@ -131,9 +133,11 @@ class U2pl(EmbeddingTeacher):
         """
         o, grid, n = self.options, self.students[k].grid, len(truth)
         maps = embed(self.head_teachers[k], out.features, step)
+        own = torch.cat([to_grid(truth, grid), to_grid(label, grid)])
+        maps, own = without_lost(maps, out.logits, own)
         features = losses.as_pixels(maps)  # ((B + U) * h * w, D)
         p = wide(out.logits).softmax(dim=1)
-        truth, label = to_grid(truth, grid), to_grid(label, grid)
+        truth, label = own.tensor_split((n,))
         unsure, valid = entropy(wide(out.logits[n:])), label != IGNORE
         low = quantile(unsure, valid, step["drop"], step)
         high = quantile(unsure, valid, 1 - step["drop"], step)

@@ -12,8 +12,9 @@ Departures from that program:
   step, about 2e-7 for each number of a crop of 321, is lost in float32.
 - The random directions that it starts from are shared by the images of a batch.
 - Pixels without image, or where the teacher gives NaN, do not count in the direction.
-- The EMA warms up, as in every method here. Adam (--optim.name adamw --optim.weight-decay 0) and
-  frozen batch norms (--model.freeze-batch-norm) are settings of the run.
+- The EMA warms up, as in every method here. Adam (--optim.name adamw --optim.weight-decay 0),
+  frozen batch norms (--model.freeze-batch-norm) and colours (--views.jitter 0.4
+  --views.grey-probability 0.2 --views.blur-probability 0) are settings of the run.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ctt.cli import evaluate, export, predict
 from ctt.cli import train as program
 from ctt.data.dataset import IGNORE
 from ctt.errors import UserError
+from ctt.models.base import Output
 from ctt.settings import Settings, update
 from ctt.train.distributed import join
 from ctt.train.engine import Engine
@@ -171,6 +173,24 @@ def test_nothing_but_ignored_pixels_teaches_nothing(tiny: Settings, name: str) -
     )
     weights = engine.method.state_dict().values()
     assert all(bool(x.isfinite().all()) for x in weights if x.is_floating_point())
+
+
+@EVERY
+def test_cells_without_numbers_teach_nothing(tiny: Settings, name: str) -> None:
+    """As a teacher gives them whose features leave the range of half precision in places."""
+
+    def overflow(network: nn.Module, images: tuple[Tensor], out: Output) -> Output:
+        hole = torch.zeros_like(out.logits[:, :1], dtype=torch.bool)
+        hole[:, :, :2, 1] = True
+        return Output(out.logits.masked_fill(hole, nan), out.features.masked_fill(hole, inf))
+
+    engine = in_last_round(make(settings_of(name, tiny)))
+    for teacher in getattr(engine.method, "teachers", ()):
+        teacher.register_forward_hook(overflow)
+    seen = run(engine, 4, 3)
+    assert all(bool(x.isfinite()) for terms in seen for x in terms.values())
+    state = engine.method.state_dict().values()
+    assert all(bool(x.isfinite().all()) for x in state if x.is_floating_point())
 
 
 @pytest.mark.parametrize("name", [n for n in methods.names() if n not in BETWEEN_ROUNDS])

@@ -1,5 +1,6 @@
 """SemiSeg-Contrastive beside a rendering of its equations, in plain loops."""
 
+import math
 from typing import Any
 
 import pytest
@@ -69,7 +70,8 @@ def test_every_term_and_gradient(tiny: Settings, pairs: int) -> None:
         terms["sup"] += mean_cross_entropy(out[:3], scene.label)
         terms["ct"] += (confidence**2 * cross_entropies(out[3:], label)).sum() / label.numel()
         p = out[3:].softmax(dim=1)
-        terms["entropy"] += -(p * p.log2()).sum(dim=1)[label != IGNORE].mean()
+        # of 11 classes at most log2(11) bits, by which the program divides
+        terms["entropy"] += -(p * p.log2()).sum(dim=1)[label != IGNORE].mean() / math.log2(11)
         features = student(images).features
         features = scene.method.predictions[k](scene.method.projections[k](features))
         memory, stride = scene.method.memories[k], student.stride
