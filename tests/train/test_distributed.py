@@ -289,6 +289,27 @@ def test_an_error_of_one_process_ends_all_with_one_paragraph(tmp_path: Path) -> 
     assert shown(tmp_path) == ["", "ctt-train: The image x.png is broken.\n", ""]
 
 
+def test_a_rank_that_is_left_in_the_environment_silences_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="2"):
+        command_line("--loss.tau-hc -1")
+    assert "--loss.tau-hc must be above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_variable_of_torchrun_that_is_no_number_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, "two")
+    with pytest.raises(SystemExit, match="2"):
+        command_line("--dry-run")
+    assert f"ctt-train: The environment variable {name} is 'two'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", ["--loss.tau-hc -1", "--loss.nonsense 3", "--ratio 5000"])
 def test_bad_arguments_are_told_once(tmp_path: Path, arguments: str) -> None:
     assert finish(start(2, tmp_path, command_line, arguments)) == [2, 2]
