@@ -221,6 +221,7 @@ class Trainer:
                         break
                     if self.world.any_raised(bool(interrupted)):
                         self._save()
+                        self.world.wait()  # torchrun ends all once one has gone
                         self.world.leave()
                         raise Stopped(self.folder, engine.iteration, self.world.is_main)
                     self._save_and_evaluate()

@@ -22,7 +22,7 @@ from ctt.errors import UserError
 from ctt.inference import evaluate
 from ctt.settings import Settings, update
 from ctt.train import loop
-from ctt.train.distributed import VARIABLES, join
+from ctt.train.distributed import VARIABLES, World, join
 from ctt.train.engine import Engine
 from tests.conftest import leave_out_figures
 from tests.train import steps
@@ -271,6 +271,37 @@ def test_all_processes_stop_after_the_same_step(tmp_path: Path) -> None:
     first, second = shown(log)
     assert f"Stopped after iteration {iteration}" in first
     assert second == ""
+
+
+save, leave = checkpoint.save, World.leave
+
+
+def leave_late(arguments: str, folder: Path) -> None:
+    """Train with a checkpoint that takes long, and note which process leaves before it is there."""
+
+    def slow(*parts: Any) -> None:
+        time.sleep(1)
+        save(*parts)
+
+    def noted(world: World) -> None:
+        there = (folder / "run" / run.CHECKPOINT).exists()
+        (folder / f"left-{world.rank}.txt").write_text(str(there))
+        leave(world)
+
+    checkpoint.save, World.leave = slow, noted  # type: ignore[method-assign]
+    command_line(arguments)
+
+
+def test_no_process_leaves_before_the_last_checkpoint_is_written(tmp_path: Path) -> None:
+    """Torchrun ends the others as soon as one has gone."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    rarely = QUICK.replace("checkpoint-every 1 ", "checkpoint-every 100000 ")
+    both = start(2, log, leave_late, f"{rarely} --out {out}", tmp_path)
+    wait_for_rows(out, 3, both)
+    assert both[0].pid is not None
+    os.kill(both[0].pid, signal.SIGTERM)
+    assert finish(both) == [130, 130], shown(log)
+    assert [(tmp_path / f"left-{r}.txt").read_text() for r in (0, 1)] == ["True", "True"]
 
 
 def one_fails(message: str) -> None:
