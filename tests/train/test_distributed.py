@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
@@ -361,3 +363,33 @@ def test_a_process_that_finds_no_others_names_what_torchrun_sets(
             join(),
         ):
             pass
+
+
+def test_a_process_that_others_do_not_answer_ends_with_a_paragraph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        values = ("0", "2", "127.0.0.1", str(taken.getsockname()[1]))
+        for name, value in zip(VARIABLES, values, strict=True):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=r"^WORLD_SIZE is 2, .*EADDRINUSE"), join():
+            pass
+
+
+def train_among_others(settings: Settings, folder: Path) -> None:
+    """Train where the program itself has joined its processes, with and without the variables."""
+    dist.init_process_group("gloo")
+    with pytest.raises(UserError, match=r"initialised .* with 2 processes.*destroy_process_group"):
+        loop.train(settings, out=folder / "run")
+    for name in VARIABLES:
+        os.environ.pop(name)
+    with pytest.raises(UserError, match=r"initialised .* with 2 processes.*destroy_process_group"):
+        loop.train(settings, out=folder / "run")
+
+
+def test_processes_that_have_joined_already_are_told_so(tiny: Settings, tmp_path: Path) -> None:
+    """Each would train a run of its own, whose banks would wait for those of the others."""
+    assert finish(start(2, tmp_path, train_among_others, tiny, tmp_path)) == [0, 0], shown(tmp_path)
+    assert not (tmp_path / "run").exists()
