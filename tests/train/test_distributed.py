@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -195,6 +196,28 @@ def wait_for_rows(out: Path, rows: int, processes: list[Any]) -> None:
         assert all(p.is_alive() for p in processes)
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def resume_own(arguments: str, folder: Path) -> None:
+    """Resume the run in the folder that this process's machine has."""
+    os.chdir(folder / f"machine-{os.environ['RANK']}")
+    command_line(arguments)
+
+
+def test_processes_that_see_other_checkpoints_of_a_run_do_not_train_it(
+    tiny: Settings, tmp_path: Path
+) -> None:
+    out, log = tmp_path / "machine-1" / "run", tmp_path / "log"
+    change = {"train": {"iterations": 1, "tensorboard": False}}
+    loop.train(update(tiny, change, "test"), out=out)
+    shutil.copytree(out.parent, tmp_path / "machine-0")
+    change["train"]["iterations"] = 2
+    loop.train(update(tiny, change, "test"), resume=tmp_path / "machine-0" / "run")
+    arguments = "--resume run --train.iterations 3"
+    assert finish(start(2, log, resume_own, arguments, tmp_path)) == [2, 2], shown(log)
+    told = [" ".join(text.split()) for text in shown(log)]
+    assert "process 1 of 2 finds the checkpoint after iteration 1 there, and the first" in told[1]
+    assert "ctt-train:" not in told[0]
 
 
 def test_a_lost_process_ends_the_run_which_goes_on_with_another_number(tmp_path: Path) -> None:
