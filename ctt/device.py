@@ -1,25 +1,15 @@
-"""The device that a program computes on, and its place among the processes of a machine."""
+"""The device that a program computes on."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 from pathlib import Path
 
 import torch
 
 from ctt.errors import UserError
-
-
-def local_rank() -> int:
-    """Return the number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def local_size() -> int:
-    """Return how many processes of this run its machine has."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+from ctt.processes import local_rank, world_size
 
 
 def pick_device(name: str, option: str = "`train.device`") -> torch.device:
@@ -37,9 +27,14 @@ def pick_device(name: str, option: str = "`train.device`") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "cuda" and "WORLD_SIZE" in os.environ:
+        if device.type == "cuda" and world_size() > 1:
             if name != device.type:
                 raise RuntimeError("torchrun gives every process a device; leave the number out")
+            if local_rank() >= (gpus := torch.cuda.device_count()):
+                raise RuntimeError(
+                    f"LOCAL_RANK is {local_rank()}, so this process is to have a GPU of that "
+                    f"number, and it sees {gpus}, from number 0; start as many as there are GPUs"
+                )
             device = torch.device("cuda", local_rank())
         elif name == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import shlex
 import sys
 import typing
@@ -17,6 +16,7 @@ from ctt import data, methods, recipes
 from ctt.cli.common import INTERRUPTED, run_program
 from ctt.configure import Given, layered, named_in, recipes_of, refuse_unused
 from ctt.errors import AlreadyReportedError, UserError
+from ctt.processes import rank
 from ctt.ranges import ranges_of
 from ctt.settings import Settings, validate
 from ctt.text import say
@@ -72,10 +72,6 @@ def _main(arguments: list[str]) -> int:
         if first_process():
             raise
         raise AlreadyReportedError from None
-    if (parsed.card or parsed.cards) and not parsed.dry_run:
-        raise UserError(
-            "--card and --cards need --dry-run, which estimates the hours. Add --dry-run."
-        )
     named = parsed.config or any(text.startswith("--recipe") for text in arguments)
     if parsed.recipe == SMALL and not named and first_process():
         say(f"There is no GPU here, so the recipe is {SMALL}; --recipe folder takes a larger one.")
@@ -118,7 +114,7 @@ def list_methods() -> None:
 
 def first_process() -> bool:
     """Return whether this is the process to tell what is wrong with the arguments of all."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def read(arguments: list[str]) -> tuple[Arguments, Settings]:
@@ -134,6 +130,10 @@ def read(arguments: list[str]) -> tuple[Arguments, Settings]:
     refuse_unused(settings, given(arguments, parsed.config))
     if parsed.resume is not None and parsed.out is not None:
         raise UserError("--out and --resume exclude each other: a resumed run stays in its folder.")
+    if (parsed.card or parsed.cards) and not parsed.dry_run:
+        raise UserError(
+            "--card and --cards need --dry-run, which estimates the hours. Add --dry-run."
+        )
     if parsed.resume is not None:
         from ctt import run
 

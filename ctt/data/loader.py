@@ -250,8 +250,8 @@ def lost_worker(error: Exception) -> str:
         return ""
     _listen_no_more()
     return (
-        f"A process that loads images has ended ({reason}), as when the system has no memory left. "
-        f"{FEWER_WORKERS}"
+        f"A process that loads images has ended ({reason}), as when the system has no memory left, "
+        f"or after an error that is told above. {FEWER_WORKERS}"
     )
 
 

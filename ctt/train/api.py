@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,13 @@ def train(
     """
     from ctt.train.loop import Stopped, train_in_folder
 
+    # as `spawn` and `forkserver` do, which are the default of macOS, Windows and Python 3.14
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "A process that loads images has imported the program that calls ctt.train, and would "
+            'train once more. Put the call below `if __name__ == "__main__":`, or give '
+            "`data.workers` 0."
+        )
     catalog.load.cache_clear()  # the file of a method may have changed since the last run
     given = _nested(settings)
     config, out, resume = _whole(config, "config"), _whole(out, "out"), _whole(resume, "resume")

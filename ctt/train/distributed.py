@@ -139,28 +139,36 @@ def join() -> Iterator[World]:
     An error of one process ends all: it is raised here, and `AlreadyReportedError` in the others.
 
     Raises:
-        UserError: a process is lost, or the variables that torchrun sets are not there.
+        UserError: a process is lost or cannot be found, or this one belongs to others already.
     """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise UserError(
+            f"torch.distributed is initialised in this process already, with "
+            f"{dist.get_world_size()} processes. Training joins the processes that torchrun starts "
+            f"by itself: do without init_process_group, or call destroy_process_group before; "
+            f"after a run of theirs that failed, start all of them again."
+        )
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield World()
         return
     try:
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-    except ValueError as error:  # a variable that is missing or no number
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=TIMEOUT,
+        )
+        messages = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    except (ValueError, RuntimeError) as error:  # no number, no such address, nobody there
+        reason = str(error).partition("\n")[0].removesuffix(".")
         raise UserError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, so this process looks for others of its "
-            f"run, but it cannot find them ({error}). Start all with torchrun, which sets "
+            f"run, but it cannot find them ({reason}). Start all with torchrun, which sets "
             f"{', '.join(VARIABLES[:-1])} and {VARIABLES[-1]}, or unset WORLD_SIZE."
         ) from None
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        store=PrefixStore("group", store),
-        rank=rank,
-        world_size=size,
-        timeout=TIMEOUT,
-    )
-    own_store = PrefixStore("ctt", store)
-    world = World(rank, size, own_store, dist.new_group(backend="gloo", timeout=TIMEOUT))
+    world = World(rank, size, PrefixStore("ctt", store), messages)
     try:
         yield world
     except UserError:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from ctt import checkpoint, run
 from ctt.console import plain_console
+from ctt.processes import world_size
 from ctt.settings import Settings
 from ctt.train import loggers
 from ctt.train.cost import CARDS, card_of, cost_table, step_operations
@@ -39,7 +39,7 @@ def dry_run(
     names = [card] if card else list(CARDS)
     for name in names:
         card_of(name)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = world_size()
     loggers.check(settings)
     begun = run.begun(resume)
     plan = Plan.of(settings, begun, processes)

@@ -150,6 +150,10 @@ class Trainer:
             self.seconds, self.waited = 0.0, 0.0  # of training, and of it without a batch
             self.recorder: Recorder | None = None
             self.broken = ""  # what is wrong with the last checkpoint
+            saved: dict[str, Any] = {}
+            if begun is not None:
+                saved, self.broken = checkpoint.load_last(begun / run.CHECKPOINT)
+            check_same_checkpoint(int(saved.get("iteration", 0)), resume, world)
             if begun is None:
                 folder = str(self._create(out, resume, held)) if world.is_main else ""
                 self.folder = Path(world.broadcast(folder))
@@ -159,7 +163,6 @@ class Trainer:
             self.losses = Losses(self.streams)
             self.evaluator = Evaluator(plan, self.engine, self.folder, world, self.console)
             if begun is not None:
-                saved, self.broken = checkpoint.load_last(self.folder / run.CHECKPOINT)
                 self._load(saved)
             self.lock = held.pop_all()
 
@@ -221,6 +224,7 @@ class Trainer:
                         break
                     if self.world.any_raised(bool(interrupted)):
                         self._save()
+                        self.world.wait()  # torchrun ends all once one has gone
                         self.world.leave()
                         raise Stopped(self.folder, engine.iteration, self.world.is_main)
                     self._save_and_evaluate()
@@ -366,3 +370,22 @@ class Trainer:
         self.console.print(class_table(classes[chosen], chosen))
         self.console.print(ending(self.folder, best, scores, plan, self.seconds), soft_wrap=True)
         return summary
+
+
+def check_same_checkpoint(done: int, resume: Path | None, world: World) -> None:
+    """Check that all processes go on from one checkpoint: each reads it on its own machine.
+
+    Args:
+        done: iterations of the one that this process sees; 0: it sees none.
+
+    Raises:
+        UserError: the first process sees another.
+    """
+    if (first := int(world.broadcast(str(done)))) != done:
+        found = f"the checkpoint after iteration {done}" if done else "no checkpoint"
+        raise UserError(
+            f"`resume` {resume}: process {world.rank} of {world.size} finds {found} there, and the "
+            f"first process the one after iteration {first}. All processes must see the same run "
+            f"folder: put it on a disk that their machines share, or copy the first one's to the "
+            f"others."
+        )

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ctt.device import local_size
 from ctt.ops import prefer_backend
 from ctt.ops._registry import preferred
+from ctt.processes import local_size
 from ctt.settings import Settings
 from ctt.train.compiling import uncompiled
 

@@ -1,6 +1,7 @@
 """ctt.train, the program as a function."""
 
 import json
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,16 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert more["iterations"] == 2
     assert ctt.load("~/second").predict("~/data/images/photo 0.jpg").shape == (20, 24)
     assert not list(Path().iterdir())
+
+
+def test_a_loader_that_imports_the_program_trains_no_second_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `spawn` does, the default on macOS and Windows, where the call stands by itself."""
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(UserError, match=r"Put the call below `if __name__ == .__main__.:`"):
+        ctt.train(out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_begin_leaves_no_folder(

@@ -4,7 +4,9 @@ import copy
 import json
 import os
 import shlex
+import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
@@ -22,7 +25,7 @@ from ctt.errors import UserError
 from ctt.inference import evaluate
 from ctt.settings import Settings, update
 from ctt.train import loop
-from ctt.train.distributed import VARIABLES, join
+from ctt.train.distributed import VARIABLES, World, join
 from ctt.train.engine import Engine
 from tests.conftest import leave_out_figures
 from tests.train import steps
@@ -195,6 +198,28 @@ def wait_for_rows(out: Path, rows: int, processes: list[Any]) -> None:
         time.sleep(0.1)
 
 
+def resume_own(arguments: str, folder: Path) -> None:
+    """Resume the run in the folder that this process's machine has."""
+    os.chdir(folder / f"machine-{os.environ['RANK']}")
+    command_line(arguments)
+
+
+def test_processes_that_see_other_checkpoints_of_a_run_do_not_train_it(
+    tiny: Settings, tmp_path: Path
+) -> None:
+    out, log = tmp_path / "machine-1" / "run", tmp_path / "log"
+    change = {"train": {"iterations": 1, "tensorboard": False}}
+    loop.train(update(tiny, change, "test"), out=out)
+    shutil.copytree(out.parent, tmp_path / "machine-0")
+    change["train"]["iterations"] = 2
+    loop.train(update(tiny, change, "test"), resume=tmp_path / "machine-0" / "run")
+    arguments = "--resume run --train.iterations 3"
+    assert finish(start(2, log, resume_own, arguments, tmp_path)) == [2, 2], shown(log)
+    told = [" ".join(text.split()) for text in shown(log)]
+    assert "process 1 of 2 finds the checkpoint after iteration 1 there, and the first" in told[1]
+    assert "ctt-train:" not in told[0]
+
+
 def test_a_lost_process_ends_the_run_which_goes_on_with_another_number(tmp_path: Path) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
     both = start(2, log, command_line, f"{QUICK} --out {out}")
@@ -273,6 +298,37 @@ def test_all_processes_stop_after_the_same_step(tmp_path: Path) -> None:
     assert second == ""
 
 
+save, leave = checkpoint.save, World.leave
+
+
+def leave_late(arguments: str, folder: Path) -> None:
+    """Train with a checkpoint that takes long, and note which process leaves before it is there."""
+
+    def slow(*parts: Any) -> None:
+        time.sleep(1)
+        save(*parts)
+
+    def noted(world: World) -> None:
+        there = (folder / "run" / run.CHECKPOINT).exists()
+        (folder / f"left-{world.rank}.txt").write_text(str(there))
+        leave(world)
+
+    checkpoint.save, World.leave = slow, noted  # type: ignore[method-assign]
+    command_line(arguments)
+
+
+def test_no_process_leaves_before_the_last_checkpoint_is_written(tmp_path: Path) -> None:
+    """Torchrun ends the others as soon as one has gone."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    rarely = QUICK.replace("checkpoint-every 1 ", "checkpoint-every 100000 ")
+    both = start(2, log, leave_late, f"{rarely} --out {out}", tmp_path)
+    wait_for_rows(out, 3, both)
+    assert both[0].pid is not None
+    os.kill(both[0].pid, signal.SIGTERM)
+    assert finish(both) == [130, 130], shown(log)
+    assert [(tmp_path / f"left-{r}.txt").read_text() for r in (0, 1)] == ["True", "True"]
+
+
 def one_fails(message: str) -> None:
     def body() -> int:
         with join() as world:
@@ -287,6 +343,27 @@ def one_fails(message: str) -> None:
 def test_an_error_of_one_process_ends_all_with_one_paragraph(tmp_path: Path) -> None:
     assert finish(start(3, tmp_path, one_fails, "The image x.png is broken.")) == [2, 2, 2]
     assert shown(tmp_path) == ["", "ctt-train: The image x.png is broken.\n", ""]
+
+
+def test_a_rank_that_is_left_in_the_environment_silences_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="2"):
+        command_line("--loss.tau-hc -1")
+    assert "--loss.tau-hc must be above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_variable_of_torchrun_that_is_no_number_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, "two")
+    with pytest.raises(SystemExit, match="2"):
+        command_line("--dry-run")
+    assert f"ctt-train: The environment variable {name} is 'two'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", ["--loss.tau-hc -1", "--loss.nonsense 3", "--ratio 5000"])
@@ -309,3 +386,33 @@ def test_a_process_that_finds_no_others_names_what_torchrun_sets(
             join(),
         ):
             pass
+
+
+def test_a_process_that_others_do_not_answer_ends_with_a_paragraph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        values = ("0", "2", "127.0.0.1", str(taken.getsockname()[1]))
+        for name, value in zip(VARIABLES, values, strict=True):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=r"^WORLD_SIZE is 2, .*EADDRINUSE"), join():
+            pass
+
+
+def train_among_others(settings: Settings, folder: Path) -> None:
+    """Train where the program itself has joined its processes, with and without the variables."""
+    dist.init_process_group("gloo")
+    with pytest.raises(UserError, match=r"initialised .* with 2 processes.*destroy_process_group"):
+        loop.train(settings, out=folder / "run")
+    for name in VARIABLES:
+        os.environ.pop(name)
+    with pytest.raises(UserError, match=r"initialised .* with 2 processes.*destroy_process_group"):
+        loop.train(settings, out=folder / "run")
+
+
+def test_processes_that_have_joined_already_are_told_so(tiny: Settings, tmp_path: Path) -> None:
+    """Each would train a run of its own, whose banks would wait for those of the others."""
+    assert finish(start(2, tmp_path, train_among_others, tiny, tmp_path)) == [0, 0], shown(tmp_path)
+    assert not (tmp_path / "run").exists()

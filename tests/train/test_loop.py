@@ -491,6 +491,14 @@ def test_a_gpu_has_a_number(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert chosen == [torch.device("cuda", 0)]
 
 
+def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"LOCAL_RANK is 2, .* it sees 2, from number 0"):
+        pick_device("cuda")
+
+
 def test_a_run_that_is_stopped_keeps_its_trace(
     tiny: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
