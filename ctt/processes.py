@@ -1,4 +1,4 @@
-"""The place of this process among those that torchrun has started, from its variables."""
+"""The place of this process among those that torchrun has started, and its processors."""
 
 from __future__ import annotations
 
@@ -29,6 +29,13 @@ def local_rank() -> int:
 def local_size() -> int:
     """Return how many processes of this run its machine has."""
     return _number("LOCAL_WORLD_SIZE", 1)
+
+
+def cpus() -> int:
+    """Return how many processors this process may use: of a machine that others share, not all."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _number(variable: str, default: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ctt.data.faults import Fault
 from ctt.data.files import FileDataset
 from ctt.data.split import UNLABELED_ALONE, all_others, examine_list, without_labeled
 from ctt.errors import UserError
+from ctt.processes import cpus
 
 HANDFUL = 5  # pairs read by the quick check, of the labelled and of the evaluation images
 
@@ -260,7 +260,7 @@ def check_all(
 
     names = [*labeled, *evaluation, *unlabeled]
     masks = [i < len(labeled) + len(evaluation) for i in range(len(names))]
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads or cpus()) as pool:
         try:
             for i, found in enumerate(pool.map(look, names, masks)):
                 advance()

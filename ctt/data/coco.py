@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -27,6 +26,7 @@ from ctt.data.shapes import paint
 from ctt.data.voc import bit_palette
 from ctt.errors import UserError
 from ctt.files import atomic_write
+from ctt.processes import cpus
 
 LAYOUT = "holds train2017, val2017 and annotations of COCO 2017"
 PLACES = ("", "coco", "COCO", "images")
@@ -191,7 +191,7 @@ def _paint_all(file: CocoFile, folder: Path, threads: int) -> Iterator[bool]:
             picture.save(temporary, "PNG")
         return True
 
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads or cpus()) as pool:
         try:
             yield from pool.map(work, file.images.items())
         finally:

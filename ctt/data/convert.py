@@ -26,6 +26,7 @@ from ctt.data.folder import IMAGE_FOLDERS, MASK_SUFFIXES, walk
 from ctt.data.shapes import Label, Painted
 from ctt.errors import UserError
 from ctt.files import atomic_write
+from ctt.processes import cpus
 
 ANOTHER = "images, for another one of the same name is there already: rename them"
 OTHER_PART = "changes between images/ and val/: images stay in the part in which they are"
@@ -138,7 +139,7 @@ def convert(
     result = Result(left_out=export.left_out, faults=export.faults)
     sources = {job.place: job.source for job in jobs}
     place = _Target(target, _present(target), sources, _palette(target), link)
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads or cpus()) as pool:
         try:
             views = [*pool.map(_tried(view_of), (j.item for j in jobs), (j.source for j in jobs))]
             work = _tried(partial(_write, target=place, as_stored=convention(views)))

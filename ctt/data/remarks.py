@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ctt.data.pictures import STATS, is_turned, open_picture, pages, raw_mode
 from ctt.data.pixels import WORD, is_deep
 from ctt.data.rasters import Raster, size_of
 from ctt.errors import UserError
+from ctt.processes import cpus
 
 LARGE = 50_000_000  # pixels of an image from which on it takes most of the time of a step
 PAGED = (".tif", ".tiff", ".webp")  # endings of formats that often have several pages
@@ -54,7 +54,7 @@ def traits(paths: Iterable[Path], threads: int = 1, pixels: bool = True) -> list
         threads: files read at a time; 0: one for each core.
         pixels: also read their pixels, without which `clear`, `largest` and `gaps` stay False or 0.
     """
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads or cpus()) as pool:
         found = pool.map(partial(_traits, pixels=pixels), paths)
         return [image for image in found if image is not None]
 
@@ -118,7 +118,7 @@ def of_size(paths: Iterable[Path], threads: int = 1) -> list[str]:
         threads: files opened at a time; 0: one for each core.
     """
     files = list(paths)
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads or cpus()) as pool:
         sizes = pool.map(_pixels, files)
         large = [path for path, size in zip(files, sizes, strict=True) if size > LARGE]
     return (

@@ -10,7 +10,7 @@ import torch
 
 from ctt.ops import prefer_backend
 from ctt.ops._registry import preferred
-from ctt.processes import local_size
+from ctt.processes import cpus, local_size
 from ctt.settings import Settings
 from ctt.train.compiling import uncompiled
 
@@ -18,7 +18,7 @@ from ctt.train.compiling import uncompiled
 def set_up_torch(settings: Settings) -> None:
     """Set threads, the backend of the operations and determinism, for the whole process."""
     if settings.train.threads or local_size() > 1:
-        own_share = max(1, (os.cpu_count() or 1) // local_size())
+        own_share = max(1, cpus() // local_size())
         torch.set_num_threads(settings.train.threads or own_share)
     prefer_backend(settings.train.backend)
     if settings.train.deterministic:

@@ -28,6 +28,7 @@ from ctt.train.engine import Engine
 from ctt.train.loop import Stopped, Trainer, train
 from ctt.train.plan import Plan, check_batch_norm
 from ctt.train.record import read_rows
+from ctt.train.setup import restored_torch, set_up_torch
 from ctt.train.signals import interrupt_flag
 from tests.train.steps import batch, make, student, unlabelled, with_teacher
 
@@ -497,6 +498,17 @@ def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=r"LOCAL_RANK is 2, .* it sees 2, from number 0"):
         pick_device("cuda")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux knows which CPUs are ours")
+def test_processes_share_the_processors_that_they_may_use(
+    tiny: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(6)))  # as Slurm allots them
+    with restored_torch():
+        set_up_torch(update(tiny, {"train": {"threads": 0}}, "test"))
+        assert torch.get_num_threads() == 3
 
 
 def test_a_run_that_is_stopped_keeps_its_trace(
