@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctt.errors import AlreadyReportedError, UserError
 from ctt.files import expanded
+from ctt.processes import rank, world_size
 from ctt.text import (
     drop_closed_streams,
     fields_shown_by,
@@ -37,6 +38,7 @@ OPTIONAL = {
 
 # parameters of library functions that programs take as options of the same name
 PARAMETERS = (
+    "auto_resume",
     "card",
     "classes",
     "config",
@@ -109,6 +111,26 @@ def check_protocol(protocol: EvalSettings, before: EvalSettings) -> None:
     names = [field.name for field in dataclasses.fields(protocol)]
     given = [f"eval.{name}" for name in names if getattr(protocol, name) != getattr(before, name)]
     refuse_unused(dataclasses.replace(Settings(), eval=protocol), given)
+
+
+def refuse_torchrun(program: str, instead: str = "") -> None:
+    """Refuse to be one of several processes, which would all do and write the same.
+
+    Args:
+        program: its name.
+        instead: a sentence on what several processes are started for.
+
+    Raises:
+        UserError: in the first process. AlreadyReportedError: in the others.
+    """
+    if world_size() == 1:
+        return
+    if rank() > 0:
+        raise AlreadyReportedError
+    raise UserError(
+        f"{program} is to run once, and torchrun has started {world_size()} of it (or the "
+        f"environment has WORLD_SIZE). Start it without torchrun, or unset WORLD_SIZE.{instead}"
+    )
 
 
 def check_whole(protocol: EvalSettings) -> None:

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctt.cli.common import check_protocol, check_whole, refuse_without_effect, run_program
+from ctt.cli.common import (
+    check_protocol,
+    check_whole,
+    refuse_torchrun,
+    refuse_without_effect,
+    run_program,
+)
 from ctt.errors import UserError
 from ctt.settings import EvalSettings, Settings, update
 from ctt.text import say
@@ -71,6 +77,7 @@ def _main(arguments: list[str]) -> int:
     from ctt.data.folder import refuse_among_images
 
     parsed = _parse(arguments, EvalSettings())
+    refuse_torchrun("ctt-eval")
     _check_new("--out", parsed.out)
     _check_new("--submission", parsed.submission)
     if parsed.embedding is not None and parsed.embedding.exists():

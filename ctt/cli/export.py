@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ctt.cli.common import run_program
+from ctt.cli.common import refuse_torchrun, run_program
 from ctt.errors import UserError
 from ctt.files import is_on_hub
 from ctt.text import say
@@ -61,6 +61,7 @@ def _main(arguments: list[str]) -> int:
     parsed = tyro.cli(
         Arguments, prog="ctt-export", args=arguments, config=(tyro.conf.PositionalRequiredArgs,)
     )
+    refuse_torchrun("ctt-export")
     if parsed.size is not None and not all(1 <= side < 2**31 for side in parsed.size):
         raise UserError(f"--size must be at least 1 1, and below {2**31}, got {parsed.size}.")
     if parsed.format == "safetensors" and (

@@ -17,6 +17,7 @@ from ctt.cli.common import (
     BAD_INPUT,
     check_protocol,
     check_whole,
+    refuse_torchrun,
     refuse_without_effect,
     run_program,
 )
@@ -111,6 +112,7 @@ def _main(arguments: list[str]) -> int:
     from ctt.data.folder import refuse_among_images
 
     parsed = _parse(arguments, EvalSettings())
+    refuse_torchrun("ctt-predict")
     refuse_among_images(parsed.out)
     if parsed.rank:
         from ctt.cli.ranking import rank

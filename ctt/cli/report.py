@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ctt.cli.common import run_program
+from ctt.cli.common import refuse_torchrun, run_program
 from ctt.errors import UserError
 from ctt.text import say
 
@@ -42,6 +42,7 @@ def _main(arguments: list[str]) -> int:
         args=arguments,
         config=(tyro.conf.PositionalRequiredArgs,),
     )
+    refuse_torchrun("ctt-report")
     if not parsed.path.exists():
         raise UserError(f"{parsed.path}: there is no such folder or table.")
     folder = parsed.path if parsed.path.is_dir() else parsed.path.parent

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 from ctt import methods, recipes
 from ctt.cli import train
-from ctt.cli.common import INTERRUPTED, run_program
-from ctt.errors import AlreadyReportedError, UserError
+from ctt.cli.common import INTERRUPTED, refuse_torchrun, run_program
+from ctt.errors import UserError
 from ctt.experiments import budgets, catalog, results
-from ctt.processes import world_size
 from ctt.settings import Settings, validate
 from ctt.text import say
 
@@ -27,7 +26,10 @@ if TYPE_CHECKING:
 
 SOME_FAILED = 1  # exit code
 MANY = 2**62  # images, where only the form of a share is looked at
-OWN = ("--seed", "--ratio", "--method", "--resume", "--dry-run", "--list-methods")
+OWN = (
+    *("--seed", "--ratio", "--method"),
+    *("--resume", "--auto-resume", "--dry-run", "--list-methods"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,7 @@ def _main(arguments: list[str]) -> int:
         return_unknown_args=True,
         config=(tyro.conf.PositionalRequiredArgs,),
     )
-    if not train.first_process():
-        raise AlreadyReportedError
+    refuse_torchrun("ctt-sweep", " --jobs trains several runs at a time.")
     check(parsed, given)
     from ctt.experiments import pool
     from ctt.experiments.runs import unique
@@ -187,12 +188,6 @@ def check(parsed: Arguments, given: Sequence[str]) -> None:
     """
     from ctt.experiments.runs import option_name
 
-    if world_size() > 1:
-        raise UserError(
-            f"ctt-sweep is to run once, and torchrun has started {world_size()} of it (or the "
-            f"environment has WORLD_SIZE). Start it without torchrun, or unset WORLD_SIZE; --jobs "
-            f"trains several runs at a time, each in a process of its own."
-        )
     catalog.get(parsed.experiment).chosen(parsed.only)
     if parsed.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {parsed.jobs}.")

@@ -3,12 +3,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ctt.cli import evaluate, export, predict, report, sweep
 from ctt.cli.common import BAD_INPUT, CLOSED_PIPE, run_program
 from ctt.console import plain_console
-from ctt.errors import UserError
+from ctt.errors import AlreadyReportedError, UserError
 from ctt.text import printable, say
 
 
@@ -87,3 +89,25 @@ def test_a_tilde_is_the_home_folder_wherever_it_stands(
         run_program("ctt-x", lambda: 0)
     assert stop.value.code == BAD_INPUT
     assert "--out ~nobody-of-this-name/x: it is not known which folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        (evaluate, ["run"]),
+        (predict, ["run", "photos", "--out", "new"]),
+        (export, ["run"]),
+        (report, ["runs"]),
+        (sweep, ["tau", "--out", "new"]),
+    ],
+)
+def test_programs_that_are_to_run_once_refuse_torchrun(
+    program: Any, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for place, error in (("0", UserError), ("1", AlreadyReportedError)):
+        monkeypatch.setenv("RANK", place)
+        with pytest.raises(error, match="to run once" if error is UserError else None):
+            program._main(arguments)
+    assert list(tmp_path.iterdir()) == []

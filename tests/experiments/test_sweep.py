@@ -21,7 +21,7 @@ from PIL import Image
 
 from ctt import checkpoint, fingerprint, methods, recipes, run
 from ctt.cli import sweep, train
-from ctt.errors import AlreadyReportedError, UserError
+from ctt.errors import UserError
 from ctt.experiments import catalog, paper, pool, runs
 from ctt.experiments import table as tables
 from ctt.experiments.results import Row, read
@@ -617,17 +617,6 @@ def test_the_papers_methods_are_all_there() -> None:
 def test_bad_input_is_told(arguments: str, text: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=text):
         sweep._main([*shlex.split(arguments), "--out", str(tmp_path)])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_torchrun_is_told_to_leave_sweeps_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, error in (("0", UserError), ("1", AlreadyReportedError)):
-        monkeypatch.setenv("RANK", rank)
-        with pytest.raises(error):
-            sweep._main(["tau", "--out", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
 
 
