@@ -22,7 +22,7 @@ class Given:
     recipe: str | None = None
     config: str | None = None
     dataset: str | None = None
-    resume: str | None = None
+    resume: Path | None = None
     voc_set: str | None = None
     method: str | None = None
     network: str | None = None
@@ -45,7 +45,7 @@ def layered(values: dict[str, Any], source: str, given: Given) -> Settings:
     if given.resume is not None:
         from ctt import run
 
-        settings = run.read_settings(run.find(Path(given.resume)))
+        settings = run.read_settings(run.find(given.resume))
     if given.method or "method" in values:
         settings = settings.with_method(given.method or str(values["method"]))
     if recipe := recipes_of(values, source, given):

@@ -96,6 +96,19 @@ def check_new(out: Path | None) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
+def new_or_begun(out: Path | None, resume: Path | None) -> tuple[Path | None, Path | None]:
+    """Return `out` and `resume` of a run that goes on in `out` if it has begun there.
+
+    Raises:
+        UserError: there is no `out`, or `resume` is given.
+    """
+    if resume is not None:
+        raise UserError("`resume` and `auto_resume` exclude each other. Leave one of them out.")
+    if out is None:
+        raise UserError("`auto_resume` needs `out`, the folder of the run. Name one.")
+    return (None, out) if (out / CONFIG).is_file() else (out, None)
+
+
 def _is_empty(folder: Path) -> bool:
     """Return whether it holds nothing but what a run leaves that ends in its first write."""
     own = {folder / LOCK, (folder / LOCK).parent}

@@ -44,6 +44,9 @@ class Arguments(Settings):
     """New folder for the run; by default a numbered one in runs/."""
     resume: Path | None = None
     """Go on with the stopped run in this folder, with its settings."""
+    auto_resume: bool = False
+    """Go on with the run in --out if there is one, and begin it otherwise: for jobs that are
+    started again with the same command."""
     list_methods: bool = False
     """Print the training methods and end."""
     dry_run: bool = False
@@ -160,18 +163,27 @@ def parse(arguments: list[str]) -> Arguments:
     import tyro
 
     early = argparse.ArgumentParser("ctt-train", add_help=False, allow_abbrev=False)
-    for option in ("--recipe", "--config", "--dataset", "--resume"):
+    for option in ("--recipe", "--config", "--dataset"):
         early.add_argument(option)
+    for option in ("--out", "--resume"):
+        early.add_argument(option, type=Path)
+    early.add_argument("--auto-resume", action=argparse.BooleanOptionalAction)
     early.add_argument("--data.voc-set", "--data.voc_set", dest="voc_set")
     early.add_argument("--train.device", dest="device")
     early.add_argument("--method")
     early.add_argument("--model.name", dest="network")
     early.add_argument("--model.backbone", dest="backbone")
     given, _ = early.parse_known_args(arguments)
+    out, resume, automatic = (vars(given).pop(n) for n in ("out", "resume", "auto_resume"))
+    help_asked = bool({"-h", "--help"} & set(arguments))
+    if automatic and not help_asked:
+        from ctt import run
+
+        out, resume = run.new_or_begun(out, resume)
     values = recipes.load_file(Path(given.config)) if given.config is not None else {}
-    chosen = Given(**vars(given))
+    chosen = Given(**vars(given), resume=resume)
     settings = layered(values, str(given.config), chosen)
-    shown = shown_class(settings, help_asked=bool({"-h", "--help"} & set(arguments)))
+    shown = shown_class(settings, help_asked=help_asked)
     recipe = " ".join(recipes_of(values, str(given.config), chosen))
     parsed = tyro.cli(
         shown,
@@ -180,6 +192,8 @@ def parse(arguments: list[str]) -> Arguments:
         default=dataclasses.replace(remade(shown, settings), recipe=recipe),
         console_outputs=first_process(),
     )
+    if automatic:
+        parsed = dataclasses.replace(parsed, out=out, resume=resume)
     return remade(Arguments, parsed)
 
 

@@ -24,6 +24,7 @@ def train(
     config: str | Path | None = None,
     out: str | Path | None = None,
     resume: str | Path | None = None,
+    auto_resume: bool = False,
     loggers: Sequence[Logger] = (),
     **settings: Any,
 ) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def train(
         config: YAML file of settings over the recipe.
         out: new folder for the run; by default a numbered one in runs/.
         resume: folder of a stopped run to go on with.
+        auto_resume: go on with the run in `out` if there is one, and begin it otherwise.
         loggers: objects that take the numbers of the run, see `ctt.train.loggers.Logger`.
         settings: over all of these.
 
@@ -60,6 +62,8 @@ def train(
     catalog.load.cache_clear()  # the file of a method may have changed since the last run
     given = _nested(settings)
     config, out, resume = _whole(config, "config"), _whole(out, "out"), _whole(resume, "resume")
+    if auto_resume:
+        out, resume = run.new_or_begun(out, resume)
     values = recipes.load_file(config) if config is not None else {}
     named = named_in(values) + named_in(given)
     for name, value in given.items():
@@ -68,7 +72,7 @@ def train(
     values = _over(values, given)
     if out is not None and resume is not None:
         raise UserError("out and resume exclude each other: a resumed run stays in its folder.")
-    early = Given(recipe=recipe or None, resume=None if resume is None else str(resume))
+    early = Given(recipe=recipe or None, resume=resume)
     made = layered(values, SOURCE, early)
     validate(made)
     refuse_unused(made, named)

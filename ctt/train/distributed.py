@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ctt.errors import AlreadyReportedError, UserError
@@ -132,6 +133,40 @@ class World:
         return first
 
 
+def of_this_attempt(store: Store, rank: int, size: int) -> Store:
+    """Return a part of the store that holds nothing of processes that had these ranks before.
+
+    torchrun keeps the store when it restarts processes, and they would look for each other at the
+    addresses of those that have ended. Every process says that it is there under a name of its
+    own, until the first one has told it the name of the part.
+
+    Raises:
+        RuntimeError: a process has not come.
+    """
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"here/{rank}", mine)
+        part = store.get(f"part/{mine}").decode()
+        store.set(f"{part}/{rank}", "")
+        return PrefixStore(part, store)
+    told: dict[int, str] = {}
+    missing = set(range(1, size))
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"here/{other}"]):
+                name = store.get(f"here/{other}").decode()
+                if told.get(other) != name:  # the first one found may be of a process that ended
+                    store.set(f"part/{name}", mine)
+                    told[other] = name
+            if store.check([f"{mine}/{other}"]):
+                missing.remove(other)
+        if time.monotonic() > end:
+            raise RuntimeError(f"process {min(missing)} of {size} has not come")
+        time.sleep(0.01)
+    return PrefixStore(mine, store)
+
+
 @contextlib.contextmanager
 def join() -> Iterator[World]:
     """Join the processes that torchrun started; without torchrun, this one is alone.
@@ -153,6 +188,7 @@ def join() -> Iterator[World]:
         return
     try:
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        store = of_this_attempt(store, rank, size)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             store=PrefixStore("group", store),

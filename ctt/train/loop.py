@@ -136,10 +136,10 @@ class Trainer:
         loggers.check(settings)
         self.console = plain_console(quiet=not world.is_main)
         with contextlib.ExitStack() as held:  # a run that cannot begin keeps no lock
-            if resume is not None:  # before anything is read that another program may write
-                if world.is_main:
-                    held.enter_context(run.lock(run.find(resume)))
-                world.wait()
+            if resume is not None and world.is_main:
+                # before anything is read that another program may write
+                held.enter_context(run.lock(run.find(resume)))
+            world.wait()
             begun = run.begun(resume)
             self.plan = plan = Plan.of(settings, begun, world.size).counted(world)
             self.settings = settings = plan.settings

@@ -279,3 +279,33 @@ def test_a_dry_run_tells_the_memory_and_writes_nothing(
         assert row in shown
     assert list(tmp_path.iterdir()) == []
     assert run("--ratio 5000 --dry-run", monkeypatch) == 2
+
+
+def test_a_job_that_is_started_again_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    command = f"{QUICK} --auto-resume --out {out} --recipe digits --train.iterations"
+    assert run(f"{command} 2 --dry-run", monkeypatch) == 0
+    assert not out.exists()
+    assert run(f"{command} 2", monkeypatch) == 0
+    assert run(f"{command} 2", monkeypatch) == 0
+    assert "is finished: all 2 iterations" in capsys.readouterr().out
+    assert run(f"{command} 3", monkeypatch) == 0
+    assert "going on after iteration 2" in capsys.readouterr().out
+    assert run(f"{command} 4 --seed 7", monkeypatch) == 2  # it would be another run
+    assert "--seed" in capsys.readouterr().err
+    for path in out.rglob("*.pt"):
+        path.unlink()
+    (out / "summary.json").unlink()
+    assert run(f"{command} 2", monkeypatch) == 0  # killed before its first checkpoint
+    assert "begins from the start" in capsys.readouterr().out
+    assert run(f"{QUICK} --auto-resume --train.iterations 1", monkeypatch) == 2
+    assert "--auto-resume needs --out" in capsys.readouterr().err
+    assert run(f"--auto-resume --resume {out} --out {out}", monkeypatch) == 2
+    assert "--resume and --auto-resume exclude each other" in capsys.readouterr().err
+    assert run("--auto-resume --help", monkeypatch) == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    assert run(f"{QUICK} --auto-resume --out {tmp_path / 'other'}", monkeypatch) == 2
+    assert "the folder is not empty" in " ".join(capsys.readouterr().err.split())

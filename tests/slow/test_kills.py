@@ -6,7 +6,9 @@ CTT_KILLS sets another number of kills than 30.
 import os
 import random
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -112,3 +114,26 @@ def test_a_run_killed_again_and_again_ends_as_one_left_alone(tmp_path: Path) -> 
     assert len(rows(whole)) > ITERATIONS // 3
     assert [*out.rglob("*.part")] == []
     assert {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()}
+
+
+def test_torchrun_starts_processes_again_that_were_killed(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    torchrun = "-m torch.distributed.run --nproc-per-node 2 --max-restarts 2 --no-python"
+    again = command("train", f"--out {out} --auto-resume {RUN} --train.iterations 300")
+    job = [sys.executable, *torchrun.split(), *again]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(job, env=environment(), stdout=log, stderr=log)
+    killed: set[int] = set()
+    while process.poll() is None and len(killed) < 2:
+        time.sleep(0.5)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        trains = not killed.intersection(map(int, workers)) and run.has_checkpoint(out)
+        if trains and usable(out) > 40 * (len(killed) + 1):
+            victim = int(workers[len(killed)])  # the first process, then the second
+            os.kill(victim, signal.SIGKILL)
+            killed.add(victim)
+    told = (tmp_path / "log").read_text
+    assert process.wait(LONGEST) == 0, told()
+    assert len(killed) == 2
+    assert told().count("going on after iteration") == 2, told()
+    assert [int(row["iteration"]) for row in rows(out)][-1] == 300

@@ -177,6 +177,18 @@ def test_a_file_and_what_is_given_over_it(tmp_path: Path) -> None:
         ctt.train(method="supervised", loss={"hc": 1})
     with pytest.raises(UserError, match="exclude each other"):
         ctt.train(out="a", resume="b")
+    with pytest.raises(UserError, match="`resume` and `auto_resume` exclude each other"):
+        ctt.train(out="a", resume="b", auto_resume=True)
+
+
+def test_a_call_that_is_made_again_goes_on(tmp_path: Path) -> None:
+    for total in (1, 2):
+        settings = {**TINY, "ratio": "8", "train.iterations": total}
+        done = ctt.train(**settings, out=tmp_path, auto_resume=True)
+        assert done["folder"] == tmp_path
+        assert done["iterations"] == total
+    with pytest.raises(UserError, match="`auto_resume` needs `out`"):
+        ctt.train(**TINY, auto_resume=True)
 
 
 def test_the_package_and_the_function_have_one_name() -> None:

@@ -9,6 +9,8 @@ import signal
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,8 @@ from ctt.cli.common import run_program
 from ctt.errors import UserError
 from ctt.inference import evaluate
 from ctt.settings import Settings, update
-from ctt.train import loop
-from ctt.train.distributed import VARIABLES, World, join
+from ctt.train import distributed, loop
+from ctt.train.distributed import VARIABLES, World, join, of_this_attempt
 from ctt.train.engine import Engine
 from tests.conftest import leave_out_figures
 from tests.train import steps
@@ -399,6 +401,37 @@ def test_a_process_that_others_do_not_answer_ends_with_a_paragraph(
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match=r"^WORLD_SIZE is 2, .*EADDRINUSE"), join():
             pass
+
+
+def test_processes_that_are_restarted_find_nothing_of_those_that_have_ended() -> None:
+    """As of torchrun --max-restarts, which keeps the store."""
+    store = dist.HashStore()
+    with ThreadPoolExecutor(3) as threads:
+        for attempt in range(3):
+            if attempt == 1:  # one that was killed before the others had come
+                store.set("here/2", "killed")
+            parts = list(threads.map(lambda rank: of_this_attempt(store, rank, 3), range(3)))
+            assert not any(part.check(["address"]) for part in parts)
+            parts[0].set("address", str(attempt))
+            assert all(part.get("address") == str(attempt).encode() for part in parts)
+
+
+def test_a_process_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=0.1))
+    with pytest.raises(RuntimeError, match="process 1 of 2 has not come"):
+        of_this_attempt(dist.HashStore(), 0, 2)
+
+
+def test_processes_that_see_different_folders_of_a_run_do_not_begin_it(tmp_path: Path) -> None:
+    """The first one finds a run to go on with, the other one none."""
+    for machine in ("machine-0", "machine-1"):
+        (tmp_path / machine).mkdir()
+    alone = f"{QUICK} --out {tmp_path / 'machine-0' / 'run'} --train.iterations 1"
+    assert finish(start(1, tmp_path / "first", command_line, alone)) == [0]
+    log, again = tmp_path / "log", f"{QUICK} --out run --auto-resume --train.iterations 2"
+    assert finish(start(2, log, resume_own, again, tmp_path)) == [2, 2], shown(log)
+    told = " ".join(shown(log)[1].split())
+    assert "process 1 of 2 finds no checkpoint there, and the first process the one after" in told
 
 
 def train_among_others(settings: Settings, folder: Path) -> None:
