@@ -24,7 +24,7 @@ def queue_push_(
     write (in 0..V-1) and count[c] the number of keys held (at most V).
 
     Args:
-        keys: (C, V, D) floating point, the rings.
+        keys: (C, V, D) floating point, the rings; V and D are at least 1.
         count: (C,) int64, keys held.
         cursor: (C,) int64, next place to write.
         features: (N, D) floating point, not normalised; no gradient flows. A feature whose
@@ -38,7 +38,12 @@ def queue_push_(
         RuntimeError: the backend that was asked for cannot run here.
     """
     _checks.tensor("queue_push_", "keys", keys, ("C", "V", "D"), None)
-    num_classes, _, dim = keys.shape
+    num_classes, places, dim = keys.shape
+    if places == 0 or dim == 0:
+        raise ValueError(
+            f"queue_push_: keys must have at least one place and one channel, got shape "
+            f"{tuple(keys.shape)}"
+        )
     device = keys.device
     _checks.tensor("queue_push_", "count", count, (num_classes,), torch.int64, device)
     _checks.tensor("queue_push_", "cursor", cursor, (num_classes,), torch.int64, device)

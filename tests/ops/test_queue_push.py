@@ -168,6 +168,8 @@ def test_errors_name_the_argument() -> None:
     bad = [
         (TypeError, "keys", {"keys": keys.long()}),
         (ValueError, "keys", {"keys": keys[0]}),
+        (ValueError, "keys", {"keys": keys[:, :0]}),
+        (ValueError, "keys", {"keys": keys[..., :0], "features": torch.randn(5, 0)}),
         (TypeError, "count", {"count": count.int()}),
         (ValueError, "count", {"count": count[:2]}),
         (TypeError, "cursor", {"cursor": cursor.float()}),
