@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.profiler import record_function
 
@@ -35,7 +35,7 @@ from ctt.train.compiling import missing_compiler
 from ctt.train.distributed import World, join
 from ctt.train.divergence import Losses
 from ctt.train.engine import Engine
-from ctt.train.evaluator import Evaluator
+from ctt.train.evaluator import Evaluator, Interrupted
 from ctt.train.loggers import Ending, Logger
 from ctt.train.plan import Plan
 from ctt.train.prefetcher import DevicePrefetcher
@@ -150,6 +150,8 @@ class Trainer:
             self.seconds, self.waited = 0.0, 0.0  # of training, and of it without a batch
             self.recorder: Recorder | None = None
             self.broken = ""  # what is wrong with the last checkpoint
+            self.show: Callable[..., None] = lambda **_: None  # takes what the progress bar shows
+            self.interrupted: Sequence[object] = ()  # not empty once the user asks to stop
             saved: dict[str, Any] = {}
             if begun is not None:
                 saved, self.broken = checkpoint.load_last(begun / run.CHECKPOINT)
@@ -217,16 +219,14 @@ class Trainer:
                 contextlib.closing(profile) if profile else contextlib.nullcontext(),
             ):
                 bar = progress.add_task("", total=total, completed=engine.iteration, losses="")
+                self.show, self.interrupted = partial(progress.update, bar), interrupted
                 if self._is_unevaluated():
                     self._evaluate()
-                for _ in self._steps(partial(progress.update, bar), profile):
+                for _ in self._steps(profile):
                     if engine.iteration == total:
                         break
                     if self.world.any_raised(bool(interrupted)):
-                        self._save()
-                        self.world.wait()  # torchrun ends all once one has gone
-                        self.world.leave()
-                        raise Stopped(self.folder, engine.iteration, self.world.is_main)
+                        self._stop()
                     self._save_and_evaluate()
                 self._save()
                 scores = self._evaluate()
@@ -265,7 +265,7 @@ class Trainer:
         if saves and evaluates:
             self._save(keep=False)
 
-    def _steps(self, show: Callable[..., None], profile: Profile | None) -> Iterator[None]:
+    def _steps(self, profile: Profile | None) -> Iterator[None]:
         """Do the steps that are left; yields after each one."""
         settings, engine = self.settings, self.engine
         log = StepLog(engine, self.console, self.recorder)
@@ -287,10 +287,10 @@ class Trainer:
                 spent, waited = now - start, feed.waited()
                 self.waited += waited
                 speed = (engine.images - images) / spent
-                log.row(show, means, speed, waited / spent)
+                log.row(self.show, means, speed, waited / spent)
                 images, start = engine.images, now
             log.time_left(settings.train.iterations, self.seconds, due)
-            show(completed=engine.iteration)
+            self.show(completed=engine.iteration)
             table = profile and profile.after_step()
             if table:
                 self.console.print(table)
@@ -318,7 +318,19 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Score]:
         self.losses.check_weights()
-        return self.evaluator(self.recorder)
+        try:
+            return self.evaluator(
+                self.recorder, lambda text: self.show(losses=text), self.interrupted
+            )
+        except Interrupted:
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        """End the run where the user has asked for it, with a checkpoint."""
+        self._save()
+        self.world.wait()  # torchrun ends all once one has gone
+        self.world.leave()
+        raise Stopped(self.folder, self.engine.iteration, self.world.is_main)
 
     @record_function("checkpoint")
     def _save(self, keep: bool = True) -> None:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from ctt import checkpoint, run
 from ctt.data.loader import DrawSampler
 from ctt.errors import UserError
 from ctt.files import part_of
+from ctt.inference.evaluate import confusions
 from ctt.inference.load import load_trained
 from ctt.settings import Settings, update
 from ctt.train import evaluator
@@ -22,7 +25,7 @@ from ctt.train.distributed import World
 from ctt.train.divergence import Losses
 from ctt.train.dry_run import dry_run
 from ctt.train.engine import Engine
-from ctt.train.loop import Trainer, train
+from ctt.train.loop import Stopped, Trainer, train
 from ctt.train.record import read_rows
 
 
@@ -331,6 +334,31 @@ def test_a_run_killed_in_an_evaluation_repeats_it_and_no_step(
                 train(settings, **({"resume": out} if out.exists() else {"out": out}))
     train(settings, resume=out)
     assert steps == [0, 1, 2, 3, 4, 5]
+    assert same_ends(whole, out)
+    assert rows(out) == rows(whole)
+
+
+@pytest.mark.parametrize("number", [1, 2])  # without a checkpoint of its iteration; the last
+def test_ctrl_c_in_an_evaluation_ends_it_at_once(
+    settings: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    out, begun, ended = tmp_path / "run", [], []
+
+    def ask(*arguments: Any, **more: Any) -> dict[str, torch.Tensor]:
+        begun.append(1)
+        if len(begun) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        matrices = confusions(*arguments, **more)
+        ended.append(1)
+        return matrices
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluator, "confusions", ask)
+        with pytest.raises(Stopped) as stopped:
+            train(settings, out=out)
+    assert len(ended) == number - 1
+    assert stopped.value.iteration == 3 * number
+    train(settings, resume=out)
     assert same_ends(whole, out)
     assert rows(out) == rows(whole)
 
