@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,6 @@ TOO_LARGE_TO_MEASURE = (
 )
 
 
-class Interrupted(Exception):  # noqa: N818  (not an error)
-    """The user asked to stop while images were evaluated; the evaluation is to be done anew."""
-
-
 class Evaluator:
     """Scores the networks of a run, and keeps the weights of the best one.
 
@@ -57,21 +53,14 @@ class Evaluator:
 
     @record_function("evaluation")  # for a trace that it falls into
     def __call__(
-        self,
-        recorder: Recorder | None,
-        show: Callable[[str], None],
-        interrupted: Sequence[object],
+        self, recorder: Recorder | None, watch: Callable[[int, int], None]
     ) -> dict[str, Score]:
         """Return the scores of all networks after the steps so far.
 
         Args:
             recorder: takes a row of them; None in all processes but the first.
-            show: takes a line that says how far the evaluation is.
-            interrupted: holds something as soon as the user asks to stop. A process among others
-                goes on to the end, for the others wait for it there.
-
-        Raises:
-            Interrupted: the user asks to stop.
+            watch: called after each batch with the number of images so far and that of all; what
+                it raises ends the evaluation, which is to be done anew then.
         """
         dataset, settings, world = self.plan.dataset, self.plan.settings, self.world
         networks = self.engine.method.networks()
@@ -80,9 +69,7 @@ class Evaluator:
         def after_batch(images: int) -> None:
             nonlocal done
             done += images
-            show(f"evaluation: {done} of {len(ids)} images")
-            if interrupted and world.size == 1:
-                raise Interrupted
+            watch(done, len(ids))
 
         showing = torch.zeros(len(dataset.info.classes), dtype=torch.int64, device=self.plan.device)
         with without_fixed_size_tuning(settings.train.compile):
@@ -105,7 +92,6 @@ class Evaluator:
                     settings.loss.confidence_threshold,
                     world,
                 )
-        show("")
         matrices = {name: world.total(matrix) for name, matrix in matrices.items()}
         scores = {name: score(matrix) for name, matrix in matrices.items()}
         images = world.total(showing).cpu()

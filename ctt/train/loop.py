@@ -35,7 +35,7 @@ from ctt.train.compiling import missing_compiler
 from ctt.train.distributed import World, join
 from ctt.train.divergence import Losses
 from ctt.train.engine import Engine
-from ctt.train.evaluator import Evaluator, Interrupted
+from ctt.train.evaluator import Evaluator
 from ctt.train.loggers import Ending, Logger
 from ctt.train.plan import Plan
 from ctt.train.prefetcher import DevicePrefetcher
@@ -119,6 +119,10 @@ def train_in_folder(
                 f"`train.gradient_checkpointing`, or `train.amp` bf16; `ctt-train --dry-run` tells "
                 f"what a run takes.{resume_hint(folder)}"
             ) from None
+
+
+class Interrupted(Exception):  # noqa: N818  (not an error)
+    """The user asked to stop in the middle of an evaluation or of labelling, to be done anew."""
 
 
 class Trainer:
@@ -226,6 +230,7 @@ class Trainer:
                     if engine.iteration == total:
                         break
                     if self.world.any_raised(bool(interrupted)):
+                        self._save()
                         self._stop()
                     self._save_and_evaluate()
                 self._save()
@@ -313,21 +318,32 @@ class Trainer:
             soft_wrap=True,
         )
         where = (self.dataset, self.plan.unlabeled, self.folder, number, self.device, self.world)
-        with without_fixed_size_tuning(self.settings.train.compile):
-            engine.begin_round(Labeling(self.settings, *where))
+        labeling = Labeling(self.settings, *where, partial(self._watch, "labels"))
+        try:
+            with without_fixed_size_tuning(self.settings.train.compile):
+                engine.begin_round(labeling)
+        except Interrupted:  # a checkpoint from before the round is there
+            self._stop()
 
     def _evaluate(self) -> dict[str, Score]:
         self.losses.check_weights()
         try:
-            return self.evaluator(
-                self.recorder, lambda text: self.show(losses=text), self.interrupted
-            )
+            return self.evaluator(self.recorder, partial(self._watch, "evaluation"))
         except Interrupted:
+            self._save()
             self._stop()
 
+    def _watch(self, what: str, done: int, total: int) -> None:
+        """Show how many images are done, and end this where the user asks to stop.
+
+        A process among others goes on, for they wait for each other at the end.
+        """
+        self.show(losses=f"{what}: {done} of {total} images" if done < total else "")
+        if self.interrupted and self.world.size == 1:
+            raise Interrupted
+
     def _stop(self) -> NoReturn:
-        """End the run where the user has asked for it, with a checkpoint."""
-        self._save()
+        """End the run, of which a checkpoint is written, as the user has asked for."""
         self.world.wait()  # torchrun ends all once one has gone
         self.world.leave()
         raise Stopped(self.folder, self.engine.iteration, self.world.is_main)

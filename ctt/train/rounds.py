@@ -124,8 +124,10 @@ class Labeling:
         number: int,
         device: torch.device,
         world: World,
+        watch: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.settings, self.unlabeled, self.device, self.world = settings, unlabeled, device, world
+        self.watch = watch  # called with the number of labelled images and that of all
         self.dataset = Prepared(dataset, settings.data.resize, settings.data.cache)
         self.info: DatasetInfo = dataset.info
         self.folder, self.before = folder_of(folder, number), folder_of(folder, number - 1)
@@ -141,14 +143,17 @@ class Labeling:
         training = [net.training for net in networks]
         for net in networks:
             net.eval()
-        read = read_in_order(self.dataset.image, own, self.settings.data.workers)
-        for name, image in zip(own, reraise_user_errors(read), strict=True):
+        images = reraise_user_errors(
+            read_in_order(self.dataset.image, own, self.settings.data.workers)
+        )
+        for done, (name, image) in enumerate(zip(own, images, strict=True), start=1):
             batch = image[None].to(self.device)
             with out_of_memory_as(TOO_LARGE_TO_LABEL):
                 given = [predict(batch)[0] for predict in predicts]
             if batch.is_floating_point():
                 given = [p.masked_fill_(batch[0].isnan().any(dim=0), math.nan) for p in given]
             yield name, given
+            self.watch(done, len(own))
         for net, mode in zip(networks, training, strict=True):
             net.train(mode)
 

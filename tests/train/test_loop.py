@@ -351,7 +351,7 @@ def test_too_little_memory_to_measure_is_told(
     trainer = Trainer(tiny, out, None, World())
     monkeypatch.setattr(measures, "measure", full)
     with pytest.raises(UserError, match=r"Give `train\.measured_images` 0"):
-        trainer.evaluator(None, print, ())
+        trainer.evaluator(None, print)
 
 
 def test_a_full_disk_ends_a_run_with_the_way_on(

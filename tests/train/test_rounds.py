@@ -1,6 +1,8 @@
 """Runs in rounds: when they begin, what they label, and how they go on after a crash."""
 
 import json
+import os
+import signal
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -24,7 +26,7 @@ from ctt.settings import Settings, update
 from ctt.train import rounds
 from ctt.train.distributed import World, join
 from ctt.train.dry_run import dry_run
-from ctt.train.loop import Trainer, train
+from ctt.train.loop import Stopped, Trainer, train
 from ctt.train.rounds import Labeling, Rounds
 from tests.data.rasters import save, scene, write_rasters
 from tests.train.processes import finish, shown, start
@@ -234,6 +236,29 @@ def test_a_run_that_is_lost_anywhere_ends_as_an_undisturbed_one(
         other = tmp_path / "run" / path.relative_to(tmp_path / "whole")
         assert path.read_bytes() == other.read_bytes()
     assert (tmp_path / "whole" / "rounds").is_dir()
+
+
+def test_ctrl_c_while_images_are_labelled_ends_it_at_once(
+    tiny: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, keep, kept = settings_of("self-training", tiny), Labeling.keep, []
+
+    def ask(self: Labeling, name: str, *arguments: Any) -> None:
+        keep(self, name, *arguments)
+        kept.append(name)
+        if len(kept) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole = train(settings, out=tmp_path / "whole")
+    monkeypatch.setattr(Labeling, "keep", ask)
+    with pytest.raises(Stopped):
+        train(settings, out=tmp_path / "run")
+    assert len(kept) == 3
+    assert train(settings, resume=tmp_path / "run")["miou"] == whole["miou"]
+    assert len(set(kept[3:])) == len(kept[3:]) > 3
+    ends = [checkpoint.load(tmp_path / n / run.CHECKPOINT) for n in ("whole", "run")]
+    for key, value in ends[0]["method"].items():
+        assert torch.equal(value, ends[1]["method"][key]), key
 
 
 def test_labels_of_a_round_are_those_of_the_network(tiny: Settings, tmp_path: Path) -> None:
