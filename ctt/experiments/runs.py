@@ -78,7 +78,8 @@ class Run:
         if (self.folder / run.CONFIG).is_file():  # without a checkpoint it begins from the start
             # the data may have moved since, and this may be another machine
             return ["--resume", str(self.folder), *options_without_effect(self.arguments)]
-        return [*self.arguments, "--out", str(self.folder)]
+        # a list of commands may be worked through again after some of them were stopped
+        return [*self.arguments, "--out", str(self.folder), "--auto-resume"]
 
     def obstacle(self) -> str | None:
         """Return why the run can neither go on nor begin; None if it can."""

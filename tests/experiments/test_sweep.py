@@ -242,7 +242,8 @@ def test_a_run_that_ended_before_its_first_checkpoint_has_a_command(
     again = shlex.split(capsys.readouterr().out)
     assert again[:3] == [program, "--resume", str(parsed.out)]
     assert again[3:] == ["--train.no-tensorboard", "--train.threads", "1"]
-    assert train._main(again[1:]) == 0
+    for line in (arguments, again[1:], arguments):  # of either list, finished or not
+        assert train._main(line) == 0
     capsys.readouterr()
     assert sweep._main(command) == 0
     assert capsys.readouterr().out == ""
