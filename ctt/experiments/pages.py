@@ -186,9 +186,14 @@ def unfinished(rows: Sequence[Row]) -> Iterator[str]:
         f"follows is of the others."
     )
     for (variant,), own in results.groups(without, "variant").items():
+        places: dict[str, list[str]] = {}  # shares and budgets that lack the same seeds
+        for (share, budget), here in results.groups(own, "share", "budget").items():
+            seeds = ", ".join(row["seed"] for row in here)
+            place = " at ".join(part for part in (share, budget) if part)
+            places.setdefault(f"seed{'s' * (len(here) > 1)} {seeds}", []).append(place)
         which = [
-            ", ".join(part for part in (row["share"], row["budget"], f"seed {row['seed']}") if part)
-            for row in own
+            ": ".join(part for part in (", ".join(filter(None, among)), seeds) if part)
+            for seeds, among in places.items()
         ]
         yield f"Not finished: {variant} ({'; '.join(which)})."
     for (error,), own in results.groups(failed, "error").items():

@@ -57,7 +57,7 @@ def test_the_tables_as_markdown(folder: Path) -> None:
     text = (folder / "report.md").read_text()
     assert "## shares on voc" in text
     assert "1 of 9 runs are not finished, 1 of them failed" in text
-    assert re.search(r"Not finished: [\w-]+ \(1/\d+, seed \d\)\.", text)
+    assert re.search(r"Not finished: [\w-]+ \(1/\d+: seed \d\)\.", text)
     assert re.search(r"[\w-]+, seed \d, failed: ", text)
     # the paper's scores beside ours, where it prints some for this share
     assert "| row | networks | ensemble | networks against supervised |" in text
