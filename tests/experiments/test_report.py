@@ -294,6 +294,7 @@ def test_results_come_with_the_program() -> None:
         "digits",
         "digits-long",
         "digits-long-twice",
+        "digits-plain",
         "earth",
         "earth-encoders",
         "earth-tune",
