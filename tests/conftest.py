@@ -15,6 +15,10 @@ import torch
 from ctt import recipes
 from ctt.settings import Settings, update
 
+# servers of the tests are on this machine, whatever proxy it has
+for name in ("NO_PROXY", "no_proxy"):
+    os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1"]))
+
 # a machine that has other work to do fails no test
 hypothesis.settings.register_profile(
     "ctt",

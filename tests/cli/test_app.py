@@ -28,6 +28,7 @@ from ctt.data.digits import INFO, Digits
 from ctt.errors import UserError
 from ctt.inference.load import load_trained
 from ctt.settings import EvalSettings
+from tests.ports import free_port
 
 gradio = pytest.importorskip("gradio")
 from ctt.cli import page, page_ranking  # noqa: E402  (need gradio)
@@ -189,8 +190,7 @@ def test_bad_ports(folder: Path, viewer: page.Viewer) -> None:
 @contextlib.contextmanager
 def served(folder: Path, *options: str, **environment: str) -> Iterator[str]:
     """The address of a page that runs; on Ctrl-C it ends in peace."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     program = "from ctt.cli.app import main; main()"
     with subprocess.Popen(
         [sys.executable, "-c", program, str(folder), "--port", str(port), *options],

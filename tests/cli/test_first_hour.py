@@ -61,7 +61,9 @@ def test_a_folder_on_a_cpu_is_trained_and_told_of_from_start_to_end(
     assert len(re.findall(r"About [^.]+ to go[^.]+, without evaluation", shown)) == 1
     classes = "background, red thing, green thing, blue thing"
     best = rf"Best network: \w+ after iteration \d, mIoU \d+\.\d over {classes} on 2 images\."
-    assert re.search(rf"{best} Next: ctt-predict '{out}' IMAGES --out predictions$", shown)
+    assert re.search(
+        rf"{best} Next: ctt-predict '{re.escape(str(out))}' IMAGES --out predictions$", shown
+    )
     settings = yaml.safe_load((out / "config.yaml").read_text())
     assert settings["data"]["crop"] == [0, 0]  # for which a resumed run finds the same
     more = ["--resume", str(out), "--train.iterations", "6", "--dry-run"]

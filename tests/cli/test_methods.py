@@ -252,7 +252,10 @@ def test_a_method_of_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> No
     assert settings.options == methods.get("entropy").option_class()(weight=2)
 
 
-def test_the_list_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_names_every_method(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")  # in a narrow window headings are cut
     assert train("--list-methods") == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in methods.names())

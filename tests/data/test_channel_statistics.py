@@ -18,6 +18,12 @@ RNG = np.random.default_rng(0)
 GREY, RGB = (20, 30), (20, 30, 3)
 
 
+@pytest.fixture(autouse=True)
+def same_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the same values in a test whichever ran before it."""
+    monkeypatch.setattr(f"{__name__}.RNG", np.random.default_rng(0))
+
+
 def write_folder(root: Path, images: dict[str, np.ndarray], text: str = "") -> Path:
     """Write images (H, W) or (H, W, C), to train and to evaluate on."""
     (root / "val" / "images").mkdir(parents=True)

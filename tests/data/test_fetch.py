@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import shlex
 import shutil
 import ssl
@@ -205,7 +206,9 @@ def test_without_a_network_it_says_what_to_put_where(tmp_path: Path, server: Ser
     ):
         fetch_voc(tmp_path, quiet, archive(server, "missing"))
     nowhere = Archive("http://127.0.0.1:9/voc.tar", "0" * 32)
-    with pytest.raises(UserError, match=rf"cannot be reached .* put it into {tmp_path}; the"):
+    with pytest.raises(
+        UserError, match=rf"cannot be reached .* put it into {re.escape(str(tmp_path))}; the"
+    ):
         fetch_voc(tmp_path, quiet, nowhere)
 
 

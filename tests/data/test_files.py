@@ -1,6 +1,7 @@
 """VOC, Cityscapes and plain folders, in their true layouts; and everything that can be wrong."""
 
 import pickle
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -346,7 +347,7 @@ def test_wrong_roots(tmp_path: Path, name: str) -> None:
         data.open_dataset(name, None, DatasetOptions())
     with pytest.raises(UserError, match="there is no such folder"):
         opened(name, tmp_path / "nowhere")
-    with pytest.raises(UserError, match=str(tmp_path)):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         opened(name, tmp_path)
 
 

@@ -174,7 +174,7 @@ run_program("ctt-x", body)
 
 def test_a_loader_process_that_is_killed_ends_the_program_with_a_word() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 2
     assert done.stderr.startswith("ctt-x: A process that loads images has ended (")

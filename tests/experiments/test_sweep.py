@@ -110,7 +110,7 @@ def test_a_sweep_that_was_stopped_ends_like_one_that_was_not(whole: Path, tmp_pa
         ) as process:
             wait_for(lambda n=number: len(begun(out)) > n, process)
             process.send_signal(how)
-            process.wait(60)
+            process.wait(120)
         assert process.returncode == (130 if how == signal.SIGINT else -how)
     status = [row["status"] for row in read(out / "table4.csv")]
     assert set(status) == {"done", "missing"}

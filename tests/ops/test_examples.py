@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import socket
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from tests.ports import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -53,10 +54,7 @@ def test_a_loop_of_segmentation_models_pytorch() -> None:
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
 @pytest.mark.timeout(180)
 def test_rank_0_alone_fills_a_bank_of_its_own(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)
+    mp.spawn(work, args=(free_port(), str(tmp_path)), nprocs=2)
     (shared, seen, loss), (other, none, other_loss) = (
         torch.load(tmp_path / f"{rank}.pt") for rank in range(2)
     )

@@ -1,7 +1,6 @@
 """`MemoryBank`: the order of the queues, the draw, and several processes."""
 
 import copy
-import socket
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctt.ops import MemoryBank, reference
+from tests.ports import free_port
 
 CLASSES, CAPACITY, DIM = 4, 6, 8
 
@@ -233,10 +233,7 @@ def check_groups(rank: int, draw: bool) -> None:
 @pytest.mark.parametrize("draw", [False, True])
 def test_two_processes_end_as_one_with_the_joined_batch(tmp_path: Path, draw: bool) -> None:
     """The draw of rank 0 decides, which is the draw of the single process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(port, str(tmp_path), draw), nprocs=2)
+    mp.spawn(work, args=(free_port(), str(tmp_path), draw), nprocs=2)
     alone = train(-1, draw).state_dict()
     for rank in range(2):
         together = torch.load(tmp_path / f"{rank}.pt")

@@ -2,12 +2,13 @@
 
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+from tests.ports import free_port
 
 # the server loads the libraries once, and every process starts from there
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -34,9 +35,7 @@ def start(
         daemon: they end with this process, and can start none themselves.
     """
     folder.mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     started = []
     for rank in range(count):
         process = CONTEXT.Process(
