@@ -137,8 +137,9 @@ def of_this_attempt(store: Store, rank: int, size: int) -> Store:
     """Return a part of the store that holds nothing of processes that had these ranks before.
 
     torchrun keeps the store when it restarts processes, and they would look for each other at the
-    addresses of those that have ended. Every process says that it is there under a name of its
-    own, until the first one has told it the name of the part.
+    addresses of those that have ended. So each process writes a new name for itself, and the first
+    one answers every name with that of the part until all processes have confirmed it. A name that
+    an ended process has left is answered as well, but nobody confirms it.
 
     Raises:
         RuntimeError: a process has not come.

@@ -122,7 +122,7 @@ def train_in_folder(
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error)
-    """The user asked to stop in the middle of an evaluation or of labelling, to be done anew."""
+    """The user asked to stop during an evaluation or labelling, which is then done anew."""
 
 
 class Trainer:
@@ -159,7 +159,7 @@ class Trainer:
             saved: dict[str, Any] = {}
             if begun is not None:
                 saved, self.broken = checkpoint.load_last(begun / run.CHECKPOINT)
-            check_same_checkpoint(int(saved.get("iteration", 0)), resume, world)
+            check_same_checkpoint(int(saved.get("iteration", 0)), resume or out, world)
             if begun is None:
                 folder = str(self._create(out, resume, held)) if world.is_main else ""
                 self.folder = Path(world.broadcast(folder))
@@ -400,20 +400,21 @@ class Trainer:
         return summary
 
 
-def check_same_checkpoint(done: int, resume: Path | None, world: World) -> None:
+def check_same_checkpoint(done: int, folder: Path | None, world: World) -> None:
     """Check that all processes go on from one checkpoint: each reads it on its own machine.
 
     Args:
         done: iterations of the one that this process sees; 0: it sees none.
+        folder: of the run.
 
     Raises:
         UserError: the first process sees another.
     """
     if (first := int(world.broadcast(str(done)))) != done:
-        found = f"the checkpoint after iteration {done}" if done else "no checkpoint"
+        own, other = (f"the checkpoint after iteration {n}" if n else "none" for n in (done, first))
         raise UserError(
-            f"`resume` {resume}: process {world.rank} of {world.size} finds {found} there, and the "
-            f"first process the one after iteration {first}. All processes must see the same run "
-            f"folder: put it on a disk that their machines share, or copy the first one's to the "
-            f"others."
+            f"{folder}: process {world.rank} of {world.size} looks there for a checkpoint to go on "
+            f"from and finds {own}, and the first process finds {other}. All processes must see "
+            f"the same run folder: put it on a disk that their machines share, or copy the first "
+            f"one's to the others."
         )

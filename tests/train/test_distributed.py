@@ -218,7 +218,8 @@ def test_processes_that_see_other_checkpoints_of_a_run_do_not_train_it(
     arguments = "--resume run --train.iterations 3"
     assert finish(start(2, log, resume_own, arguments, tmp_path)) == [2, 2], shown(log)
     told = [" ".join(text.split()) for text in shown(log)]
-    assert "process 1 of 2 finds the checkpoint after iteration 1 there, and the first" in told[1]
+    assert "run: process 1 of 2 looks there for a checkpoint to go on from" in told[1]
+    assert "finds the checkpoint after iteration 1, and the first process finds the c" in told[1]
     assert "ctt-train:" not in told[0]
 
 
@@ -431,7 +432,8 @@ def test_processes_that_see_different_folders_of_a_run_do_not_begin_it(tmp_path:
     log, again = tmp_path / "log", f"{QUICK} --out run --auto-resume --train.iterations 2"
     assert finish(start(2, log, resume_own, again, tmp_path)) == [2, 2], shown(log)
     told = " ".join(shown(log)[1].split())
-    assert "process 1 of 2 finds no checkpoint there, and the first process the one after" in told
+    assert "ctt-train: run: process 1 of 2 looks there for a checkpoint to go on from" in told
+    assert "finds none, and the first process finds the checkpoint after iteration 1." in told
 
 
 def train_among_others(settings: Settings, folder: Path) -> None:
